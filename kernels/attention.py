@@ -1,0 +1,178 @@
+"""`local_attention`: validation, choice of implementation, and one way in for all of them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from .flex import flex_attention, why_not_flex
+from .reference import reference_attention
+from .tiled import tiled_attention, why_not_tiled
+from .window import Window
+
+logger = logging.getLogger(__name__)
+
+IMPLS = ("auto", "triton", "flex", "tiled", "reference")
+
+
+def why_not_triton(query: torch.Tensor, window: Window) -> str | None:
+    """Why the Triton kernels cannot run on these inputs; None if they can."""
+    if query.device.type != "cuda":
+        return f"needs a CUDA or ROCm device, got a query on {query.device.type!r}"
+    return "this version ships no Triton kernels yet"
+
+
+def why_not_reference(query: torch.Tensor, window: Window) -> str | None:
+    """The oracle runs everywhere."""
+    return None
+
+
+_WHY_NOT: dict[str, Callable[[torch.Tensor, Window], str | None]] = {
+    "triton": why_not_triton,
+    "flex": why_not_flex,
+    "tiled": why_not_tiled,
+    "reference": why_not_reference,
+}
+
+
+def preference(device_type: str) -> tuple[str, ...]:
+    """Implementations in the order `impl="auto"` tries them on a device type, fastest first.
+
+    On a CPU the tiled path is several times faster than compiled FlexAttention and also has a
+    backward pass (`clear-dit bench attention` measures both); on a GPU it is the other way round.
+    """
+    if device_type == "cuda":
+        return ("triton", "flex", "tiled", "reference")
+    return ("triton", "tiled", "flex", "reference")
+
+
+def why_not(impl: str, query: torch.Tensor, window: Window) -> str | None:
+    """Why `impl` cannot run on these inputs, in a few words; None if it can."""
+    return _WHY_NOT[impl](query, window)
+
+
+def select_impl(impl: str, query: torch.Tensor, window: Window) -> str:
+    """The implementation that runs for a request.
+
+    An explicit choice is checked and never replaced. "auto" takes the first of `preference` that can
+    run and logs, once per choice and at INFO, why the faster ones cannot.
+
+    Raises:
+        ValueError: unknown `impl`, or an explicit one that cannot run here.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"local_attention: impl must be one of {', '.join(IMPLS)}; got {impl!r}.")
+    if impl != "auto":
+        reason = why_not(impl, query, window)
+        if reason is not None:
+            raise ValueError(
+                f"local_attention: impl={impl!r} cannot run here: it {reason}. "
+                "Use impl='auto' or another one."
+            )
+        return impl
+    refused = []
+    for name in preference(query.device.type):
+        reason = why_not(name, query, window)
+        if reason is None:
+            _announce(name, tuple(refused))
+            return name
+        refused.append(f"{name} {reason}")
+    raise AssertionError("the reference implementation runs everywhere")
+
+
+@functools.cache
+def _announce(impl: str, refused: tuple[str, ...]) -> None:
+    logger.info("local attention runs on %r%s", impl, "".join(f"; {reason}" for reason in refused))
+
+
+def check_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window,
+    spatial_weight: torch.Tensor | None,
+) -> None:
+    """Refuse, in one or two lines, inputs that contradict each other or the window.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    if query.ndim != 4:
+        raise ValueError(
+            "local_attention: query must be (batch, sequence, heads, head_dim), "
+            f"got {query.ndim} dimensions {tuple(query.shape)}."
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        for what in ("shape", "dtype", "device"):
+            if getattr(tensor, what) != getattr(query, what):
+                raise ValueError(
+                    f"local_attention: {name} must have query's {what} "
+                    f"{_plain(getattr(query, what))}, got {_plain(getattr(tensor, what))}."
+                )
+    if not query.is_floating_point():
+        raise ValueError(f"local_attention: query must be floating point, got {query.dtype}.")
+    if query.shape[1] != window.sequence_length:
+        raise ValueError(
+            f"local_attention: the sequence has {query.shape[1]} tokens, but the window says "
+            f"{window.text_length} text + {window.height} x {window.width} image = "
+            f"{window.sequence_length}."
+        )
+    if spatial_weight is not None and spatial_weight.numel() != window.down_factor**2:
+        raise ValueError(
+            "local_attention: spatial_weight must hold down_factor^2 = "
+            f"{window.down_factor**2} weights, got shape {tuple(spatial_weight.shape)}."
+        )
+    if spatial_weight is not None and window.down_factor == 1:
+        raise ValueError("local_attention: spatial_weight needs a window with down_factor > 1.")
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window,
+    *,
+    scale: float | None = None,
+    spatial_weight: torch.Tensor | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """CLEAR's local attention (arXiv 2412.16112): softmax attention under `Window.mask()`.
+
+    Args:
+        query, key, value: (batch, text + image, heads, head_dim), float16, bfloat16, float32 or
+            float64; text tokens first, image tokens in raster order; QK-norm and RoPE applied.
+        window: the geometry, in tokens.
+        scale: factor on query times key; default head_dim^-0.5.
+        spatial_weight: weights of the pooling cell, (1, 1, 1, f, 1, f, 1) or (f, f) with
+            f = down_factor, for keys and values alike; default 1 / f^2. Only with down_factor > 1.
+        impl: one of `auto, triton, flex, tiled, reference`. "auto" takes the fastest that can run;
+            an explicit choice never falls back.
+        return_lse: return the log-sum-exp of the scaled scores too.
+
+    Returns:
+        The attention output, shape and dtype of `query`; with `return_lse` also the natural-log
+        log-sum-exp, float32 (float64 for float64 inputs), (batch, text + image, heads), which is for
+        merging with other keys and carries no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that differ, a sequence that contradicts the window, an
+            unknown `impl`, or an explicit `impl` that cannot run here.
+    """
+    check_inputs(query, key, value, window, spatial_weight)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = select_impl(impl, query, window)
+    run = {
+        "flex": flex_attention,
+        "tiled": tiled_attention,
+        "reference": reference_attention,
+    }[name]
+    out, lse = run(query, key, value, window, scale=scale, spatial_weight=spatial_weight)
+    return (out, lse.detach()) if return_lse else out

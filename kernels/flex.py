@@ -1,0 +1,134 @@
+"""CLEAR attention by PyTorch's FlexAttention on raster-order tokens, as the paper's code does it.
+
+The block mask is made once per geometry: it lives on the `Window` value it belongs to (and goes with
+it), so keep one `Window` for all layers and steps of a picture.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
+
+from .pooling import pool_tokens
+from .window import Window
+
+# Tokens per side of a block: FlexAttention's default.
+BLOCK = 128
+
+
+def why_not_flex(query: torch.Tensor, window: Window) -> str | None:
+    """Why compiled FlexAttention cannot run on these inputs; None if it can."""
+    if query.device.type == "cpu":
+        if query.requires_grad and torch.is_grad_enabled():
+            return "has no backward pass on a CPU"
+        if query.dtype == torch.float64:
+            return "does not compile for float64 on a CPU"
+        if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            return "needs a C++ compiler on a CPU (torch.compile)"
+    return None
+
+
+def flex_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window,
+    *,
+    scale: float,
+    spatial_weight: torch.Tensor | None = None,
+    compiled: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlexAttention under the window; arguments and results are those of `local_attention`.
+
+    Args:
+        compiled: False runs FlexAttention's eager form, which is dense and slow: for tests.
+    """
+    if window.down_factor > 1:
+        key = torch.cat([key, pool_tokens(key, window, spatial_weight)], dim=1)
+        value = torch.cat([value, pool_tokens(value, window, spatial_weight)], dim=1)
+    run = _compiled_flex_attention() if compiled else torch_flex_attention
+    out, aux = run(
+        *(tensor.transpose(1, 2) for tensor in (query, key, value)),
+        block_mask=block_mask(window, query.device),
+        scale=scale,
+        return_aux=AuxRequest(lse=True),
+    )
+    return out.transpose(1, 2), aux.lse.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex_attention():
+    return torch.compile(torch_flex_attention, dynamic=False)
+
+
+def block_mask(window: Window, device: torch.device) -> BlockMask:
+    """The window as FlexAttention's block mask, remembered on the window itself."""
+    made: dict[torch.device, BlockMask] = window.__dict__.setdefault("_block_masks", {})
+    if device not in made:
+        made[device] = _make_block_mask(window, device)
+    return made[device]
+
+
+def _make_block_mask(window: Window, device: torch.device) -> BlockMask:
+    """Block rows one at a time: the dense mask of an 8192-px picture would take 70 GB."""
+    queries, keys = window.sequence_length, window.sequence_length + window.pooled_length
+    mask_mod = _mask_mod(window)
+    key_blocks = -(-keys // BLOCK)
+    key_index = torch.arange(keys, device=device)
+    # Counted per block: a last short block is full when all the keys it has are seen.
+    sizes = torch.bincount(key_index // BLOCK, minlength=key_blocks)
+    partial, full = [], []
+    for start in range(0, queries, BLOCK):
+        query_index = torch.arange(start, min(start + BLOCK, queries), device=device)
+        seen = mask_mod(0, 0, query_index[:, None], key_index[None, :]).sum(dim=0)
+        counts = torch.zeros(key_blocks, dtype=seen.dtype, device=device)
+        counts.index_add_(0, key_index // BLOCK, seen)
+        is_full = counts == sizes * len(query_index)
+        full.append(is_full)
+        partial.append((counts > 0) & ~is_full)
+    return BlockMask.from_kv_blocks(
+        *_block_lists(torch.stack(partial)),
+        *_block_lists(torch.stack(full)),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(queries, keys),
+    )
+
+
+def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boolean (query blocks, key blocks) as counts and indices, with FlexAttention's leading axes."""
+    counts = blocks.sum(dim=-1, dtype=torch.int32)
+    indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return counts[None, None], indices.to(torch.int32)[None, None]
+
+
+def _mask_mod(window: Window):
+    text, end, width, radius2 = (
+        window.text_length,
+        window.sequence_length,
+        window.width,
+        window.radius**2,
+    )
+
+    def mask_mod(batch, head, query, key):
+        query_token, key_token = query - text, key - text
+        dy = query_token // width - key_token // width
+        dx = query_token % width - key_token % width
+        inside = dy * dy + dx * dx < radius2
+        pooled = key >= end
+        return (key < text) | torch.where(query < text, ~pooled, inside | pooled)
+
+    return mask_mod
+
+
+def executed_pairs(window: Window) -> int:
+    """(query, key) pairs in the blocks FlexAttention visits; compare `Window.attended_pairs`."""
+    mask = block_mask(window, torch.device("cpu"))
+    blocks = mask.kv_num_blocks.sum()
+    if mask.full_kv_num_blocks is not None:
+        blocks = blocks + mask.full_kv_num_blocks.sum()
+    return int(blocks) * BLOCK * BLOCK

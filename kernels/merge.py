@@ -1,0 +1,30 @@
+"""Joining attention over disjoint sets of keys.
+
+With out = softmax(s) v over one set of keys and lse = log(sum(exp(s))), two results join exactly:
+the weights of the sets are exp(lse) (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1; the
+form used here avoids overflow and is that of
+https://github.com/zhuzilin/ring-flash-attention/blob/main/ring_flash_attn/utils.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of two disjoint key sets.
+
+    Args:
+        out, other_out: (..., head_dim), attention over each set.
+        lse, other_lse: (...), natural-log sum of exponentials over each set; -inf for an empty set,
+            in at most one of the two.
+
+    Returns:
+        (out, lse) over the union, in the dtypes of `out` and `lse`.
+    """
+    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    merged = torch.lerp(out.to(weight.dtype), other_out.to(weight.dtype), weight)
+    return merged.to(out.dtype), lse - F.logsigmoid(lse - other_lse)

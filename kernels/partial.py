@@ -1,0 +1,81 @@
+"""Softmax attention over one set of keys, with the log-sum-exp that lets sets be merged exactly.
+
+The backward pass takes the output and log-sum-exp over *all* keys: the probabilities of a subset are
+exp(score - lse), so the gradients of the subsets simply add (arXiv 2205.14135, algorithm 4).
+"""
+
+from __future__ import annotations
+
+import torch
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Half precision is computed in float32 on a CPU: measured as fast, and more exact."""
+    if device.type == "cpu":
+        return torch.promote_types(dtype, torch.float32)
+    return dtype
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query over these keys.
+
+    Args:
+        query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim), keys >= 1.
+        bias: (queries, keys) added to the scaled scores, or None.
+
+    Returns:
+        out (batch, heads, queries, head_dim) and lse (batch, heads, queries), float32 or wider.
+    """
+    if query.device.type == "cpu":
+        mask = None if bias is None else bias[None, None]
+        out, lse = _flash(query, key, value, attn_mask=mask, scale=scale)
+        return out, lse
+    scores = _scores(query, key, scale, bias)
+    lse = scores.logsumexp(dim=-1)
+    return torch.exp(scores - lse[..., None]).to(value.dtype) @ value, lse
+
+
+def attend_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attend` with respect to query, key and value.
+
+    Args:
+        grad: gradient of the loss by the merged output; (batch, heads, queries, head_dim).
+        out, lse: merged over all keys the query sees, in the shapes `attend` returns.
+    """
+    if query.device.type == "cpu":
+        mask = None if bias is None else bias[None, None]
+        return _flash_backward(
+            grad, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=scale
+        )
+    probability = torch.exp(_scores(query, key, scale, bias) - lse[..., None])
+    grad_value = probability.to(grad.dtype).transpose(-2, -1) @ grad
+    grad_probability = (grad @ value.transpose(-2, -1)).to(probability.dtype)
+    delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1, keepdim=True)
+    grad_scores = (probability * (grad_probability - delta) * scale).to(query.dtype)
+    return grad_scores @ key, grad_scores.transpose(-2, -1) @ query, grad_value
+
+
+def _scores(
+    query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> torch.Tensor:
+    scores = query @ key.transpose(-2, -1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    return scores if bias is None else scores + bias

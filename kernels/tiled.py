@@ -1,0 +1,345 @@
+"""CLEAR attention by two-dimensional tiles: linear memory, forward and backward, on any device.
+
+One loop over bands of TILE rows. In a band, image queries attend to the text and pooled keys (no
+mask), then tile by tile to the rectangle of image keys around the tile (one small additive mask per
+tile shape); text queries attend to the band's keys. The parts are merged by log-sum-exp. The whole
+is an opaque custom op, so that it works under FakeTensor, torch.compile and FlopCounterMode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .merge import merge
+from .partial import attend, attend_backward, compute_dtype
+from .pooling import pool_tokens
+from .tiles import Run, Span, runs, spans, tile_bias
+from .window import Window
+
+# Below: S text + image, T text, W columns, Y rows of a band, K rows of its keys, H heads, D head_dim.
+
+
+def why_not_tiled(query: torch.Tensor, window: Window) -> str | None:
+    """The tiled path runs everywhere."""
+    return None
+
+
+def tiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window,
+    *,
+    scale: float,
+    spatial_weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiled CLEAR attention; arguments and results are those of `local_attention`.
+
+    Returns:
+        out and lse. Only `out` carries gradients.
+    """
+    if window.down_factor > 1:
+        pooled_key = pool_tokens(key, window, spatial_weight)
+        pooled_value = pool_tokens(value, window, spatial_weight)
+    else:
+        pooled_key = pooled_value = key.new_empty(key.shape[0], 0, *key.shape[2:])
+    return _tiled(
+        query, key, value, pooled_key, pooled_value,
+        window.height, window.width, window.text_length, window.radius, scale,
+    )  # fmt: skip
+
+
+class _Biases:
+    """The masks of one call: one per tile shape, at most a few dozen, whatever the picture's size."""
+
+    def __init__(self, radius: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._make = lambda rows, columns: tile_bias(rows, columns, radius, dtype, device)
+        self._made: dict[tuple[tuple[int, int, int], ...], torch.Tensor | None] = {}
+
+    def __call__(self, rows: Span, columns: Span) -> torch.Tensor | None:
+        shape = (rows.shape, columns.shape)
+        if shape not in self._made:
+            self._made[shape] = self._make(rows, columns)
+        return self._made[shape]
+
+
+def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
+    """(tokens, H, D) -> (1, H, tokens, D), a view."""
+    return tokens.transpose(0, 1).unsqueeze(0)
+
+
+def _tokens_first(part: torch.Tensor) -> torch.Tensor:
+    """(1, H, tokens, ...) -> (tokens, H, ...), a view."""
+    return part.squeeze(0).transpose(0, 1)
+
+
+def _columns(
+    image: torch.Tensor, width: int, rows: slice, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of a raster-order image (tokens, ...) as a column-major copy (W, rows, ...)."""
+    band = image[rows.start * width : rows.stop * width].unflatten(0, (-1, width))
+    return band.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _query_tiles(band: torch.Tensor, run: Run) -> torch.Tensor:
+    """Queries of a run: (W, Y, H, ...) -> (tiles, H, tile tokens, ...), a view."""
+    part = band[run.first.start : run.stop]
+    return part.reshape(run.count, -1, *band.shape[2:]).transpose(1, 2)
+
+
+def _key_tiles(band: torch.Tensor, run: Run) -> torch.Tensor:
+    """Keys of a run: (W, K, H, D) -> (tiles, H, key tokens, D), overlapping views of the band."""
+    _, rows, heads, head_dim = band.shape
+    token = heads * head_dim
+    return band.as_strided(
+        (run.count, heads, run.first.key_length * rows, head_dim),
+        (run.first.length * rows * token, head_dim, token, 1),
+        band.storage_offset() + run.first.key_start * rows * token,
+    )
+
+
+def _add_key_tiles(band: torch.Tensor, run: Run, grad: torch.Tensor) -> None:
+    """Adjoint of `_key_tiles`: add (tiles, H, key tokens, D) where they overlap."""
+    for tile in range(run.count):
+        start = run.first.key_start + tile * run.first.length
+        target = band[start : start + run.first.key_length]
+        target += grad[tile].transpose(0, 1).reshape(target.shape)
+
+
+def _bands(height: int, radius: int) -> Iterator[tuple[Span, slice, slice]]:
+    for rows in spans(height, radius):
+        yield rows, slice(rows.start, rows.stop), slice(rows.key_start, rows.key_stop)
+
+
+@torch.library.custom_op("clear_dit::tiled_attention", mutates_args=())
+def _tiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    height: int,
+    width: int,
+    text_length: int,
+    radius: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = compute_dtype(query.dtype, query.device)
+    lse_dtype = torch.promote_types(dtype, torch.float32)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
+    biases = _Biases(radius, dtype, query.device)
+    tiles = runs(width, radius)
+
+    for item in range(query.shape[0]):
+        text = [tensor[item, :text_length].to(dtype) for tensor in (query, key, value)]
+        q, k, v = (tensor[item, text_length:] for tensor in (query, key, value))
+        seen_by_all = [
+            _heads_first(torch.cat([part, pooled[item].to(dtype)]))
+            for part, pooled in ((text[1], pooled_key), (text[2], pooled_value))
+        ]
+        text_query, text_key, text_value = (_heads_first(part) for part in text)
+        if text_length:
+            text_out, text_lse = attend(text_query, text_key, text_value, scale)
+
+        for rows, own, reach in _bands(height, radius):
+            own_tokens = slice(own.start * width, own.stop * width)
+            if text_length:
+                band_key, band_value = (_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
+                part = attend(text_query, band_key, band_value, scale)
+                text_out, text_lse = merge(text_out, text_lse, *part)
+
+            q_band = _columns(q, width, own, dtype)
+            k_band, v_band = _columns(k, width, reach, dtype), _columns(v, width, reach, dtype)
+            band_out = torch.empty_like(q_band)
+            band_lse = torch.empty(q_band.shape[:-1], dtype=lse_dtype, device=q.device)
+            for run in tiles:
+                part_out, part_lse = attend(
+                    _query_tiles(q_band, run),
+                    _key_tiles(k_band, run),
+                    _key_tiles(v_band, run),
+                    scale,
+                    biases(rows, run.first),
+                )
+                _query_tiles(band_out, run).copy_(part_out)
+                _query_tiles(band_lse, run).copy_(part_lse)
+            if seen_by_all[0].shape[2]:
+                part_out, part_lse = attend(_heads_first(q_band.flatten(0, 1)), *seen_by_all, scale)
+                band_out, band_lse = merge(
+                    band_out,
+                    band_lse,
+                    _tokens_first(part_out).view_as(band_out),
+                    _tokens_first(part_lse).reshape(band_lse.shape),
+                )
+            image_tokens = slice(
+                text_length + own_tokens.start, text_length + own_tokens.stop
+            )
+            for whole, band in ((out, band_out), (lse, band_lse)):
+                target = whole[item, image_tokens].unflatten(0, (-1, width))
+                target.copy_(band.transpose(0, 1))
+
+        if text_length:
+            out[item, :text_length] = _tokens_first(text_out)
+            lse[item, :text_length] = _tokens_first(text_lse)
+    return out, lse
+
+
+@_tiled.register_fake
+def _(query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale):
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        query.new_empty(query.shape[:-1], dtype=lse_dtype),
+    )
+
+
+@torch.library.custom_op("clear_dit::tiled_attention_backward", mutates_args=())
+def _tiled_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    height: int,
+    width: int,
+    text_length: int,
+    radius: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = compute_dtype(query.dtype, query.device)
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    grads = [
+        torch.zeros(tensor.shape, dtype=sum_dtype, device=tensor.device)
+        for tensor in (query, key, value, pooled_key, pooled_value)
+    ]
+    biases = _Biases(radius, dtype, query.device)
+    tiles = runs(width, radius)
+
+    for item in range(query.shape[0]):
+        text = [x[item, :text_length].to(dtype) for x in (query, key, value, grad, out)]
+        q, k, v, g, o = (x[item, text_length:] for x in (query, key, value, grad, out))
+        image_lse = lse[item, text_length:]
+        text_lse = _heads_first(lse[item, :text_length]).contiguous()
+        all_key, all_value = (
+            _heads_first(torch.cat([part, pooled[item].to(dtype)]))
+            for part, pooled in ((text[1], pooled_key), (text[2], pooled_value))
+        )
+        text_query, text_key, text_value, text_grad, text_out = (_heads_first(x) for x in text)
+        grad_all_key = torch.zeros_like(all_key, dtype=sum_dtype)
+        grad_all_value = torch.zeros_like(all_value, dtype=sum_dtype)
+        grad_q, grad_k, grad_v = (x[item, text_length:] for x in grads[:3])
+
+        def text_part(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            parts = attend_backward(
+                text_grad, text_query, keys, values, text_out, text_lse, scale  # noqa: B023
+            )
+            grads[0][item, :text_length] += _tokens_first(parts[0])  # noqa: B023
+            return parts[1:]
+
+        if text_length:
+            part_key, part_value = text_part(text_key, text_value)
+            grad_all_key[:, :, :text_length] += part_key
+            grad_all_value[:, :, :text_length] += part_value
+
+        for rows, own, reach in _bands(height, radius):
+            own_tokens = slice(own.start * width, own.stop * width)
+            if text_length:
+                part_key, part_value = text_part(
+                    *(_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
+                )
+                grad_k[own_tokens] += _tokens_first(part_key)
+                grad_v[own_tokens] += _tokens_first(part_value)
+
+            q_band, g_band, o_band = (_columns(x, width, own, dtype) for x in (q, g, o))
+            l_band = _columns(image_lse, width, own, lse.dtype)
+            k_band, v_band = _columns(k, width, reach, dtype), _columns(v, width, reach, dtype)
+            grad_q_band = torch.zeros_like(q_band, dtype=sum_dtype)
+            grad_k_band = torch.zeros_like(k_band, dtype=sum_dtype)
+            grad_v_band = torch.zeros_like(v_band, dtype=sum_dtype)
+            for run in tiles:
+                parts = attend_backward(
+                    _query_tiles(g_band, run),
+                    _query_tiles(q_band, run),
+                    _key_tiles(k_band, run),
+                    _key_tiles(v_band, run),
+                    _query_tiles(o_band, run),
+                    _query_tiles(l_band, run).contiguous(),
+                    scale,
+                    biases(rows, run.first),
+                )
+                _query_tiles(grad_q_band, run).copy_(parts[0])
+                _add_key_tiles(grad_k_band, run, parts[1])
+                _add_key_tiles(grad_v_band, run, parts[2])
+            if all_key.shape[2]:
+                parts = attend_backward(
+                    *(_heads_first(x.flatten(0, 1)) for x in (g_band, q_band)),
+                    all_key,
+                    all_value,
+                    _heads_first(o_band.flatten(0, 1)),
+                    _heads_first(l_band.flatten(0, 1)).contiguous(),
+                    scale,
+                )
+                grad_q_band += _tokens_first(parts[0]).view_as(grad_q_band)
+                grad_all_key += parts[1]
+                grad_all_value += parts[2]
+            grad_q[own_tokens].unflatten(0, (-1, width)).copy_(grad_q_band.transpose(0, 1))
+            for whole, band in ((grad_k, grad_k_band), (grad_v, grad_v_band)):
+                target = whole[reach.start * width : reach.stop * width].unflatten(0, (-1, width))
+                target += band.transpose(0, 1)
+
+        for whole, pooled, part in (
+            (grads[1], grads[3], grad_all_key),
+            (grads[2], grads[4], grad_all_value),
+        ):
+            whole[item, :text_length] += _tokens_first(part)[:text_length]
+            pooled[item] = _tokens_first(part)[text_length:]
+    dq, dk, dv, dpk, dpv = (x.to(query.dtype) for x in grads)
+    return dq, dk, dv, dpk, dpv
+
+
+@_tiled_backward.register_fake
+def _(grad, query, key, value, pooled_key, pooled_value, *rest):
+    contiguous = torch.contiguous_format
+    return tuple(
+        torch.empty_like(x, memory_format=contiguous)
+        for x in (query, key, value, pooled_key, pooled_value)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.geometry = inputs[5:]
+
+
+def _backward(ctx, grad, grad_lse):
+    grads = _tiled_backward(grad, *ctx.saved_tensors, *ctx.geometry)
+    return *grads, *(None for _ in ctx.geometry)
+
+
+_tiled.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flops(products: float) -> Callable[..., int]:
+    """FLOP formula of an attention op that does `products` / 2 times the forward's two products."""
+
+    def formula(*shapes_and_geometry, out_shape=None, **kwargs) -> int:
+        *_, height, width, text_length, radius, _scale = shapes_and_geometry
+        shapes = [x for x in shapes_and_geometry if isinstance(x, torch.Size | tuple | list)]
+        query = shapes[0] if products == 2 else shapes[1]
+        pooled = (shapes[3] if products == 2 else shapes[4])[1]
+        pairs = Window(height, width, text_length, radius).attended_pairs()
+        pairs += height * width * pooled
+        return int(2 * products * pairs * query[0] * query[2] * query[3])
+
+    return formula
+
+
+register_flop_formula(torch.ops.clear_dit.tiled_attention)(_flops(2))
+# Scores again, then the gradients of probability, value, query and key: five products.
+register_flop_formula(torch.ops.clear_dit.tiled_attention_backward)(_flops(5))
