@@ -1,0 +1,57 @@
+"""CLEAR's convolution-like local attention for diffusion transformers, as a plugin to diffusers.
+
+The names below are imported on first use: `import clear_dit` loads neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .compat import check_versions
+
+check_versions()
+
+if TYPE_CHECKING:
+    from .kernels.attention import local_attention
+    from .kernels.window import Window
+    from .pipelines.flux import CLEARFluxPipeline
+    from .plugin import apply_clear, remove_clear
+    from .processor import CLEARProcessor
+    from .weights import load_clear_weights, save_clear_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CLEARFluxPipeline",
+    "CLEARProcessor",
+    "Window",
+    "apply_clear",
+    "load_clear_weights",
+    "local_attention",
+    "remove_clear",
+    "save_clear_weights",
+]
+
+_HOME = {
+    "CLEARFluxPipeline": "pipelines.flux",
+    "CLEARProcessor": "processor",
+    "Window": "kernels.window",
+    "apply_clear": "plugin",
+    "load_clear_weights": "weights",
+    "local_attention": "kernels.attention",
+    "remove_clear": "plugin",
+    "save_clear_weights": "weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

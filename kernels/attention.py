@@ -10,7 +10,7 @@ import torch
 
 from .flex import flex_attention, why_not_flex
 from .reference import reference_attention
-from .tiled import tiled_attention, why_not_tiled
+from .tiled import tiled_attention
 from .window import Window
 
 logger = logging.getLogger(__name__)
@@ -18,23 +18,23 @@ logger = logging.getLogger(__name__)
 IMPLS = ("auto", "triton", "flex", "tiled", "reference")
 
 
-def why_not_triton(query: torch.Tensor, window: Window) -> str | None:
+def why_not_triton(query: torch.Tensor, return_lse: bool) -> str | None:
     """Why the Triton kernels cannot run on these inputs; None if they can."""
     if query.device.type != "cuda":
         return f"needs a CUDA or ROCm device, got a query on {query.device.type!r}"
-    return "this version ships no Triton kernels yet"
+    return "is not part of this version"
 
 
-def why_not_reference(query: torch.Tensor, window: Window) -> str | None:
-    """The oracle runs everywhere."""
+def runs_everywhere(query: torch.Tensor, return_lse: bool) -> str | None:
+    """Never refuses: the tiled path and the oracle run on any device."""
     return None
 
 
-_WHY_NOT: dict[str, Callable[[torch.Tensor, Window], str | None]] = {
+_WHY_NOT: dict[str, Callable[[torch.Tensor, bool], str | None]] = {
     "triton": why_not_triton,
     "flex": why_not_flex,
-    "tiled": why_not_tiled,
-    "reference": why_not_reference,
+    "tiled": runs_everywhere,
+    "reference": runs_everywhere,
 }
 
 
@@ -49,12 +49,12 @@ def preference(device_type: str) -> tuple[str, ...]:
     return ("triton", "tiled", "flex", "reference")
 
 
-def why_not(impl: str, query: torch.Tensor, window: Window) -> str | None:
+def why_not(impl: str, query: torch.Tensor, return_lse: bool = False) -> str | None:
     """Why `impl` cannot run on these inputs, in a few words; None if it can."""
-    return _WHY_NOT[impl](query, window)
+    return _WHY_NOT[impl](query, return_lse)
 
 
-def select_impl(impl: str, query: torch.Tensor, window: Window) -> str:
+def select_impl(impl: str, query: torch.Tensor, return_lse: bool = False) -> str:
     """The implementation that runs for a request.
 
     An explicit choice is checked and never replaced. "auto" takes the first of `preference` that can
@@ -66,7 +66,7 @@ def select_impl(impl: str, query: torch.Tensor, window: Window) -> str:
     if impl not in IMPLS:
         raise ValueError(f"local_attention: impl must be one of {', '.join(IMPLS)}; got {impl!r}.")
     if impl != "auto":
-        reason = why_not(impl, query, window)
+        reason = why_not(impl, query, return_lse)
         if reason is not None:
             raise ValueError(
                 f"local_attention: impl={impl!r} cannot run here: it {reason}. "
@@ -75,7 +75,7 @@ def select_impl(impl: str, query: torch.Tensor, window: Window) -> str:
         return impl
     refused = []
     for name in preference(query.device.type):
-        reason = why_not(name, query, window)
+        reason = why_not(name, query, return_lse)
         if reason is None:
             _announce(name, tuple(refused))
             return name
@@ -168,11 +168,19 @@ def local_attention(
     """
     check_inputs(query, key, value, window, spatial_weight)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = select_impl(impl, query, window)
+    name = select_impl(impl, query, return_lse)
     run = {
         "flex": flex_attention,
         "tiled": tiled_attention,
         "reference": reference_attention,
     }[name]
-    out, lse = run(query, key, value, window, scale=scale, spatial_weight=spatial_weight)
+    out, lse = run(
+        query,
+        key,
+        value,
+        window,
+        scale=scale,
+        spatial_weight=spatial_weight,
+        return_lse=return_lse,
+    )
     return (out, lse.detach()) if return_lse else out

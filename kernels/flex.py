@@ -20,9 +20,11 @@ from .window import Window
 BLOCK = 128
 
 
-def why_not_flex(query: torch.Tensor, window: Window) -> str | None:
+def why_not_flex(query: torch.Tensor, return_lse: bool) -> str | None:
     """Why compiled FlexAttention cannot run on these inputs; None if it can."""
     if query.device.type == "cpu":
+        if return_lse:
+            return "cannot return the log-sum-exp on a CPU"
         if query.requires_grad and torch.is_grad_enabled():
             return "has no backward pass on a CPU"
         if query.dtype == torch.float64:
@@ -40,8 +42,9 @@ def flex_attention(
     *,
     scale: float,
     spatial_weight: torch.Tensor | None = None,
+    return_lse: bool = False,
     compiled: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """FlexAttention under the window; arguments and results are those of `local_attention`.
 
     Args:
@@ -55,9 +58,9 @@ def flex_attention(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
         block_mask=block_mask(window, query.device),
         scale=scale,
-        return_aux=AuxRequest(lse=True),
+        return_aux=AuxRequest(lse=return_lse),
     )
-    return out.transpose(1, 2), aux.lse.transpose(1, 2)
+    return out.transpose(1, 2), aux.lse.transpose(1, 2) if return_lse else None
 
 
 @functools.cache

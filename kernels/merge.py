@@ -1,15 +1,13 @@
 """Joining attention over disjoint sets of keys.
 
 With out = softmax(s) v over one set of keys and lse = log(sum(exp(s))), two results join exactly:
-the weights of the sets are exp(lse) (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1; the
-form used here avoids overflow and is that of
-https://github.com/zhuzilin/ring-flash-attention/blob/main/ring_flash_attn/utils.py).
+the weights of the sets are exp(lse) (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1). Only
+the difference of the two enters, through a sigmoid, so nothing overflows.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 
 def merge(
@@ -27,4 +25,4 @@ def merge(
     """
     weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
     merged = torch.lerp(out.to(weight.dtype), other_out.to(weight.dtype), weight)
-    return merged.to(out.dtype), lse - F.logsigmoid(lse - other_lse)
+    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)

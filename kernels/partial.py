@@ -19,6 +19,11 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def has_flash(device: torch.device) -> bool:
+    """Whether PyTorch's fused CPU attention serves these tensors; elsewhere the plain form below."""
+    return device.type == "cpu"
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -35,10 +40,8 @@ def attend(
     Returns:
         out (batch, heads, queries, head_dim) and lse (batch, heads, queries), float32 or wider.
     """
-    if query.device.type == "cpu":
-        mask = None if bias is None else bias[None, None]
-        out, lse = _flash(query, key, value, attn_mask=mask, scale=scale)
-        return out, lse
+    if has_flash(query.device):
+        return _flash(query, key, value, attn_mask=_broadcast(bias), scale=scale)
     scores = _scores(query, key, scale, bias)
     lse = scores.logsumexp(dim=-1)
     return torch.exp(scores - lse[..., None]).to(value.dtype) @ value, lse
@@ -60,10 +63,9 @@ def attend_backward(
         grad: gradient of the loss by the merged output; (batch, heads, queries, head_dim).
         out, lse: merged over all keys the query sees, in the shapes `attend` returns.
     """
-    if query.device.type == "cpu":
-        mask = None if bias is None else bias[None, None]
+    if has_flash(query.device):
         return _flash_backward(
-            grad, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=scale
+            grad, query, key, value, out, lse, 0.0, False, attn_mask=_broadcast(bias), scale=scale
         )
     probability = torch.exp(_scores(query, key, scale, bias) - lse[..., None])
     grad_value = probability.to(grad.dtype).transpose(-2, -1) @ grad
@@ -71,6 +73,10 @@ def attend_backward(
     delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1, keepdim=True)
     grad_scores = (probability * (grad_probability - delta) * scale).to(query.dtype)
     return grad_scores @ key, grad_scores.transpose(-2, -1) @ query, grad_value
+
+
+def _broadcast(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias[None, None]
 
 
 def _scores(

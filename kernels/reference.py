@@ -16,10 +16,11 @@ def reference_attention(
     *,
     scale: float,
     spatial_weight: torch.Tensor | None = None,
+    return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense masked softmax in float32 (float64 if the inputs are). Quadratic in memory.
 
-    Arguments and results are those of `local_attention`, with (out, lse) always returned.
+    Arguments are those of `local_attention`; (out, lse) is returned whatever `return_lse` says.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (query, key, value))

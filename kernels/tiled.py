@@ -22,11 +22,6 @@ from .window import Window
 # Below: S text + image, T text, W columns, Y rows of a band, K rows of its keys, H heads, D head_dim.
 
 
-def why_not_tiled(query: torch.Tensor, window: Window) -> str | None:
-    """The tiled path runs everywhere."""
-    return None
-
-
 def tiled_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -35,11 +30,12 @@ def tiled_attention(
     *,
     scale: float,
     spatial_weight: torch.Tensor | None = None,
+    return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiled CLEAR attention; arguments and results are those of `local_attention`.
+    """Tiled CLEAR attention; arguments are those of `local_attention`.
 
     Returns:
-        out and lse. Only `out` carries gradients.
+        (out, lse), whether or not `return_lse` asks for both. Only `out` carries gradients.
     """
     if window.down_factor > 1:
         pooled_key = pool_tokens(key, window, spatial_weight)

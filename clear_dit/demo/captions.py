@@ -54,6 +54,15 @@ TEMPLATES = (
     "{land}, a {object} {sky} and a {body} {place}",
     "{object}, {land}, {sky}, {body} {place}",
 )
+PARTIAL_TEMPLATES = (
+    "a {object}",
+    "a {object} {land}",
+    "a {object} {sky}",
+    "a {body} {place}",
+    "a {object} under a {body}",
+    "a {body} {place} {sky}",
+    "a {object} {land} {sky}",
+)
 _HELD_OUT_ONE_IN = 16
 
 
@@ -98,13 +107,16 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
             return scene
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """Describe `scene` by a random template and synonyms, or by the first ones without `rng`."""
+def caption(scene: Scene, rng: np.random.Generator | None = None, partial: bool = False) -> str:
+    """Describe `scene` by a random template and synonyms, or by the first ones without `rng`.
+
+    A partial caption leaves some attributes open; `parse` tells which it names.
+    """
 
     def pick(options: tuple[str, ...]) -> str:
         return options[rng.integers(len(options)) if rng is not None else 0]
 
-    return pick(TEMPLATES).format(
+    return pick(PARTIAL_TEMPLATES if partial else TEMPLATES).format(
         sky=pick(SKY_WORDS[scene.sky]),
         land=pick(LAND_WORDS[scene.land]),
         place=pick(PLACE_WORDS[scene.place]),

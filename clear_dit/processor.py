@@ -1,0 +1,297 @@
+"""CLEARProcessor: CLEAR's local attention inside diffusers' FLUX attention layers."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .compat import names_from
+from .grid import Layout, layout_from_rotary
+from .kernels.attention import IMPLS, local_attention, why_not
+from .kernels.window import Window
+
+_get_qkv_projections, FluxAttnProcessor = names_from(
+    "diffusers.models.transformers.transformer_flux", "_get_qkv_projections", "FluxAttnProcessor"
+)
+(apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
+
+# Windows kept per model: two passes of classifier-free guidance at a few resolutions.
+WINDOWS_KEPT = 8
+
+
+class WindowTracker:
+    """The window of the forward pass under way, shared by the layers it concerns.
+
+    It learns the layout either from whoever sees the position ids (`announce`), or from the rotary table
+    that every layer of one forward receives. Windows are remembered, so that what an implementation keeps
+    on a `Window` serves all layers and steps; rotary tables are held by weak reference only.
+    """
+
+    def __init__(self, radius: int, down_factor: int) -> None:
+        self.radius = radius
+        self.down_factor = down_factor
+        self._reset()
+
+    def _reset(self) -> None:
+        self.announced: Window | None = None
+        self._is_news = False
+        self._windows: OrderedDict[Layout, Window] = OrderedDict()
+        self._by_rotary = WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"radius": self.radius, "down_factor": self.down_factor}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def window(self, layout: Layout) -> Window:
+        """The window for a layout: always the same object while it is in use."""
+        if layout not in self._windows:
+            self._windows[layout] = Window(
+                height=layout.rows,
+                width=layout.columns,
+                text_length=layout.text_length,
+                radius=self.radius,
+                down_factor=self.down_factor,
+            )
+        self._windows.move_to_end(layout)
+        while len(self._windows) > WINDOWS_KEPT:
+            self._windows.popitem(last=False)
+        return self._windows[layout]
+
+    def announce(self, layout: Layout) -> None:
+        """Tell the layout of the forward that begins now."""
+        self.announced = self.window(layout)
+        self._is_news = True
+
+    def find(self, rotary: tuple[torch.Tensor, torch.Tensor], text_length: int | None) -> Window:
+        """The window of the forward that this rotary table belongs to.
+
+        A table seen before keeps its window: gradient checkpointing runs a layer again when other
+        forwards may have gone by. Compiled code goes by the announcement alone.
+        """
+        if torch.compiler.is_compiling() and self.announced is not None:
+            return self.announced
+        cos, sin = rotary
+        window = self._by_rotary.get(cos)
+        if window is None:
+            if self._is_news and self.announced is not None:
+                window = self.announced
+                self._is_news = False
+            else:
+                window = self.window(layout_from_rotary(cos, sin, text_length))
+            self._by_rotary[cos] = window
+        return window
+
+
+class CLEARProcessor(nn.Module):
+    """Attention processor for FLUX's double and single blocks (arXiv 2412.16112).
+
+    `transformer.set_attn_processor(CLEARProcessor())` is all it takes: the token grid and the text length
+    are found from the rotary table of each forward, at any resolution and aspect ratio. `apply_clear` does
+    the same with one processor per layer, which `down_factor` > 1 needs (a layer has its own weights).
+
+    Args:
+        radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1.
+        down_factor: side of a pooling cell, in tokens; 1 is the variant without pooled keys.
+        impl: one of `auto, triton, flex, tiled, reference`; see `local_attention`.
+        grid: (rows, columns) of the picture, in tokens; by default it is found. Overrides what is found.
+        proportional_base: number of tokens (text + image) the model was trained at, 4608 for FLUX at
+            1024 px. The attention is then scaled by sqrt(log_base(tokens) / head_dim), which keeps its
+            entropy at higher resolutions; by default by sqrt(1 / head_dim).
+
+    Attributes:
+        spatial_weight: (1, 1, 1, f, 1, f, 1), the pooling weights, only with f = down_factor > 1.
+
+    Raises:
+        ValueError: a setting out of its range, an unknown `impl`, or "triton" where it cannot run.
+    """
+
+    # Set by diffusers on all processors; both concern its own attention, see `_refuse_foreign_settings`.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(
+        self,
+        radius: int = 16,
+        down_factor: int = 1,
+        impl: str = "auto",
+        grid: tuple[int, int] | None = None,
+        proportional_base: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_integer("radius", radius, 1)
+        _check_integer("down_factor", down_factor, 1)
+        if impl not in IMPLS:
+            raise ValueError(
+                f"CLEARProcessor: impl must be one of {', '.join(IMPLS)}; got {impl!r}."
+            )
+        if impl == "triton" and not torch.cuda.is_available():
+            reason = why_not(impl, torch.empty(1, 1, 1, 64), Window(1, 1, 0, 1))
+            if reason is not None:
+                raise ValueError(
+                    f"CLEARProcessor: impl='triton' cannot run on this machine: it {reason}. "
+                    "Use impl='auto' or another one."
+                )
+        if grid is not None:
+            if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+                raise ValueError(
+                    f"CLEARProcessor: grid must be (rows, columns) in tokens, got {grid!r}."
+                )
+            for name, size in zip(("grid rows", "grid columns"), grid, strict=True):
+                _check_integer(name, size, 1)
+            grid = (grid[0], grid[1])
+        if proportional_base is not None:
+            _check_integer("proportional_base", proportional_base, 2)
+        self.radius = radius
+        self.down_factor = down_factor
+        self.impl = impl
+        self.grid = grid
+        self.proportional_base = proportional_base
+        self.tracker = WindowTracker(radius, down_factor)
+        if down_factor > 1:
+            shape = (1, 1, 1, down_factor, 1, down_factor, 1)
+            self.spatial_weight = nn.Parameter(torch.full(shape, down_factor**-2))
+        else:
+            self.spatial_weight = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("radius", "down_factor", "impl", "grid", "proportional_base")
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+    def forward(self) -> torch.Tensor | None:
+        """The pooling weights: accelerate's sequential offloading wraps `forward` and brings them along."""
+        return self.spatial_weight
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """What `FluxAttnProcessor` computes, with local attention.
+
+        Args:
+            attn: the layer; its own projections, norms and output are used.
+            hidden_states: (batch, image, channels) in a double block, (batch, text + image, channels) in a
+                single block.
+            encoder_hidden_states: (batch, text, channels) in a double block, else None.
+            attention_mask: must be None: the window is the mask.
+            image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each.
+
+        Returns:
+            (image, text) in a double block, text and image together in a single block.
+
+        Raises:
+            ValueError: a mask, settings meant for diffusers' own attention, or a grid that cannot be found or
+                contradicts the sequence.
+        """
+        self._refuse_foreign_settings(attention_mask)
+        text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        sequence = hidden_states.shape[1] + (text_length or 0)
+        window = self._find_window(sequence, text_length, image_rotary_emb)
+
+        query, key, value, text_query, text_key, text_value = _get_qkv_projections(
+            attn, hidden_states, encoder_hidden_states
+        )
+        # -1 takes up the heads: under tensor parallelism a rank holds only some of them.
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if attn.added_kv_proj_dim is not None:
+            text_query, text_key, text_value = (
+                x.unflatten(-1, (-1, attn.head_dim)) for x in (text_query, text_key, text_value)
+            )
+            text_query, text_key = attn.norm_added_q(text_query), attn.norm_added_k(text_key)
+            query = torch.cat([text_query, query], dim=1)
+            key = torch.cat([text_key, key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        out = local_attention(
+            query,
+            key,
+            value,
+            window,
+            scale=self._scale(sequence, query.shape[-1]),
+            spatial_weight=None if self.spatial_weight is None else self.forward().to(query.device),
+            impl=self.impl,
+        )
+        out = out.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text, image = out.split_with_sizes([text_length, sequence - text_length], dim=1)
+        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+        return image, attn.to_add_out(text.contiguous())
+
+    def _scale(self, sequence: int, head_dim: int) -> float:
+        if self.proportional_base is None:
+            return head_dim**-0.5
+        return math.sqrt(math.log(sequence, self.proportional_base) / head_dim)
+
+    def _find_window(
+        self,
+        sequence: int,
+        text_length: int | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> Window:
+        if self.grid is not None:
+            text = sequence - self.grid[0] * self.grid[1]
+            if text < 0 or text_length not in (None, text):
+                known = "" if text_length is None else f", of which {text_length} are text"
+                raise ValueError(
+                    f"CLEARProcessor: grid={self.grid} means {self.grid[0] * self.grid[1]} image tokens, but "
+                    f"the sequence has {sequence} tokens{known}. Correct the grid, or leave it out: it is found."
+                )
+            return self.tracker.window(Layout(text, *self.grid))
+        if rotary is None:
+            raise ValueError(
+                "CLEARProcessor: without image_rotary_emb the token grid cannot be found; pass "
+                "CLEARProcessor(grid=(rows, columns))."
+            )
+        window = self.tracker.find(rotary, text_length)
+        if window.sequence_length != sequence or text_length not in (None, window.text_length):
+            known = "" if text_length is None else f", of which {text_length} are text"
+            raise ValueError(
+                f"CLEARProcessor: the position ids describe {window.text_length} text tokens and "
+                f"{window.height} x {window.width} image tokens, but the sequence has {sequence} tokens{known}."
+            )
+        return window
+
+    def _refuse_foreign_settings(self, attention_mask: torch.Tensor | None) -> None:
+        if attention_mask is not None:
+            raise ValueError(
+                "CLEARProcessor: attention_mask must be None (the window is the mask), got a mask of shape "
+                f"{tuple(attention_mask.shape)}."
+            )
+        if self._attention_backend is not None:
+            raise ValueError(
+                f"CLEARProcessor: diffusers' attention backend {str(self._attention_backend)!r} does not apply "
+                "to CLEAR attention; call reset_attention_backend() and choose with impl=."
+            )
+        if self._parallel_config is not None:
+            raise ValueError(
+                "CLEARProcessor: diffusers' context parallelism is not supported: it splits the sequence "
+                "without regard to the token grid."
+            )
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(
+            f"CLEARProcessor: {name} must be an integer of at least {minimum}, got {value!r}."
+        )

@@ -1,0 +1,360 @@
+"""Loading and saving the weights CLEAR fine-tunes: to_q, to_k, to_v and to_out of the image stream.
+
+The format is that of the published checkpoints (https://huggingface.co/Huage001/CLEAR): safetensors with
+the transformer's own parameter names, "transformer_blocks.0.attn.to_q.weight", and with a down_factor also
+"transformer_blocks.0.attn.processor.spatial_weight". Files saved here carry metadata besides. Loading is
+strict, and reads a file twice, tensor by tensor: once to check all of it, once to copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import __version__
+from .plugin import ClearState, attention_layers, transformer_of
+from .processor import CLEARProcessor
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "clear-dit"
+SUFFIX = ".safetensors"
+FILE_DTYPES = ("F32", "F16", "BF16")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def load_clear_weights(
+    pipe_or_model: Any,
+    pretrained_model_name_or_path: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> None:
+    """Load CLEAR weights into a model whose layers all have a `CLEARProcessor`.
+
+    Values are copied into the model's own parameters and take their dtype and device. The parameters they
+    replace are kept on the CPU until `remove_clear` puts them back (3.6 GB for FLUX.1-dev in bfloat16).
+    Everything is checked before the first parameter changes.
+
+    Args:
+        pipe_or_model: a pipeline with a FLUX transformer, or the transformer itself.
+        pretrained_model_name_or_path: a file, a folder, or a repository on the hub ("Huage001/CLEAR").
+        weight_name: the file in the folder or repository; by default the published name for the model's
+            settings, such as "clear_local_16.safetensors" or "clear_local_8_down_4.safetensors".
+        revision, token, cache_dir, local_files_only: for the hub, as everywhere in diffusers.
+
+    Raises:
+        ValueError: the model cannot take weights, or the file is not safetensors, truncated, for another
+            model or down_factor, or has names, shapes, dtypes or values that do not belong.
+        OSError: the file cannot be found or fetched.
+    """
+    model = transformer_of(pipe_or_model, "load_clear_weights")
+    settings = current_settings(model, "load_clear_weights")
+    path = find_weights(
+        pretrained_model_name_or_path,
+        settings.radius,
+        settings.down_factor,
+        weight_name=weight_name,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    with open_checked(model, path, settings) as file:
+        load_checked(model, file)
+
+
+def save_clear_weights(
+    pipe_or_model: Any, path: str | os.PathLike[str], base_model: str | None = None
+) -> None:
+    """Save the weights `load_clear_weights` reads, in the model's dtype.
+
+    The header holds radius, down_factor, base_model and the versions of clear_dit, torch and diffusers. The
+    file appears whole or not at all.
+
+    Args:
+        pipe_or_model: a model whose layers all have a `CLEARProcessor`.
+        path: ends in ".safetensors", in a folder that exists; a file there is replaced.
+        base_model: the model these weights belong to, such as "black-forest-labs/FLUX.1-dev".
+
+    Raises:
+        ValueError: a wrong suffix, a model that is not ready, values that are not finite.
+        FileNotFoundError: the folder does not exist.
+    """
+    who = "save_clear_weights"
+    model = transformer_of(pipe_or_model, who)
+    settings = current_settings(model, who)
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{who}: the file's name must end in {SUFFIX!r}, got {path.name!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{who}: there is no folder {str(path.parent)!r}; make it first.")
+    refuse_unsuitable(model, who)
+    parameters = {**parameters_by_key(model), **pooling_by_key(model)}
+    tensors = {key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{who}: {key} has values that are not finite.")
+    header = {
+        "format": FORMAT,
+        "radius": str(settings.radius),
+        "down_factor": str(settings.down_factor),
+        "clear_dit_version": __version__,
+        "torch_version": torch.__version__,
+        "diffusers_version": metadata.version("diffusers"),
+    }
+    if base_model is not None:
+        header["base_model"] = base_model
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=header)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
+    """A processor that stands for all layers.
+
+    Raises:
+        ValueError: a layer without CLEAR, layers that differ, or one pooled processor for several layers.
+    """
+    processors = {name: attn.processor for name, attn in attention_layers(model).items()}
+    for name, processor in processors.items():
+        if not isinstance(processor, CLEARProcessor):
+            raise ValueError(
+                f"{who}: {name} has {type(processor).__name__}, not CLEARProcessor; call apply_clear first."
+            )
+    kinds = {(p.radius, p.down_factor) for p in processors.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{who}: the layers' processors differ in radius or down_factor: {sorted(kinds)}; "
+            "call apply_clear."
+        )
+    first = next(iter(processors.values()))
+    if first.down_factor > 1 and len({id(p) for p in processors.values()}) < len(processors):
+        raise ValueError(
+            f"{who}: layers share one CLEARProcessor, but with down_factor > 1 each needs its own weights; "
+            "call apply_clear."
+        )
+    return first
+
+
+def parameters_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters CLEAR weights replace, by their name in a file; those under a LoRA included."""
+    parameters = {}
+    for name, attn in attention_layers(model).items():
+        for projection in PROJECTIONS:
+            if projection == "to_out.0" and not hasattr(attn, "to_out"):
+                continue
+            linear = _without_lora(attn.get_submodule(projection))
+            for kind in ("weight", "bias"):
+                if getattr(linear, kind, None) is not None:
+                    parameters[f"{name}.{projection}.{kind}"] = getattr(linear, kind)
+    return parameters
+
+
+def pooling_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The pooling weights of CLEAR's own processors, by their name in a file."""
+    return {
+        f"{name}.processor.spatial_weight": attn.processor.spatial_weight
+        for name, attn in attention_layers(model).items()
+        if getattr(attn.processor, "spatial_weight", None) is not None
+    }
+
+
+def _without_lora(module: nn.Module) -> nn.Module:
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def refuse_unsuitable(model: nn.Module, who: str) -> None:
+    """Refuse models whose projections cannot be read and written as they are.
+
+    Raises:
+        ValueError: fused projections, merged LoRA, quantised, sharded or absent parameters.
+    """
+    for name, attn in attention_layers(model).items():
+        if attn.fused_projections:
+            raise ValueError(
+                f"{who}: {name} has fused projections; call unfuse_qkv_projections() first."
+            )
+        for projection in PROJECTIONS:
+            if getattr(dict(attn.named_modules()).get(projection), "merged", False):
+                raise ValueError(
+                    f"{who}: a LoRA is merged into {name}.{projection}; call unfuse_lora() first."
+                )
+    for key, parameter in parameters_by_key(model).items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{who}: {key} has no values here (meta device or sequential offloading); do this before "
+                "offloading is enabled."
+            )
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
+        if not plain or not parameter.is_floating_point():
+            raise ValueError(
+                f"{who}: {key} is quantised or sharded ({type(parameter.data).__name__}, {parameter.dtype}); "
+                "do this on the plain model, before."
+            )
+
+
+def find_weights(
+    name_or_path: str | os.PathLike[str],
+    radius: int,
+    down_factor: int,
+    *,
+    weight_name: str | None = None,
+    **hub_options: Any,
+) -> Path:
+    """A local path for a file, a folder or a hub repository; see `load_clear_weights`.
+
+    Raises:
+        ValueError: `weight_name` is not safetensors.
+        OSError: not found, or the hub cannot be reached.
+    """
+    who = "load_clear_weights"
+    pooled = f"_down_{down_factor}" if down_factor > 1 else ""
+    name = weight_name or f"clear_local_{radius}{pooled}{SUFFIX}"
+    if not name.endswith(SUFFIX):
+        raise ValueError(f"{who}: weight_name must end in {SUFFIX!r}, got {name!r}.")
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / name).is_file():
+            others = ", ".join(sorted(file.name for file in path.glob(f"*{SUFFIX}"))) or "none"
+            raise FileNotFoundError(
+                f"{who}: there is no {name!r} in {str(path)!r}; the {SUFFIX} files there: {others}. "
+                "Choose one with weight_name."
+            )
+        return path / name
+    repository = os.fspath(name_or_path)
+    if repository.count("/") != 1 or repository[0] in "./~" or path.suffix == SUFFIX:
+        raise FileNotFoundError(f"{who}: there is no file or folder {repository!r}.")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, **hub_options))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise OSError(
+            f"{who}: cannot get {name!r} from the hub repository {repository!r} (and no local file or "
+            f"folder has this name): {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+@contextmanager
+def open_checked(model: nn.Module, path: Path, settings: CLEARProcessor) -> Iterator[Any]:
+    """A safetensors file all of whose contents fit the model. Leaves the model alone.
+
+    Raises:
+        ValueError: anything that does not fit, by name.
+    """
+    who = f"load_clear_weights: {path.name}"
+    refuse_unsuitable(model, "load_clear_weights")
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{who} is not a safetensors file, or is truncated: {error}.") from error
+    with handle as file:
+        parameters = parameters_by_key(model)
+        shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
+        factor = settings.down_factor
+        if factor > 1:
+            for name in attention_layers(model):
+                shapes[f"{name}.processor.spatial_weight"] = (1, 1, 1, factor, 1, factor, 1)
+        _check_header(who, file, shapes, settings)
+        for key in shapes:
+            tensor = file.get_tensor(key)
+            # A finite value can overflow in a narrower dtype.
+            if key in parameters:
+                tensor = tensor.to(parameters[key].dtype)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{who}: {key} has values that are not finite.")
+        yield file
+
+
+def load_checked(model: nn.Module, file: Any) -> None:
+    """Copy the tensors of an `open_checked` file into the model, keeping what they replace."""
+    state = ClearState.on(model) or ClearState.attach(model)
+    with torch.no_grad():
+        for key, parameter in parameters_by_key(model).items():
+            if key not in state.weights:
+                state.weights[key] = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(file.get_tensor(key))
+        for key, parameter in pooling_by_key(model).items():
+            parameter.copy_(file.get_tensor(key))
+    logger.info("CLEAR weights loaded: %d tensors", len(file.keys()))
+
+
+def _check_header(
+    who: str, file: Any, shapes: dict[str, tuple[int, ...]], settings: CLEARProcessor
+) -> None:
+    """Names, shapes, dtypes and metadata, which need no tensor to be read."""
+    keys = set(file.keys())
+    pooled = next((key for key in sorted(keys) if key.endswith(".processor.spatial_weight")), None)
+    factor = 1 if pooled is None else (*file.get_slice(pooled).get_shape(), 0, 0, 0, 0)[3]
+    if factor != settings.down_factor and not keys.isdisjoint(shapes):
+        raise ValueError(
+            f"{who} is for down_factor={factor}, but the model runs down_factor={settings.down_factor}; "
+            f"call apply_clear(..., down_factor={factor}) or choose another file."
+        )
+    missing, unexpected = shapes.keys() - keys, keys - shapes.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"{who} holds weights for another model: {_listed(missing)} missing, "
+            f"{_listed(unexpected)} unexpected."
+        )
+    wrong = {key for key in keys if tuple(file.get_slice(key).get_shape()) != shapes[key]}
+    if wrong:
+        key = min(wrong)
+        raise ValueError(
+            f"{who} holds weights for another model: {len(wrong)} of {len(keys)} tensors have another shape "
+            f"({key} has {tuple(file.get_slice(key).get_shape())}, the model {shapes[key]})."
+        )
+    for key in sorted(keys):
+        dtype = file.get_slice(key).get_dtype()
+        if dtype not in FILE_DTYPES:
+            raise ValueError(
+                f"{who}: {key} must have one of the dtypes {', '.join(FILE_DTYPES)}, got {dtype}."
+            )
+    header = file.metadata() or {}
+    for name in ("radius", "down_factor"):
+        if name in header and not header[name].isdecimal():
+            raise ValueError(f"{who}: the metadata's {name} is not a number: {header[name]!r}.")
+    if header.get("down_factor", str(factor)) != str(factor):
+        raise ValueError(
+            f"{who}: the metadata says down_factor={header['down_factor']}, the tensors {factor}."
+        )
+    if header.get("radius", str(settings.radius)) != str(settings.radius):
+        logger.warning(
+            "%s was trained with radius=%s, the model runs radius=%d",
+            who,
+            header["radius"],
+            settings.radius,
+        )
+
+
+def _listed(keys: Collection[str]) -> str:
+    """How many, and the first three."""
+    if not keys:
+        return "0 tensors"
+    first = ", ".join(sorted(keys)[:3])
+    return f"{len(keys)} tensors ({first}{', ...' if len(keys) > 3 else ''})"

@@ -1,0 +1,246 @@
+"""Every implementation against the definition in float64: output, log-sum-exp, all gradients.
+
+Tolerance (as meta-pytorch/attention-gym derives it): the error against float64 is at most twice
+that of a plain implementation in the same dtype, plus two roundings of the result.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from support.oracle import attention_by_definition, mask_by_definition, relative_error
+
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.window import Window
+from clear_dit.kernels import partial
+from clear_dit.kernels.flex import flex_attention
+
+TEXT_LENGTHS = (0, 1, 7, 64, 512)
+
+
+@st.composite
+def problems(draw):
+    height, width = draw(st.integers(1, 21)), draw(st.integers(1, 21))
+    factor = draw(st.sampled_from((1, 2, 4)))
+    window = Window(
+        height,
+        width,
+        draw(st.sampled_from(TEXT_LENGTHS)),
+        draw(st.integers(1, 32)),
+        factor if factor <= min(height, width) else 1,
+    )
+    return {
+        "window": window,
+        "batch": draw(st.integers(1, 3)),
+        "heads": draw(st.integers(1, 2)),
+        "head_dim": draw(st.sampled_from((16, 24, 64, 128))),
+        "weighted": draw(st.booleans()),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+def problem(window, batch=2, heads=2, head_dim=32, weighted=True, seed=0):
+    return dict(
+        window=window, batch=batch, heads=heads, head_dim=head_dim, weighted=weighted, seed=seed
+    )
+
+
+def inputs(window, batch, heads, head_dim, weighted, seed, dtype=torch.float64):
+    """Query, key, value, spatial_weight (or None) and a gradient; `dtype` rounds them once."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, window.sequence_length, heads, head_dim)
+    query, key, value, grad = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    weight = None
+    if weighted and window.down_factor > 1:
+        factor = window.down_factor
+        weight = torch.rand(1, 1, 1, factor, 1, factor, 1, generator=generator).double()
+        weight = weight * 2 / factor**2
+    return [None if x is None else x.to(dtype) for x in (query, key, value, weight, grad)]
+
+
+def forward_and_gradients(run, query, key, value, weight, grad):
+    leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    weight = None if weight is None else weight.detach().clone().requires_grad_()
+    out = run(*leaves, weight)
+    wanted = leaves if weight is None else [*leaves, weight]
+    return out, *torch.autograd.grad(out, wanted, grad)
+
+
+def check(run, case, dtype, gradients=True):
+    window = case["window"]
+    scale = case["head_dim"] ** -0.5
+    rounded = inputs(**case, dtype=dtype)
+
+    def definition(query, key, value, weight):
+        return attention_by_definition(query, key, value, window, scale, weight)
+
+    exact_inputs = [None if x is None else x.double() for x in rounded]
+    if gradients:
+        exact = forward_and_gradients(definition, *exact_inputs)
+        plain = forward_and_gradients(definition, *rounded)
+        ours = forward_and_gradients(run, *rounded)
+    else:
+        exact, plain, ours = ([f(*x[:4])] for f, x in (
+            (definition, exact_inputs), (definition, rounded), (run, rounded)
+        ))  # fmt: skip
+    names = ("output", "query", "key", "value", "spatial_weight")
+    for name, value, yardstick, truth in zip(names, ours, plain, exact, strict=False):
+        assert value.dtype == dtype
+        # A gradient that is zero in truth (radius 1 without text) has rounding noise only.
+        if truth.norm() < 1e-9:
+            assert value.double().norm() < 1e-2
+            continue
+        error = relative_error(value, truth)
+        # A pooling weight's gradient is one sum over all tokens and channels, with cancellation.
+        roundings = 32 if name == "spatial_weight" else 2
+        bound = 2 * relative_error(yardstick, truth) + roundings * torch.finfo(dtype).eps
+        assert error <= bound, f"{name}: {error:.1e} > {bound:.1e} ({window}, {dtype})"
+
+
+def run_impl(impl, window):
+    def run(query, key, value, weight):
+        return local_attention(query, key, value, window, spatial_weight=weight, impl=impl)
+
+    return run
+
+
+slow = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@slow
+@given(case=problems())
+@example(case=problem(Window(9, 17, 7, 4, 4)))
+@example(case=problem(Window(16, 8, 0, 1)))
+@example(case=problem(Window(8, 24, 1, 9, 2), batch=3, head_dim=128))
+def test_implementation_is_the_definition(impl, dtype, case):
+    check(run_impl(impl, case["window"]), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(slow, max_examples=12)
+@given(case=problems())
+def test_flex_mask_is_the_definition(dtype, case):
+    """FlexAttention in its eager form: the same mask and block lists, without compiling each shape."""
+    window, scale = case["window"], case["head_dim"] ** -0.5
+
+    def run(query, key, value, weight):
+        return flex_attention(
+            query, key, value, window, scale=scale, spatial_weight=weight, compiled=False
+        )[0]
+
+    check(run, case, dtype, gradients=False)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        problem(Window(20, 13, 7, 3), head_dim=16),
+        problem(Window(18, 33, 64, 6, 4), batch=1, head_dim=64),
+    ],
+)
+def test_compiled_flex_is_the_definition(case):
+    check(run_impl("flex", case["window"]), case, torch.float32, gradients=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiled_without_fused_attention(monkeypatch, dtype):
+    """The form of the tiled path that runs on devices other than the CPU."""
+    monkeypatch.setattr(partial, "has_flash", lambda device: False)
+    case = problem(Window(11, 18, 7, 4, 2))
+    check(run_impl("tiled", case["window"]), case, dtype)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled", "flex"])
+def test_radius_past_the_diagonal_is_plain_attention(impl):
+    window = Window(9, 14, 5, 17)
+    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    out = local_attention(query, key, value, window, impl=impl)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value))
+    )
+    torch.testing.assert_close(out, dense.transpose(1, 2), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled", "flex"])
+def test_radius_one_is_self_and_text(impl):
+    window = Window(9, 10, 3, 1)
+    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    out = local_attention(query, key, value, window, impl=impl)
+    for token in (3, 20, 92):
+        keys = [0, 1, 2, token]
+        scores = torch.einsum("bhd,bkhd->bhk", query[:, token], key[:, keys]) * 32**-0.5
+        expected = torch.einsum("bhk,bkhd->bhd", scores.softmax(-1), value[:, keys])
+        torch.testing.assert_close(out[:, token], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("impl", ["reference", "tiled", "flex"])
+@pytest.mark.parametrize("factor", [1, 4])
+def test_log_sum_exp(impl, factor):
+    window = Window(12, 20, 7, 4, factor)
+    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    if impl == "flex":  # compiled for a CPU it has none
+        _, lse = flex_attention(
+            query, key, value, window, scale=32**-0.5, return_lse=True, compiled=False
+        )
+    else:
+        _, lse = local_attention(query, key, value, window, impl=impl, return_lse=True)
+    assert lse.shape == query.shape[:-1]
+    assert not lse.requires_grad
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * 32**-0.5
+    scores = scores.masked_fill(~mask_by_definition(window), float("-inf"))
+    expected = scores.logsumexp(-1).transpose(1, 2)
+    if factor == 1:
+        torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
+    else:  # pooled keys add to image queries only
+        torch.testing.assert_close(lse[:, :7], expected[:, :7], rtol=1e-5, atol=1e-5)
+        assert (lse[:, 7:] > expected[:, 7:]).all()
+
+
+def test_batch_items_do_not_meet():
+    window = Window(10, 7, 4, 3, 2)
+    query, key, value, _, _ = inputs(**problem(window, batch=3), dtype=torch.float32)
+    order = [2, 0, 1]
+    for impl in ("reference", "tiled"):
+        out = local_attention(query, key, value, window, impl=impl)
+        shuffled = local_attention(query[order], key[order], value[order], window, impl=impl)
+        torch.testing.assert_close(out[order], shuffled)
+
+
+def test_strides_do_not_matter():
+    window = Window(10, 19, 4, 3)
+    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    packed = torch.stack([query, key, value], dim=-2).transpose(1, 2).contiguous()
+    views = [packed[..., index, :].transpose(1, 2) for index in range(3)]
+    assert not views[0].is_contiguous()
+    for impl in ("tiled", "reference"):
+        torch.testing.assert_close(
+            local_attention(*views, window, impl=impl),
+            local_attention(query, key, value, window, impl=impl),
+        )
+
+
+def test_scale():
+    window = Window(9, 9, 2, 3)
+    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    expected = attention_by_definition(query, key, value, window, 0.3)
+    for impl in ("tiled", "reference"):
+        out = local_attention(query, key, value, window, scale=0.3, impl=impl)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_large_scores_stay_finite():
+    """Whole key blocks can be masked before the first visible key: no NaN, no overflow."""
+    window = Window(64, 64, 0, 30)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 4096, 1, 16, generator=generator) * 30
+    out = local_attention(query, key, value, window, impl="tiled")
+    expected = local_attention(query, key, value, window, impl="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-2)

@@ -1,0 +1,84 @@
+"""The way in: what it refuses, and which implementation it takes."""
+
+import logging
+import re
+
+import pytest
+import torch
+
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.window import Window
+from clear_dit.kernels import attention
+from clear_dit.kernels.pooling import pool_tokens
+
+WINDOW = Window(4, 6, 3, 2)
+
+
+def tensors(shape=(1, 27, 2, 8), dtype=torch.float32):
+    return [torch.randn(shape).to(dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(1, 26, 2, 8)}, "key must have query's shape (1, 27, 2, 8)"),
+        ({"value": torch.zeros(1, 27, 1, 8)}, "value must have query's shape (1, 27, 2, 8)"),
+        ({"key": torch.zeros(1, 27, 2, 8, dtype=torch.float64)}, "key must have query's dtype"),
+        ({"key": torch.zeros(1, 27, 2, 8, device="meta")}, "key must have query's device cpu"),
+        ({"query": torch.zeros(27, 2, 8)}, "query must be (batch, sequence, heads, head_dim)"),
+        ({"window": Window(4, 5, 3, 2)}, "has 27 tokens, but the window says 3 text + 4 x 5"),
+        ({"impl": "fast"}, "impl must be one of auto, triton, flex, tiled, reference; got 'fast'"),
+        ({"impl": "triton"}, "needs a CUDA or ROCm device, got a query on 'cpu'"),
+        ({"spatial_weight": torch.ones(2, 2)}, "must hold down_factor^2 = 1 weights"),
+        ({"spatial_weight": torch.ones(1, 1)}, "needs a window with down_factor > 1"),
+    ],
+)
+def test_refusals(change, message):
+    query, key, value = tensors()
+    arguments = {"query": query, "key": key, "value": value, "window": WINDOW, **change}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        local_attention(**arguments)
+
+
+def test_integers_are_refused():
+    query, key, value = tensors(dtype=torch.int64)
+    with pytest.raises(ValueError, match="floating point"):
+        local_attention(query, key, value, WINDOW)
+
+
+def test_flex_refuses_gradients_on_a_cpu():
+    query, key, value = tensors()
+    query.requires_grad_()
+    with pytest.raises(ValueError, match="has no backward pass on a CPU"):
+        local_attention(query, key, value, WINDOW, impl="flex")
+
+
+def test_flex_refuses_the_log_sum_exp_on_a_cpu():
+    with pytest.raises(ValueError, match="cannot return the log-sum-exp on a CPU"):
+        local_attention(*tensors(), WINDOW, impl="flex", return_lse=True)
+
+
+def test_auto_says_once_which_runs_and_why_not_the_faster(caplog):
+    attention._announce.cache_clear()
+    query, key, value = tensors()
+    with caplog.at_level(logging.INFO, logger="clear_dit.kernels.attention"):
+        for _ in range(3):
+            local_attention(query, key, value, WINDOW)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "local attention runs on 'tiled'; triton needs a CUDA or ROCm device, "
+        "got a query on 'cpu'"
+    ]
+
+
+def test_every_preference_names_every_implementation():
+    for device in ("cpu", "cuda", "mps"):
+        assert sorted(attention.preference(device)) == sorted(attention.IMPLS[1:])
+
+
+def test_partial_pooling_cells_are_means_at_the_initial_weights():
+    window = Window(5, 7, 2, 2, 4)
+    tokens = torch.ones(1, window.sequence_length, 1, 4)
+    pooled = pool_tokens(tokens, window, None)
+    assert pooled.shape == (1, window.pooled_length, 1, 4) == (1, 4, 1, 4)
+    torch.testing.assert_close(pooled, torch.ones_like(pooled))

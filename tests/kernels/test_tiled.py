@@ -1,0 +1,155 @@
+"""What the tiled path promises beside being right: linear work, and a well-behaved custom op."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.window import Window
+from clear_dit.kernels import flex, tiled
+from clear_dit.kernels.tiles import TILE, executed_pairs, runs, spans, tile_bias
+
+
+def tensors(window, batch=1, heads=2, head_dim=16, requires_grad=False):
+    shape = (batch, window.sequence_length, heads, head_dim)
+    return [torch.randn(shape, requires_grad=requires_grad) for _ in range(3)]
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 64, 65])
+@pytest.mark.parametrize("radius", [1, 2, 8, 100])
+def test_spans_cover_the_axis_and_every_reachable_key(length, radius):
+    parts = list(spans(length, radius))
+    assert [token for part in parts for token in range(part.start, part.stop)] == list(range(length))
+    for part in parts:
+        for token in range(part.start, part.stop):
+            assert part.key_start <= max(0, token - radius + 1)
+            assert part.key_stop >= min(length, token + radius)
+
+
+@pytest.mark.parametrize("radius", [1, 8, 20])
+def test_runs_are_the_spans_joined(radius):
+    joined = runs(131, radius)
+    unrolled = [
+        (run.first.start + i * TILE, run.first.key_start + i * TILE)
+        for run in joined
+        for i in range(run.count)
+    ]
+    assert unrolled == [(span.start, span.key_start) for span in spans(131, radius)]
+    assert len(joined) < 10
+
+
+def test_bias_is_left_out_where_all_is_inside():
+    rows, columns = next(spans(8, 30)), next(spans(8, 30))
+    assert tile_bias(rows, columns, 30, torch.float32, torch.device("cpu")) is None
+    assert tile_bias(rows, columns, 3, torch.float32, torch.device("cpu")) is not None
+
+
+def test_work_is_linear_in_the_tokens():
+    small, large = Window(64, 64, 512, 8), Window(512, 512, 512, 8)
+    assert executed_pairs(large) / executed_pairs(small) < 1.1 * 64
+    assert executed_pairs(large) / large.attended_pairs() < 1.3
+    assert flex.executed_pairs(Window(64, 64, 512, 8)) > executed_pairs(small)
+
+
+def test_executed_pairs_counts_what_runs(monkeypatch):
+    window = Window(19, 26, 5, 4, 2)
+    pairs = 0
+    attend = tiled.attend
+
+    def counting(query, key, value, scale, bias=None):
+        nonlocal pairs
+        pairs += query.shape[0] * query.shape[2] * key.shape[2]
+        return attend(query, key, value, scale, bias)
+
+    monkeypatch.setattr(tiled, "attend", counting)
+    local_attention(*tensors(window), window, impl="tiled")
+    assert pairs == executed_pairs(window)
+
+
+@pytest.mark.parametrize("down_factor", [1, 2])
+def test_custom_op_is_well_formed(down_factor):
+    window = Window(9, 6, 3, 3, down_factor)
+    query, key, value = tensors(window, requires_grad=True)
+    pooled = torch.randn(1, window.pooled_length, 2, 16, requires_grad=True)
+    arguments = (query, key, value, pooled, pooled.detach().clone().requires_grad_())
+    geometry = (window.height, window.width, window.text_length, window.radius, 0.25)
+    torch.library.opcheck(tiled._tiled, (*arguments, *geometry), test_utils=(
+        "test_schema", "test_autograd_registration", "test_faketensor",
+    ))  # fmt: skip
+
+
+def test_no_graph_break_under_compile():
+    window = Window(9, 17, 3, 3, 2)
+    query, key, value = tensors(window, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(query, key, value):
+        return local_attention(query, key, value, window, impl="tiled") * 2
+
+    out = run(query, key, value)
+    expected = local_attention(query, key, value, window, impl="tiled") * 2
+    torch.testing.assert_close(out, expected)
+    grads = torch.autograd.grad(out.sum(), (query, key, value))
+    for grad, other in zip(
+        grads, torch.autograd.grad(expected.sum(), (query, key, value)), strict=True
+    ):
+        torch.testing.assert_close(grad, other)
+
+
+def test_8k_picture_under_fake_tensors():
+    window = Window(512, 512, 512, 8)
+    with FakeTensorMode():
+        shape = (1, window.sequence_length, 24, 128)
+        query, key, value = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(3))
+        out, lse = local_attention(query, key, value, window, impl="tiled", return_lse=True)
+    assert out.shape == shape
+    assert out.dtype == torch.bfloat16
+    assert lse.shape == shape[:-1]
+
+
+@pytest.mark.parametrize("down_factor", [1, 2])
+def test_flop_counter_counts_the_windows_flops(down_factor):
+    window = Window(12, 10, 5, 3, down_factor)
+    query, key, value = tensors(window, batch=2, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = local_attention(query, key, value, window, impl="tiled")
+    counts = counter.get_flop_counts()["Global"]
+    exact = 2 * window.attention_flops(heads=2, head_dim=16)
+    assert counts[torch.ops.clear_dit.tiled_attention] == exact
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.clear_dit.tiled_attention_backward] == 5 * exact // 2
+
+
+MEMORY = """
+import sys, torch
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.window import Window
+from clear_dit.memory import peak_mb, reset_peak
+side, device = int(sys.argv[1]), torch.device("cpu")
+window = Window(side, side, 16, 4)
+query, key, value = (torch.randn(1, window.sequence_length, 4, 32) for _ in range(3))
+reset_peak(device)
+before = peak_mb(device)
+local_attention(query, key, value, window, impl="tiled")
+print(peak_mb(device) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_memory_is_linear():
+    """Four times the tokens, four times the memory on top of the inputs (a mask would be 64 GiB)."""
+    small, large = (
+        float(subprocess.run(
+            [sys.executable, "-c", MEMORY, str(side)], check=True, capture_output=True, text=True
+        ).stdout)
+        for side in (256, 512)
+    )  # fmt: skip
+    output_mb = 512 * 512 * 4 * 32 * 4 / 2**20
+    assert large < 4.4 * small
+    assert large < 2 * output_mb
