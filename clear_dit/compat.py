@@ -1,7 +1,7 @@
 """Refuses library versions this package does not work with, before anything breaks half-way.
 
-The check reads package metadata only, so that `import clear_dit` stays quick; `flux_names` then looks for
-what this package uses inside diffusers, when the plugin is first used.
+Versions are read from package metadata, so that `import clear_dit` stays quick. Names inside
+diffusers are looked for when the plugin is first used.
 """
 
 from __future__ import annotations
@@ -50,6 +50,6 @@ def names_from(module: str, *names: str) -> list[Any]:
         return [getattr(source, name) for name in names]
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"clear_dit does not know {library} {metadata.version(library)}: {error}. Install a version of "
-            f"{library} from constraints.txt, or a newer clear_dit."
+            f"clear_dit does not know {library} {metadata.version(library)}: {error}; "
+            f"install the {library} of constraints.txt, or a newer clear_dit."
         ) from error

@@ -1,9 +1,10 @@
 """Where the picture is in a sequence of tokens: text length, rows and columns.
 
-diffusers gives an attention processor neither. Both follow from what it does give: the position ids that
-enter the transformer, or the rotary table made from them. Either way a token is a row of numbers, and a
-picture is a raster: the numbers that belong to the column repeat in every row of tokens, the others are the
-same along it, and both advance evenly. All of that is checked; whatever is not such a raster is refused.
+diffusers gives an attention processor neither. Both follow from what it does give: the position ids
+that enter the transformer, or the rotary table made from them. Either way a token is a row of
+numbers, and a picture is a raster: the numbers that belong to the column repeat in every row of
+tokens, the others are the same along it, and both advance evenly. All of that is checked; whatever
+is not such a raster is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
     """The layout that FLUX position ids describe.
 
     Args:
-        txt_ids: (text, 3), only the length is used; a leading batch dimension is dropped, as diffusers does.
-        img_ids: (image, 3) or (batch, image, 3): group, row and column of every image token, in any dtype.
-            Ids rounded to bfloat16, which merges neighbours above 256, are recognised.
+        txt_ids: (text, 3); only the length is used. Of a leading batch dimension the first entry
+            is taken, as diffusers does.
+        img_ids: (image, 3): group, row and column of every image token, in any dtype. Ids rounded
+            to bfloat16, which merges neighbours above 256, are recognised.
 
     Raises:
         ValueError: the ids are not one raster.
@@ -39,8 +41,8 @@ def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
     img_ids = img_ids[0] if img_ids.ndim == 3 else img_ids
     if (img_ids[:, 0] != img_ids[0, 0]).any():
         raise ValueError(
-            "CLEAR: img_ids name more than one picture (their first column is not constant): reference "
-            "images, as in FLUX.1-Kontext, are not supported yet."
+            "CLEAR: img_ids name more than one picture (their first column is not constant): "
+            "reference images, as in FLUX.1-Kontext, are not supported yet."
         )
     return Layout(len(txt_ids), *find_grid(img_ids.float()))
 
@@ -52,8 +54,8 @@ def layout_from_rotary(
 
     Args:
         cos, sin: (text + image, channels), text first, every angle in two neighbouring channels.
-        text_length: number of text tokens, where it is known. Otherwise it is inferred: text tokens all
-            have one position, and the picture's first token may have the same one.
+        text_length: number of text tokens, where it is known. Otherwise it is inferred: text tokens
+            all have one position, and the picture's first token may have the same one.
 
     Raises:
         ValueError: the image tokens are not one raster, or the text length is ambiguous.
@@ -73,8 +75,8 @@ def layout_from_rotary(
         raise ValueError(reason)
     if len(found) == 2 or (leading == len(angles) > 1):
         raise ValueError(
-            f"CLEAR: cannot tell text from picture in {len(angles)} tokens ({leading} leading tokens have "
-            f"the same position). {REMEDY}"
+            f"CLEAR: cannot tell text from picture in {len(angles)} tokens ({leading} leading "
+            f"tokens have the same position). {REMEDY}"
         )
     return found[0]
 
@@ -109,8 +111,8 @@ def find_grid(positions: torch.Tensor, period: float | None = None) -> tuple[int
         ):
             return tokens // columns, columns
     raise ValueError(
-        f"CLEAR: the positions of the {tokens} image tokens are not those of one picture in raster order "
-        f"(reference images, as in FLUX.1-Kontext, are not supported yet). {REMEDY}"
+        f"CLEAR: the positions of the {tokens} image tokens are not those of one picture in raster "
+        f"order (reference images, as in FLUX.1-Kontext, are not supported yet). {REMEDY}"
     )
 
 

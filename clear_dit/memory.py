@@ -14,7 +14,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def reset_peak(device: torch.device) -> None:
     """Start a new measurement: the peak becomes what is in use now.
 
-    Where the system cannot do that (a CPU without Linux's /proc), the peak stays that of the process.
+    Where the system cannot do that (no /proc), the peak stays that of the process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

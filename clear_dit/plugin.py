@@ -1,8 +1,9 @@
 """apply_clear and remove_clear: CLEAR on a whole model, one processor per layer, and back.
 
-What has to be remembered lives in one forward pre-hook on the transformer. It is PyTorch's own kind of
-hook and not diffusers' `ModelHook`, which replaces `module.forward`: a copy of a model hooked that way runs
-the original's weights, and removing the hook also drops what accelerate wrapped around `forward` later.
+What has to be remembered lives in one forward pre-hook on the transformer. It is PyTorch's own kind
+of hook and not diffusers' `ModelHook`, which replaces `module.forward`: a copy of a model hooked
+that way runs the original's weights, and removing the hook also drops what accelerate wrapped
+around `forward` later.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def apply_clear(
 ) -> None:
     """Replace the attention of every layer of a FLUX transformer by CLEAR's local attention.
 
-    A second call replaces the settings; `remove_clear` still goes back to what was there before the first.
-    Nothing is changed if anything is refused.
+    A second call replaces the settings; `remove_clear` still goes back to what was there before the
+    first. Nothing is changed if anything is refused.
 
     Args:
         pipe_or_model: a pipeline with a FLUX transformer, or the transformer itself.
@@ -109,8 +110,8 @@ def transformer_of(pipe_or_model: Any, who: str) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, SUPPORTED):
         raise ValueError(
-            f"{who}: supported models are {', '.join(cls.__name__ for cls in SUPPORTED)} and pipelines with "
-            f"one; got {type(model).__name__}."
+            f"{who}: supported models are {', '.join(cls.__name__ for cls in SUPPORTED)} and "
+            f"pipelines with one; got {type(model).__name__}."
         )
     return model
 
@@ -133,12 +134,11 @@ def install(model: nn.Module, settings: CLEARProcessor, who: str) -> None:
     adapters = [n for n, a in layers.items() if isinstance(a.processor, FluxIPAdapterAttnProcessor)]
     if adapters:
         raise ValueError(
-            f"{who}: IP-adapters are not supported yet, and {len(adapters)} layers have one (first: "
-            f"{adapters[0]}). Call unload_ip_adapter() first."
+            f"{who}: IP-adapters are not supported yet, and {len(adapters)} layers have one "
+            f"(first: {adapters[0]}). Call unload_ip_adapter() first."
         )
     state = ClearState.on(model) or ClearState.attach(model)
     tracker = WindowTracker(settings.radius, settings.down_factor)
-    dtype = model.dtype if model.dtype.is_floating_point else torch.float32
     for name, attn in layers.items():
         old = attn.processor
         if not isinstance(old, CLEARProcessor):
@@ -146,9 +146,10 @@ def install(model: nn.Module, settings: CLEARProcessor, who: str) -> None:
         new = CLEARProcessor(**settings.settings)
         new.tracker = tracker
         if new.spatial_weight is not None:
-            new.to(device=attn.norm_q.weight.device, dtype=dtype)
-            if isinstance(old, CLEARProcessor) and old.down_factor == new.down_factor:
-                new.spatial_weight.data.copy_(old.spatial_weight.data)
+            new.to(device=attn.norm_q.weight.device, dtype=attn.norm_q.weight.dtype)
+            trained = getattr(old, "spatial_weight", None)
+            if trained is not None and trained.shape == new.spatial_weight.shape:
+                new.spatial_weight.data.copy_(trained.data)
         attn.set_processor(new)
         state.installed[name] = new
     state.tracker = tracker
@@ -172,6 +173,11 @@ class ClearState:
         self.weights: dict[str, torch.Tensor] = {}
         self._handle: RemovableHandle | None = None
         self._warned = False
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether the processors were told the grid, so that ids need not describe it."""
+        return any(processor.grid is not None for processor in self.installed.values())
 
     @classmethod
     def on(cls, model: nn.Module) -> ClearState | None:
@@ -210,29 +216,30 @@ class ClearState:
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not self._check_layers(model):
+        if not self._check_layers(model) or self.has_grid:
             return
         assert self.tracker is not None
         signature = inspect.signature(type(model).forward)
         given = signature.bind_partial(model, *args, **kwargs).arguments
         img_ids, txt_ids = given.get("img_ids"), given.get("txt_ids")
         if img_ids is None or txt_ids is None:
-            return  # the model's own complaint is clear
+            return  # the model itself complains
         layout = layout_from_ids(txt_ids, img_ids)
-        image = given["hidden_states"]
-        if image.shape[1] != layout.rows * layout.columns:
+        expected, received = layout.rows * layout.columns, given["hidden_states"].shape[1]
+        if received != expected:
             raise ValueError(
-                f"CLEAR: img_ids describe {layout.rows} x {layout.columns} = {layout.rows * layout.columns} "
-                f"image tokens, but hidden_states has {image.shape[1]}. Do height and width belong to "
-                "these latents?"
+                f"CLEAR: img_ids describe {layout.rows} x {layout.columns} = {expected} image "
+                f"tokens, but hidden_states has {received}. Are height and width those of these "
+                "latents?"
             )
         self.tracker.announce(layout)
 
     def _check_layers(self, model: nn.Module) -> bool:
-        """Whether CLEAR still runs in the model; repairs or reports what diffusers did to the layers.
+        """Whether CLEAR still runs in the model; repairs or reports what was done to its layers.
 
-        Loading or unloading an IP-adapter re-creates processors as `processor.__class__()`, which loses
-        their settings: a default CLEARProcessor that no other layer shares is taken for such a one.
+        Loading or unloading an IP-adapter re-creates processors as `processor.__class__()`, which
+        loses their settings: a default CLEARProcessor that no other layer shares is taken for one
+        of those.
         """
         layers = attention_layers(model)
         uses = Counter(id(attn.processor) for attn in layers.values())
@@ -249,7 +256,8 @@ class ClearState:
             self._warned = True
             name, current = next(iter(others.items()))
             logger.warning(
-                "%d of %d attention layers no longer use the CLEAR settings that were applied (%s has %s)",
+                "%d of %d attention layers no longer have the CLEAR processor that apply_clear put "
+                "there (%s has %s)",
                 len(others),
                 len(layers),
                 name,

@@ -27,9 +27,10 @@ WINDOWS_KEPT = 8
 class WindowTracker:
     """The window of the forward pass under way, shared by the layers it concerns.
 
-    It learns the layout either from whoever sees the position ids (`announce`), or from the rotary table
-    that every layer of one forward receives. Windows are remembered, so that what an implementation keeps
-    on a `Window` serves all layers and steps; rotary tables are held by weak reference only.
+    It learns the layout either from whoever sees the position ids (`announce`), or from the rotary
+    table that every layer of one forward receives. Windows are remembered, so that what an
+    implementation keeps on a `Window` serves all layers and steps; rotary tables are held by weak
+    reference only.
     """
 
     def __init__(self, radius: int, down_factor: int) -> None:
@@ -78,6 +79,10 @@ class WindowTracker:
         """
         if torch.compiler.is_compiling() and self.announced is not None:
             return self.announced
+        return self._find(rotary, text_length)
+
+    @torch.compiler.disable
+    def _find(self, rotary: tuple[torch.Tensor, torch.Tensor], text_length: int | None) -> Window:
         cos, sin = rotary
         window = self._by_rotary.get(cos)
         if window is None:
@@ -93,27 +98,29 @@ class WindowTracker:
 class CLEARProcessor(nn.Module):
     """Attention processor for FLUX's double and single blocks (arXiv 2412.16112).
 
-    `transformer.set_attn_processor(CLEARProcessor())` is all it takes: the token grid and the text length
-    are found from the rotary table of each forward, at any resolution and aspect ratio. `apply_clear` does
-    the same with one processor per layer, which `down_factor` > 1 needs (a layer has its own weights).
+    `transformer.set_attn_processor(CLEARProcessor())` is all it takes: the token grid and the text
+    length are found from the rotary table of each forward, at any resolution and aspect ratio.
+    `apply_clear` gives every layer a processor of its own, which `down_factor` > 1 needs (a layer
+    has its own weights) and torch.compile too.
 
     Args:
         radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1.
         down_factor: side of a pooling cell, in tokens; 1 is the variant without pooled keys.
         impl: one of `auto, triton, flex, tiled, reference`; see `local_attention`.
-        grid: (rows, columns) of the picture, in tokens; by default it is found. Overrides what is found.
-        proportional_base: number of tokens (text + image) the model was trained at, 4608 for FLUX at
-            1024 px. The attention is then scaled by sqrt(log_base(tokens) / head_dim), which keeps its
-            entropy at higher resolutions; by default by sqrt(1 / head_dim).
+        grid: (rows, columns) of the picture, in tokens; it is found where None.
+        proportional_base: number of tokens (text + image) the model was trained at, 4608 for FLUX
+            at 1024 px. Scores are then scaled by sqrt(log_base(tokens) / head_dim), which keeps
+            their entropy at higher resolutions (arXiv 2306.08645); by head_dim^-0.5 where None.
 
     Attributes:
-        spatial_weight: (1, 1, 1, f, 1, f, 1), the pooling weights, only with f = down_factor > 1.
+        spatial_weight: (1, 1, 1, f, 1, f, 1), the pooling weights; None if f = down_factor is 1.
 
     Raises:
         ValueError: a setting out of its range, an unknown `impl`, or "triton" where it cannot run.
     """
 
-    # Set by diffusers on all processors; both concern its own attention, see `_refuse_foreign_settings`.
+    spatial_weight: nn.Parameter | None
+    # diffusers sets these on any processor; see `_refuse_foreign_settings`.
     _attention_backend = None
     _parallel_config = None
 
@@ -133,7 +140,7 @@ class CLEARProcessor(nn.Module):
                 f"CLEARProcessor: impl must be one of {', '.join(IMPLS)}; got {impl!r}."
             )
         if impl == "triton" and not torch.cuda.is_available():
-            reason = why_not(impl, torch.empty(1, 1, 1, 64), Window(1, 1, 0, 1))
+            reason = why_not(impl, torch.empty(1, 1, 1, 64))
             if reason is not None:
                 raise ValueError(
                     f"CLEARProcessor: impl='triton' cannot run on this machine: it {reason}. "
@@ -159,7 +166,7 @@ class CLEARProcessor(nn.Module):
             shape = (1, 1, 1, down_factor, 1, down_factor, 1)
             self.spatial_weight = nn.Parameter(torch.full(shape, down_factor**-2))
         else:
-            self.spatial_weight = None
+            self.register_parameter("spatial_weight", None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -170,13 +177,14 @@ class CLEARProcessor(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
-    def forward(self) -> torch.Tensor | None:
-        """The pooling weights: accelerate's sequential offloading wraps `forward` and brings them along."""
+    def forward(self) -> nn.Parameter:
+        """The pooling weights."""
+        assert self.spatial_weight is not None
         return self.spatial_weight
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -186,8 +194,8 @@ class CLEARProcessor(nn.Module):
 
         Args:
             attn: the layer; its own projections, norms and output are used.
-            hidden_states: (batch, image, channels) in a double block, (batch, text + image, channels) in a
-                single block.
+            hidden_states: (batch, image, channels) in a double block, in a single block
+                (batch, text + image, channels).
             encoder_hidden_states: (batch, text, channels) in a double block, else None.
             attention_mask: must be None: the window is the mask.
             image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each.
@@ -196,8 +204,8 @@ class CLEARProcessor(nn.Module):
             (image, text) in a double block, text and image together in a single block.
 
         Raises:
-            ValueError: a mask, settings meant for diffusers' own attention, or a grid that cannot be found or
-                contradicts the sequence.
+            ValueError: a mask, settings meant for diffusers' own attention, or a grid that cannot
+                be found or contradicts the sequence.
         """
         self._refuse_foreign_settings(attention_mask)
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
@@ -228,15 +236,20 @@ class CLEARProcessor(nn.Module):
             value,
             window,
             scale=self._scale(sequence, query.shape[-1]),
-            spatial_weight=None if self.spatial_weight is None else self.forward().to(query.device),
+            spatial_weight=self._pooling_weights(query.device),
             impl=self.impl,
         )
+        assert isinstance(out, torch.Tensor)
         out = out.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out
-        text, image = out.split_with_sizes([text_length, sequence - text_length], dim=1)
+        text, image = out.split_with_sizes([window.text_length, window.image_length], dim=1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
+
+    def _pooling_weights(self, device: torch.device) -> torch.Tensor | None:
+        # By way of `forward`, which is what accelerate's sequential offloading wraps.
+        return None if self.spatial_weight is None else self.forward().to(device)
 
     def _scale(self, sequence: int, head_dim: int) -> float:
         if self.proportional_base is None:
@@ -252,10 +265,10 @@ class CLEARProcessor(nn.Module):
         if self.grid is not None:
             text = sequence - self.grid[0] * self.grid[1]
             if text < 0 or text_length not in (None, text):
-                known = "" if text_length is None else f", of which {text_length} are text"
                 raise ValueError(
-                    f"CLEARProcessor: grid={self.grid} means {self.grid[0] * self.grid[1]} image tokens, but "
-                    f"the sequence has {sequence} tokens{known}. Correct the grid, or leave it out: it is found."
+                    f"CLEARProcessor: grid={self.grid} means {self.grid[0] * self.grid[1]} image "
+                    f"tokens, but the sequence has {_tokens(sequence, text_length)}. Correct the "
+                    "grid, or leave it out: it is found."
                 )
             return self.tracker.window(Layout(text, *self.grid))
         if rotary is None:
@@ -265,29 +278,35 @@ class CLEARProcessor(nn.Module):
             )
         window = self.tracker.find(rotary, text_length)
         if window.sequence_length != sequence or text_length not in (None, window.text_length):
-            known = "" if text_length is None else f", of which {text_length} are text"
             raise ValueError(
                 f"CLEARProcessor: the position ids describe {window.text_length} text tokens and "
-                f"{window.height} x {window.width} image tokens, but the sequence has {sequence} tokens{known}."
+                f"{window.height} x {window.width} image tokens, but the sequence has "
+                f"{_tokens(sequence, text_length)}."
             )
         return window
 
     def _refuse_foreign_settings(self, attention_mask: torch.Tensor | None) -> None:
         if attention_mask is not None:
             raise ValueError(
-                "CLEARProcessor: attention_mask must be None (the window is the mask), got a mask of shape "
-                f"{tuple(attention_mask.shape)}."
+                "CLEARProcessor: attention_mask must be None (the window is the mask), got a mask "
+                f"of shape {tuple(attention_mask.shape)}."
             )
         if self._attention_backend is not None:
             raise ValueError(
-                f"CLEARProcessor: diffusers' attention backend {str(self._attention_backend)!r} does not apply "
-                "to CLEAR attention; call reset_attention_backend() and choose with impl=."
+                f"CLEARProcessor: diffusers' attention backend {str(self._attention_backend)!r} "
+                "does not apply to CLEAR attention; call reset_attention_backend() and choose with "
+                "impl=."
             )
         if self._parallel_config is not None:
             raise ValueError(
-                "CLEARProcessor: diffusers' context parallelism is not supported: it splits the sequence "
-                "without regard to the token grid."
+                "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
+                "sequence without regard to the token grid."
             )
+
+
+def _tokens(sequence: int, text_length: int | None) -> str:
+    known = "" if text_length is None else f", {text_length} of them text"
+    return f"{sequence} tokens{known}"
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:

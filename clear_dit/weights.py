@@ -1,9 +1,9 @@
 """Loading and saving the weights CLEAR fine-tunes: to_q, to_k, to_v and to_out of the image stream.
 
-The format is that of the published checkpoints (https://huggingface.co/Huage001/CLEAR): safetensors with
-the transformer's own parameter names, "transformer_blocks.0.attn.to_q.weight", and with a down_factor also
-"transformer_blocks.0.attn.processor.spatial_weight". Files saved here carry metadata besides. Loading is
-strict, and reads a file twice, tensor by tensor: once to check all of it, once to copy.
+The format is that of the published checkpoints (https://huggingface.co/Huage001/CLEAR): safetensors
+with the transformer's own names, "transformer_blocks.0.attn.to_q.weight", and with a down_factor
+also "transformer_blocks.0.attn.processor.spatial_weight". Files saved here carry metadata besides.
+Loading is strict and reads a file twice, tensor by tensor: to check all of it, then to copy.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ def load_clear_weights(
 ) -> None:
     """Load CLEAR weights into a model whose layers all have a `CLEARProcessor`.
 
-    Values are copied into the model's own parameters and take their dtype and device. The parameters they
-    replace are kept on the CPU until `remove_clear` puts them back (3.6 GB for FLUX.1-dev in bfloat16).
-    Everything is checked before the first parameter changes.
+    Values are copied into the model's own parameters and take their dtype and device. The
+    parameters they replace are kept on the CPU until `remove_clear` puts them back (3.6 GB for
+    FLUX.1-dev in bfloat16). Everything is checked before the first parameter changes.
 
     Args:
         pipe_or_model: a pipeline with a FLUX transformer, or the transformer itself.
-        pretrained_model_name_or_path: a file, a folder, or a repository on the hub ("Huage001/CLEAR").
-        weight_name: the file in the folder or repository; by default the published name for the model's
-            settings, such as "clear_local_16.safetensors" or "clear_local_8_down_4.safetensors".
+        pretrained_model_name_or_path: a file, a folder, or a hub repository ("Huage001/CLEAR").
+        weight_name: the file in the folder or repository; by default the published name for the
+            model's settings: "clear_local_16.safetensors", "clear_local_8_down_4.safetensors".
         revision, token, cache_dir, local_files_only: for the hub, as everywhere in diffusers.
 
     Raises:
-        ValueError: the model cannot take weights, or the file is not safetensors, truncated, for another
-            model or down_factor, or has names, shapes, dtypes or values that do not belong.
+        ValueError: the model cannot take weights, or the file is not safetensors, truncated, for
+            another model or down_factor, or has names, shapes, dtypes or values that do not belong.
         OSError: the file cannot be found or fetched.
     """
     model = transformer_of(pipe_or_model, "load_clear_weights")
@@ -85,8 +85,8 @@ def save_clear_weights(
 ) -> None:
     """Save the weights `load_clear_weights` reads, in the model's dtype.
 
-    The header holds radius, down_factor, base_model and the versions of clear_dit, torch and diffusers. The
-    file appears whole or not at all.
+    The header holds radius, down_factor, base_model and the versions of clear_dit, torch and
+    diffusers. The file appears whole or not at all.
 
     Args:
         pipe_or_model: a model whose layers all have a `CLEARProcessor`.
@@ -136,13 +136,14 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
     """A processor that stands for all layers.
 
     Raises:
-        ValueError: a layer without CLEAR, layers that differ, or one pooled processor for several layers.
+        ValueError: a layer without CLEAR, layers that differ, or layers that share pooling weights.
     """
     processors = {name: attn.processor for name, attn in attention_layers(model).items()}
     for name, processor in processors.items():
         if not isinstance(processor, CLEARProcessor):
             raise ValueError(
-                f"{who}: {name} has {type(processor).__name__}, not CLEARProcessor; call apply_clear first."
+                f"{who}: {name} has {type(processor).__name__}, not CLEARProcessor; "
+                "call apply_clear first."
             )
     kinds = {(p.radius, p.down_factor) for p in processors.values()}
     if len(kinds) > 1:
@@ -153,14 +154,14 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
     first = next(iter(processors.values()))
     if first.down_factor > 1 and len({id(p) for p in processors.values()}) < len(processors):
         raise ValueError(
-            f"{who}: layers share one CLEARProcessor, but with down_factor > 1 each needs its own weights; "
+            f"{who}: layers share one CLEARProcessor, but with down_factor > 1 each needs its own; "
             "call apply_clear."
         )
     return first
 
 
 def parameters_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters CLEAR weights replace, by their name in a file; those under a LoRA included."""
+    """The parameters CLEAR weights replace, by their name in a file; under a LoRA, the base."""
     parameters = {}
     for name, attn in attention_layers(model).items():
         for projection in PROJECTIONS:
@@ -183,8 +184,8 @@ def pooling_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _without_lora(module: nn.Module) -> nn.Module:
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base
     return module
 
 
@@ -207,14 +208,14 @@ def refuse_unsuitable(model: nn.Module, who: str) -> None:
     for key, parameter in parameters_by_key(model).items():
         if parameter.is_meta:
             raise ValueError(
-                f"{who}: {key} has no values here (meta device or sequential offloading); do this before "
-                "offloading is enabled."
+                f"{who}: {key} has no values here (meta device or sequential offloading); do this "
+                "before offloading is enabled."
             )
         plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
         if not plain or not parameter.is_floating_point():
             raise ValueError(
-                f"{who}: {key} is quantised or sharded ({type(parameter.data).__name__}, {parameter.dtype}); "
-                "do this on the plain model, before."
+                f"{who}: {key} is quantised or sharded ({type(parameter.data).__name__}, "
+                f"{parameter.dtype}); do this on the plain model, before."
             )
 
 
@@ -244,8 +245,8 @@ def find_weights(
         if not (path / name).is_file():
             others = ", ".join(sorted(file.name for file in path.glob(f"*{SUFFIX}"))) or "none"
             raise FileNotFoundError(
-                f"{who}: there is no {name!r} in {str(path)!r}; the {SUFFIX} files there: {others}. "
-                "Choose one with weight_name."
+                f"{who}: there is no {name!r} in {str(path)!r}; the {SUFFIX} files there: "
+                f"{others}. Choose one with weight_name."
             )
         return path / name
     repository = os.fspath(name_or_path)
@@ -255,8 +256,8 @@ def find_weights(
         return Path(huggingface_hub.hf_hub_download(repository, name, **hub_options))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise OSError(
-            f"{who}: cannot get {name!r} from the hub repository {repository!r} (and no local file or "
-            f"folder has this name): {str(error).strip().splitlines()[0]}"
+            f"{who}: no local file or folder {repository!r}, and cannot get {name!r} from the hub "
+            f"repository of that name: {(str(error).strip() or repr(error)).splitlines()[0]}"
         ) from error
 
 
@@ -313,8 +314,9 @@ def _check_header(
     factor = 1 if pooled is None else (*file.get_slice(pooled).get_shape(), 0, 0, 0, 0)[3]
     if factor != settings.down_factor and not keys.isdisjoint(shapes):
         raise ValueError(
-            f"{who} is for down_factor={factor}, but the model runs down_factor={settings.down_factor}; "
-            f"call apply_clear(..., down_factor={factor}) or choose another file."
+            f"{who} is for down_factor={factor}, but the model runs "
+            f"down_factor={settings.down_factor}; call apply_clear(..., down_factor={factor}) or "
+            "choose another file."
         )
     missing, unexpected = shapes.keys() - keys, keys - shapes.keys()
     if missing or unexpected:
@@ -326,8 +328,9 @@ def _check_header(
     if wrong:
         key = min(wrong)
         raise ValueError(
-            f"{who} holds weights for another model: {len(wrong)} of {len(keys)} tensors have another shape "
-            f"({key} has {tuple(file.get_slice(key).get_shape())}, the model {shapes[key]})."
+            f"{who} holds weights for another model: {len(wrong)} of {len(keys)} tensors have "
+            f"another shape ({key} has {tuple(file.get_slice(key).get_shape())}, the model "
+            f"{shapes[key]})."
         )
     for key in sorted(keys):
         dtype = file.get_slice(key).get_dtype()

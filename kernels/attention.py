@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -38,11 +39,18 @@ _WHY_NOT: dict[str, Callable[[torch.Tensor, bool], str | None]] = {
 }
 
 
+_RUN: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
+    "flex": flex_attention,
+    "tiled": tiled_attention,
+    "reference": reference_attention,
+}
+
+
 def preference(device_type: str) -> tuple[str, ...]:
     """Implementations in the order `impl="auto"` tries them on a device type, fastest first.
 
     On a CPU the tiled path is several times faster than compiled FlexAttention and also has a
-    backward pass (`clear-dit bench attention` measures both); on a GPU it is the other way round.
+    backward pass (`clear-dit bench attention` measures both).
     """
     if device_type == "cuda":
         return ("triton", "flex", "tiled", "reference")
@@ -57,8 +65,8 @@ def why_not(impl: str, query: torch.Tensor, return_lse: bool = False) -> str | N
 def select_impl(impl: str, query: torch.Tensor, return_lse: bool = False) -> str:
     """The implementation that runs for a request.
 
-    An explicit choice is checked and never replaced. "auto" takes the first of `preference` that can
-    run and logs, once per choice and at INFO, why the faster ones cannot.
+    An explicit choice is checked and never replaced. "auto" takes the first of `preference` that
+    can run and logs, once per choice and at INFO, why the faster ones cannot.
 
     Raises:
         ValueError: unknown `impl`, or an explicit one that cannot run here.
@@ -73,7 +81,7 @@ def select_impl(impl: str, query: torch.Tensor, return_lse: bool = False) -> str
                 "Use impl='auto' or another one."
             )
         return impl
-    refused = []
+    refused: list[str] = []
     for name in preference(query.device.type):
         reason = why_not(name, query, return_lse)
         if reason is None:
@@ -152,29 +160,24 @@ def local_attention(
         window: the geometry, in tokens.
         scale: factor on query times key; default head_dim^-0.5.
         spatial_weight: weights of the pooling cell, (1, 1, 1, f, 1, f, 1) or (f, f) with
-            f = down_factor, for keys and values alike; default 1 / f^2. Only with down_factor > 1.
-        impl: one of `auto, triton, flex, tiled, reference`. "auto" takes the fastest that can run;
-            an explicit choice never falls back.
+            f = down_factor, for keys and values alike; default 1 / f^2.
+        impl: one of `auto, triton, flex, tiled, reference`. "auto" takes the first of `preference`
+            that can run; an explicit choice never falls back.
         return_lse: return the log-sum-exp of the scaled scores too.
 
     Returns:
         The attention output, shape and dtype of `query`; with `return_lse` also the natural-log
-        log-sum-exp, float32 (float64 for float64 inputs), (batch, text + image, heads), which is for
-        merging with other keys and carries no gradient.
+        log-sum-exp, float32 (float64 for float64 inputs), (batch, text + image, heads), which is
+        for merging with other keys and carries no gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices that differ, a sequence that contradicts the window, an
-            unknown `impl`, or an explicit `impl` that cannot run here.
+        ValueError: shapes, dtypes or devices that differ, a sequence that contradicts the window,
+            an unknown `impl`, or an explicit `impl` that cannot run here.
     """
     check_inputs(query, key, value, window, spatial_weight)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     name = select_impl(impl, query, return_lse)
-    run = {
-        "flex": flex_attention,
-        "tiled": tiled_attention,
-        "reference": reference_attention,
-    }[name]
-    out, lse = run(
+    out, lse = _RUN[name](
         query,
         key,
         value,

@@ -1,7 +1,7 @@
 """CLEAR attention by PyTorch's FlexAttention on raster-order tokens, as the paper's code does it.
 
-The block mask is made once per geometry: it lives on the `Window` value it belongs to (and goes with
-it), so keep one `Window` for all layers and steps of a picture.
+The block mask is made once per geometry: it lives on the `Window` value it belongs to (and goes
+with it), so keep one `Window` for all layers and steps of a picture.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _make_block_mask(window: Window, device: torch.device) -> BlockMask:
 
 
 def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boolean (query blocks, key blocks) as counts and indices, with FlexAttention's leading axes."""
+    """Boolean (query blocks, key blocks) as counts and indices, with two leading axes."""
     counts = blocks.sum(dim=-1, dtype=torch.int32)
     indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return counts[None, None], indices.to(torch.int32)[None, None]

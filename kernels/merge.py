@@ -1,8 +1,8 @@
 """Joining attention over disjoint sets of keys.
 
 With out = softmax(s) v over one set of keys and lse = log(sum(exp(s))), two results join exactly:
-the weights of the sets are exp(lse) (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1). Only
-the difference of the two enters, through a sigmoid, so nothing overflows.
+the weights of the sets are exp(lse) (Dao et al., FlashAttention, arXiv 2205.14135, section 3.1).
+Only the difference of the two enters, through a sigmoid, so nothing overflows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Softmax attention over one set of keys, with the log-sum-exp that lets sets be merged exactly.
 
-The backward pass takes the output and log-sum-exp over *all* keys: the probabilities of a subset are
-exp(score - lse), so the gradients of the subsets simply add (arXiv 2205.14135, algorithm 4).
+The backward pass takes the output and log-sum-exp over *all* keys: the probabilities of a subset
+are exp(score - lse), so the gradients of the subsets simply add (arXiv 2205.14135, algorithm 4).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether PyTorch's fused CPU attention serves these tensors; elsewhere the plain form below."""
+    """Whether PyTorch's fused CPU attention serves; elsewhere the plain form below does."""
     return device.type == "cpu"
 
 
@@ -34,7 +34,8 @@ def attend(
     """Attention of every query over these keys.
 
     Args:
-        query: (batch, heads, queries, head_dim); key, value: (batch, heads, keys, head_dim), keys >= 1.
+        query: (batch, heads, queries, head_dim).
+        key, value: (batch, heads, keys, head_dim), at least one key.
         bias: (queries, keys) added to the scaled scores, or None.
 
     Returns:

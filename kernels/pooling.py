@@ -15,9 +15,9 @@ def pool_tokens(
 ) -> torch.Tensor:
     """Weighted sum of the image tokens in every `down_factor` x `down_factor` cell.
 
-    Cells start at the upper left corner. A last partial cell is summed over the tokens it has, times
-    (cell size / tokens present): with the initial weights every cell is a mean, and where the grid
-    divides evenly this is exactly the published model.
+    Cells start at the upper left corner. A last partial cell is summed over the tokens it has,
+    times (cell size / tokens present): with the initial weights every cell is a mean, and where
+    the grid divides evenly this is exactly the published model.
 
     Args:
         tokens: (batch, text + image, heads, head_dim), keys (after QK-norm and RoPE) or values.
@@ -26,7 +26,7 @@ def pool_tokens(
             (1, 1, 1, f, 1, f, 1); None means 1 / f^2 each.
 
     Returns:
-        (batch, pooled, heads, head_dim), in the dtype of `tokens`; the sum is taken in float32 or wider.
+        (batch, pooled, heads, head_dim), in the dtype of `tokens`; summed in float32 or wider.
     """
     factor = window.down_factor
     rows, columns = math.ceil(window.height / factor), math.ceil(window.width / factor)

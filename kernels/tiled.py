@@ -19,7 +19,7 @@ from .pooling import pool_tokens
 from .tiles import Run, Span, runs, spans, tile_bias
 from .window import Window
 
-# Below: S text + image, T text, W columns, Y rows of a band, K rows of its keys, H heads, D head_dim.
+# Below: W columns, Y rows of a band, K rows of its keys, H heads, D head_dim.
 
 
 def tiled_attention(
@@ -49,7 +49,7 @@ def tiled_attention(
 
 
 class _Biases:
-    """The masks of one call: one per tile shape, at most a few dozen, whatever the picture's size."""
+    """The masks of one call: one per tile shape, a few dozen at most, whatever the size."""
 
     def __init__(self, radius: int, dtype: torch.dtype, device: torch.device) -> None:
         self._make = lambda rows, columns: tile_bias(rows, columns, radius, dtype, device)
@@ -72,9 +72,7 @@ def _tokens_first(part: torch.Tensor) -> torch.Tensor:
     return part.squeeze(0).transpose(0, 1)
 
 
-def _columns(
-    image: torch.Tensor, width: int, rows: slice, dtype: torch.dtype
-) -> torch.Tensor:
+def _columns(image: torch.Tensor, width: int, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """Rows of a raster-order image (tokens, ...) as a column-major copy (W, rows, ...)."""
     band = image[rows.start * width : rows.stop * width].unflatten(0, (-1, width))
     return band.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
@@ -133,10 +131,10 @@ def _tiled(
     for item in range(query.shape[0]):
         text = [tensor[item, :text_length].to(dtype) for tensor in (query, key, value)]
         q, k, v = (tensor[item, text_length:] for tensor in (query, key, value))
-        seen_by_all = [
+        all_key, all_value = (
             _heads_first(torch.cat([part, pooled[item].to(dtype)]))
             for part, pooled in ((text[1], pooled_key), (text[2], pooled_value))
-        ]
+        )
         text_query, text_key, text_value = (_heads_first(part) for part in text)
         if text_length:
             text_out, text_lse = attend(text_query, text_key, text_value, scale)
@@ -162,17 +160,17 @@ def _tiled(
                 )
                 _query_tiles(band_out, run).copy_(part_out)
                 _query_tiles(band_lse, run).copy_(part_lse)
-            if seen_by_all[0].shape[2]:
-                part_out, part_lse = attend(_heads_first(q_band.flatten(0, 1)), *seen_by_all, scale)
+            if all_key.shape[2]:
+                part_out, part_lse = attend(
+                    _heads_first(q_band.flatten(0, 1)), all_key, all_value, scale
+                )
                 band_out, band_lse = merge(
                     band_out,
                     band_lse,
                     _tokens_first(part_out).view_as(band_out),
                     _tokens_first(part_lse).reshape(band_lse.shape),
                 )
-            image_tokens = slice(
-                text_length + own_tokens.start, text_length + own_tokens.stop
-            )
+            image_tokens = slice(text_length + own_tokens.start, text_length + own_tokens.stop)
             for whole, band in ((out, band_out), (lse, band_lse)):
                 target = whole[item, image_tokens].unflatten(0, (-1, width))
                 target.copy_(band.transpose(0, 1))
@@ -231,11 +229,10 @@ def _tiled_backward(
         grad_all_value = torch.zeros_like(all_value, dtype=sum_dtype)
         grad_q, grad_k, grad_v = (x[item, text_length:] for x in grads[:3])
 
-        def text_part(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            parts = attend_backward(
-                text_grad, text_query, keys, values, text_out, text_lse, scale  # noqa: B023
-            )
-            grads[0][item, :text_length] += _tokens_first(parts[0])  # noqa: B023
+        def text_part(keys, values, state=(text_grad, text_query, text_out, text_lse), item=item):
+            grad_out, queries, out, lse = state
+            parts = attend_backward(grad_out, queries, keys, values, out, lse, scale)
+            grads[0][item, :text_length] += _tokens_first(parts[0])
             return parts[1:]
 
         if text_length:
@@ -274,7 +271,8 @@ def _tiled_backward(
                 _add_key_tiles(grad_v_band, run, parts[2])
             if all_key.shape[2]:
                 parts = attend_backward(
-                    *(_heads_first(x.flatten(0, 1)) for x in (g_band, q_band)),
+                    _heads_first(g_band.flatten(0, 1)),
+                    _heads_first(q_band.flatten(0, 1)),
                     all_key,
                     all_value,
                     _heads_first(o_band.flatten(0, 1)),

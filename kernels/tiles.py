@@ -102,7 +102,7 @@ def tile_bias(
 
 
 def executed_pairs(window: Window) -> int:
-    """(query, key) pairs the tiled path computes, masked ones included; compare `attended_pairs`."""
+    """(query, key) pairs the tiled path computes, masked ones too; see `attended_pairs`."""
     rows = sum(span.length * span.key_length for span in spans(window.height, window.radius))
     # A tile computes a full rectangle: the sum over tiles factorises into rows times columns.
     columns = sum(span.length * span.key_length for span in spans(window.width, window.radius))

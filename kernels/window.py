@@ -17,8 +17,8 @@ class Window:
     """Who attends to whom, in tokens.
 
     - An image query at (y, x) sees the image keys at (y', x') with
-      (y - y')^2 + (x - x')^2 < radius^2 (strict; nothing beyond the border), all text keys and, with
-      `down_factor` > 1, all pooled keys.
+      (y - y')^2 + (x - x')^2 < radius^2 (strict; nothing beyond the border), all text keys and,
+      with `down_factor` > 1, all pooled keys.
     - A text query sees all text keys and all image keys, but no pooled key.
 
     Attributes:
@@ -52,8 +52,8 @@ class Window:
                 )
         if self.down_factor > 1 and self.down_factor > min(self.height, self.width):
             raise ValueError(
-                f"Window: down_factor must not exceed the token grid ({self.height} x {self.width}), "
-                f"got {self.down_factor}; use a larger picture or down_factor=1."
+                f"Window: down_factor must not exceed the token grid ({self.height} x "
+                f"{self.width}), got {self.down_factor}; use a larger picture or down_factor=1."
             )
 
     @property
@@ -77,7 +77,7 @@ class Window:
         """Dense mask, True where a query attends to a key.
 
         Returns:
-            bool, (text + image, text + image + pooled). Quadratic in the grid: for tests and oracles.
+            bool, (text + image, text + image + pooled). Quadratic: for tests and oracles.
         """
         text, pooled = self.text_length, self.pooled_length
         y = torch.arange(self.height, device=device).repeat_interleave(self.width)

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 from clear_dit.plugin import install, transformer_of
 from clear_dit.processor import CLEARProcessor
@@ -16,18 +16,19 @@ from clear_dit.weights import load_clear_weights
 class CLEARFluxPipeline(FluxPipeline):
     """`diffusers.FluxPipeline` with CLEAR's two methods on it, and ready for large pictures.
 
-    Unlike its parent it refuses sizes that are not whole tokens (16 pixels) instead of rounding them, and
-    gives the transformer position ids in float32: bfloat16 cannot tell neighbours above 256 apart, which is
-    a side of 4096 pixels.
+    Unlike its parent it refuses sizes that are not whole tokens (16 pixels) instead of rounding
+    them, and gives the transformer position ids in float32: bfloat16 cannot tell neighbours above
+    256 apart, which is a side of 4096 pixels.
     """
 
     def set_attn_processor(self, processor: Any) -> None:
         """Set the transformer's attention processor.
 
         Args:
-            processor: a `CLEARProcessor`, whose settings are applied to every layer as `apply_clear` does;
-                or what diffusers takes: a processor for all layers, or a dict with one for each. These
-                leave loaded weights as they are; `remove_clear` restores weights too.
+            processor: a `CLEARProcessor`, whose settings are applied to every layer as
+                `apply_clear` does; or what diffusers takes: a processor for all layers, or a dict
+                with one for each. The latter two leave loaded weights as they are; `remove_clear`
+                restores those too.
         """
         if isinstance(processor, CLEARProcessor):
             install(transformer_of(self, "set_attn_processor"), processor, who="set_attn_processor")
@@ -55,8 +56,8 @@ class CLEARFluxPipeline(FluxPipeline):
             if pixels <= 0 or pixels % side:
                 lower = max(pixels // side, 1) * side
                 raise ValueError(
-                    f"CLEARFluxPipeline: {name} must be a multiple of {side} pixels, got {pixels}; the nearest "
-                    f"are {lower} and {lower + side}."
+                    f"CLEARFluxPipeline: {name} must be a multiple of {side} pixels, got {pixels}; "
+                    f"the nearest are {lower} and {lower + side}."
                 )
         super().check_inputs(prompt, prompt_2, height, width, *args, **kwargs)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,7 +37,7 @@ SKY_WORDS = {
     "night": ("at night", "on a starry night", "at midnight"),
 }
 LAND_WORDS = {
-    "hills": ("in the hills", "in green hills", "on rolling hills"),
+    "hills": ("in the hills", "in grassy hills", "on rolling hills"),
     "sea": ("by the sea", "in the ocean", "on the open sea"),
     "desert": ("in the desert", "on sand dunes", "in a sandy desert"),
 }
@@ -129,8 +130,10 @@ def parse(text: str) -> dict[str, str]:
     """The attributes a caption names, as {attribute: value}; the inverse of `caption`."""
     found = {}
     words = text.replace(",", " ").split()
-    for name in ("body", "body_colour", "object", "object_colour"):
-        found[name] = next((v for v in ATTRIBUTES[name] if v in words), "")
+    for name in ("body", "object"):
+        for before, word in pairwise(words):
+            if word in ATTRIBUTES[name] and before in ATTRIBUTES[f"{name}_colour"]:
+                found[name], found[f"{name}_colour"] = word, before
     for name, table in (("sky", SKY_WORDS), ("land", LAND_WORDS), ("place", PLACE_WORDS)):
         found[name] = next(
             (v for v, phrases in table.items() if any(p in text for p in phrases)), ""

@@ -97,8 +97,8 @@ class TextEncoders(nn.Module):
     def forward(self, captions: list[str], length: int) -> tuple[torch.Tensor, ...]:
         """Encode: (pooled [b, WIDTH], tokens [b, length, WIDTH], real [b, length] bool)."""
         first = self.tokenizer(
-            captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
-        )
+            captions, padding=True, max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+        )  # CLIP is causal: what follows the end of the text changes nothing
         second = self.tokenizer_2(
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )

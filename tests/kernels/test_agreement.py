@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.oracle import attention_by_definition, mask_by_definition, relative_error
 
-from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.window import Window
 from clear_dit.kernels import partial
+from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.flex import flex_attention
+from clear_dit.kernels.window import Window
 
 TEXT_LENGTHS = (0, 1, 7, 64, 512)
 
@@ -127,7 +127,7 @@ def test_implementation_is_the_definition(impl, dtype, case):
 @settings(slow, max_examples=12)
 @given(case=problems())
 def test_flex_mask_is_the_definition(dtype, case):
-    """FlexAttention in its eager form: the same mask and block lists, without compiling each shape."""
+    """FlexAttention in its eager form: the same mask and block lists, not compiled."""
     window, scale = case["window"], case["head_dim"] ** -0.5
 
     def run(query, key, value, weight):

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.window import Window
 from clear_dit.kernels import attention
+from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.pooling import pool_tokens
+from clear_dit.kernels.window import Window
 
 WINDOW = Window(4, 6, 3, 2)
 
@@ -66,8 +66,7 @@ def test_auto_says_once_which_runs_and_why_not_the_faster(caplog):
             local_attention(query, key, value, WINDOW)
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        "local attention runs on 'tiled'; triton needs a CUDA or ROCm device, "
-        "got a query on 'cpu'"
+        "local attention runs on 'tiled'; triton needs a CUDA or ROCm device, got a query on 'cpu'"
     ]
 
 

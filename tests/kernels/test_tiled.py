@@ -8,10 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.window import Window
 from clear_dit.kernels import flex, tiled
+from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.tiles import TILE, executed_pairs, runs, spans, tile_bias
+from clear_dit.kernels.window import Window
 
 
 def tensors(window, batch=1, heads=2, head_dim=16, requires_grad=False):
@@ -23,7 +23,9 @@ def tensors(window, batch=1, heads=2, head_dim=16, requires_grad=False):
 @pytest.mark.parametrize("radius", [1, 2, 8, 100])
 def test_spans_cover_the_axis_and_every_reachable_key(length, radius):
     parts = list(spans(length, radius))
-    assert [token for part in parts for token in range(part.start, part.stop)] == list(range(length))
+    assert [token for part in parts for token in range(part.start, part.stop)] == list(
+        range(length)
+    )
     for part in parts:
         for token in range(part.start, part.stop):
             assert part.key_start <= max(0, token - radius + 1)
@@ -143,7 +145,7 @@ print(peak_mb(device) - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_memory_is_linear():
-    """Four times the tokens, four times the memory on top of the inputs (a mask would be 64 GiB)."""
+    """Four times the tokens, four times the memory on top of the inputs (a mask: 64 GiB)."""
     small, large = (
         float(subprocess.run(
             [sys.executable, "-c", MEMORY, str(side)], check=True, capture_output=True, text=True

@@ -1,0 +1,5 @@
+"""`python -m clear_dit` is the command line."""
+
+from .cli import main
+
+main()

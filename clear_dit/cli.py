@@ -1,0 +1,240 @@
+"""The command line: `clear-dit COMMAND`. Thin: every command calls one function of the library."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import RequestError
+
+app = typer.Typer(
+    help="CLEAR: high-resolution images from diffusion transformers, in time linear in the pixels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")]
+Height = Annotated[int, typer.Option(help="Height in pixels, a multiple of 16.")]
+Width = Annotated[int, typer.Option(help="Width in pixels, a multiple of 16.")]
+Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens of 16 pixels.")]
+Heads = Annotated[int, typer.Option(min=1, help="Attention heads.")]
+HeadDim = Annotated[int, typer.Option(min=1, help="Channels of a head.")]
+TextLength = Annotated[int, typer.Option(min=0, help="Text tokens.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")]
+Impl = Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed runs; the median counts.")]
+
+
+def main() -> None:
+    """Run the command line; a bad request is one line on standard error and status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("clear_dit").setLevel(logging.INFO)
+    try:
+        app()
+    except RequestError as error:
+        print(f"clear-dit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"clear-dit: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    model: Annotated[
+        str, typer.Option(help="demo, a folder in diffusers format, or a hub repository.")
+    ] = "demo",
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    radius: Annotated[int | None, typer.Option(help="Radius of the window, in tokens.")] = None,
+    down_factor: Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")] = 1,
+    weights: Annotated[
+        str | None, typer.Option(help="CLEAR weights: a file, a folder or a hub repository.")
+    ] = None,
+    attention: Annotated[str, typer.Option(help="clear or full.")] = "clear",
+    impl: Impl = "auto",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("clear-dit.png"),
+    as_json: Json = False,
+) -> None:
+    """Paint one picture."""
+    from .generate import generate as run
+    from .generate import make_request
+
+    request = make_request(
+        prompt,
+        model,
+        height=height,
+        width=width,
+        radius=radius,
+        down_factor=down_factor,
+        weights=weights,
+        attention=attention,
+        impl=impl,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    result = run(request, out)
+    if as_json:
+        _print_json(result)
+    else:
+        seconds = result["seconds"]
+        print(
+            f"{result['out']}: {result['width']} x {result['height']} px, "
+            f"{result['impl']} attention, {seconds['total']:.1f} s "
+            f"(denoising {seconds['denoise']:.1f} s)"
+        )
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what can run on this machine, and why the rest cannot."""
+    from .doctor import examine, report
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+    else:
+        print(report(found))
+
+
+@bench.command("attention")
+def bench_attention(
+    height: Height = 2048,
+    width: Width = 2048,
+    radius: Radius = 8,
+    down_factor: Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")] = 1,
+    heads: Heads = 4,
+    head_dim: HeadDim = 128,
+    text_length: TextLength = 512,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    impls: Annotated[
+        str, typer.Option(help="Implementations, with commas; sdpa is full attention.")
+    ] = "tiled,flex,sdpa",
+    repeats: Repeats = 5,
+    as_json: Json = False,
+) -> None:
+    """One attention layer: correct first, then timed against its peers."""
+    from .bench.attention import bench_attention as run
+    from .bench.attention import report
+
+    problem = _problem(
+        height, width, radius, down_factor, heads, head_dim, text_length, dtype, device
+    )
+    result = run(problem, [name.strip() for name in impls.split(",")], repeats)
+    print(report(result))
+    if as_json:
+        _print_json(result)
+    if not result["correct"]:
+        raise typer.Exit(1)
+
+
+@bench.command("growth")
+def bench_growth(
+    sizes: Annotated[str, typer.Option(help="Sides in pixels, with commas.")] = "1024,2048,4096",
+    radius: Radius = 8,
+    heads: Heads = 4,
+    head_dim: HeadDim = 128,
+    text_length: TextLength = 512,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    impl: Impl = "auto",
+    repeats: Repeats = 3,
+    as_json: Json = False,
+) -> None:
+    """How time and memory of one attention layer grow with the picture."""
+    from .bench.growth import bench_growth as run
+    from .bench.growth import report
+
+    try:
+        sides = [int(size) for size in sizes.split(",")]
+    except ValueError as error:
+        raise RequestError(f"--sizes must be pixels with commas between, got {sizes!r}.") from error
+    for side in sides:
+        problem = _problem(side, side, radius, 1, heads, head_dim, text_length, dtype, device)
+    result = run(problem, sides, impl, repeats)
+    print(report(result))
+    if as_json:
+        _print_json(result)
+
+
+@bench.command("denoise")
+def bench_denoise(
+    model: Annotated[str, typer.Option(help="demo, a folder or a hub repository.")] = "demo",
+    height: Height = 2048,
+    width: Width = 2048,
+    radius: Radius = 8,
+    impl: Impl = "auto",
+    dtype: Dtype = "float32",
+    device: Device = None,
+    repeats: Repeats = 3,
+    as_json: Json = False,
+) -> None:
+    """One denoising step of a model, full attention against CLEAR."""
+    from .bench.denoise import bench_denoise as run
+    from .bench.denoise import report
+
+    problem = _problem(height, width, radius, 1, 1, 64, 0, dtype, device)
+    result = run(model, height, width, radius, impl, problem.dtype, problem.device, repeats)
+    print(report(result))
+    if as_json:
+        _print_json(result)
+
+
+def _problem(
+    height: int,
+    width: int,
+    radius: int,
+    down_factor: int,
+    heads: int,
+    head_dim: int,
+    text_length: int,
+    dtype: str,
+    device: str | None,
+) -> Any:
+    from .bench.attention import Problem
+    from .generate import check_size, find_device, find_dtype
+
+    for name, pixels in (("height", height), ("width", width)):
+        check_size(name, pixels)
+    problem = Problem(
+        height=height,
+        width=width,
+        radius=radius,
+        down_factor=down_factor,
+        heads=heads,
+        head_dim=head_dim,
+        text_length=text_length,
+        dtype=find_dtype(dtype),
+        device=find_device(device),
+    )
+    try:
+        _ = problem.window
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    return problem
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The demo transformer (FLUX architecture) and its training by flow matching.
+
+Phase 1 trains on 16x16 tokens (256 px) whose position ids are spread to the extent of 32x32;
+phase 2 goes on at 32x32 tokens (512 px) with native ids and more noise.
+
+Padding: `FluxPipeline` feeds the text unmasked and padded to up to 512 tokens. All padding is one
+vector at one position, so n copies act as one copy whose attention score is higher by log(n). The
+training therefore uses 32 text tokens and adds to the scores of padding what a padding of random
+length would, at no cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+from tqdm import tqdm
+
+from clear_dit.demo.captions import Scene, caption
+from clear_dit.demo.checkpoint import load_checkpoint, save_checkpoint
+from clear_dit.demo.text import WIDTH, TextEncoders
+
+TEXT_LENGTH = 32
+NATIVE_GRID = 32  # tokens a side at 512 px
+_LONGEST_PADDING = 505
+_EMPTY_CAPTION, _PARTIAL_CAPTION = 0.1, 0.08
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training phase; rates are peaks, `noise_mean` is the mean of logit(t)."""
+
+    name: str
+    grid: int
+    steps: int
+    batch: int
+    muon_rate: float
+    adam_rate: float
+    noise_mean: float
+    decay_from: float  # share of the steps after which the rates fall linearly to zero
+    average_decay: float = 0.999
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """A new transformer of 5.5M parameters whose blocks start as the identity (adaLN-zero)."""
+    model = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=3,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(8, 28, 28),
+    )
+    for name, module in model.named_modules():
+        modulates = name.endswith(("norm1.linear", "norm1_context.linear", "norm.linear"))
+        if modulates or name in ("norm_out.linear", "proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def image_ids(grid: int) -> torch.Tensor:
+    """Position ids [grid * grid, 3] of a square picture, spread to the native extent."""
+    scale = NATIVE_GRID / grid
+    position = torch.arange(grid) * scale + (scale - 1) / 2
+    rows, columns = torch.meshgrid(position, position, indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[b, c, 2h, 2w] -> tokens [b, h * w, 4c], in the order of `FluxPipeline`."""
+    b, c, h, w = latents.shape
+    blocks = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def padding_bias(
+    real: torch.Tensor, image_tokens: int, multiplicity: torch.Tensor
+) -> torch.Tensor:
+    """Additive attention mask [b, 1, 1, text + image] that makes the padding count `multiplicity`.
+
+    real: [b, text] bool, true for words; multiplicity: [b], how many padding tokens to act as.
+    """
+    padding = ~real
+    share = multiplicity / padding.sum(1).clamp_min(1)
+    bias = torch.zeros(real.shape[0], real.shape[1] + image_tokens)
+    bias[:, : real.shape[1]] = padding * share.log()[:, None]
+    return bias[:, None, None]
+
+
+def make_optimizers(model: nn.Module, phase: Phase) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of attention and feed-forward, AdamW for everything else."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        inner = "blocks" in name and "norm" not in name and parameter.ndim == 2
+        (matrices if inner else others).append(parameter)
+    return [
+        torch.optim.Muon(
+            matrices, lr=phase.muon_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=phase.adam_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def rate_factor(step: int, phase: Phase) -> float:
+    """The learning rate at `step` as a share of its peak: warm-up, flat, linear decay."""
+    left = (1 - step / phase.steps) / (1 - phase.decay_from)
+    return min(1.0, (step + 1) / 100, left)
+
+
+def draw_texts(scenes: list[Scene], rng: np.random.Generator) -> list[str]:
+    """A random caption for each scene; some partial, some empty (for classifier-free guidance)."""
+    texts = []
+    for scene in scenes:
+        kind = rng.random()
+        partial = kind < _EMPTY_CAPTION + _PARTIAL_CAPTION
+        texts.append("" if kind < _EMPTY_CAPTION else caption(scene, rng, partial))
+    return texts
+
+
+def train_transformer(
+    phase: Phase,
+    tokens: np.ndarray,
+    scenes: list[Scene],
+    encoders: TextEncoders,
+    checkpoint: Path,
+    initial: dict[str, torch.Tensor] | None = None,
+    compile_model: bool = True,
+    save_every: int = 100,
+) -> tuple[FluxTransformer2DModel, list[float]]:
+    """Train one phase on latent `tokens` [n, grid * grid, 64]; (averaged weights, losses).
+
+    Resumes from `checkpoint` where it exists, else starts from `initial` or new weights.
+    """
+    torch.manual_seed(0)
+    model = build_transformer()
+    if initial is not None:
+        model.load_state_dict(initial)
+    average = copy.deepcopy(model).requires_grad_(False)
+    muon, adam = make_optimizers(model, phase)
+    start, losses = load_checkpoint(checkpoint, model=model, average=average, muon=muon, adam=adam)
+    if start >= phase.steps:
+        return average, losses
+    forward: Callable[..., tuple[torch.Tensor]] = (
+        torch.compile(model, dynamic=False) if compile_model else model
+    )
+    ids, text_ids = image_ids(phase.grid), torch.zeros(TEXT_LENGTH, 3)
+    bar = tqdm(range(start, phase.steps), desc=phase.name, initial=start, total=phase.steps)
+    for step in bar:
+        rng = np.random.default_rng((11, phase.grid, step))
+        factor = rate_factor(step, phase)
+        for optimizer, peak in ((muon, phase.muon_rate), (adam, phase.adam_rate)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+        chosen = np.sort(rng.choice(len(tokens), phase.batch, replace=len(tokens) < phase.batch))
+        clean = torch.from_numpy(tokens[chosen].astype(np.float32))
+        with torch.no_grad():
+            texts = draw_texts([scenes[i] for i in chosen], rng)
+            pooled, words, real = encoders(texts, TEXT_LENGTH)
+        longest = rng.uniform(0, math.log(_LONGEST_PADDING), phase.batch)
+        multiplicity = torch.from_numpy(np.exp(longest)).float()
+        bias = padding_bias(real, clean.shape[1], multiplicity)
+        # Evenly spread quantiles of the noise level lower the variance of the loss.
+        quantile = (torch.arange(phase.batch) + torch.rand(phase.batch)) / phase.batch
+        normal = torch.special.ndtri(quantile.clamp(1e-3, 1 - 1e-3))
+        t = torch.sigmoid(phase.noise_mean + normal)[torch.randperm(phase.batch)]
+        noise = torch.randn_like(clean)
+        noisy = clean + t[:, None, None] * (noise - clean)
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = forward(
+                hidden_states=noisy,
+                encoder_hidden_states=words,
+                pooled_projections=pooled,
+                timestep=t,
+                img_ids=ids,
+                txt_ids=text_ids,
+                joint_attention_kwargs={"attention_mask": bias.bfloat16()},
+                return_dict=False,
+            )[0]
+        loss = (velocity.float() - (noise - clean)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(phase.average_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
+        if (step + 1) % save_every == 0 or step + 1 == phase.steps:
+            save_checkpoint(
+                checkpoint, step + 1, losses, model=model, average=average, muon=muon, adam=adam
+            )
+    return average, losses

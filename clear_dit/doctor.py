@@ -1,0 +1,93 @@
+"""What can run on this machine, and why the rest cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from typing import Any
+
+import torch
+
+from . import __version__
+from .kernels.attention import IMPLS, preference, why_not
+from .models import DEMO
+
+EXTRAS = {
+    "app": ("gradio",),
+    "training": ("peft", "prodigyopt", "tensorboard", "matplotlib"),
+    "metrics": ("torchmetrics",),
+    "gpu": ("triton", "xformers"),
+}
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, implementations and extras, as plain values for printing or JSON.
+
+    `impls` maps a device and an implementation to None if it can run there, else to the reason.
+    """
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    impls = {}
+    for device in devices:
+        query = torch.empty(1, 1, 1, 64, device=device)
+        kind = torch.device(device).type
+        impls[device] = {name: why_not(name, query) for name in preference(kind)}
+        assert set(impls[device]) == set(IMPLS) - {"auto"}
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "packages": {
+            name: _version(name)
+            for name in ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+        },
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": {
+            device: torch.cuda.get_device_name(device) if device != "cpu" else platform.machine()
+            for device in devices
+        },
+        "compiler": next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None),
+        "impls": impls,
+        "auto": {
+            device: next(name for name, reason in table.items() if reason is None)
+            for device, table in impls.items()
+        },
+        "demo": (DEMO / "model_index.json").is_file(),
+        "extras": {
+            extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def report(found: dict[str, Any]) -> str:
+    """`examine` as text for a terminal."""
+    lines = [
+        f"clear-dit {found['version']}, Python {found['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in found["packages"].items()),
+        f"{found['cpus']} CPUs, {found['threads']} threads in use; "
+        f"C++ compiler: {found['compiler'] or 'none'}",
+        f"demo pipeline: {'here' if found['demo'] else 'missing'}",
+        "",
+    ]
+    for device, table in found["impls"].items():
+        lines.append(f"{device} ({found['devices'][device]}): auto runs {found['auto'][device]}")
+        lines += [
+            f"  {name:<10} {'can run' if reason is None else 'cannot run: it ' + reason}"
+            for name, reason in table.items()
+        ]
+    lines += ["", "extras (pip install 'clear-dit[EXTRA]'):"]
+    for extra, packages in found["extras"].items():
+        parts = [f"{name} {version or 'missing'}" for name, version in packages.items()]
+        lines.append(f"  {extra:<10} {', '.join(parts)}")
+    return "\n".join(lines)

@@ -1,0 +1,10 @@
+"""The one exception that means: the request was wrong, not the program."""
+
+from __future__ import annotations
+
+
+class RequestError(ValueError):
+    """A bad request: one or two lines that say who, which rule, what came and what to do.
+
+    The command line prints it without a traceback and exits with status 2.
+    """

@@ -1,0 +1,274 @@
+"""One prompt, one picture: the request, its checks, and the work."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import __version__
+from .errors import RequestError
+from .kernels.attention import select_impl
+from .kernels.window import Window
+from .memory import peak_mb, reset_peak
+from .models import TOKEN_PIXELS, load_pipeline, model_defaults, model_path
+from .output import check_writable, save_png
+from .plugin import apply_clear
+
+if TYPE_CHECKING:
+    from .pipelines.flux import CLEARFluxPipeline
+
+# Bounds before memory is taken: 16384 px a side is a million tokens.
+MAX_SIDE = 16384
+MAX_STEPS = 1000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_size(name: str, pixels: int) -> None:
+    """Refuse a side that is not whole tokens, or larger than this program takes.
+
+    Raises:
+        RequestError: see above.
+    """
+    if pixels < TOKEN_PIXELS or pixels % TOKEN_PIXELS or pixels > MAX_SIDE:
+        raise RequestError(
+            f"--{name} must be a multiple of {TOKEN_PIXELS} from {TOKEN_PIXELS} to {MAX_SIDE} "
+            f"pixels, got {pixels}."
+        )
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """A dtype by name.
+
+    Raises:
+        RequestError: not one of DTYPES.
+    """
+    if name not in DTYPES:
+        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}.")
+    return DTYPES[name]
+
+
+def find_device(name: str | None) -> torch.device:
+    """A device by name, or the best there is.
+
+    Raises:
+        RequestError: there is no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"--device {name}: cannot be used ({reason}).") from error
+    return device
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to paint, and how: complete and checked. `make_request` fills in what is not said.
+
+    Attributes:
+        prompt: the text.
+        model: "demo", a folder in diffusers format, or a hub repository (owner/name).
+        height, width: of the picture, in pixels, multiples of 16.
+        radius: of the window, in tokens (16 pixels).
+        down_factor: side of a pooling cell, in tokens; 1 for none.
+        weights: CLEAR weights: a file, a folder or a hub repository; None for the model's own.
+        attention: "clear" or "full".
+        impl: see `local_attention`.
+        steps: denoising steps.
+        guidance: strength of guidance: FLUX.1-dev's embedded scale; for a model without one, the
+            scale of classifier-free guidance against an empty prompt (two passes), 1 for none.
+        seed: of the initial noise.
+        dtype: "float32", "bfloat16" or "float16".
+        device: a torch device.
+
+    Raises:
+        RequestError: the first thing that is wrong.
+    """
+
+    prompt: str
+    model: str
+    height: int
+    width: int
+    radius: int
+    down_factor: int
+    weights: str | None
+    attention: str
+    impl: str
+    steps: int
+    guidance: float
+    seed: int
+    dtype: str
+    device: str
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise RequestError("the prompt is empty; describe a picture.")
+        model_path(self.model)
+        check_size("height", self.height)
+        check_size("width", self.width)
+        if self.attention not in ("clear", "full"):
+            raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
+        if self.attention == "full" and self.weights is not None:
+            raise RequestError("--weights are for --attention clear; leave them out with full.")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise RequestError(f"--steps must be from 1 to {MAX_STEPS}, got {self.steps}.")
+        if not 0 <= self.guidance <= 100:
+            raise RequestError(f"--guidance must be from 0 to 100, got {self.guidance}.")
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}.")
+        dtype, device = find_dtype(self.dtype), find_device(self.device)
+        if self.attention == "clear":
+            rows, columns = self.height // TOKEN_PIXELS, self.width // TOKEN_PIXELS
+            try:
+                Window(rows, columns, 0, self.radius, self.down_factor)
+                select_impl(self.impl, torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
+            except ValueError as error:
+                raise RequestError(str(error)) from error
+
+
+def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateRequest:
+    """A request in which whatever is None or not named takes the model's default.
+
+    Raises:
+        RequestError: see `GenerateRequest`.
+    """
+    defaults = model_defaults(model)
+    device = str(find_device(settings.get("device")))
+    complete: dict[str, Any] = {
+        "height": defaults.size,
+        "width": defaults.size,
+        "radius": defaults.radius,
+        "down_factor": 1,
+        "weights": None,
+        "attention": "clear",
+        "impl": "auto",
+        "steps": defaults.steps,
+        "guidance": defaults.guidance,
+        "seed": 0,
+        "dtype": "float32" if device == "cpu" else "bfloat16",
+    }
+    complete |= {name: value for name, value in settings.items() if value is not None}
+    return GenerateRequest(prompt, model, **(complete | {"device": device}))
+
+
+@dataclass
+class Timer:
+    """Seconds by stage of the work."""
+
+    seconds: dict[str, float]
+
+    @contextmanager
+    def measure(self, stage: str, device: torch.device) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict[str, Any]:
+    """Paint the picture of a request and write it.
+
+    Args:
+        request: what to paint.
+        out: the PNG to write; its settings stand in it.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        out, height, width (pixels), tokens (of the picture), impl (the attention that ran: an
+        implementation of local attention, or "full"), seconds {total, text, denoise, decode},
+        peak_memory_mb.
+
+    Raises:
+        RequestError: a bad request, before any work.
+        OSError: the picture cannot be written; nothing is left under its name.
+    """
+    check_writable(out)
+    device, dtype = find_device(request.device), find_dtype(request.dtype)
+    reset_peak(device)
+    start = time.perf_counter()
+    pipe = load_pipeline(request.model, dtype, device)
+    impl = _set_attention(pipe, request)
+    pipe.set_progress_bar_config(disable=not progress, desc="denoising")
+    timer = Timer({})
+    image = _paint(pipe, request, device, timer)
+    try:
+        save_png(image, out, asdict(request) | {"version": __version__, "impl": impl})
+    except OSError as error:
+        raise OSError(f"{out} could not be written ({os.strerror(error.errno or 0)}).") from error
+    return {
+        "out": str(out),
+        "height": request.height,
+        "width": request.width,
+        "tokens": image.height * image.width // TOKEN_PIXELS**2,
+        "impl": impl,
+        "seconds": {"total": round(time.perf_counter() - start, 3), **timer.seconds},
+        "peak_memory_mb": round(peak_mb(device), 1),
+    }
+
+
+def _set_attention(pipe: CLEARFluxPipeline, request: GenerateRequest) -> str:
+    if request.attention == "full":
+        return "full"
+    try:
+        apply_clear(
+            pipe,
+            radius=request.radius,
+            down_factor=request.down_factor,
+            weights=request.weights,
+            impl=request.impl,
+        )
+    except (ValueError, OSError) as error:
+        raise RequestError(str(error)) from error
+    probe = torch.empty(1, 1, 1, 64, dtype=pipe.dtype, device=pipe.device)
+    return select_impl(request.impl, probe)
+
+
+def _paint(
+    pipe: CLEARFluxPipeline, request: GenerateRequest, device: torch.device, timer: Timer
+) -> Any:
+    """Text, denoising and decoding one after the other, each timed; a PIL image."""
+    embedded = bool(pipe.transformer.config.guidance_embeds)
+    two_passes = not embedded and request.guidance > 1
+    length = min(model_defaults(request.model).text_length, pipe.tokenizer_2.model_max_length)
+    arguments: dict[str, Any] = {}
+    with timer.measure("text", device), torch.no_grad():
+        prompts = {"": request.prompt} | ({"negative_": ""} if two_passes else {})
+        for prefix, prompt in prompts.items():
+            embeds, pooled, _ = pipe.encode_prompt(
+                prompt=prompt, prompt_2=None, device=device, max_sequence_length=length
+            )
+            arguments[f"{prefix}prompt_embeds"] = embeds
+            arguments[f"{prefix}pooled_prompt_embeds"] = pooled
+    with timer.measure("denoise", device):
+        latents = pipe(
+            height=request.height,
+            width=request.width,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance if embedded else 1.0,
+            true_cfg_scale=request.guidance if two_passes else 1.0,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            max_sequence_length=length,
+            output_type="latent",
+            **arguments,
+        ).images
+    with timer.measure("decode", device):
+        return decode(pipe, latents, request.height, request.width)
+
+
+@torch.no_grad()
+def decode(pipe: CLEARFluxPipeline, latents: torch.Tensor, height: int, width: int) -> Any:
+    """Packed latents (1, tokens, channels) to a PIL image of height x width pixels."""
+    latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    pixels = pipe.vae.decode(latents, return_dict=False)[0]
+    return pipe.image_processor.postprocess(pixels, output_type="pil")[0]

@@ -1,0 +1,99 @@
+"""Models by name: where they are, and the settings that suit them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import RequestError
+
+if TYPE_CHECKING:
+    from .pipelines.flux import CLEARFluxPipeline
+
+# Side of a token in pixels: an autoencoder that reduces by 8, then 2 x 2 latents to a token.
+TOKEN_PIXELS = 16
+
+DEMO = Path(__file__).parent / "assets" / "demo"
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """What a request does not say.
+
+    Attributes:
+        size: native height and width, in pixels.
+        radius: of the window, in tokens: a quarter of the native grid's side.
+        steps: denoising steps.
+        guidance: see `GenerateRequest.guidance`.
+        text_length: text tokens, padding included.
+    """
+
+    size: int
+    radius: int
+    steps: int
+    guidance: float
+    text_length: int
+
+
+DEMO_DEFAULTS = ModelDefaults(size=512, radius=8, steps=20, guidance=2.0, text_length=64)
+FLUX_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=28, guidance=3.5, text_length=512)
+
+
+def model_path(model: str) -> str:
+    """What `from_pretrained` takes for a model's name: "demo", a folder, or a hub repository.
+
+    Raises:
+        RequestError: a folder that is not a FLUX pipeline, or the demo's files are missing.
+    """
+    if model != "demo":
+        folder = Path(model)
+        if folder.is_dir():
+            _check_folder(folder)
+        elif folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+            raise RequestError(
+                f"--model must be 'demo', a folder in diffusers format or a hub repository "
+                f"(owner/name); got {model!r}."
+            )
+        return model
+    if not (DEMO / "model_index.json").is_file():
+        raise RequestError("--model demo: this installation has no demo pipeline (assets/demo).")
+    return str(DEMO)
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"--model: {folder} is not a pipeline in diffusers format (no valid model_index.json)."
+        ) from error
+    if "Flux" not in str(name) or str(name).startswith("Flux2"):
+        raise RequestError(
+            f"--model: {folder} holds a {name}; only FLUX.1 pipelines are supported."
+        )
+
+
+def model_defaults(model: str) -> ModelDefaults:
+    """The settings that suit a model by name."""
+    return DEMO_DEFAULTS if model == "demo" else FLUX_DEFAULTS
+
+
+def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEARFluxPipeline:
+    """A FLUX pipeline, ready on a device.
+
+    Raises:
+        RequestError: it cannot be found or read.
+    """
+    from .pipelines.flux import CLEARFluxPipeline
+
+    path = model_path(model)
+    try:
+        pipe = CLEARFluxPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(f"--model {model}: cannot be loaded: {reason}") from error
+    return pipe.to(device)
