@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 # The same as in pyproject.toml; a test compares them.
-MINIMUM = {"torch": "2.6", "diffusers": "0.38"}
+MINIMUM = {"torch": "2.9", "diffusers": "0.38"}
 
 
 def release(version: str) -> tuple[int, ...]:

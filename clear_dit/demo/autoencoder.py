@@ -135,3 +135,49 @@ def train_autoencoder(
                 checkpoint, step + 1, losses, model=model, average=average, optimizer=optimizer
             )
     return average
+
+
+def train_decoder(
+    model: AutoencoderTiny,
+    sampler: CropSampler,
+    checkpoint: Path,
+    steps: int,
+    crop: int = _CROP,
+    batch: int = _BATCH,
+) -> AutoencoderTiny:
+    """Go on with the decoder alone, so that latents in use stay valid; return averaged weights."""
+    torch.manual_seed(1)
+    decoder = model.decoder.requires_grad_(True)
+    average = copy.deepcopy(decoder).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        decoder.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-4
+    )
+    start, losses = load_checkpoint(
+        checkpoint, decoder=decoder, average=average, optimizer=optimizer
+    )
+    bar = tqdm(range(start, steps), desc="decoder", initial=start, total=steps)
+    for step in bar:
+        rng = np.random.default_rng((6, step))
+        for group in optimizer.param_groups:
+            group["lr"] = _PEAK_RATE * min(1, (step + 1) / 100) * (1 - step / steps)
+        target = to_tensor(sampler(rng, batch, crop))
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = model.encoder(target)
+            output = decoder(latents + LATENT_NOISE * torch.randn_like(latents))
+        loss = reconstruction_loss(output, target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.995, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), list(decoder.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", psnr=f"{psnr(output, target):.1f}")
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            save_checkpoint(
+                checkpoint, step + 1, losses, decoder=decoder, average=average, optimizer=optimizer
+            )
+    model.decoder = average
+    return model

@@ -32,7 +32,8 @@ from clear_dit.demo.checkpoint import load_checkpoint, save_checkpoint
 
 WIDTH = 128
 MAX_LENGTH = 64
-_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+# </s> must not get id 2: transformers takes that for a sign to pool at the largest id instead.
+_SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 _UNKNOWN_WORD = "lovely"  # not in the vocabulary: teaches the encoders to pass over other words
 _BATCH, _PEAK_RATE = 64, 1e-3
 
@@ -74,7 +75,6 @@ class TextEncoders(nn.Module):
                 projection_dim=WIDTH,
                 pad_token_id=self.tokenizer.pad_token_id,
                 bos_token_id=self.tokenizer.bos_token_id,
-                # transformers reads an eos_token_id of 2 as "the largest id ends the text"
                 eos_token_id=self.tokenizer.eos_token_id,
             )
         )

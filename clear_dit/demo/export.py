@@ -1,0 +1,72 @@
+"""Writes the demo pipeline as a folder that stock `diffusers.FluxPipeline` loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+
+from clear_dit.demo.text import TextEncoders
+
+SHIFT = 3.0  # static time shift of the sampler, right for 32x32 tokens
+
+
+def build_pipeline(
+    transformer: FluxTransformer2DModel, vae: AutoencoderTiny, encoders: TextEncoders
+) -> FluxPipeline:
+    """Put the trained parts together."""
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False),
+        vae=vae,
+        text_encoder=encoders.clip,
+        tokenizer=encoders.tokenizer,
+        text_encoder_2=encoders.t5,
+        tokenizer_2=encoders.tokenizer_2,
+        transformer=transformer,
+    )
+
+
+def _name_fast_tokenizers(folder: Path) -> None:
+    """Name the public tokenizer class, which every transformers release can load."""
+    index = folder / "model_index.json"
+    listed = json.loads(index.read_text())
+    for part in ("tokenizer", "tokenizer_2"):
+        listed[part] = ["transformers", "PreTrainedTokenizerFast"]
+        config = folder / part / "tokenizer_config.json"
+        values = json.loads(config.read_text())
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.write_text(json.dumps(values, indent=2) + "\n")
+    index.write_text(json.dumps(listed, indent=2) + "\n")
+
+
+def export_pipeline(pipe: FluxPipeline, target: Path, extra: dict[str, bytes]) -> None:
+    """Save `pipe` to `target`, the transformer in bfloat16, and replace what was there at once.
+
+    extra: further files (name to content), such as the training card.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial, safe_serialization=True)
+    half = FluxTransformer2DModel.from_config(pipe.transformer.config)
+    half.load_state_dict(pipe.transformer.state_dict())
+    half.to(torch.bfloat16).save_pretrained(partial / "transformer")
+    _name_fast_tokenizers(partial)
+    for name, content in extra.items():
+        (partial / name).write_bytes(content)
+    for path in partial.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    partial.chmod(0o755)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,113 @@
+"""A small classifier that reads a picture's attributes; trained on rendered pictures only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from clear_dit.demo.captions import ATTRIBUTES, Scene, sample_scene
+from clear_dit.demo.data import PictureSet
+from clear_dit.demo.world import render
+
+SIZE = 64  # pixels a side that the probe looks at
+_BATCH, _PEAK_RATE = 64, 2e-3
+
+
+class Probe(nn.Module):
+    """Square pictures [b, 3, SIZE, SIZE] in [0, 1] -> logits of all attributes, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [len(values) for values in ATTRIBUTES.values()]
+        widths = (3, 32, 48, 64, 96)
+        self.convolutions = nn.ModuleList(
+            [nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:], strict=False)]
+        )
+        self.hidden = nn.Linear(96 * (SIZE // 16) ** 2, 128)
+        self.heads = nn.Linear(128, sum(self.sizes))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        x = pictures * 4 - 2
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x))
+        return self.heads(F.relu(self.hidden(x.flatten(1))))
+
+    @torch.no_grad()
+    def read(self, pictures: np.ndarray) -> np.ndarray:
+        """uint8 pictures [n, h, w, 3] -> the most probable value of each attribute, int [n, 7]."""
+        parts = self(shrink(pictures)).split(self.sizes, -1)
+        return torch.stack([part.argmax(-1) for part in parts], 1).numpy()
+
+
+def shrink(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [n, h, w, 3] -> float [n, 3, SIZE, SIZE] in [0, 1], by area."""
+    tensor = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
+    return F.interpolate(tensor, (SIZE, SIZE), mode="area")
+
+
+def _disturb(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise, a change of contrast and of colour, and blur, so that texture does not decide."""
+    n = len(pictures)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    pictures = torch.lerp(pictures, blurred, uniform(0, 1, n, 1, 1, 1))
+    pictures = (pictures - 0.5) * uniform(0.9, 1.1, n, 1, 1, 1) + 0.5
+    pictures = pictures + uniform(-0.03, 0.03, n, 3, 1, 1)
+    strength = uniform(0, 0.05, n, 1, 1, 1)
+    return pictures + strength * torch.randn(pictures.shape, generator=generator)
+
+
+def train_probe(pictures: PictureSet, epochs: int = 6) -> Probe:
+    """Train on `pictures` in memory at SIZE px."""
+    torch.manual_seed(0)
+    images = torch.cat([shrink(chunk) for chunk in pictures.open_chunks()])
+    labels = torch.tensor([scene.labels for scene in pictures.scenes()])
+    probe, generator = Probe(), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=_PEAK_RATE, weight_decay=0.01)
+    steps = max(1, epochs * len(images) // _BATCH)
+    for step in tqdm(range(steps), "probe"):
+        for group in optimizer.param_groups:
+            group["lr"] = _PEAK_RATE * min(1, (step + 1) / 50) * (1 - step / steps)
+        chosen = torch.randint(len(images), (_BATCH,), generator=generator)
+        parts = probe(_disturb(images[chosen], generator)).split(probe.sizes, -1)
+        loss = sum(F.cross_entropy(p, labels[chosen, i]) for i, p in enumerate(parts))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return probe.eval().requires_grad_(False)
+
+
+def held_out_scenes(count: int, seed: int = 2024) -> list[Scene]:
+    """Scenes whose combination of attributes never occurs in training."""
+    rng = np.random.default_rng(seed)
+    return [sample_scene(rng, held_out=True) for _ in range(count)]
+
+
+def probe_accuracy(probe: Probe, count: int = 256, size: int = 256) -> np.ndarray:
+    """Accuracy per attribute [7] on fresh renders of held-out scenes."""
+    scenes = held_out_scenes(count, seed=77)
+    pictures = np.stack([render(scene, size, size) for scene in scenes])
+    return (probe.read(pictures) == np.array([scene.labels for scene in scenes])).mean(0)
+
+
+def save_probe(probe: Probe, path: Path) -> None:
+    """Save the weights to the safetensors file `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(probe.state_dict(), path)
+    path.chmod(0o644)
+
+
+def load_probe(path: Path) -> Probe:
+    """Load what `save_probe` saved."""
+    probe = Probe()
+    probe.load_state_dict(load_file(path))
+    return probe.eval().requires_grad_(False)

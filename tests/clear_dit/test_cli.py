@@ -1,0 +1,253 @@
+"""The command line as a user meets it: what it prints, writes, refuses, and its exit status."""
+
+import json
+import re
+import sys
+
+import pytest
+from PIL import Image
+
+from clear_dit import cli
+from clear_dit.models import DEMO
+from clear_dit.output import read_settings
+
+PROMPT = "a red house in the hills at sunset, a golden sun on the left"
+
+
+def run(monkeypatch, *arguments):
+    """Run `clear-dit` in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["clear-dit", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    return exit_info.value.code or 0
+
+
+def paint(monkeypatch, out, *arguments):
+    small = ("--height", 64, "--width", 96, "--steps", 2, "--out", out)
+    return run(monkeypatch, "generate", PROMPT, *small, *arguments)
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_generate_writes_a_picture_with_its_settings(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "picture.png"
+    assert paint(monkeypatch, out, "--radius", 2, "--seed", 7, "--json") == 0
+    result = last_json(capsys)
+    assert result["out"] == str(out)
+    assert (result["height"], result["width"], result["tokens"]) == (64, 96, 24)
+    assert result["impl"] == "tiled"
+    assert set(result["seconds"]) == {"total", "text", "denoise", "decode"}
+    assert 0 < result["seconds"]["denoise"] < result["seconds"]["total"]
+    assert result["peak_memory_mb"] > 50
+    with Image.open(out) as image:
+        assert image.size == (96, 64)
+    settings = read_settings(out)
+    assert settings["prompt"] == PROMPT
+    assert (settings["radius"], settings["seed"], settings["impl"]) == (2, 7, "tiled")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_same_seed_same_picture_and_radius_past_the_diagonal_is_full(monkeypatch, tmp_path):
+    pictures = {}
+    for name, options in {
+        "wide": ("--radius", 20),
+        "again": ("--radius", 20),
+        "full": ("--attention", "full"),
+        "narrow": ("--radius", 2),
+        "other": ("--radius", 20, "--seed", 1),
+    }.items():
+        assert paint(monkeypatch, tmp_path / f"{name}.png", *options) == 0
+        with Image.open(tmp_path / f"{name}.png") as image:
+            pictures[name] = list(image.convert("RGB").tobytes())
+
+    def difference(a, b):
+        return max(abs(x - y) for x, y in zip(pictures[a], pictures[b], strict=True))
+
+    assert difference("wide", "again") == 0
+    assert difference("wide", "full") <= 1
+    assert difference("narrow", "full") > 1
+    assert difference("other", "wide") > 10
+
+
+@pytest.mark.parametrize("options", [("--impl", "reference"), ("--impl", "tiled")])
+def test_generate_in_bfloat16_and_pooled(monkeypatch, tmp_path, capsys, options):
+    out = tmp_path / "picture.png"
+    arguments = ("--radius", 2, "--down-factor", 2, "--dtype", "bfloat16", "--json", *options)
+    assert paint(monkeypatch, out, *arguments) == 0
+    assert last_json(capsys)["impl"] == options[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--height", 100), "--height must be a multiple of 16"),
+        (("--width", 0), "--width must be a multiple of 16"),
+        (("--height", 1048576), "from 16 to 16384"),
+        (("--radius", 0), "radius must be at least 1"),
+        (("--radius", -2), "radius must be at least 1"),
+        (("--impl", "fastest"), "impl must be one of auto, triton, flex, tiled, reference"),
+        (("--impl", "triton"), "needs a CUDA or ROCm device"),
+        (("--down-factor", 5), "down_factor must not exceed the token grid (4 x 6), got 5"),
+        (("--attention", "half"), "--attention must be clear or full, got 'half'"),
+        (("--steps", 0), "--steps must be from 1"),
+        (("--guidance", -1), "--guidance must be from 0"),
+        (("--seed", -1), "--seed must be from 0"),
+        (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16"),
+        (("--device", "gpu"), "--device gpu: cannot be used"),
+        (("--weights", "missing.safetensors"), "missing.safetensors"),
+        (("--attention", "full", "--weights", "x"), "--weights are for --attention clear"),
+        (("--model", "no/such/model"), "--model must be 'demo', a folder"),
+        (("--model", "missing"), "--model must be 'demo', a folder"),
+        (("--model", "."), "is not a pipeline in diffusers format"),
+    ],
+)
+def test_bad_requests_are_one_line_and_status_2(monkeypatch, tmp_path, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert paint(monkeypatch, "picture.png", *options) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert len([line for line in captured.err.splitlines() if line.startswith("clear-dit:")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_another_model_are_refused(monkeypatch, tmp_path, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "other.safetensors"
+    save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(3072, 3072)}, weights)
+    assert paint(monkeypatch, tmp_path / "picture.png", "--weights", weights) == 2
+    assert "clear-dit:" in capsys.readouterr().err
+    assert not (tmp_path / "picture.png").exists()
+
+
+def test_an_empty_prompt_is_refused(monkeypatch, capsys):
+    assert run(monkeypatch, "generate", "   ") == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("picture.jpg", "--out must end in .png"),
+        ("no/such/folder/picture.png", "there is no folder"),
+        ("folder.png", "--out is a folder"),
+        ("/proc/picture.png", "cannot write in /proc"),
+    ],
+)
+def test_bad_outputs_are_refused_before_work(monkeypatch, tmp_path, capsys, out, message):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert paint(monkeypatch, out) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(monkeypatch, tmp_path, capsys):
+    import errno
+
+    def no_space(self, *args, **kwargs):
+        args[0].write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", no_space)
+    (tmp_path / "picture.png").write_bytes(b"older picture")
+    assert paint(monkeypatch, tmp_path / "picture.png") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+    assert (tmp_path / "picture.png").read_bytes() == b"older picture"
+
+
+def test_a_long_prompt_is_cut_with_a_warning(monkeypatch, tmp_path, capfd):
+    from diffusers.utils import logging
+
+    logging.enable_propagation()
+    try:
+        words = "a red house in the hills at sunset " * 12 + "with a violet balloon"
+        arguments = ("--height", 32, "--width", 32, "--steps", 1, "--out", tmp_path / "p.png")
+        assert run(monkeypatch, "generate", words, *arguments) == 0
+    finally:
+        logging.disable_propagation()
+    assert re.search(r"truncated.*violet balloon", capfd.readouterr().err, flags=re.DOTALL)
+
+
+def test_doctor(monkeypatch, capsys):
+    assert run(monkeypatch, "doctor") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"triton +cannot run: it needs a CUDA or ROCm device", text)
+    assert "auto runs tiled" in text
+    assert run(monkeypatch, "doctor", "--json") == 0
+    found = last_json(capsys)
+    assert found["impls"]["cpu"]["tiled"] is None
+    assert found["auto"]["cpu"] == "tiled"
+    assert found["demo"] is DEMO.is_dir()
+
+
+def test_help_names_every_command(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for command in ("generate", "doctor", "bench"):
+        assert command in text
+
+
+def test_bench_attention(monkeypatch, capsys):
+    arguments = ("--height", 256, "--width", 320, "--radius", 4, "--heads", 2, "--head-dim", 32)
+    more = ("--text-length", 9, "--impls", "tiled,sdpa,reference", "--repeats", 1, "--json")
+    assert run(monkeypatch, "bench", "attention", *arguments, *more) == 0
+    result = last_json(capsys)
+    assert result["correct"] is True
+    assert [row["impl"] for row in result["rows"]] == ["tiled", "sdpa", "reference"]
+    for row in result["rows"]:
+        assert row["ms"] > 0
+        assert row["useful_tflops"] > 0
+        assert row["max_error"] < 1e-5
+    tiled, dense, _ = (row["executed_over_exact"] for row in result["rows"])
+    assert 1 < tiled < dense
+
+
+def test_bench_attention_times_nothing_that_is_wrong(monkeypatch, capsys):
+    from clear_dit.bench import attention
+
+    right = attention.local_attention
+    monkeypatch.setattr(attention, "local_attention", lambda *a, **k: right(*a, **k) * 1.01)
+    arguments = ("--height", 128, "--width", 128, "--impls", "tiled,sdpa", "--repeats", 1)
+    assert run(monkeypatch, "bench", "attention", *arguments, "--json") == 1
+    result = last_json(capsys)
+    assert result["correct"] is False
+    assert result["rows"][0]["ms"] is None
+    assert result["rows"][1]["ms"] > 0
+
+
+def test_bench_growth(monkeypatch, capsys):
+    arguments = ("--sizes", "128,256", "--heads", 1, "--head-dim", 16, "--text-length", 4)
+    assert run(monkeypatch, "bench", "growth", *arguments, "--repeats", 1, "--json") == 0
+    result = last_json(capsys)
+    assert [row["size"] for row in result["rows"]] == [128, 256]
+    assert result["exponent"] > 0
+
+
+def test_bench_denoise(monkeypatch, capsys):
+    arguments = ("--height", 256, "--width", 256, "--radius", 3, "--repeats", 1, "--json")
+    assert run(monkeypatch, "bench", "denoise", *arguments) == 0
+    result = last_json(capsys)
+    assert [row["attention"] for row in result["rows"]] == ["full", "clear"]
+    assert 1 < result["flops_allow"] < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("attention", "--impls", "tiled,magic"), "one of sdpa, auto, triton, flex, tiled"),
+        (("attention", "--impls", "triton"), "needs a CUDA or ROCm device"),
+        (("attention", "--height", "100"), "--height must be a multiple of 16"),
+        (("attention", "--radius", "0"), "radius must be at least 1"),
+        (("attention", "--dtype", "int8"), "--dtype must be one of"),
+        (("growth", "--sizes", "1024"), "two or more growing sizes"),
+        (("growth", "--sizes", "big"), "--sizes must be pixels"),
+    ],
+)
+def test_bad_bench_requests(monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, "bench", *arguments) == 2
+    assert message in capsys.readouterr().err
