@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from .compat import release
 from .errors import RequestError
 
 if TYPE_CHECKING:
@@ -88,12 +92,36 @@ def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEAR
     Raises:
         RequestError: it cannot be found or read.
     """
-    from .pipelines.flux import CLEARFluxPipeline
-
     path = model_path(model)
     try:
-        pipe = CLEARFluxPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        with _quiet():
+            from .pipelines.flux import CLEARFluxPipeline
+
+            keyword = "dtype" if release(metadata.version("diffusers")) >= (0, 42) else "torch_dtype"
+            pipe = CLEARFluxPipeline.from_pretrained(path, use_safetensors=True, **{keyword: dtype})
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RequestError(f"--model {model}: cannot be loaded: {reason}") from error
     return pipe.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what diffusers and transformers say about themselves while they load.
+
+    Such as that torchvision is missing, or that the demo's autoencoder is an AutoencoderTiny.
+    """
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in loggers]
+    for library in loggers:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(loggers, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()

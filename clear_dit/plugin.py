@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .compat import names_from
-from .grid import layout_from_ids
+from .grid import Layout, layout_from_ids
+from .kernels.attention import select_impl
 from .processor import CLEARProcessor, FluxAttnProcessor, WindowTracker
 
 FluxIPAdapterAttnProcessor, FluxTransformer2DModel = names_from(
@@ -146,7 +147,8 @@ def install(model: nn.Module, settings: CLEARProcessor, who: str) -> None:
         new = CLEARProcessor(**settings.settings)
         new.tracker = tracker
         if new.spatial_weight is not None:
-            new.to(device=attn.norm_q.weight.device, dtype=attn.norm_q.weight.dtype)
+            like = attn.norm_q.weight  # on the meta device under sequential offloading
+            new.to(device=None if like.is_meta else like.device, dtype=like.dtype)
             trained = getattr(old, "spatial_weight", None)
             if trained is not None and trained.shape == new.spatial_weight.shape:
                 new.spatial_weight.data.copy_(trained.data)
@@ -173,11 +175,6 @@ class ClearState:
         self.weights: dict[str, torch.Tensor] = {}
         self._handle: RemovableHandle | None = None
         self._warned = False
-
-    @property
-    def has_grid(self) -> bool:
-        """Whether the processors were told the grid, so that ids need not describe it."""
-        return any(processor.grid is not None for processor in self.installed.values())
 
     @classmethod
     def on(cls, model: nn.Module) -> ClearState | None:
@@ -216,7 +213,7 @@ class ClearState:
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not self._check_layers(model) or self.has_grid:
+        if not self._check_layers(model):
             return
         assert self.tracker is not None
         signature = inspect.signature(type(model).forward)
@@ -224,15 +221,27 @@ class ClearState:
         img_ids, txt_ids = given.get("img_ids"), given.get("txt_ids")
         if img_ids is None or txt_ids is None:
             return  # the model itself complains
-        layout = layout_from_ids(txt_ids, img_ids)
+        grid = next(iter(self.installed.values())).grid
+        if grid is None:
+            layout, source = layout_from_ids(txt_ids, img_ids), "img_ids"
+        else:
+            layout, source = Layout(txt_ids.shape[-2], *grid), "the given grid"
         expected, received = layout.rows * layout.columns, given["hidden_states"].shape[1]
         if received != expected:
             raise ValueError(
-                f"CLEAR: img_ids describe {layout.rows} x {layout.columns} = {expected} image "
+                f"CLEAR: {source} means {layout.rows} x {layout.columns} = {expected} image "
                 f"tokens, but hidden_states has {received}. Are height and width those of these "
                 "latents?"
             )
-        self.tracker.announce(layout)
+        self.tracker.announce(layout, self._chosen_impl(given["hidden_states"]))
+
+    def _chosen_impl(self, hidden_states: torch.Tensor) -> str:
+        """The implementation that will run, also chosen (and logged) here for compiled blocks."""
+        impl = next(iter(self.installed.values())).impl
+        if impl != "auto":
+            return impl
+        query = hidden_states.new_empty(1, 1, 1, 64, requires_grad=torch.is_grad_enabled())
+        return select_impl(impl, query)
 
     def _check_layers(self, model: nn.Module) -> bool:
         """Whether CLEAR still runs in the model; repairs or reports what was done to its layers.

@@ -20,6 +20,9 @@ _get_qkv_projections, FluxAttnProcessor = names_from(
 )
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
 
+# Implementations that torch.compile does not look into.
+CUSTOM_OPS = ("triton", "tiled")
+
 # Windows kept per model: two passes of classifier-free guidance at a few resolutions.
 WINDOWS_KEPT = 8
 
@@ -40,6 +43,7 @@ class WindowTracker:
 
     def _reset(self) -> None:
         self.announced: Window | None = None
+        self.impl = "auto"
         self._is_news = False
         self._windows: OrderedDict[Layout, Window] = OrderedDict()
         self._by_rotary = WeakTensorKeyDictionary()
@@ -66,25 +70,36 @@ class WindowTracker:
             self._windows.popitem(last=False)
         return self._windows[layout]
 
-    def announce(self, layout: Layout) -> None:
-        """Tell the layout of the forward that begins now."""
+    def announce(self, layout: Layout, impl: str) -> None:
+        """Tell the layout of the forward that begins now, and which implementation will run it."""
         self.announced = self.window(layout)
+        self.impl = impl
         self._is_news = True
         self._sizes = torch.empty([size + 2 for size in layout], device="meta")
+
+    def compiled_window(self) -> Window:
+        """The window of the forward under way, for code that torch.compile traces.
+
+        Implementations that are custom ops take its numbers as arguments. They are then read from
+        the shape of a tensor: such numbers the compiler keeps symbolic (unless 0 or 1), and a new
+        resolution does not compile the model again.
+        """
+        if self.announced is None:
+            raise RuntimeError(
+                "CLEARProcessor: under torch.compile the token grid must be known beforehand; use "
+                "apply_clear instead of set_attn_processor."
+            )
+        if self.impl not in CUSTOM_OPS:
+            return self.announced
+        text, rows, columns = (size - 2 for size in self._sizes.shape)
+        return Window(rows, columns, text, self.radius, self.down_factor)
 
     def find(self, rotary: tuple[torch.Tensor, torch.Tensor], text_length: int | None) -> Window:
         """The window of the forward that this rotary table belongs to.
 
         A table seen before keeps its window: gradient checkpointing runs a layer again when other
-        forwards may have gone by. Compiled code goes by the announcement alone.
+        forwards may have gone by.
         """
-        if torch.compiler.is_compiling() and self.announced is not None:
-            text, rows, columns = (size - 2 for size in self._sizes.shape)
-            return Window(rows, columns, text, self.radius, self.down_factor)
-        return self._find(rotary, text_length)
-
-    @torch.compiler.disable
-    def _find(self, rotary: tuple[torch.Tensor, torch.Tensor], text_length: int | None) -> Window:
         cos, sin = rotary
         window = self._by_rotary.get(cos)
         if window is None:
@@ -212,7 +227,11 @@ class CLEARProcessor(nn.Module):
         self._refuse_foreign_settings(attention_mask)
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
-        window = self._find_window(sequence, text_length, image_rotary_emb)
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            window = self.tracker.compiled_window()
+        else:
+            window = self._find_window(sequence, text_length, image_rotary_emb)
 
         query, key, value, text_query, text_key, text_value = _get_qkv_projections(
             attn, hidden_states, encoder_hidden_states
@@ -239,7 +258,7 @@ class CLEARProcessor(nn.Module):
             window,
             scale=self._scale(sequence, query.shape[-1]),
             spatial_weight=self._pooling_weights(query.device),
-            impl=self.impl,
+            impl=self.tracker.impl if compiling else self.impl,
         )
         assert isinstance(out, torch.Tensor)
         out = out.flatten(2, 3).to(query.dtype)

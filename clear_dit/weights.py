@@ -19,7 +19,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -254,7 +254,7 @@ def find_weights(
         raise FileNotFoundError(f"{who}: there is no file or folder {repository!r}.")
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name, **hub_options))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
         raise OSError(
             f"{who}: no local file or folder {repository!r}, and cannot get {name!r} from the hub "
             f"repository of that name: {(str(error).strip() or repr(error)).splitlines()[0]}"

@@ -79,9 +79,7 @@ def make_components() -> dict:
         bos_token_id=2,
         eos_token_id=1,
     )
-    t5 = T5Config(
-        vocab_size=len(vocabulary), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2
-    )
+    t5 = T5Config(vocab_size=len(vocabulary), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return {
         "scheduler": FlowMatchEulerDiscreteScheduler(),
         "vae": AutoencoderKL(

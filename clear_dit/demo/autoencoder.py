@@ -24,7 +24,7 @@ _CROP, _BATCH, _PEAK_RATE = 128, 8, 1.5e-3
 
 
 def build_autoencoder() -> AutoencoderTiny:
-    """A new autoencoder; its latents come out with mean 0 and variance 1 per channel, by a penalty."""
+    """A new autoencoder; training pulls its latents to mean 0 and variance 1 per channel."""
     return AutoencoderTiny(
         encoder_block_out_channels=(48, 48, 48, 48),
         decoder_block_out_channels=(48, 48, 48, 48),
@@ -38,7 +38,7 @@ def build_autoencoder() -> AutoencoderTiny:
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     """uint8 [batch, height, width, 3] -> float32 [batch, 3, height, width] in [-1, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+    tensor = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
     return (tensor.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -97,16 +97,14 @@ class CropSampler:
 def train_autoencoder(
     sampler: CropSampler, checkpoint: Path, steps: int, crop: int = _CROP, batch: int = _BATCH
 ) -> AutoencoderTiny:
-    """Train for `steps`, resuming from `checkpoint` where it exists; return the averaged weights."""
+    """Train for `steps`, resuming from `checkpoint` if it exists; return averaged weights."""
     torch.manual_seed(0)
     model = build_autoencoder()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-4
     )
-    start, losses = load_checkpoint(
-        checkpoint, model=model, average=average, optimizer=optimizer
-    )
+    start, losses = load_checkpoint(checkpoint, model=model, average=average, optimizer=optimizer)
     bar = tqdm(range(start, steps), desc="autoencoder", initial=start, total=steps)
     for step in bar:
         rng = np.random.default_rng((5, step))

@@ -80,7 +80,12 @@ def training_card(
     measurements: the output of `clear_dit.demo.evaluate`, or nothing.
     """
     lines = [_FRONT.format(parameters=parameters / 1e6), "## Training", ""]
-    lines += ["    python -m clear_dit.demo.train", "", "| stage | what | minutes |", "|---|---|---|"]
+    lines += [
+        "    python -m clear_dit.demo.train",
+        "",
+        "| stage | what | minutes |",
+        "|---|---|---|",
+    ]
     for name, what in rows.items():
         lines.append(f"| {name} | {what} | {times.get(name, 0) / 60:.0f} |")
     hours = sum(times.values()) / 3600

@@ -43,7 +43,12 @@ class PictureSet:
     """
 
     def __init__(self, folder: Path, size: int, count: int, seed: int) -> None:
-        self.folder, self.size, self.count, self.seed = folder / f"pictures-{size}", size, count, seed
+        self.folder, self.size, self.count, self.seed = (
+            folder / f"pictures-{size}",
+            size,
+            count,
+            seed,
+        )
         self.chunks = -(-count // CHUNK)
 
     def chunk_count(self, index: int) -> int:

@@ -47,9 +47,7 @@ def paint(
             height=size,
             width=size,
             num_inference_steps=steps,
-            generator=[
-                torch.Generator().manual_seed(seed + first + i) for i in range(len(texts))
-            ],
+            generator=[torch.Generator().manual_seed(seed + first + i) for i in range(len(texts))],
             max_sequence_length=max_sequence_length,
             output_type="np",
         ).images
@@ -58,7 +56,7 @@ def paint(
 
 
 def score(probe: Probe, pictures: np.ndarray, scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """Hits per attribute [7] with the right captions and, as false positives, with shuffled ones."""
+    """Hits per attribute [7], and with shuffled captions (false positives) the same."""
     seen = probe.read(pictures)
     asked = np.array([scene.labels for scene in scenes])
     rolled = [(seen == np.roll(asked, shift, 0)).mean(0) for shift in range(1, len(scenes))]
@@ -117,7 +115,9 @@ def main(
     print(f"{'attribute':<14} renders{head}")
     for i, name in enumerate([*ATTRIBUTES, "all"]):
         pick = np.mean if name == "all" else lambda values, i=i: values[i]
-        cells = "".join(f"  {pick(r['hits']):8.3f} {pick(r['shuffled']):8.3f}" for r in rows.values())
+        cells = "".join(
+            f"  {pick(r['hits']):8.3f} {pick(r['shuffled']):8.3f}" for r in rows.values()
+        )
         print(f"{name:<14} {pick(renders):7.3f}{cells}")
     print(json.dumps(report))
 

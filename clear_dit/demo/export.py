@@ -55,11 +55,18 @@ def export_pipeline(pipe: FluxPipeline, target: Path, extra: dict[str, bytes]) -
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial, safe_serialization=True)
-    half = FluxTransformer2DModel.from_config(pipe.transformer.config)
-    half.load_state_dict(pipe.transformer.state_dict())
-    half.to(torch.bfloat16).save_pretrained(partial / "transformer")
+    half = FluxTransformer2DModel.from_pretrained(
+        partial / "transformer", torch_dtype=torch.bfloat16
+    )
+    half.save_pretrained(partial / "transformer")
     _name_fast_tokenizers(partial)
+    # AutoencoderTiny adds this entry by itself and warns when it finds it in the file.
+    config = partial / "vae" / "config.json"
+    values = json.loads(config.read_text())
+    values.pop("block_out_channels")
+    config.write_text(json.dumps(values, indent=2) + "\n")
     for name, content in extra.items():
+        (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(content)
     for path in partial.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

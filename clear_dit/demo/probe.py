@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,7 @@ class Probe(nn.Module):
         super().__init__()
         self.sizes = [len(values) for values in ATTRIBUTES.values()]
         widths = (3, 32, 48, 64, 96)
-        self.convolutions = nn.ModuleList(
-            [nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:], strict=False)]
-        )
+        self.convolutions = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths)])
         self.hidden = nn.Linear(96 * (SIZE // 16) ** 2, 128)
         self.heads = nn.Linear(128, sum(self.sizes))
 

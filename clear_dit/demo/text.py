@@ -184,7 +184,9 @@ def train_text(checkpoint: Path, steps: int, batch: int = _BATCH) -> TextEncoder
     for step in bar:
         rng = np.random.default_rng((7, step))
         for group in optimizer.param_groups:
-            group["lr"] = _PEAK_RATE * min(1, (step + 1) / 50) * min(1, 2 * (1 - step / steps) + 0.01)
+            group["lr"] = (
+                _PEAK_RATE * min(1, (step + 1) / 50) * min(1, 2 * (1 - step / steps) + 0.01)
+            )
         texts, labels = draw_captions(rng, batch)
         pooled, tokens, real = encoders(texts, int(rng.integers(26, MAX_LENGTH)))
         weights = real.float()

@@ -1,8 +1,8 @@
 """Train the demo pipeline from nothing: `python -m clear_dit.demo.train`.
 
-Stages: data (render), text, autoencoder, latents, phase-1 (256 px), phase-2 (512 px), export.
-Each leaves its result in the work folder; started again after a kill, the program goes on where it
-stopped.
+Stages: data (render), probe (the classifier of `evaluate`), text, autoencoder, latents, phase-1
+(256 px), phase-2 (512 px), decoder (more training, the latents unchanged), export. Each leaves its
+result in the work folder; started again after a kill, the program goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from diffusers import AutoencoderTiny
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from clear_dit.demo.autoencoder import CropSampler, build_autoencoder, to_tensor, train_autoencoder
+from clear_dit.demo.autoencoder import (
+    CropSampler,
+    to_tensor,
+    train_autoencoder,
+    train_decoder,
+)
 from clear_dit.demo.card import stage_seconds, training_card
 from clear_dit.demo.checkpoint import load_checkpoint
 from clear_dit.demo.data import PictureSet, save_array
 from clear_dit.demo.export import build_pipeline, export_pipeline
+from clear_dit.demo.probe import save_probe, train_probe
 from clear_dit.demo.text import TextEncoders, train_text
 from clear_dit.demo.transformer import (
     FluxTransformer2DModel,
@@ -35,7 +41,9 @@ from clear_dit.demo.transformer import (
     train_transformer,
 )
 
-STAGES = ("data", "text", "autoencoder", "latents", "phase-1", "phase-2", "export")
+STAGES = (
+    "data", "probe", "text", "autoencoder", "latents", "phase-1", "phase-2", "decoder", "export",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,12 @@ class Plan:
     counts: tuple[int, int, int] = (14000, 6000, 60)
     text_steps: int = 600
     autoencoder_steps: int = 2600
+    decoder_steps: int = 1500
     autoencoder_crop: int = 128
+    probe_epochs: int = 6
     phases: tuple[Phase, Phase] = field(
         default=(
-            Phase("phase-1", 16, 2400, 32, 0.01, 2e-3, 0.3, 0.3),
+            Phase("phase-1", 16, 1200, 32, 0.01, 2e-3, 0.3, 0.3),
             Phase("phase-2", 32, 1200, 16, 0.006, 1.2e-3, 0.9, 0.2),
         )
     )
@@ -70,17 +80,22 @@ def _halve(pictures: np.ndarray) -> np.ndarray:
     return blocks.mean((2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
-def fit_autoencoder(work: Path, plan: Plan) -> AutoencoderTiny:
-    """Train, or load, the autoencoder; its scale and shift make latents of variance 1."""
+def crop_sampler(work: Path, plan: Plan) -> CropSampler:
+    """Crops of the small pictures and of the large ones at full and half size."""
     small, _, large = plan.pictures(work)
     stack = [np.load(small.path(i), mmap_mode="r") for i in range(min(20, small.chunks))]
     full = [np.load(large.path(i)) for i in range(large.chunks)]
-    sampler = CropSampler([stack, [_halve(chunk) for chunk in full], full], [2, 2, 1])
+    return CropSampler([stack, [_halve(chunk) for chunk in full], full], [2, 2, 1])
+
+
+def fit_autoencoder(work: Path, plan: Plan) -> AutoencoderTiny:
+    """Train, or load, the autoencoder; its scale and shift make latents of variance 1."""
+    sampler = crop_sampler(work, plan)
     vae = train_autoencoder(
         sampler, work / "autoencoder.pt", plan.autoencoder_steps, plan.autoencoder_crop
     ).eval()
     with torch.no_grad():
-        latents = vae.encoder(to_tensor(stack[0][:64]))
+        latents = vae.encoder(to_tensor(sampler.stacks[0][0][:64]))
     vae.register_to_config(
         shift_factor=round(latents.mean().item(), 4),
         scaling_factor=round(1 / latents.std().item(), 4),
@@ -89,8 +104,10 @@ def fit_autoencoder(work: Path, plan: Plan) -> AutoencoderTiny:
 
 
 def load_autoencoder(work: Path) -> AutoencoderTiny:
-    """The trained autoencoder, as `latents` left it."""
-    return AutoencoderTiny.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+    """The autoencoder that made the latents, with its decoder as far as it has been trained."""
+    vae = AutoencoderTiny.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+    load_checkpoint(work / "decoder.pt", average=vae.decoder)
+    return vae.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -171,6 +188,8 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
         "text": f"both encoders, {plan.text_steps} steps",
         "autoencoder": f"{plan.autoencoder_steps} steps on crops of {plan.autoencoder_crop} px",
         "latents": "pictures to latents",
+        "probe": f"{plan.probe_epochs} epochs",
+        "decoder": f"{plan.decoder_steps} more steps, the encoder fixed",
     }
     for phase, steps in zip(plan.phases, done, strict=False):
         rows[phase.name] = (
@@ -183,9 +202,9 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
         stage_seconds(work / "times.tsv"),
         measured.read_text() if measured.exists() else "",
     )
-    export_pipeline(
-        pipe, output, {"README.md": card.encode(), "loss.png": draw_curve(curves)}
-    )
+    extra = {"README.md": card.encode(), "loss.png": draw_curve(curves)}
+    extra["probe/probe.safetensors"] = (work / "probe.safetensors").read_bytes()
+    export_pipeline(pipe, output, extra)
 
 
 def _timed(work: Path, name: str, stage: Callable[[], None]) -> None:
@@ -206,6 +225,10 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
     def data() -> None:
         for pictures in plan.pictures(work):
             pictures.build(threads)
+
+    def probe() -> None:
+        if not (work / "probe.safetensors").exists():
+            save_probe(train_probe(small, plan.probe_epochs), work / "probe.safetensors")
 
     def text() -> TextEncoders:
         return train_text(work / "text.pt", plan.text_steps)
@@ -233,13 +256,25 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
             plan.save_every,
         )
 
+    def decoder() -> None:
+        vae = AutoencoderTiny.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
+        train_decoder(
+            vae.requires_grad_(False),
+            crop_sampler(work, plan),
+            work / "decoder.pt",
+            plan.decoder_steps,
+            plan.autoencoder_crop,
+        )
+
     actions: dict[str, Callable[[], object]] = {
         "data": data,
+        "probe": probe,
         "text": text,
         "autoencoder": lambda: fit_autoencoder(work, plan),
         "latents": latents,
         "phase-1": lambda: phase(0),
         "phase-2": lambda: phase(1),
+        "decoder": decoder,
         "export": lambda: export(work, output, plan, text()),
     }
     for name in stages:
@@ -247,7 +282,9 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Folder for data and checkpoints.")] = Path("runs/demo"),
+    work: Annotated[Path, typer.Option(help="Folder for data and checkpoints.")] = Path(
+        "runs/demo"
+    ),
     output: Annotated[Path, typer.Option(help="Where the pipeline goes.")] = Path("assets/demo"),
     stage: Annotated[
         list[str] | None, typer.Option(help=f"Only this stage, repeatable: {', '.join(STAGES)}.")

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 from tqdm import tqdm
 
@@ -46,6 +48,48 @@ class Phase:
     noise_mean: float
     decay_from: float  # share of the steps after which the rates fall linearly to zero
     average_decay: float = 0.999
+
+
+class PlainAttention:
+    """FLUX's full attention as two matrix products and a softmax.
+
+    For training on CPUs only: there, the backward pass of PyTorch's fused attention in bfloat16
+    takes two to three times as long as this. Same arguments as `FluxAttnProcessor`.
+    """
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        def heads(states: torch.Tensor) -> torch.Tensor:
+            return states.unflatten(-1, (-1, attn.head_dim))  # [b, s, heads, head_dim]
+
+        q = attn.norm_q(heads(attn.to_q(hidden_states)).float())
+        k = attn.norm_k(heads(attn.to_k(hidden_states)).float())
+        v = heads(attn.to_v(hidden_states))
+        if encoder_hidden_states is not None:
+            text_q = attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states)).float())
+            text_k = attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states)).float())
+            text_v = heads(attn.add_v_proj(encoder_hidden_states))
+            q, k, v = (torch.cat(p, 1) for p in ((text_q, q), (text_k, k), (text_v, v)))
+        q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
+        k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
+        b, _, h, d = q.shape
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).to(v.dtype) for x in (q, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2)).unflatten(0, (b, h)) * d**-0.5
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        weights = scores.float().softmax(-1).to(v.dtype).flatten(0, 1)
+        output = torch.bmm(weights, v).unflatten(0, (b, h)).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return output
+        split = encoder_hidden_states.shape[1]
+        image = attn.to_out[1](attn.to_out[0](output[:, split:]))
+        return image, attn.to_add_out(output[:, :split])
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -83,9 +127,7 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return blocks.reshape(b, (h // 2) * (w // 2), 4 * c)
 
 
-def padding_bias(
-    real: torch.Tensor, image_tokens: int, multiplicity: torch.Tensor
-) -> torch.Tensor:
+def padding_bias(real: torch.Tensor, image_tokens: int, multiplicity: torch.Tensor) -> torch.Tensor:
     """Additive attention mask [b, 1, 1, text + image] that makes the padding count `multiplicity`.
 
     real: [b, text] bool, true for words; multiplicity: [b], how many padding tokens to act as.
@@ -150,6 +192,7 @@ def train_transformer(
     start, losses = load_checkpoint(checkpoint, model=model, average=average, muon=muon, adam=adam)
     if start >= phase.steps:
         return average, losses
+    model.set_attn_processor(PlainAttention())
     forward: Callable[..., tuple[torch.Tensor]] = (
         torch.compile(model, dynamic=False) if compile_model else model
     )

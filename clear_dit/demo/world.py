@@ -48,7 +48,7 @@ def _paint(image: Array, alpha: Array, colour: Array) -> None:
 
 
 def _waves(rng: np.random.Generator, count: int, low: float, high: float) -> Array:
-    """Random sinusoids as rows of (frequency in radians per unit, phase, amplitude summing to 1)."""
+    """Random sinusoids: rows of (frequency in radians per unit, phase, amplitude of sum 1)."""
     frequency = np.exp(rng.uniform(np.log(low), np.log(high), count))
     amplitude = 1 / frequency
     phase = rng.uniform(0, 2 * np.pi, count)
@@ -92,7 +92,9 @@ class _Canvas:
 def _paint_sky(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon: float) -> None:
     top, middle, bottom = (_rgb(c) for c in _SKY_STOPS[scene.sky])
     t = np.clip(canvas.y / horizon, 0, 1)[..., None]
-    gradient = np.where(t < 0.5, top + (middle - top) * 2 * t, middle + (bottom - middle) * (2 * t - 1))
+    gradient = np.where(
+        t < 0.5, top + (middle - top) * 2 * t, middle + (bottom - middle) * (2 * t - 1)
+    )
     canvas.image[:] = gradient
     if scene.sky == "night":
         for _ in range(int(46 * canvas.width * canvas.height)):
@@ -104,7 +106,9 @@ def _paint_sky(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon:
             _paint(part.image, glow * rng.uniform(0.55, 1), _rgb((236, 240, 255)))
     elif scene.sky == "sunset":
         rows, columns = _waves(rng, 3, 22, 60), _waves(rng, 3, 3, 9)
-        streak = _sum_waves(rows, canvas.y * (1.6 - 0.6 * canvas.y) + 0.05 * _sum_waves(columns, canvas.x))
+        streak = _sum_waves(
+            rows, canvas.y * (1.6 - 0.6 * canvas.y) + 0.05 * _sum_waves(columns, canvas.x)
+        )
         shape = streak + 0.55 * _sum_waves(columns, canvas.x + 0.6 * canvas.y)
         alpha = 0.62 * _smooth(0.25, 0.85, shape) * _smooth(0, 0.1, canvas.y)
         _paint(canvas.image, alpha, _rgb((255, 170, 128)))
@@ -114,7 +118,9 @@ def _paint_sky(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon:
             size = rng.uniform(0.06, 0.1)
             part = canvas.window(cx - 3.4 * size, cx + 3.4 * size, cy - 1.6 * size, cy + 1.3 * size)
             density = np.zeros(part.image.shape[:2], np.float32)
-            for dx, radius in zip((-1.7, -0.8, 0.1, 0.9, 1.7), rng.uniform(0.55, 1.0, 5), strict=True):
+            for dx, radius in zip(
+                (-1.7, -0.8, 0.1, 0.9, 1.7), rng.uniform(0.55, 1.0, 5), strict=True
+            ):
                 radius *= size * (1.05 - 0.28 * abs(dx))
                 lift = part.y - (cy - 0.42 * radius)
                 square = ((part.x - cx - dx * size) / (1.25 * radius)) ** 2 + (lift / radius) ** 2
@@ -135,7 +141,11 @@ def _paint_body(canvas: _Canvas, scene: Scene, x: float, y: float) -> None:
     if scene.body == "sun":
         rays = 0.5 + 0.5 * np.cos(12 * np.arctan2(dy, dx))
         strength = 0.5 if scene.body_colour != "crimson" else 0.4
-        _paint(part.image, fade**2 * (strength + 0.14 * rays * _smooth(1.0 * radius, 1.5 * radius, r)), colour)
+        _paint(
+            part.image,
+            fade**2 * (strength + 0.14 * rays * _smooth(1.0 * radius, 1.5 * radius, r)),
+            colour,
+        )
         edge = np.clip(r / radius, 0, 1)[..., None]
         core = colour + (1 - colour) * 0.22 * (1 - edge**2)
         _paint(part.image, canvas.cover(r - radius), core)
@@ -146,7 +156,12 @@ def _paint_body(canvas: _Canvas, scene: Scene, x: float, y: float) -> None:
     _paint(part.image, 0.14 * canvas.cover(r - radius), _rgb((40, 46, 78)))
     lit = canvas.cover(np.maximum(r - radius, -bite))
     craters = np.zeros_like(r)
-    for cx, cy, size in ((-0.62, 0.1, 0.14), (-0.42, 0.55, 0.16), (-0.5, -0.38, 0.1), (0.1, 0.8, 0.1)):
+    for cx, cy, size in (
+        (-0.62, 0.1, 0.14),
+        (-0.42, 0.55, 0.16),
+        (-0.5, -0.38, 0.1),
+        (0.1, 0.8, 0.1),
+    ):
         craters += _smooth(size, 0.6 * size, np.hypot(dx / radius - cx, dy / radius - cy))
     _paint(part.image, lit, colour * (1 - 0.16 * np.clip(craters, 0, 1)[..., None]))
 
@@ -179,7 +194,11 @@ def _paint_hills(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizo
             distance = np.maximum(np.abs(part.x - x) - tier * tall, np.maximum(-up, up - 1) * tall)
             leaf = _rgb((30, 92, 58)) * light * (1 - mist) + haze * mist
             side = 1 - 0.25 * (part.x > x)
-            _paint(part.image, canvas.cover(distance), leaf * np.broadcast_to(side[..., None], part.image.shape))
+            _paint(
+                part.image,
+                canvas.cover(distance),
+                leaf * np.broadcast_to(side[..., None], part.image.shape),
+            )
 
 
 def _paint_sea(
@@ -201,7 +220,9 @@ def _paint_sea(
     water = water * (1 + 0.3 * chop[..., None])
     body = _rgb(BODY_RGB[scene.body_colour])
     width = 0.05 + 0.16 * t
-    path = np.exp(-(((canvas.x - body_x) / width) ** 2)) * (0.35 + 0.65 * _smooth(-0.1, 0.5, ripple))
+    path = np.exp(-(((canvas.x - body_x) / width) ** 2)) * (
+        0.35 + 0.65 * _smooth(-0.1, 0.5, ripple)
+    )
     inside = canvas.cover(-depth)
     strength = 0.75 if scene.body == "sun" else 0.5
     water += (strength * path * (1 - 0.45 * t))[..., None] * (body - water)
@@ -228,7 +249,9 @@ def _paint_desert(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horiz
         shade = 1.04 - 0.3 * lee + 0.055 * ripple * (1 - lee) - 0.5 * np.clip(depth, 0, 0.3)
         mist = (0.32, 0.14, 0.0)[layer]
         sand = _rgb(((238, 202, 146), (232, 186, 118), (224, 170, 98))[layer]) * light
-        _paint(canvas.image, canvas.cover(-depth), (sand * (1 - mist) + haze * mist) * shade[..., None])
+        _paint(
+            canvas.image, canvas.cover(-depth), (sand * (1 - mist) + haze * mist) * shade[..., None]
+        )
 
 
 def _box(x: Array, y: Array, cx: float, cy: float, half_x: float | Array, half_y: float) -> Array:
@@ -240,16 +263,29 @@ def _paint_house(c: _Canvas, hue: Array, light: Array, lamp: Array, x: float, ba
     half, eaves = 0.46 * tall, base - 0.56 * tall
     wall = hue * (1.0 - 0.16 * _smooth(x - half, x + half, c.x)[..., None])
     boards = 1 - 0.10 * _smooth(0.75, 0.95, np.mod((base - c.y) / (0.075 * tall), 1))[..., None]
-    _paint(c.image, c.cover(_box(c.x, c.y, x, (base + eaves) / 2, half, (base - eaves) / 2)), wall * boards)
+    _paint(
+        c.image,
+        c.cover(_box(c.x, c.y, x, (base + eaves) / 2, half, (base - eaves) / 2)),
+        wall * boards,
+    )
     slope = (eaves - c.y) / (0.44 * tall)
     chimney = _box(c.x, c.y, x + 0.26 * tall, eaves - 0.28 * tall, 0.055 * tall, 0.13 * tall)
     _paint(c.image, c.cover(chimney), 0.5 * hue * np.ones(3, np.float32))
-    roof = np.maximum((np.abs(c.x - x) - 1.2 * half * (1 - slope)) * 0.62, np.maximum(-slope, slope - 1) * 0.4 * tall)
-    tiles = 1 - 0.16 * (np.sin(slope * 44) * 0.5 + 0.5 * np.sin(c.x * 190 + 3 * np.floor(slope * 7)))
+    roof = np.maximum(
+        (np.abs(c.x - x) - 1.2 * half * (1 - slope)) * 0.62,
+        np.maximum(-slope, slope - 1) * 0.4 * tall,
+    )
+    tiles = 1 - 0.16 * (
+        np.sin(slope * 44) * 0.5 + 0.5 * np.sin(c.x * 190 + 3 * np.floor(slope * 7))
+    )
     _paint(c.image, c.cover(roof), 0.58 * hue * tiles[..., None])
     for side in (-0.58, 0.58):
         cx, cy = x + side * half, base - 0.34 * tall
-        _paint(c.image, c.cover(_box(c.x, c.y, cx, cy, 0.1 * tall, 0.1 * tall)), _rgb((250, 246, 236)) * light)
+        _paint(
+            c.image,
+            c.cover(_box(c.x, c.y, cx, cy, 0.1 * tall, 0.1 * tall)),
+            _rgb((250, 246, 236)) * light,
+        )
         pane = np.minimum(np.abs(c.x - cx), np.abs(c.y - cy)) - 0.008 * tall
         glass = np.maximum(_box(c.x, c.y, cx, cy, 0.082 * tall, 0.082 * tall), -pane)
         _paint(c.image, c.cover(glass), lamp)
@@ -269,7 +305,13 @@ def _paint_tree(c: _Canvas, hue: Array, light: Array, seed: int, x: float, base:
     rng = np.random.default_rng(seed)
     centre = base - 0.66 * tall
     # Leafy blobs from the back to the front, each lit from above.
-    blobs = [(0.0, 0.0, 0.30), (-0.24, 0.1, 0.19), (0.24, 0.1, 0.19), (-0.15, -0.14, 0.2), (0.15, -0.14, 0.2)]
+    blobs = [
+        (0.0, 0.0, 0.30),
+        (-0.24, 0.1, 0.19),
+        (0.24, 0.1, 0.19),
+        (-0.15, -0.14, 0.2),
+        (0.15, -0.14, 0.2),
+    ]
     blobs += [(rng.uniform(-0.18, 0.18), rng.uniform(-0.12, 0.12), 0.12) for _ in range(5)]
     for bx, by, size in blobs:
         dx, dy = (c.x - x - bx * tall) / (size * tall), (c.y - centre - by * tall) / (size * tall)
@@ -296,7 +338,10 @@ def _paint_tower(c: _Canvas, hue: Array, light: Array, lamp: Array, x: float, ba
     _paint(c.image, c.cover(gallery), 0.55 * hue * np.ones(3, np.float32))
     _paint(c.image, c.cover(_box(c.x, c.y, x, base - 0.8 * tall, 0.1 * tall, 0.04 * tall)), lamp)
     roof_up = (base - 0.84 * tall - c.y) / (0.16 * tall)
-    roof = np.maximum((np.abs(c.x - x) - 0.17 * tall * (1 - roof_up)) * 0.7, np.maximum(-roof_up, roof_up - 1) * 0.16 * tall)
+    roof = np.maximum(
+        (np.abs(c.x - x) - 0.17 * tall * (1 - roof_up)) * 0.7,
+        np.maximum(-roof_up, roof_up - 1) * 0.16 * tall,
+    )
     _paint(c.image, c.cover(roof), 0.7 * hue * np.clip(1 - across * 0.2, 0.6, 1.2)[..., None])
     for level in (0.3, 0.55):
         cy = base - level * tall
@@ -331,14 +376,21 @@ def _paint_balloon(c: _Canvas, hue: Array, light: Array, x: float, base: float) 
     shine = 0.95 - 0.22 * across - 0.34 * np.clip(across, -1, 1) ** 2 - 0.12 * down
     for sign in (-1.0, 1.0):
         rope = np.maximum(
-            np.abs(c.x - x - sign * tall * (0.07 + 0.07 * (foot - 0.13 * tall - c.y) / (0.12 * tall))) - 0.004,
+            np.abs(
+                c.x - x - sign * tall * (0.07 + 0.07 * (foot - 0.13 * tall - c.y) / (0.12 * tall))
+            )
+            - 0.004,
             np.maximum(c.y - foot + 0.1 * tall, foot - 0.26 * tall - c.y),
         )
         _paint(c.image, 0.9 * c.cover(rope), _rgb((70, 52, 40)) * light)
     stripes = np.clip(hue * (shine * (0.92 + 0.16 * gore))[..., None], 0, 1)
     _paint(c.image, c.cover(envelope), stripes)
     band = np.maximum(envelope, np.abs(down - 0.05) - 0.09)
-    _paint(c.image, c.cover(band), np.clip(hue + 0.55 * (1 - hue), 0, 1) * np.clip(shine, 0.5, 1)[..., None])
+    _paint(
+        c.image,
+        c.cover(band),
+        np.clip(hue + 0.55 * (1 - hue), 0, 1) * np.clip(shine, 0.5, 1)[..., None],
+    )
     basket = _box(c.x, c.y, x, foot - 0.06 * tall, 0.085 * tall, 0.065 * tall)
     weave = 0.85 + 0.15 * np.sin(230 * c.x) * np.sin(230 * c.y)
     _paint(c.image, c.cover(basket), _rgb((150, 100, 58)) * light * weave[..., None])
@@ -355,7 +407,9 @@ def _paint_object(canvas: _Canvas, scene: Scene, seed: int, x: float, base: floa
             sand = _rgb((226, 196, 138)) * np.asarray(_LAND_LIGHT[scene.sky], np.float32) ** 0.7
             foam = _smooth(1.22, 1.08, ellipse) * (0.55 + 0.25 * np.sin(60 * ground.x))
             _paint(ground.image, 0.6 * foam, _rgb((236, 246, 250)) * light)
-            _paint(ground.image, _smooth(1.06, 1.0, ellipse), sand * (1.05 - 0.25 * ellipse[..., None]))
+            _paint(
+                ground.image, _smooth(1.06, 1.0, ellipse), sand * (1.05 - 0.25 * ellipse[..., None])
+            )
         else:
             _paint(ground.image, 0.45 * _smooth(1.15, 0.45, ellipse), np.zeros(3, np.float32))
     else:

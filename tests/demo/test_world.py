@@ -18,7 +18,9 @@ def test_render_is_deterministic_and_depends_on_the_seed():
 def test_render_any_size(height, width):
     for land in ATTRIBUTES["land"]:
         for sky in ATTRIBUTES["sky"]:
-            picture = render(Scene(sky, land, "moon", "white", "right", "tree", "pink"), height, width)
+            picture = render(
+                Scene(sky, land, "moon", "white", "right", "tree", "pink"), height, width
+            )
             assert picture.shape == (height, width, 3)
             assert picture.dtype == np.uint8
             assert picture.std() > 10

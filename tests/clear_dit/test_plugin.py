@@ -1,0 +1,257 @@
+"""apply_clear and remove_clear on a model that other things happen to as well."""
+
+import copy
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import FluxPipeline
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
+
+from clear_dit import CLEARProcessor, Window, apply_clear, remove_clear
+from clear_dit.plugin import ClearState
+
+
+@torch.no_grad()
+def run(model, inputs, **more):
+    return model(**inputs, **more).sample
+
+
+def assert_same(value, expected):
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-6)
+
+
+def local(rows, columns, radius):
+    """What the stock model computes under the mask of a window over 3 text tokens."""
+    return {"joint_attention_kwargs": {"attention_mask": Window(rows, columns, 3, radius).mask()}}
+
+
+def test_every_layer_and_back(tiny_transformer, tiny_inputs, caplog):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    originals, expected = model.attn_processors, run(model, inputs)
+    with caplog.at_level(logging.INFO, logger="clear_dit.plugin"):
+        apply_clear(model, radius=2)
+    assert "CLEAR applied to 4 attention layers: radius=2, down_factor=1" in caplog.text
+    assert len({id(processor) for processor in model.attn_processors.values()}) == 4
+    assert not torch.allclose(run(model, inputs), expected)
+    assert remove_clear(model) is True
+    assert model.attn_processors == originals
+    assert not model._forward_pre_hooks
+    assert torch.equal(run(model, inputs), expected)
+    assert remove_clear(model) is False
+
+
+def test_bare_processors_are_removed_too(tiny_transformer):
+    model = tiny_transformer()
+    model.set_attn_processor(CLEARProcessor())
+    assert remove_clear(model) is True
+    assert {type(p) for p in model.attn_processors.values()} == {FluxAttnProcessor}
+
+
+def test_a_second_call_replaces_settings_and_keeps_the_originals(tiny_transformer, tiny_inputs):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    originals, stock = model.attn_processors, tiny_transformer()
+    apply_clear(model, radius=9)
+    apply_clear(model, radius=2)
+    assert_same(run(model, inputs), run(stock, inputs, **local(4, 6, 2)))
+    apply_clear(model, down_factor=2)
+    layer = model.single_transformer_blocks[0].attn
+    layer.processor.spatial_weight.data.fill_(0.5)
+    apply_clear(model, down_factor=2, radius=3)
+    assert (layer.processor.spatial_weight == 0.5).all()
+    apply_clear(model, down_factor=3)
+    assert (layer.processor.spatial_weight == 1 / 9).all()
+    remove_clear(model)
+    assert model.attn_processors == originals
+
+
+def test_pooling_weights_follow_the_model(tiny_transformer):
+    model = tiny_transformer().to(torch.bfloat16)
+    apply_clear(model, down_factor=2)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model.float()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert sum("spatial_weight" in name for name, _ in model.named_parameters()) == 4
+
+
+def test_pipelines(tiny_pipeline):
+    pipe = tiny_pipeline(FluxPipeline)
+    apply_clear(pipe, radius=3)
+    assert all(p.radius == 3 for p in pipe.transformer.attn_processors.values())
+    assert remove_clear(pipe)
+
+
+@pytest.mark.parametrize("call", [apply_clear, remove_clear])
+def test_unsupported_models(call):
+    with pytest.raises(ValueError, match=r"models are FluxTransformer2DModel and .* got Linear"):
+        call(torch.nn.Linear(1, 1))
+
+
+def test_bad_settings_change_nothing(tiny_transformer):
+    model = tiny_transformer()
+    originals = model.attn_processors
+    with pytest.raises(ValueError, match="radius must be"):
+        apply_clear(model, radius=0)
+    assert model.attn_processors == originals
+    assert ClearState.on(model) is None
+
+
+def test_latents_that_contradict_the_ids(tiny_transformer, tiny_inputs):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    inputs["hidden_states"] = inputs["hidden_states"][:, :-2]
+    apply_clear(model)
+    with pytest.raises(ValueError, match=r"img_ids means 4 x 6 = 24 image tokens, but .* has 22"):
+        run(model, inputs)
+
+
+def test_positional_arguments_and_ids_with_a_batch(tiny_transformer, tiny_inputs):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6, batch=2)
+    expected = run(model, inputs)
+    apply_clear(model, radius=50)
+    with torch.no_grad():
+        order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+        positional = [inputs[name] for name in (*order, "img_ids", "txt_ids")]
+        assert_same(model(*positional).sample, expected)
+        inputs["img_ids"] = inputs["img_ids"].expand(2, -1, -1)
+        inputs["txt_ids"] = inputs["txt_ids"].expand(2, -1, -1)
+        assert_same(model(**inputs).sample, expected)
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing(tiny_transformer, tiny_inputs):
+    plain, checkpointed = tiny_transformer(), tiny_transformer()
+    checkpointed.enable_gradient_checkpointing()
+    for model in (plain, checkpointed):
+        apply_clear(model, radius=2, down_factor=2)
+        # The second forward has gone by when the first is run again; both have 24 tokens.
+        outputs = [model(**tiny_inputs(*shape)).sample for shape in ((4, 6), (6, 4))]
+        (outputs[0].square().sum() + outputs[1].sum()).backward()
+    expected, received = gradients(plain), gradients(checkpointed)
+    assert expected.keys() == received.keys()
+    assert sum("spatial_weight" in name for name in received) == 4
+    for name, gradient in expected.items():
+        torch.testing.assert_close(received[name], gradient)
+
+
+def test_compiled_blocks(tiny_transformer, tiny_inputs):
+    stock, model = (tiny_transformer(num_layers=1, num_single_layers=1) for _ in range(2))
+    apply_clear(model, radius=2)
+    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    for rows, columns in ((4, 6), (6, 4), (5, 7)):
+        inputs = tiny_inputs(rows, columns)
+        expected = run(stock, inputs, **local(rows, columns, 2))
+        # A new resolution or aspect ratio compiles nothing again.
+        with torch.compiler.set_stance("default" if rows == 4 else "fail_on_recompile"):
+            assert_same(run(model, inputs), expected)
+    torch.compiler.reset()
+
+
+def test_bare_processor_does_not_compile(tiny_transformer, tiny_inputs):
+    model = tiny_transformer(num_layers=1, num_single_layers=0)
+    model.set_attn_processor(CLEARProcessor())
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="use apply_clear instead of set_attn_processor"):
+        run(model, tiny_inputs(4, 6))
+    torch.compiler.reset()
+
+
+def test_copies_are_independent(tiny_transformer, tiny_inputs):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    apply_clear(model, radius=2)
+    expected = run(model, inputs)
+    twin = copy.deepcopy(model)
+    assert torch.equal(run(twin, inputs), expected)
+    assert ClearState.on(twin).installed["transformer_blocks.0.attn"] is (
+        twin.transformer_blocks[0].attn.processor
+    )
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert not run(twin, inputs).any()
+    assert torch.equal(run(model, inputs), expected)
+    assert remove_clear(twin)
+    assert not twin._forward_pre_hooks
+    assert torch.equal(run(model, inputs), expected)
+
+
+def test_a_model_goes_when_it_is_dropped(tiny_transformer, tiny_inputs):
+    model = tiny_transformer()
+    apply_clear(model)
+    run(model, tiny_inputs(4, 6))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_hooks_that_came_later_outlive_clear(tiny_transformer, tiny_inputs):
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model, hook = tiny_transformer(), Counting()
+    apply_clear(model)
+    add_hook_to_module(model, hook)
+    remove_clear(model)
+    run(model, tiny_inputs(4, 6))
+    assert hook.calls == 1
+
+
+@pytest.mark.parametrize("clear_first", [True, False])
+def test_sequential_offloading(tiny_transformer, tiny_inputs, clear_first):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    apply_clear(model, radius=2, down_factor=2)
+    expected = run(model, inputs)
+    if not clear_first:
+        remove_clear(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    if not clear_first:
+        apply_clear(model, radius=2, down_factor=2)
+    assert_same(run(model, inputs), expected)
+
+
+def test_settings_survive_processors_made_again(tiny_transformer, tiny_inputs):
+    """What diffusers does to single blocks when it loads or unloads an IP-adapter."""
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    apply_clear(model, radius=2, down_factor=2)
+    expected = run(model, inputs)
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(block.attn.processor.__class__())
+    assert torch.equal(run(model, inputs), expected)
+
+
+def test_layers_taken_over_by_others(tiny_transformer, tiny_inputs, caplog):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    apply_clear(model, radius=2)
+    foreign = FluxAttnProcessor()
+    model.transformer_blocks[0].attn.set_processor(foreign)
+    for _ in range(2):
+        run(model, inputs)
+    assert caplog.text.count("1 of 4 attention layers no longer have the CLEAR processor") == 1
+    remove_clear(model)
+    assert model.transformer_blocks[0].attn.processor is foreign
+    # One processor for all layers is what the user asked for.
+    apply_clear(model, radius=2)
+    model.set_attn_processor(CLEARProcessor(radius=50))
+    assert_same(run(model, inputs), run(tiny_transformer(), inputs))
+
+
+def test_ip_adapters_are_refused(tiny_transformer):
+    model = tiny_transformer()
+    adapter = FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=8)
+    model.transformer_blocks[1].attn.set_processor(adapter)
+    with pytest.raises(ValueError, match=r"IP-adapters are not supported yet.*blocks.1.attn"):
+        apply_clear(model)
+    assert ClearState.on(model) is None

@@ -1,0 +1,69 @@
+"""The shipped demo pipeline: CLEAR past the diagonal is full attention, under stock diffusers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
+from clear_dit.models import DEMO
+
+PROMPT = "a green tower in the desert at night, a white moon on the right"
+SIZES = [(256, 256), (256, 384), (384, 256)]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = FluxPipeline.from_pretrained(DEMO, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def paint(pipe, height, width, prompt=PROMPT, **options):
+    """Float pixels (batch, height, width, 3) in [0, 1]."""
+    return pipe(
+        prompt,
+        height=height,
+        width=width,
+        num_inference_steps=4,
+        max_sequence_length=64,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        **options,
+    ).images
+
+
+def test_stock_pipeline_past_the_diagonal_is_full_attention(pipe):
+    full = [paint(pipe, *size) for size in SIZES]
+    stock = pipe.transformer.attn_processors
+    pipe.transformer.set_attn_processor(CLEARProcessor(radius=40))
+    clear = [paint(pipe, *size) for size in SIZES]
+    pipe.transformer.set_attn_processor(CLEARProcessor(radius=3))
+    local = [paint(pipe, *size) for size in SIZES]
+    pipe.transformer.set_attn_processor(dict(stock))
+    again = paint(pipe, *SIZES[0])
+    for exact, same, other in zip(full, clear, local, strict=True):
+        assert np.abs(exact - same).max() < 1e-4
+        assert np.abs(exact - other).max() > 1e-2
+    assert np.array_equal(again, full[0])
+
+
+def test_batch_and_two_passes_of_guidance(pipe):
+    prompts = [PROMPT, "a pink balloon by the sea by day, a crimson sun on the left"]
+    options = {"negative_prompt": ["", ""], "true_cfg_scale": 2.0}
+    full = paint(pipe, 128, 192, prompts, **options)
+    apply_clear(pipe, radius=40)
+    clear = paint(pipe, 128, 192, prompts, **options)
+    remove_clear(pipe)
+    assert np.abs(full[0] - full[1]).max() > 0.1
+    assert np.abs(full - clear).max() < 1e-4
+
+
+def test_our_pipeline_takes_the_processor_in_one_line():
+    pipe = CLEARFluxPipeline.from_pretrained(DEMO, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    full = paint(pipe, 128, 128)
+    pipe.set_attn_processor(CLEARProcessor(radius=40))
+    assert np.abs(paint(pipe, 128, 128) - full).max() < 1e-4
+    with pytest.raises(ValueError, match="height must be a multiple of 16 pixels, got 120"):
+        paint(pipe, 120, 128)
