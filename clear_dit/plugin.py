@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .compat import names_from
-from .grid import Layout, layout_from_ids
+from .grid import Layout, WindowTracker, layout_from_ids
 from .kernels.attention import select_impl
-from .processor import CLEARProcessor, FluxAttnProcessor, WindowTracker
+from .processor import CLEARProcessor, FluxAttnProcessor
 
 FluxIPAdapterAttnProcessor, FluxTransformer2DModel = names_from(
     "diffusers.models.transformers.transformer_flux",
@@ -195,7 +195,7 @@ class ClearState:
 
     def restore_weights(self, model: nn.Module) -> None:
         """Copy the saved parameters back."""
-        from .weights import parameters_by_key, refuse_unsuitable
+        from .weight_format import parameters_by_key, refuse_unsuitable
 
         if self.weights:
             refuse_unsuitable(model, "remove_clear")

@@ -51,7 +51,7 @@ class Plan:
     """How much of everything; the defaults trained the weights in assets/demo."""
 
     sizes: tuple[int, int, int] = (256, 512, 1024)
-    counts: tuple[int, int, int] = (14000, 6000, 60)
+    counts: tuple[int, int, int] = (14000, 5200, 60)
     text_steps: int = 600
     autoencoder_steps: int = 2600
     decoder_steps: int = 1500
@@ -60,7 +60,7 @@ class Plan:
     phases: tuple[Phase, Phase] = field(
         default=(
             Phase("phase-1", 16, 1200, 32, 0.01, 2e-3, 0.3, 0.3),
-            Phase("phase-2", 32, 1200, 16, 0.006, 1.2e-3, 0.9, 0.2),
+            Phase("phase-2", 32, 900, 8, 0.006, 1.2e-3, 0.9, 0.15),
         )
     )
     compile_model: bool = True

@@ -22,7 +22,7 @@ from clear_dit import (
     save_clear_weights,
 )
 from clear_dit.plugin import ClearState
-from clear_dit.weights import parameters_by_key, pooling_by_key
+from clear_dit.weight_format import parameters_by_key, pooling_by_key
 
 Q = "transformer_blocks.0.attn.to_q.weight"
 
@@ -300,7 +300,7 @@ def test_not_safetensors(clear_model, tensors, tmp_path, kind):
             {"truncated": whole[:-1], "cut header": whole[:30], "empty": b"", "text": header}[kind]
         )
     before = snapshot(clear_model)
-    with pytest.raises(ValueError, match="a.safetensors is not a safetensors file, or is trunc"):
+    with pytest.raises(ValueError, match=r"a.safetensors is not a safetensors file, or is trunc"):
         load_clear_weights(clear_model, path)
     assert_unchanged(clear_model, before)
 

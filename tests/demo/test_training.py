@@ -47,7 +47,8 @@ def test_export_is_clean(trained):
     assert {"README.md", "loss.png", "model_index.json"} <= {path.name for path in files}
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pkl"}]
-    assert Image.open(trained / "demo" / "loss.png").size == (960, 360)
+    with Image.open(trained / "demo" / "loss.png") as curve:
+        assert curve.size == (960, 360)
     card = (trained / "demo" / "README.md").read_text()
     assert "2 steps of 2 pictures, 4x4 tokens" in card
     assert str(trained) not in card
