@@ -6,11 +6,11 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from .errors import RequestError
+from .errors import RequestError, first_line
 
 app = typer.Typer(
     help="CLEAR: high-resolution images from diffusion transformers, in time linear in the pixels.",
@@ -24,13 +24,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")
 Height = Annotated[int, typer.Option(help="Height in pixels, a multiple of 16.")]
 Width = Annotated[int, typer.Option(help="Width in pixels, a multiple of 16.")]
 Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens of 16 pixels.")]
-Heads = Annotated[int, typer.Option(min=1, help="Attention heads.")]
-HeadDim = Annotated[int, typer.Option(min=1, help="Channels of a head.")]
-TextLength = Annotated[int, typer.Option(min=0, help="Text tokens.")]
+Heads = Annotated[int, typer.Option(min=1, max=128, help="Attention heads.")]
+HeadDim = Annotated[int, typer.Option(min=1, max=512, help="Channels of a head.")]
+TextLength = Annotated[int, typer.Option(min=0, max=4096, help="Text tokens.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")]
 Impl = Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed runs; the median counts.")]
+Repeats = Annotated[int, typer.Option(min=1, max=1000, help="Timed runs; the median counts.")]
 
 
 def main() -> None:
@@ -40,11 +40,19 @@ def main() -> None:
     try:
         app()
     except RequestError as error:
-        print(f"clear-dit: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, 2)
     except OSError as error:
-        print(f"clear-dit: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        # What PyTorch raises on a CUDA device and on a CPU.
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        _fail(f"out of memory: {first_line(error)}", 1)
+
+
+def _fail(error: object, status: int) -> NoReturn:
+    print(f"clear-dit: {error}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _print_json(result: dict[str, Any]) -> None:
@@ -171,12 +179,16 @@ def bench_growth(
         sides = [int(size) for size in sizes.split(",")]
     except ValueError as error:
         raise RequestError(f"--sizes must be pixels with commas between, got {sizes!r}.") from error
-    for side in sides:
-        problem = _problem(side, side, radius, 1, heads, head_dim, text_length, dtype, device)
-    result = run(problem, sides, impl, repeats)
+    problems = [
+        _problem(side, side, radius, 1, heads, head_dim, text_length, dtype, device)
+        for side in sides
+    ]
+    result = run(problems, impl, repeats)
     print(report(result))
     if as_json:
         _print_json(result)
+    if not result["correct"]:
+        raise typer.Exit(1)
 
 
 @bench.command("denoise")
@@ -194,12 +206,17 @@ def bench_denoise(
     """One denoising step of a model, full attention against CLEAR."""
     from .bench.denoise import bench_denoise as run
     from .bench.denoise import report
+    from .checks import find_device, find_dtype, find_window
 
-    problem = _problem(height, width, radius, 1, 1, 64, 0, dtype, device)
-    result = run(model, height, width, radius, impl, problem.dtype, problem.device, repeats)
+    find_window(height, width, radius)
+    result = run(
+        model, height, width, radius, impl, find_dtype(dtype), find_device(device), repeats
+    )
     print(report(result))
     if as_json:
         _print_json(result)
+    if not result["correct"]:
+        raise typer.Exit(1)
 
 
 def _problem(
@@ -214,26 +231,15 @@ def _problem(
     device: str | None,
 ) -> Any:
     from .bench.attention import Problem
-    from .generate import check_size, find_device, find_dtype
+    from .checks import find_device, find_dtype, find_window
 
-    for name, pixels in (("height", height), ("width", width)):
-        check_size(name, pixels)
-    problem = Problem(
-        height=height,
-        width=width,
-        radius=radius,
-        down_factor=down_factor,
+    return Problem(
+        window=find_window(height, width, radius, down_factor, text_length),
         heads=heads,
         head_dim=head_dim,
-        text_length=text_length,
         dtype=find_dtype(dtype),
         device=find_device(device),
     )
-    try:
-        _ = problem.window
-    except ValueError as error:
-        raise RequestError(str(error)) from error
-    return problem
 
 
 if __name__ == "__main__":

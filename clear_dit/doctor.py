@@ -17,7 +17,7 @@ from .models import DEMO
 
 EXTRAS = {
     "app": ("gradio",),
-    "training": ("peft", "prodigyopt", "tensorboard", "matplotlib"),
+    "training": ("peft", "prodigyopt", "tensorboard"),
     "metrics": ("torchmetrics",),
     "gpu": ("triton", "xformers"),
 }

@@ -8,3 +8,8 @@ class RequestError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,61 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import __version__
-from .errors import RequestError
-from .kernels.attention import select_impl
-from .kernels.window import Window
+from .checks import find_device, find_dtype, find_impl, find_window
+from .errors import RequestError, first_line
 from .memory import peak_mb, reset_peak
-from .models import TOKEN_PIXELS, load_pipeline, model_defaults, model_path
+from .models import TOKEN_PIXELS, load_pipeline, model_defaults, model_path, text_length
 from .output import check_writable, save_png
 from .plugin import apply_clear
 
 if TYPE_CHECKING:
     from .pipelines.flux import CLEARFluxPipeline
 
-# Bounds before memory is taken: 16384 px a side is a million tokens.
-MAX_SIDE = 16384
 MAX_STEPS = 1000
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_size(name: str, pixels: int) -> None:
-    """Refuse a side that is not whole tokens, or larger than this program takes.
-
-    Raises:
-        RequestError: see above.
-    """
-    if pixels < TOKEN_PIXELS or pixels % TOKEN_PIXELS or pixels > MAX_SIDE:
-        raise RequestError(
-            f"--{name} must be a multiple of {TOKEN_PIXELS} from {TOKEN_PIXELS} to {MAX_SIDE} "
-            f"pixels, got {pixels}."
-        )
-
-
-def find_dtype(name: str) -> torch.dtype:
-    """A dtype by name.
-
-    Raises:
-        RequestError: not one of DTYPES.
-    """
-    if name not in DTYPES:
-        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}.")
-    return DTYPES[name]
-
-
-def find_device(name: str | None) -> torch.device:
-    """A device by name, or the best there is.
-
-    Raises:
-        RequestError: there is no such device here.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"--device {name}: cannot be used ({reason}).") from error
-    return device
 
 
 @dataclass(frozen=True)
@@ -113,8 +68,7 @@ class GenerateRequest:
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; describe a picture.")
         model_path(self.model)
-        check_size("height", self.height)
-        check_size("width", self.width)
+        find_window(self.height, self.width, self.radius, self.down_factor)
         if self.attention not in ("clear", "full"):
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
         if self.attention == "full" and self.weights is not None:
@@ -127,12 +81,7 @@ class GenerateRequest:
             raise RequestError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}.")
         dtype, device = find_dtype(self.dtype), find_device(self.device)
         if self.attention == "clear":
-            rows, columns = self.height // TOKEN_PIXELS, self.width // TOKEN_PIXELS
-            try:
-                Window(rows, columns, 0, self.radius, self.down_factor)
-                select_impl(self.impl, torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
-            except ValueError as error:
-                raise RequestError(str(error)) from error
+            find_impl(self.impl, dtype, device)
 
 
 def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateRequest:
@@ -204,7 +153,8 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
     try:
         save_png(image, out, asdict(request) | {"version": __version__, "impl": impl})
     except OSError as error:
-        raise OSError(f"{out} could not be written ({os.strerror(error.errno or 0)}).") from error
+        reason = error.strerror or first_line(error)
+        raise OSError(f"{out} could not be written ({reason}).") from error
     return {
         "out": str(out),
         "height": request.height,
@@ -229,8 +179,7 @@ def _set_attention(pipe: CLEARFluxPipeline, request: GenerateRequest) -> str:
         )
     except (ValueError, OSError) as error:
         raise RequestError(str(error)) from error
-    probe = torch.empty(1, 1, 1, 64, dtype=pipe.dtype, device=pipe.device)
-    return select_impl(request.impl, probe)
+    return find_impl(request.impl, pipe.dtype, pipe.device)
 
 
 def _paint(
@@ -239,7 +188,7 @@ def _paint(
     """Text, denoising and decoding one after the other, each timed; a PIL image."""
     embedded = bool(pipe.transformer.config.guidance_embeds)
     two_passes = not embedded and request.guidance > 1
-    length = min(model_defaults(request.model).text_length, pipe.tokenizer_2.model_max_length)
+    length = text_length(request.model, pipe)
     arguments: dict[str, Any] = {}
     with timer.measure("text", device), torch.no_grad():
         prompts = {"": request.prompt} | ({"negative_": ""} if two_passes else {})

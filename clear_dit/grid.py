@@ -57,6 +57,29 @@ def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
     return Layout(len(txt_ids), *find_grid(img_ids.float()))
 
 
+def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+    """Position ids in float32, where a half-precision dtype has merged neighbours.
+
+    Stock pipelines cast the ids to the prompt's dtype; bfloat16 cannot tell integers above 256
+    apart, which is a side of 4096 pixels. Only ids that are exactly the rounded raster of `layout`
+    are replaced.
+
+    Returns:
+        (image, 3), float32; None where nothing was lost, or the ids are not that raster.
+    """
+    if img_ids.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    exact = torch.zeros(layout.rows, layout.columns, 3, device=img_ids.device)
+    exact[..., 1] = torch.arange(layout.rows, device=img_ids.device)[:, None]
+    exact[..., 2] = torch.arange(layout.columns, device=img_ids.device)
+    exact = exact.reshape(-1, 3)
+    rounded = exact.to(img_ids.dtype)
+    received = img_ids[0] if img_ids.ndim == 3 else img_ids
+    if torch.equal(rounded.float(), exact) or not torch.equal(rounded, received):
+        return None
+    return exact
+
+
 def layout_from_rotary(
     cos: torch.Tensor, sin: torch.Tensor, text_length: int | None = None
 ) -> Layout:

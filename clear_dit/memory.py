@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,12 +15,13 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def reset_peak(device: torch.device) -> None:
     """Start a new measurement: the peak becomes what is in use now.
 
-    Where the system cannot do that (no /proc), the peak stays that of the process.
+    Where the system does not allow that, the peak stays that of the process.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _CLEAR.exists():
-        _CLEAR.write_text("5")  # https://docs.kernel.org/filesystems/proc.html, clear_refs
+        return
+    with suppress(OSError):  # https://docs.kernel.org/filesystems/proc.html, clear_refs
+        _CLEAR.write_text("5")
 
 
 def peak_mb(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .compat import release
-from .errors import RequestError
+from .errors import RequestError, first_line
 
 if TYPE_CHECKING:
     from .pipelines.flux import CLEARFluxPipeline
@@ -45,6 +45,8 @@ class ModelDefaults:
 
 DEMO_DEFAULTS = ModelDefaults(size=512, radius=8, steps=20, guidance=2.0, text_length=64)
 FLUX_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=28, guidance=3.5, text_length=512)
+# FLUX.1-schnell and others without a guidance embedding: one pass, no guidance.
+UNGUIDED_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=4, guidance=1.0, text_length=256)
 
 
 def model_path(model: str) -> str:
@@ -82,8 +84,26 @@ def _check_folder(folder: Path) -> None:
 
 
 def model_defaults(model: str) -> ModelDefaults:
-    """The settings that suit a model by name."""
-    return DEMO_DEFAULTS if model == "demo" else FLUX_DEFAULTS
+    """The settings that suit a model: the demo's own, else by whether it embeds guidance.
+
+    Raises:
+        RequestError: the model's configuration cannot be found.
+    """
+    if model == "demo":
+        return DEMO_DEFAULTS
+    path = model_path(model)
+    try:
+        from diffusers import FluxTransformer2DModel
+
+        config = FluxTransformer2DModel.load_config(path, subfolder="transformer")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--model {model}: cannot be loaded: {first_line(error)}") from error
+    return FLUX_DEFAULTS if config.get("guidance_embeds") else UNGUIDED_DEFAULTS
+
+
+def text_length(model: str, pipe: CLEARFluxPipeline) -> int:
+    """Text tokens a pipeline is given, padding included."""
+    return min(model_defaults(model).text_length, pipe.tokenizer_2.model_max_length)
 
 
 def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEARFluxPipeline:
@@ -97,11 +117,11 @@ def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEAR
         with _quiet():
             from .pipelines.flux import CLEARFluxPipeline
 
-            keyword = "dtype" if release(metadata.version("diffusers")) >= (0, 42) else "torch_dtype"
-            pipe = CLEARFluxPipeline.from_pretrained(path, use_safetensors=True, **{keyword: dtype})
+            renamed = release(metadata.version("diffusers")) >= (0, 42)
+            options = {"dtype" if renamed else "torch_dtype": dtype}
+            pipe = CLEARFluxPipeline.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RequestError(f"--model {model}: cannot be loaded: {reason}") from error
+        raise RequestError(f"--model {model}: cannot be loaded: {first_line(error)}") from error
     return pipe.to(device)
 
 

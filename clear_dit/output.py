@@ -25,15 +25,16 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise RequestError(f"--out must end in .png, got {str(path)!r}.")
-    if path.is_dir():
+    if len(path.name.encode()) <= 255 and path.is_dir():
         raise RequestError(f"--out is a folder: {path}. Name a file in it.")
     if not path.parent.is_dir():
         raise RequestError(f"--out: there is no folder {path.parent}. Create it first.")
     try:
+        path.exists()  # refuses a name that is too long
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise RequestError(f"--out: cannot write in {path.parent} ({error.strerror}).") from error
+        raise RequestError(f"--out: cannot write {path} ({error.strerror}).") from error
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, object]) -> None:
@@ -44,7 +45,7 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, object]) -> 
     """
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".png", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=".clear-dit-", suffix=".png", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .compat import names_from
-from .grid import Layout, WindowTracker, layout_from_ids
+from .grid import Layout, WindowTracker, layout_from_ids, unrounded_ids
 from .kernels.attention import select_impl
 from .processor import CLEARProcessor, FluxAttnProcessor
 
@@ -205,22 +205,25 @@ class ClearState:
                 parameters[key].copy_(original)
         self.weights.clear()
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.tracker is not None:
-            self._before_forward(model, args, kwargs)
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.tracker is None:
+            return None
+        return self._before_forward(model, args, kwargs)
 
     @torch.compiler.disable
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._check_layers(model):
-            return
+            return None
         assert self.tracker is not None
         signature = inspect.signature(type(model).forward)
         given = signature.bind_partial(model, *args, **kwargs).arguments
         img_ids, txt_ids = given.get("img_ids"), given.get("txt_ids")
         if img_ids is None or txt_ids is None:
-            return  # the model itself complains
+            return None  # the model itself complains
         grid = next(iter(self.installed.values())).grid
         if grid is None:
             layout, source = layout_from_ids(txt_ids, img_ids), "img_ids"
@@ -234,33 +237,39 @@ class ClearState:
                 "latents?"
             )
         self.tracker.announce(layout, self._chosen_impl(given["hidden_states"]))
+        exact = unrounded_ids(img_ids, layout)
+        return None if exact is None else (args, kwargs | {"img_ids": exact})
 
     def _chosen_impl(self, hidden_states: torch.Tensor) -> str:
         """The implementation that will run, also chosen (and logged) here for compiled blocks."""
         impl = next(iter(self.installed.values())).impl
         if impl != "auto":
             return impl
-        query = hidden_states.new_empty(1, 1, 1, 64, requires_grad=torch.is_grad_enabled())
-        return select_impl(impl, query)
+        query = hidden_states.new_empty(1, 1, 1, 64)
+        return select_impl(impl, query, needs_grad=torch.is_grad_enabled())
 
     def _check_layers(self, model: nn.Module) -> bool:
         """Whether CLEAR still runs in the model; repairs or reports what was done to its layers.
 
-        Loading or unloading an IP-adapter re-creates processors as `processor.__class__()`, which
-        loses their settings: a default CLEARProcessor that no other layer shares is taken for one
-        of those.
+        Loading or unloading an IP-adapter re-creates the single blocks' processors as
+        `processor.__class__()`, which loses their settings: a default CLEARProcessor of its own
+        there is taken for one of those, unless the double blocks have such ones too.
         """
         layers = attention_layers(model)
         uses = Counter(id(attn.processor) for attn in layers.values())
-        others = {}
+        others, recreated = {}, {}
         for name, attn in layers.items():
-            current, ours = attn.processor, self.installed[name]
-            if current is ours:
+            current = attn.processor
+            if current is self.installed[name]:
                 continue
+            others[name] = current
             if type(current) is CLEARProcessor and _is_default(current) and uses[id(current)] == 1:
-                attn.set_processor(ours)
-            else:
-                others[name] = current
+                recreated[name] = attn
+        if recreated and all(name.startswith("single_") for name in recreated):
+            for name, attn in recreated.items():
+                attn.set_processor(self.installed[name])
+                del others[name]
+            logger.info("CLEAR settings restored in %d re-created processors", len(recreated))
         if 0 < len(others) < len(layers) and not self._warned:
             self._warned = True
             name, current = next(iter(others.items()))

@@ -19,26 +19,24 @@ logger = logging.getLogger(__name__)
 IMPLS = ("auto", "triton", "flex", "tiled", "reference")
 
 
-def why_not_triton(query: torch.Tensor, return_lse: bool) -> str | None:
+def why_not_triton(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
     """Why the Triton kernels cannot run on these inputs; None if they can."""
     if query.device.type != "cuda":
         return f"needs a CUDA or ROCm device, got a query on {query.device.type!r}"
     return "is not part of this version"
 
 
-def runs_everywhere(query: torch.Tensor, return_lse: bool) -> str | None:
+def runs_everywhere(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
     """Never refuses: the tiled path and the oracle run on any device."""
     return None
 
 
-_WHY_NOT: dict[str, Callable[[torch.Tensor, bool], str | None]] = {
+_WHY_NOT: dict[str, Callable[[torch.Tensor, bool, bool], str | None]] = {
     "triton": why_not_triton,
     "flex": why_not_flex,
     "tiled": runs_everywhere,
     "reference": runs_everywhere,
 }
-
-
 _RUN: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
     "flex": flex_attention,
     "tiled": tiled_attention,
@@ -57,12 +55,16 @@ def preference(device_type: str) -> tuple[str, ...]:
     return ("triton", "tiled", "flex", "reference")
 
 
-def why_not(impl: str, query: torch.Tensor, return_lse: bool = False) -> str | None:
+def why_not(
+    impl: str, query: torch.Tensor, needs_grad: bool = False, return_lse: bool = False
+) -> str | None:
     """Why `impl` cannot run on these inputs, in a few words; None if it can."""
-    return _WHY_NOT[impl](query, return_lse)
+    return _WHY_NOT[impl](query, needs_grad, return_lse)
 
 
-def select_impl(impl: str, query: torch.Tensor, return_lse: bool = False) -> str:
+def select_impl(
+    impl: str, query: torch.Tensor, needs_grad: bool = False, return_lse: bool = False
+) -> str:
     """The implementation that runs for a request.
 
     An explicit choice is checked and never replaced. "auto" takes the first of `preference` that
@@ -74,7 +76,7 @@ def select_impl(impl: str, query: torch.Tensor, return_lse: bool = False) -> str
     if impl not in IMPLS:
         raise ValueError(f"local_attention: impl must be one of {', '.join(IMPLS)}; got {impl!r}.")
     if impl != "auto":
-        reason = why_not(impl, query, return_lse)
+        reason = why_not(impl, query, needs_grad, return_lse)
         if reason is not None:
             raise ValueError(
                 f"local_attention: impl={impl!r} cannot run here: it {reason}. "
@@ -83,9 +85,10 @@ def select_impl(impl: str, query: torch.Tensor, return_lse: bool = False) -> str
         return impl
     refused: list[str] = []
     for name in preference(query.device.type):
-        reason = why_not(name, query, return_lse)
+        reason = why_not(name, query, needs_grad, return_lse)
         if reason is None:
-            _announce(name, tuple(refused))
+            if not torch.compiler.is_compiling():  # a log call breaks the graph
+                _announce(name, tuple(refused))
             return name
         refused.append(f"{name} {reason}")
     raise AssertionError("the reference implementation runs everywhere")
@@ -128,13 +131,17 @@ def check_inputs(
             f"{window.text_length} text + {window.height} x {window.width} image = "
             f"{window.sequence_length}."
         )
-    if spatial_weight is not None and spatial_weight.numel() != window.down_factor**2:
-        raise ValueError(
-            "local_attention: spatial_weight must hold down_factor^2 = "
-            f"{window.down_factor**2} weights, got shape {tuple(spatial_weight.shape)}."
-        )
-    if spatial_weight is not None and window.down_factor == 1:
+    if spatial_weight is None:
+        return
+    factor = window.down_factor
+    if factor == 1:
         raise ValueError("local_attention: spatial_weight needs a window with down_factor > 1.")
+    shapes = ((factor, factor), (1, 1, 1, factor, 1, factor, 1))
+    if tuple(spatial_weight.shape) not in shapes or spatial_weight.device != query.device:
+        raise ValueError(
+            f"local_attention: spatial_weight must have shape {shapes[0]} or {shapes[1]} and be on "
+            f"{query.device}, got {tuple(spatial_weight.shape)} on {spatial_weight.device}."
+        )
 
 
 def _plain(value: object) -> object:
@@ -142,9 +149,9 @@ def _plain(value: object) -> object:
 
 
 def local_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     window: Window,
     *,
     scale: float | None = None,
@@ -155,8 +162,9 @@ def local_attention(
     """CLEAR's local attention (arXiv 2412.16112): softmax attention under `Window.mask()`.
 
     Args:
-        query, key, value: (batch, text + image, heads, head_dim), float16, bfloat16, float32 or
-            float64; text tokens first, image tokens in raster order; QK-norm and RoPE applied.
+        q, k, v: query, key, value: (batch, text + image, heads, head_dim), float16, bfloat16,
+            float32 or float64, any strides; text tokens first, image tokens in raster order;
+            QK-norm and RoPE applied.
         window: the geometry, in tokens.
         scale: factor on query times key; default head_dim^-0.5.
         spatial_weight: weights of the pooling cell, (1, 1, 1, f, 1, f, 1) or (f, f) with
@@ -166,7 +174,7 @@ def local_attention(
         return_lse: return the log-sum-exp of the scaled scores too.
 
     Returns:
-        The attention output, shape and dtype of `query`; with `return_lse` also the natural-log
+        The attention output, shape and dtype of `q`; with `return_lse` also the natural-log
         log-sum-exp, float32 (float64 for float64 inputs), (batch, text + image, heads), which is
         for merging with other keys and carries no gradient.
 
@@ -174,13 +182,16 @@ def local_attention(
         ValueError: shapes, dtypes or devices that differ, a sequence that contradicts the window,
             an unknown `impl`, or an explicit `impl` that cannot run here.
     """
-    check_inputs(query, key, value, window, spatial_weight)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = select_impl(impl, query, return_lse)
+    check_inputs(q, k, v, window, spatial_weight)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, spatial_weight)
+    )
+    name = select_impl(impl, q, needs_grad, return_lse)
     out, lse = _RUN[name](
-        query,
-        key,
-        value,
+        q,
+        k,
+        v,
         window,
         scale=scale,
         spatial_weight=spatial_weight,

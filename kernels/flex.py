@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from importlib.util import find_spec
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
@@ -18,19 +19,25 @@ from .window import Window
 
 # Tokens per side of a block: FlexAttention's default.
 BLOCK = 128
+# Geometries and dtypes compiled in one process before torch.compile gives up.
+COMPILED_SHAPES = 128
 
 
-def why_not_flex(query: torch.Tensor, return_lse: bool) -> str | None:
+def why_not_flex(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
     """Why compiled FlexAttention cannot run on these inputs; None if it can."""
-    if query.device.type == "cpu":
-        if return_lse:
-            return "cannot return the log-sum-exp on a CPU"
-        if query.requires_grad and torch.is_grad_enabled():
-            return "has no backward pass on a CPU"
-        if query.dtype == torch.float64:
-            return "does not compile for float64 on a CPU"
-        if not any(map(shutil.which, ("g++", "clang++", "c++"))):
-            return "needs a C++ compiler on a CPU (torch.compile)"
+    device = query.device.type
+    if device not in ("cpu", "cuda"):
+        return f"needs a CPU or a CUDA device, got a query on {device!r}"
+    if query.dtype == torch.float64:
+        return "does not compile for float64"
+    if device == "cuda":
+        return None if find_spec("triton") else "needs Triton, which is not installed"
+    if return_lse:
+        return "cannot return the log-sum-exp on a CPU"
+    if needs_grad:
+        return "has no backward pass on a CPU"
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "needs a C++ compiler on a CPU (torch.compile)"
     return None
 
 
@@ -54,18 +61,20 @@ def flex_attention(
         key = torch.cat([key, pool_tokens(key, window, spatial_weight)], dim=1)
         value = torch.cat([value, pool_tokens(value, window, spatial_weight)], dim=1)
     run = _compiled_flex_attention() if compiled else torch_flex_attention
-    out, aux = run(
-        *(tensor.transpose(1, 2) for tensor in (query, key, value)),
-        block_mask=block_mask(window, query.device),
-        scale=scale,
-        return_aux=AuxRequest(lse=return_lse),
-    )
+    with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES):
+        out, aux = run(
+            *(tensor.transpose(1, 2) for tensor in (query, key, value)),
+            block_mask=block_mask(window, query.device),
+            scale=scale,
+            return_aux=AuxRequest(lse=return_lse),
+        )
     return out.transpose(1, 2), aux.lse.transpose(1, 2) if return_lse else None
 
 
 @functools.cache
 def _compiled_flex_attention():
-    return torch.compile(torch_flex_attention, dynamic=False)
+    # fullgraph: past the limit it raises, and does not silently compute densely.
+    return torch.compile(torch_flex_attention, dynamic=False, fullgraph=True)
 
 
 def block_mask(window: Window, device: torch.device) -> BlockMask:
@@ -77,19 +86,20 @@ def block_mask(window: Window, device: torch.device) -> BlockMask:
 
 
 def _make_block_mask(window: Window, device: torch.device) -> BlockMask:
-    """Block rows one at a time: the dense mask of an 8192-px picture would take 70 GB."""
+    """One row of blocks at a time, and of the image keys only the rows within reach."""
     queries, keys = window.sequence_length, window.sequence_length + window.pooled_length
     mask_mod = _mask_mod(window)
-    key_blocks = -(-keys // BLOCK)
     key_index = torch.arange(keys, device=device)
+    block_count = -(-keys // BLOCK)
     # Counted per block: a last short block is full when all the keys it has are seen.
-    sizes = torch.bincount(key_index // BLOCK, minlength=key_blocks)
+    sizes = torch.bincount(key_index // BLOCK, minlength=block_count)
     partial, full = [], []
     for start in range(0, queries, BLOCK):
         query_index = torch.arange(start, min(start + BLOCK, queries), device=device)
-        seen = mask_mod(0, 0, query_index[:, None], key_index[None, :]).sum(dim=0)
-        counts = torch.zeros(key_blocks, dtype=seen.dtype, device=device)
-        counts.index_add_(0, key_index // BLOCK, seen)
+        reachable = _reachable_keys(window, start, start + len(query_index) - 1, key_index)
+        seen = mask_mod(0, 0, query_index[:, None], reachable[None, :]).sum(dim=0)
+        counts = torch.zeros(block_count, dtype=seen.dtype, device=device)
+        counts.index_add_(0, reachable // BLOCK, seen)
         is_full = counts == sizes * len(query_index)
         full.append(is_full)
         partial.append((counts > 0) & ~is_full)
@@ -100,6 +110,18 @@ def _make_block_mask(window: Window, device: torch.device) -> BlockMask:
         mask_mod=mask_mod,
         seq_lengths=(queries, keys),
     )
+
+
+def _reachable_keys(window: Window, first: int, last: int, keys: torch.Tensor) -> torch.Tensor:
+    """Of all `keys`, those that queries first to last may see: all for text, else a strip."""
+    text, width = window.text_length, window.width
+    if first < text:
+        return keys
+    reach = window.disc_radius - 1
+    top = max((first - text) // width - reach, 0) * width
+    bottom = min((last - text) // width + reach + 1, window.height) * width
+    end = window.sequence_length
+    return torch.cat([keys[:text], keys[text + top : text + bottom], keys[end:]])
 
 
 def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +136,7 @@ def _mask_mod(window: Window):
         window.text_length,
         window.sequence_length,
         window.width,
-        window.radius**2,
+        window.disc_radius**2,
     )
 
     def mask_mod(batch, head, query, key):

@@ -34,8 +34,8 @@ def attend(
     """Attention of every query over these keys.
 
     Args:
-        query: (batch, heads, queries, head_dim).
-        key, value: (batch, heads, keys, head_dim), at least one key.
+        query: (batch, heads, queries, head_dim), head_dim contiguous.
+        key, value: (batch, heads, keys, head_dim), at least one key, head_dim contiguous.
         bias: (queries, keys) added to the scaled scores, or None.
 
     Returns:
@@ -45,7 +45,9 @@ def attend(
         return _flash(query, key, value, attn_mask=_broadcast(bias), scale=scale)
     scores = _scores(query, key, scale, bias)
     lse = scores.logsumexp(dim=-1)
-    return torch.exp(scores - lse[..., None]).to(value.dtype) @ value, lse
+    out = torch.exp(scores - lse[..., None]).to(value.dtype) @ value
+    # Wide, because many parts are merged: rounding each merge to half precision would add up.
+    return out.to(lse.dtype), lse
 
 
 def attend_backward(
@@ -83,6 +85,6 @@ def _broadcast(bias: torch.Tensor | None) -> torch.Tensor | None:
 def _scores(
     query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    scores = query @ key.transpose(-2, -1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    scores = (query * scale) @ key.transpose(-2, -1)  # scaled first: float16 would overflow
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return scores if bias is None else scores + bias

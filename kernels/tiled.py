@@ -8,7 +8,7 @@ is an opaque custom op, so that it works under FakeTensor, torch.compile and Flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -44,22 +44,30 @@ def tiled_attention(
         pooled_key = pooled_value = key.new_empty(key.shape[0], 0, *key.shape[2:])
     return _tiled(
         query, key, value, pooled_key, pooled_value,
-        window.height, window.width, window.text_length, window.radius, scale,
+        window.height, window.width, window.text_length, window.disc_radius, scale,
     )  # fmt: skip
 
 
 class _Biases:
-    """The masks of one call: one per tile shape, a few dozen at most, whatever the size."""
+    """The masks of one band's tile shapes: a handful, kept while the next bands look the same."""
 
     def __init__(self, radius: int, dtype: torch.dtype, device: torch.device) -> None:
         self._make = lambda rows, columns: tile_bias(rows, columns, radius, dtype, device)
-        self._made: dict[tuple[tuple[int, int, int], ...], torch.Tensor | None] = {}
+        self._rows: tuple[int, int, int] | None = None
+        self._made: dict[tuple[int, int, int], torch.Tensor | None] = {}
 
     def __call__(self, rows: Span, columns: Span) -> torch.Tensor | None:
-        shape = (rows.shape, columns.shape)
-        if shape not in self._made:
-            self._made[shape] = self._make(rows, columns)
-        return self._made[shape]
+        if rows.shape != self._rows:
+            self._rows = rows.shape
+            self._made.clear()
+        if columns.shape not in self._made:
+            self._made[columns.shape] = self._make(rows, columns)
+        return self._made[columns.shape]
+
+
+def _channels_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """PyTorch's fused CPU attention reads head_dim with stride 1, whatever the stride is."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
@@ -121,6 +129,8 @@ def _tiled(
     radius: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value = _channels_contiguous(query, key, value)
+    pooled_key, pooled_value = _channels_contiguous(pooled_key, pooled_value)
     dtype = compute_dtype(query.dtype, query.device)
     lse_dtype = torch.promote_types(dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -148,7 +158,7 @@ def _tiled(
 
             q_band = _columns(q, width, own, dtype)
             k_band, v_band = _columns(k, width, reach, dtype), _columns(v, width, reach, dtype)
-            band_out = torch.empty_like(q_band)
+            band_out = torch.empty_like(q_band, dtype=lse_dtype)
             band_lse = torch.empty(q_band.shape[:-1], dtype=lse_dtype, device=q.device)
             for run in tiles:
                 part_out, part_lse = attend(
@@ -206,6 +216,8 @@ def _tiled_backward(
     radius: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, query, key, value = _channels_contiguous(grad, query, key, value)
+    pooled_key, pooled_value = _channels_contiguous(pooled_key, pooled_value)
     dtype = compute_dtype(query.dtype, query.device)
     sum_dtype = torch.promote_types(dtype, torch.float32)
     grads = [
@@ -228,26 +240,26 @@ def _tiled_backward(
         grad_all_key = torch.zeros_like(all_key, dtype=sum_dtype)
         grad_all_value = torch.zeros_like(all_value, dtype=sum_dtype)
         grad_q, grad_k, grad_v = (x[item, text_length:] for x in grads[:3])
-
-        def text_part(keys, values, state=(text_grad, text_query, text_out, text_lse), item=item):
-            grad_out, queries, out, lse = state
-            parts = attend_backward(grad_out, queries, keys, values, out, lse, scale)
-            grads[0][item, :text_length] += _tokens_first(parts[0])
-            return parts[1:]
+        grad_text = grads[0][item, :text_length]
 
         if text_length:
-            part_key, part_value = text_part(text_key, text_value)
-            grad_all_key[:, :, :text_length] += part_key
-            grad_all_value[:, :, :text_length] += part_value
+            parts = attend_backward(
+                text_grad, text_query, text_key, text_value, text_out, text_lse, scale
+            )
+            grad_text += _tokens_first(parts[0])
+            grad_all_key[:, :, :text_length] += parts[1]
+            grad_all_value[:, :, :text_length] += parts[2]
 
         for rows, own, reach in _bands(height, radius):
             own_tokens = slice(own.start * width, own.stop * width)
             if text_length:
-                part_key, part_value = text_part(
-                    *(_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
+                band_key, band_value = (_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
+                parts = attend_backward(
+                    text_grad, text_query, band_key, band_value, text_out, text_lse, scale
                 )
-                grad_k[own_tokens] += _tokens_first(part_key)
-                grad_v[own_tokens] += _tokens_first(part_value)
+                grad_text += _tokens_first(parts[0])
+                grad_k[own_tokens] += _tokens_first(parts[1])
+                grad_v[own_tokens] += _tokens_first(parts[2])
 
             q_band, g_band, o_band = (_columns(x, width, own, dtype) for x in (q, g, o))
             l_band = _columns(image_lse, width, own, lse.dtype)
@@ -319,21 +331,19 @@ def _backward(ctx, grad, grad_lse):
 _tiled.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _flops(products: float) -> Callable[..., int]:
-    """FLOP formula of an attention op that does `products` / 2 times the forward's two products."""
-
-    def formula(*shapes_and_geometry, out_shape=None, **kwargs) -> int:
-        *_, height, width, text_length, radius, _scale = shapes_and_geometry
-        shapes = [x for x in shapes_and_geometry if isinstance(x, torch.Size | tuple | list)]
-        query = shapes[0] if products == 2 else shapes[1]
-        pooled = (shapes[3] if products == 2 else shapes[4])[1]
-        pairs = Window(height, width, text_length, radius).attended_pairs()
-        pairs += height * width * pooled
-        return int(2 * products * pairs * query[0] * query[2] * query[3])
-
-    return formula
+def _product_flops(query, pooled, height, width, text_length, radius) -> int:
+    """FLOPs of one of attention's products: 2 per attended pair and channel, exact pairs."""
+    batch, _, heads, head_dim = query
+    pairs = Window(height, width, text_length, radius).attended_pairs()
+    return 2 * batch * heads * head_dim * (pairs + height * width * pooled[1])
 
 
-register_flop_formula(torch.ops.clear_dit.tiled_attention)(_flops(2))
-# Scores again, then the gradients of probability, value, query and key: five products.
-register_flop_formula(torch.ops.clear_dit.tiled_attention_backward)(_flops(5))
+@register_flop_formula(torch.ops.clear_dit.tiled_attention)
+def _(query, key, value, pooled_key, pooled_value, height, width, text, radius, *rest, **kwargs):
+    return 2 * _product_flops(query, pooled_key, height, width, text, radius)
+
+
+@register_flop_formula(torch.ops.clear_dit.tiled_attention_backward)
+def _(grad, query, key, value, pooled_key, pooled_value, out, lse, *geometry, **kwargs):
+    # The scores again, then the gradients of probability, value, query and key.
+    return 5 * _product_flops(query, pooled_key, *geometry[:4])

@@ -56,6 +56,15 @@ class Window:
                 f"{self.width}), got {self.down_factor}; use a larger picture or down_factor=1."
             )
 
+    def __getstate__(self) -> dict[str, int]:
+        # What an implementation remembered on the value (FlexAttention's mask) stays behind.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def disc_radius(self) -> int:
+        """The radius, no larger than is needed to cover the grid: its square stays small."""
+        return min(self.radius, self.height + self.width)
+
     @property
     def image_length(self) -> int:
         """Number of image tokens."""
@@ -86,17 +95,18 @@ class Window:
         mask = torch.ones(
             self.sequence_length, self.sequence_length + pooled, dtype=torch.bool, device=device
         )
-        mask[text:, text : self.sequence_length] = distance2 < self.radius**2
+        mask[text:, text : self.sequence_length] = distance2 < self.disc_radius**2
         mask[:text, self.sequence_length :] = False
         return mask
 
     def disc_pairs(self) -> int:
         """Number of (image query, image key) pairs inside the disc, over the whole grid."""
-        reach = self.radius - 1
+        radius = self.disc_radius
+        reach = radius - 1
         pairs = 0
         for dy in range(-min(reach, self.height - 1), min(reach, self.height - 1) + 1):
             # Largest dx with dx^2 + dy^2 < radius^2, within the grid.
-            half = min(math.isqrt(self.radius**2 - dy**2 - 1), self.width - 1)
+            half = min(math.isqrt(radius**2 - dy**2 - 1), self.width - 1)
             columns = (2 * half + 1) * self.width - half * (half + 1)
             pairs += columns * (self.height - abs(dy))
         return pairs

@@ -14,7 +14,7 @@ from clear_dit.weights import load_clear_weights
 
 
 class CLEARFluxPipeline(FluxPipeline):
-    """`diffusers.FluxPipeline` with CLEAR's two methods on it, and ready for large pictures.
+    """`diffusers.FluxPipeline` with CLEAR's two methods on it.
 
     Unlike its parent it refuses sizes that are not whole tokens (16 pixels) instead of rounding
     them, and gives the transformer position ids in float32: bfloat16 cannot tell neighbours above

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..checks import find_impl
 from ..errors import RequestError
 from ..kernels import flex, tiles
-from ..kernels.attention import IMPLS, local_attention, select_impl
+from ..kernels.attention import IMPLS, local_attention
 from ..kernels.pooling import pool_tokens
 from ..kernels.window import Window
 from ..models import TOKEN_PIXELS
@@ -24,34 +25,37 @@ from .timing import hardware, table, time_in_turn
 
 # Full attention by PyTorch's scaled_dot_product_attention: the peer that CLEAR replaces.
 DENSE = "sdpa"
-# Largest error against float64 that still counts as right, for values of about unit size.
+# Largest error against float64 that still counts as right, for values of unit variance: some ten
+# roundings of a value of size four. A wrong mask is off by tenths.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 CHECKED_QUERIES = 192
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention layer, batch 1; sizes in pixels, radius and text_length in tokens."""
+    """One attention layer, batch 1."""
 
-    height: int
-    width: int
-    radius: int
-    down_factor: int
+    window: Window
     heads: int
     head_dim: int
-    text_length: int
     dtype: torch.dtype
     device: torch.device
 
     @property
-    def window(self) -> Window:
-        return Window(
-            self.height // TOKEN_PIXELS,
-            self.width // TOKEN_PIXELS,
-            self.text_length,
-            self.radius,
-            self.down_factor,
-        )
+    def setting(self) -> dict[str, Any]:
+        """What was measured, for a report; height and width in pixels."""
+        return {
+            "height": self.window.height * TOKEN_PIXELS,
+            "width": self.window.width * TOKEN_PIXELS,
+            "radius": self.window.radius,
+            "down_factor": self.window.down_factor,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "text_length": self.window.text_length,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "hardware": hardware(self.device),
+            "torch": torch.__version__,
+        }
 
     def tensors(self, seed: int = 0) -> list[torch.Tensor]:
         """Random query, key, value: (1, text + image, heads, head_dim)."""
@@ -78,19 +82,17 @@ def bench_attention(problem: Problem, impls: Sequence[str], repeats: int) -> dic
     runs: dict[str, Callable[[], Any]] = {}
     for impl in impls:
         if impl == DENSE:
-            runs[impl] = partial(_dense, query, key, value)
-            continue
-        try:
-            select_impl(impl, query)
-        except ValueError as error:
-            message = str(error).replace(", ".join(IMPLS), ", ".join((DENSE, *IMPLS)))
-            raise RequestError(message) from error
-        runs[impl] = partial(local_attention, query, key, value, window, impl=impl)
+            runs[DENSE] = partial(_dense, query, key, value)
+        elif impl not in IMPLS:
+            known = ", ".join((DENSE, *IMPLS))
+            raise RequestError(f"--impls must be of {known}; got {impl!r}.")
+        else:
+            name = find_impl(impl, problem.dtype, problem.device)
+            runs[name] = partial(local_attention, query, key, value, window, impl=name)
 
-    sample = _sampled_queries(window)
     errors = {
-        impl: _error(run(), tensors, window, sample, dense=impl == DENSE)
-        for impl, run in runs.items()
+        name: sampled_error(run(), tensors, window, dense=name == DENSE)
+        for name, run in runs.items()
     }
     right = {name: run for name, run in runs.items() if errors[name] <= TOLERANCE[problem.dtype]}
     seconds = time_in_turn(right, repeats, problem.device)
@@ -108,16 +110,7 @@ def bench_attention(problem: Problem, impls: Sequence[str], repeats: int) -> dic
     return {
         "rows": rows,
         "correct": len(right) == len(runs),
-        "hardware": hardware(problem.device),
-        "torch": torch.__version__,
-        "height": problem.height,
-        "width": problem.width,
-        "radius": problem.radius,
-        "down_factor": problem.down_factor,
-        "heads": problem.heads,
-        "head_dim": problem.head_dim,
-        "text_length": problem.text_length,
-        "dtype": str(problem.dtype).removeprefix("torch."),
+        **problem.setting,
         "dense_over_exact_flops": window.sequence_length**2 / window.attended_pairs(),
     }
 
@@ -159,14 +152,18 @@ def _sampled_queries(window: Window) -> torch.Tensor:
     return torch.cat([words, text + torch.cat([corners, border, inside])]).unique()
 
 
-def _error(
+def sampled_error(
     out: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     window: Window,
-    sample: torch.Tensor,
-    dense: bool,
+    dense: bool = False,
 ) -> float:
-    """Largest difference from a float64 computation of the sampled queries."""
+    """Largest difference from a float64 computation, over a sample of queries.
+
+    Args:
+        out: (1, text + image, heads, head_dim), computed from the query, key, value in `tensors`.
+        dense: it is full attention, with no window.
+    """
     query, key, value = (x.double().cpu() for x in tensors)
     text, total = window.text_length, window.sequence_length
     if window.down_factor > 1 and not dense:
@@ -175,7 +172,7 @@ def _error(
     y = torch.arange(window.height).repeat_interleave(window.width)
     x = torch.arange(window.width).repeat(window.height)
     worst = 0.0
-    for token in sample.tolist():
+    for token in _sampled_queries(window).tolist():
         seen = torch.ones(key.shape[1], dtype=torch.bool)
         if not dense:
             if token < text:

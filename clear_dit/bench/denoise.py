@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..checks import find_impl
 from ..kernels.window import Window
-from ..models import TOKEN_PIXELS, load_pipeline, model_defaults
-from ..plugin import apply_clear, remove_clear
+from ..models import TOKEN_PIXELS, load_pipeline, text_length
+from ..plugin import apply_clear
+from .attention import TOLERANCE
 from .timing import hardware, table, time_in_turn
+
+# Token grid of the check before the timing.
+CHECK_ROWS, CHECK_COLUMNS = 8, 12
 
 
 def bench_denoise(
@@ -23,41 +29,49 @@ def bench_denoise(
     device: torch.device,
     repeats: int,
 ) -> dict[str, Any]:
-    """Time one forward pass of the transformer (one pass of guidance) at a size in pixels.
+    """Check, then time one forward pass of the transformer (one pass of guidance).
+
+    Args:
+        height, width: in pixels; radius in tokens.
 
     Returns:
         rows with attention, seconds, tflop; `speedup`; `flops_allow`, the ratio of the FLOPs of
         both: linear layers (counted by PyTorch) and attention (4 per attended pair and channel).
     """
+    name = find_impl(impl, dtype, device)
     pipe = load_pipeline(model, dtype, device)
     transformer = pipe.transformer
     config = transformer.config
     rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
-    text_length = min(model_defaults(model).text_length, pipe.tokenizer_2.model_max_length)
-    inputs = _inputs(pipe, rows, columns, text_length)
+    text_tokens = text_length(model, pipe)
+    stock = transformer.attn_processors
 
     @torch.no_grad()
-    def step() -> torch.Tensor:
+    def step(processors: dict[str, Any], inputs: dict[str, Any]) -> torch.Tensor:
+        transformer.set_attn_processor(dict(processors))
         return transformer(**inputs, return_dict=False)[0]
 
-    def full() -> torch.Tensor:
-        remove_clear(pipe)
-        return step()
+    # Correct first: past the diagonal, local attention is full attention.
+    small = _inputs(pipe, CHECK_ROWS, CHECK_COLUMNS, text_tokens)
+    apply_clear(pipe, radius=CHECK_ROWS + CHECK_COLUMNS, impl=name)
+    wide = step(transformer.attn_processors, small)
+    apply_clear(pipe, radius=radius, impl=name)
+    local = transformer.attn_processors
+    full = step(stock, small)
+    error = float((wide - full).float().norm() / full.float().norm())
 
-    def clear() -> torch.Tensor:
-        apply_clear(pipe, radius=radius, impl=impl)
-        return step()
-
-    window = Window(rows, columns, text_length, radius)
+    inputs = _inputs(pipe, rows, columns, text_tokens)
+    runs = {"full": partial(step, stock, inputs), "clear": partial(step, local, inputs)}
+    window = Window(rows, columns, text_tokens, radius)
     layers = config.num_layers + config.num_single_layers
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    linear = _linear_flops(transformer, window.sequence_length, text_length)
+    linear = _linear_flops(transformer, window.sequence_length, text_tokens)
     dense_pairs = window.sequence_length**2
     flops = {
         "full": linear + layers * 4 * dense_pairs * heads * head_dim,
         "clear": linear + layers * window.attention_flops(heads, head_dim),
     }
-    seconds = time_in_turn({"full": full, "clear": clear}, repeats, device)
+    seconds = time_in_turn(runs, repeats, device)
     return {
         "rows": [
             {"attention": name, "seconds": seconds[name], "tflop": flops[name] / 1e12}
@@ -69,7 +83,10 @@ def bench_denoise(
         "height": height,
         "width": width,
         "radius": radius,
-        "text_length": text_length,
+        "text_length": text_tokens,
+        "impl": name,
+        "max_error": error,
+        "correct": error <= TOLERANCE[dtype],
         "dtype": str(dtype).removeprefix("torch."),
         "hardware": hardware(device),
         "torch": torch.__version__,
@@ -119,6 +136,9 @@ def _linear_flops(transformer: Any, sequence: int, text_length: int) -> int:
 
 
 def report(result: dict[str, Any]) -> str:
+    """The table of a result, and the gain beside what the FLOPs allow."""
+    if not result["correct"]:
+        return f"WRONG results, relative error {result['max_error']:.1e}"
     return (
         f"{result['model']}, {result['height']} x {result['width']} px, radius {result['radius']} "
         f"tokens, {result['dtype']}, {result['hardware']}\n{table(result['rows'])}\n"

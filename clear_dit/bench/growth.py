@@ -4,64 +4,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from ..checks import find_impl
 from ..errors import RequestError
-from ..kernels.attention import local_attention, select_impl
+from ..kernels.attention import local_attention
 from ..memory import peak_mb, reset_peak
-from .attention import Problem
-from .timing import hardware, table, time_in_turn
+from .attention import TOLERANCE, Problem, sampled_error
+from .timing import table, time_in_turn
 
 
-def bench_growth(problem: Problem, sizes: Sequence[int], impl: str, repeats: int) -> dict[str, Any]:
-    """Time one layer at square pictures of the given sizes.
+def bench_growth(problems: Sequence[Problem], impl: str, repeats: int) -> dict[str, Any]:
+    """Check, then time one layer at growing pictures.
 
     Args:
-        problem: the layer; its height and width are replaced.
-        sizes: sides in pixels, at least two, growing.
+        problems: the same layer at two or more sizes, the smallest first.
 
     Returns:
-        rows with size, tokens, ms, peak_mb (memory beyond query, key and value), mb_per_ktoken;
-        and `exponent`: time grows as tokens^exponent from the first size to the last.
-    """
-    if len(sizes) < 2 or list(sizes) != sorted(set(sizes)):
-        raise RequestError(f"--sizes must be two or more growing sizes in pixels, got {sizes}.")
-    rows: list[dict[str, Any]] = []
-    for size in sizes:
-        sized = replace(problem, height=size, width=size)
-        query, key, value = sized.tensors()
-        name = select_impl(impl, query)
-        run = partial(local_attention, query, key, value, sized.window, impl=name)
+        rows with height and width (pixels), tokens, ms, peak_mb (memory beyond query, key and
+        value), mb_per_ktoken and max_error; `exponent`: time grows as tokens^exponent from the
+        first size to the last; `correct`.
 
-        run()
+    Raises:
+        RequestError: sizes that do not grow, or an implementation that cannot run here.
+    """
+    lengths = [problem.window.sequence_length for problem in problems]
+    if len(problems) < 2 or lengths != sorted(set(lengths)):
+        raise RequestError("--sizes must be two or more growing sizes in pixels.")
+    rows: list[dict[str, Any]] = []
+    for problem, tokens in zip(problems, lengths, strict=True):
+        name = find_impl(impl, problem.dtype, problem.device)
+        query, key, value = tensors = problem.tensors()
+        run = partial(local_attention, query, key, value, problem.window, impl=name)
+        out = run()
+        assert isinstance(out, torch.Tensor)
+        error = sampled_error(out, tensors, problem.window)
         reset_peak(problem.device)
         before = peak_mb(problem.device)
         run()
         extra = peak_mb(problem.device) - before
-        seconds = time_in_turn({"local": run}, repeats, problem.device)["local"]
-        tokens = sized.window.sequence_length
+        seconds = time_in_turn({name: run}, repeats, problem.device)[name]
         rows.append(
             {
-                "size": size,
+                "height": problem.setting["height"],
+                "width": problem.setting["width"],
                 "tokens": tokens,
                 "impl": name,
                 "ms": seconds * 1e3,
                 "peak_mb": extra,
                 "mb_per_ktoken": extra / tokens * 1e3,
+                "max_error": error,
             }
         )
     ratio = rows[-1]["tokens"] / rows[0]["tokens"]
     return {
         "rows": rows,
         "exponent": math.log(rows[-1]["ms"] / rows[0]["ms"]) / math.log(ratio),
-        "hardware": hardware(problem.device),
+        "correct": all(row["max_error"] <= TOLERANCE[problems[0].dtype] for row in rows),
+        **{
+            name: value
+            for name, value in problems[0].setting.items()
+            if name not in ("height", "width")
+        },
     }
 
 
 def report(result: dict[str, Any]) -> str:
+    """The table of a result and the exponent."""
+    if not result["correct"]:
+        return f"WRONG results, errors {[row['max_error'] for row in result['rows']]}"
     return (
-        f"{result['hardware']}\n{table(result['rows'])}\n"
+        f"radius {result['radius']} tokens, {result['heads']} x {result['head_dim']}, "
+        f"{result['text_length']} text tokens, {result['dtype']}, {result['hardware']}\n"
+        f"{table(result['rows'])}\n"
         f"time grows as tokens^{result['exponent']:.2f}"
     )

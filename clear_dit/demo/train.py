@@ -8,6 +8,8 @@ result in the work folder; started again after a kill, the program goes on where
 from __future__ import annotations
 
 import io
+import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,7 +62,7 @@ class Plan:
     phases: tuple[Phase, Phase] = field(
         default=(
             Phase("phase-1", 16, 1200, 32, 0.01, 2e-3, 0.3, 0.3),
-            Phase("phase-2", 32, 900, 8, 0.006, 1.2e-3, 0.9, 0.15),
+            Phase("phase-2", 32, 800, 8, 0.006, 1.2e-3, 1.0, 0.15, 1.2),
         )
     )
     compile_model: bool = True
@@ -189,7 +191,7 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
         "autoencoder": f"{plan.autoencoder_steps} steps on crops of {plan.autoencoder_crop} px",
         "latents": "pictures to latents",
         "probe": f"{plan.probe_epochs} epochs",
-        "decoder": f"{plan.decoder_steps} more steps, the encoder fixed",
+        "decoder": f"{load_checkpoint(work / 'decoder.pt')[0]} more steps, the encoder fixed",
     }
     for phase, steps in zip(plan.phases, done, strict=False):
         rows[phase.name] = (
@@ -296,6 +298,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"unknown stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a stopped stage records its time
     run(work, output, Plan(), tuple(stage or STAGES), threads)
 
 

@@ -37,7 +37,7 @@ _EMPTY_CAPTION, _PARTIAL_CAPTION = 0.1, 0.08
 
 @dataclass(frozen=True)
 class Phase:
-    """One training phase; rates are peaks, `noise_mean` is the mean of logit(t)."""
+    """One training phase; rates are peaks, logit(t) has mean `noise_mean`."""
 
     name: str
     grid: int
@@ -47,6 +47,7 @@ class Phase:
     adam_rate: float
     noise_mean: float
     decay_from: float  # share of the steps after which the rates fall linearly to zero
+    noise_spread: float = 1.0
     average_decay: float = 0.999
 
 
@@ -215,7 +216,9 @@ def train_transformer(
         # Evenly spread quantiles of the noise level lower the variance of the loss.
         quantile = (torch.arange(phase.batch) + torch.rand(phase.batch)) / phase.batch
         normal = torch.special.ndtri(quantile.clamp(1e-3, 1 - 1e-3))
-        t = torch.sigmoid(phase.noise_mean + normal)[torch.randperm(phase.batch)]
+        t = torch.sigmoid(phase.noise_mean + phase.noise_spread * normal)[
+            torch.randperm(phase.batch)
+        ]
         noise = torch.randn_like(clean)
         noisy = clean + t[:, None, None] * (noise - clean)
         with torch.autocast("cpu", torch.bfloat16):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -120,8 +121,24 @@ def test_weights_of_another_model_are_refused(monkeypatch, tmp_path, capsys):
     weights = tmp_path / "other.safetensors"
     save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(3072, 3072)}, weights)
     assert paint(monkeypatch, tmp_path / "picture.png", "--weights", weights) == 2
-    assert "clear-dit:" in capsys.readouterr().err
+    assert "weights for another model" in capsys.readouterr().err
     assert not (tmp_path / "picture.png").exists()
+
+
+def test_a_huge_radius_is_full_attention(monkeypatch, tmp_path):
+    assert paint(monkeypatch, tmp_path / "picture.png", "--radius", 10**10) == 0
+
+
+def test_a_copied_model_without_guidance_embedding_runs_one_pass(monkeypatch, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(DEMO, copy)
+    out = tmp_path / "picture.png"
+    assert paint(monkeypatch, out, "--model", copy, "--radius", 2) == 0
+    assert read_settings(out)["guidance"] == 1.0
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    capsys.readouterr()
+    assert paint(monkeypatch, out, "--model", copy) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
 
 
 def test_an_empty_prompt_is_refused(monkeypatch, capsys):
@@ -135,7 +152,8 @@ def test_an_empty_prompt_is_refused(monkeypatch, capsys):
         ("picture.jpg", "--out must end in .png"),
         ("no/such/folder/picture.png", "there is no folder"),
         ("folder.png", "--out is a folder"),
-        ("/proc/picture.png", "cannot write in /proc"),
+        ("/proc/picture.png", "cannot write /proc/picture.png"),
+        (f"{'long' * 64}.png", "File name too long"),
     ],
 )
 def test_bad_outputs_are_refused_before_work(monkeypatch, tmp_path, capsys, out, message):
@@ -226,7 +244,8 @@ def test_bench_growth(monkeypatch, capsys):
     arguments = ("--sizes", "128,256", "--heads", 1, "--head-dim", 16, "--text-length", 4)
     assert run(monkeypatch, "bench", "growth", *arguments, "--repeats", 1, "--json") == 0
     result = last_json(capsys)
-    assert [row["size"] for row in result["rows"]] == [128, 256]
+    assert [row["width"] for row in result["rows"]] == [128, 256]
+    assert result["correct"] is True
     assert result["exponent"] > 0
 
 
@@ -236,12 +255,16 @@ def test_bench_denoise(monkeypatch, capsys):
     result = last_json(capsys)
     assert [row["attention"] for row in result["rows"]] == ["full", "clear"]
     assert 1 < result["flops_allow"] < 2
+    assert result["correct"] is True
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("attention", "--impls", "tiled,magic"), "one of sdpa, auto, triton, flex, tiled"),
+        (("attention", "--impls", "tiled,magic"), "of sdpa, auto, triton, flex, tiled"),
+        (("growth", "--impl", "triton"), "needs a CUDA or ROCm device"),
+        (("denoise", "--impl", "fastest"), "impl must be one of auto, triton, flex"),
+        (("denoise", "--model", "."), "is not a pipeline in diffusers format"),
         (("attention", "--impls", "triton"), "needs a CUDA or ROCm device"),
         (("attention", "--height", "100"), "--height must be a multiple of 16"),
         (("attention", "--radius", "0"), "radius must be at least 1"),

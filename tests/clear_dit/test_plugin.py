@@ -255,3 +255,25 @@ def test_ip_adapters_are_refused(tiny_transformer):
     with pytest.raises(ValueError, match=r"IP-adapters are not supported yet.*blocks.1.attn"):
         apply_clear(model)
     assert ClearState.on(model) is None
+
+
+def test_an_explicit_choice_of_default_processors_is_respected(tiny_transformer, tiny_inputs):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    apply_clear(model, radius=2)
+    model.set_attn_processor({name: CLEARProcessor() for name in model.attn_processors})
+    expected = run(tiny_transformer(), inputs)  # radius 16 sees all of 4 x 6
+    assert_same(run(model, inputs), expected)
+    assert {p.radius for p in model.attn_processors.values()} == {16}
+
+
+def test_rounded_position_ids_are_put_right(tiny_transformer, tiny_inputs, position_ids):
+    """Above 256 tokens a side bfloat16 ids merge neighbours: the stock model's picture is wrong."""
+    inputs = tiny_inputs(2, 300)
+    exact = run(tiny_transformer(), inputs)
+    rounded = inputs | {"img_ids": position_ids(2, 300, torch.bfloat16)}
+    assert not torch.allclose(run(tiny_transformer(), rounded), exact, atol=1e-3)
+    model = tiny_transformer()
+    apply_clear(model, radius=400)
+    assert_same(run(model, rounded), exact)
+    shifted = inputs | {"img_ids": position_ids(2, 300, torch.bfloat16) * 2}
+    assert_same(run(model, shifted), run(tiny_transformer(), shifted))

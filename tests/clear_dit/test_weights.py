@@ -1,6 +1,7 @@
 """Loading is strict: a file either fits completely, or the model stays as it was."""
 
 import json
+import logging
 import os
 import stat
 
@@ -184,7 +185,7 @@ def test_round_trip_with_metadata(tiny_transformer, tmp_path, caplog):
     assert "diffusers_version" in metadata
     other = tiny_transformer(seed=6)
     apply_clear(other, radius=8, down_factor=2, weights=path)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
     saved = load_file(path)
     state = other.state_dict()
     assert set(saved) == set(published_names(2, 2, pooled=True))

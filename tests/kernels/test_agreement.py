@@ -4,15 +4,18 @@ Tolerance (as meta-pytorch/attention-gym derives it): the error against float64 
 that of a plain implementation in the same dtype, plus two roundings of the result.
 """
 
+import functools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.oracle import attention_by_definition, mask_by_definition, relative_error
 
-from clear_dit.kernels import partial
+from clear_dit.kernels import flex, partial, tiled
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.flex import flex_attention
+from clear_dit.kernels.tiles import runs
 from clear_dit.kernels.window import Window
 
 TEXT_LENGTHS = (0, 1, 7, 64, 512)
@@ -104,6 +107,14 @@ def run_impl(impl, window):
     return run
 
 
+# Wide enough for runs of several tiles that read overlapping keys.
+WIDE = Window(20, 56, 7, 4, 2)
+
+
+def test_wide_has_long_runs():
+    assert max(run.count for run in runs(WIDE.width, WIDE.radius)) > 2
+
+
 slow = settings(
     max_examples=25,
     deadline=None,
@@ -118,6 +129,8 @@ slow = settings(
 @example(case=problem(Window(9, 17, 7, 4, 4)))
 @example(case=problem(Window(16, 8, 0, 1)))
 @example(case=problem(Window(8, 24, 1, 9, 2), batch=3, head_dim=128))
+@example(case=problem(WIDE))
+@example(case=problem(Window(26, 70, 0, 6), batch=1))
 def test_implementation_is_the_definition(impl, dtype, case):
     check(run_impl(impl, case["window"]), case, dtype)
 
@@ -139,22 +152,49 @@ def test_flex_mask_is_the_definition(dtype, case):
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "dtype"),
     [
-        problem(Window(20, 13, 7, 3), head_dim=16),
-        problem(Window(18, 33, 64, 6, 4), batch=1, head_dim=64),
+        (problem(Window(20, 13, 7, 3), head_dim=16), torch.float32),
+        (problem(Window(18, 33, 64, 6, 4), batch=1, head_dim=64), torch.bfloat16),
     ],
 )
-def test_compiled_flex_is_the_definition(case):
-    check(run_impl("flex", case["window"]), case, torch.float32, gradients=False)
+def test_compiled_flex_is_the_definition(case, dtype):
+    check(run_impl("flex", case["window"]), case, dtype, gradients=False)
+
+
+def test_many_geometries_do_not_fall_back_to_dense(monkeypatch):
+    """Past torch.compile's limit of recompilations flex must compile on, or raise."""
+    compile_ = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(flex.torch, "compile", compile_)
+    flex._compiled_flex_attention.cache_clear()
+    try:
+        for width in range(3, 14):
+            window = Window(4, width, 1, 2)
+            tensors = inputs(**problem(window, batch=1), dtype=torch.float32)[:3]
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                local_attention(*tensors, window, impl="flex")
+    finally:
+        flex._compiled_flex_attention.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiled_without_fused_attention(monkeypatch, dtype):
     """The form of the tiled path that runs on devices other than the CPU."""
     monkeypatch.setattr(partial, "has_flash", lambda device: False)
-    case = problem(Window(11, 18, 7, 4, 2))
-    check(run_impl("tiled", case["window"]), case, dtype)
+    monkeypatch.setattr(tiled, "compute_dtype", lambda dtype, device: dtype)
+    # 66 bands: what is merged so often must be held in float32.
+    for window in (Window(11, 18, 7, 4, 2), Window(523, 8, 64, 3)):
+        case = problem(window, batch=1, heads=1)
+        check(run_impl("tiled", window), case, dtype)
+
+
+def test_float16_scores_do_not_overflow(monkeypatch):
+    monkeypatch.setattr(partial, "has_flash", lambda device: False)
+    monkeypatch.setattr(tiled, "compute_dtype", lambda dtype, device: dtype)
+    window = Window(8, 8, 2, 3)
+    query = torch.full((1, 66, 1, 128), 23.0, dtype=torch.float16)
+    out = local_attention(query, query, query, window, impl="tiled")
+    torch.testing.assert_close(out, query, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("impl", ["reference", "tiled", "flex"])
@@ -220,11 +260,17 @@ def test_strides_do_not_matter():
     packed = torch.stack([query, key, value], dim=-2).transpose(1, 2).contiguous()
     views = [packed[..., index, :].transpose(1, 2) for index in range(3)]
     assert not views[0].is_contiguous()
+    channels_last = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)]
+    assert channels_last[0].stride(-1) != 1
     for impl in ("tiled", "reference"):
-        torch.testing.assert_close(
-            local_attention(*views, window, impl=impl),
-            local_attention(query, key, value, window, impl=impl),
-        )
+        expected = forward_and_gradients(run_impl(impl, window), query, key, value, None, query)
+        for strided in (views, channels_last):
+            leaves = [x.detach().requires_grad_() for x in strided]
+            out = local_attention(*leaves, window, impl=impl)
+            grad = query.transpose(1, 3).contiguous().transpose(1, 3)
+            received = (out, *torch.autograd.grad(out, leaves, grad))
+            for value_, expected_ in zip(received, expected, strict=True):
+                torch.testing.assert_close(value_, expected_)
 
 
 def test_scale():

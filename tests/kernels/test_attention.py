@@ -21,21 +21,24 @@ def tensors(shape=(1, 27, 2, 8), dtype=torch.float32):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key": torch.zeros(1, 26, 2, 8)}, "key must have query's shape (1, 27, 2, 8)"),
-        ({"value": torch.zeros(1, 27, 1, 8)}, "value must have query's shape (1, 27, 2, 8)"),
-        ({"key": torch.zeros(1, 27, 2, 8, dtype=torch.float64)}, "key must have query's dtype"),
-        ({"key": torch.zeros(1, 27, 2, 8, device="meta")}, "key must have query's device cpu"),
-        ({"query": torch.zeros(27, 2, 8)}, "query must be (batch, sequence, heads, head_dim)"),
+        ({"k": torch.zeros(1, 26, 2, 8)}, "key must have query's shape (1, 27, 2, 8)"),
+        ({"v": torch.zeros(1, 27, 1, 8)}, "value must have query's shape (1, 27, 2, 8)"),
+        ({"k": torch.zeros(1, 27, 2, 8, dtype=torch.float64)}, "key must have query's dtype"),
+        ({"k": torch.zeros(1, 27, 2, 8, device="meta")}, "key must have query's device cpu"),
+        ({"q": torch.zeros(27, 2, 8)}, "query must be (batch, sequence, heads, head_dim)"),
         ({"window": Window(4, 5, 3, 2)}, "has 27 tokens, but the window says 3 text + 4 x 5"),
         ({"impl": "fast"}, "impl must be one of auto, triton, flex, tiled, reference; got 'fast'"),
         ({"impl": "triton"}, "needs a CUDA or ROCm device, got a query on 'cpu'"),
-        ({"spatial_weight": torch.ones(2, 2)}, "must hold down_factor^2 = 1 weights"),
+        (
+            {"window": Window(4, 6, 3, 2, 2), "spatial_weight": torch.ones(4)},
+            "spatial_weight must have shape (2, 2) or (1, 1, 1, 2, 1, 2, 1)",
+        ),
         ({"spatial_weight": torch.ones(1, 1)}, "needs a window with down_factor > 1"),
     ],
 )
 def test_refusals(change, message):
     query, key, value = tensors()
-    arguments = {"query": query, "key": key, "value": value, "window": WINDOW, **change}
+    arguments = {"q": query, "k": key, "v": value, "window": WINDOW, **change}
     with pytest.raises(ValueError, match=re.escape(message)):
         local_attention(**arguments)
 
@@ -47,10 +50,11 @@ def test_integers_are_refused():
 
 
 def test_flex_refuses_gradients_on_a_cpu():
-    query, key, value = tensors()
-    query.requires_grad_()
-    with pytest.raises(ValueError, match="has no backward pass on a CPU"):
-        local_attention(query, key, value, WINDOW, impl="flex")
+    for index in range(3):
+        query, key, value = tensors()
+        (query, key, value)[index].requires_grad_()
+        with pytest.raises(ValueError, match="has no backward pass on a CPU"):
+            local_attention(query, key, value, WINDOW, impl="flex")
 
 
 def test_flex_refuses_the_log_sum_exp_on_a_cpu():

@@ -1,3 +1,4 @@
+import pickle
 import re
 
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.oracle import mask_by_definition
 
+from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.window import Window
 
 windows = st.builds(
@@ -80,6 +82,17 @@ def test_refusals(arguments, message):
 def test_fields_are_integers(radius):
     with pytest.raises(TypeError, match="radius must be an int"):
         Window(4, 4, 0, radius)
+
+
+def test_a_huge_radius_sees_all_in_every_implementation():
+    window = Window(3, 5, 1, 10**12)
+    assert window.mask().all()
+    assert window.attended_pairs() == 16**2
+    tensors = torch.randn(3, 1, 16, 1, 8)
+    for impl in ("tiled", "flex"):
+        out = local_attention(*tensors, window, impl=impl)
+        torch.testing.assert_close(out, local_attention(*tensors, window, impl="reference"))
+    assert pickle.loads(pickle.dumps(window)) == window
 
 
 def test_window_is_a_value():
