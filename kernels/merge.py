@@ -23,6 +23,16 @@ def merge(
     Returns:
         (out, lse) over the union, in the dtypes of `out` and `lse`.
     """
+    wide = out.to(torch.promote_types(out.dtype, lse.dtype), copy=True)
+    merged_lse = lse.clone()
+    merge_(wide, merged_lse, other_out, other_lse)
+    return wide.to(out.dtype), merged_lse
+
+
+def merge_(
+    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
+) -> None:
+    """`merge` in place: `out` and `lse`, in one dtype, become those of the union. No gradients."""
     weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
-    merged = torch.lerp(out.to(weight.dtype), other_out.to(weight.dtype), weight)
-    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
+    out.lerp_(other_out.to(out.dtype), weight)
+    torch.logaddexp(lse, other_lse, out=lse)

@@ -1,6 +1,6 @@
 """CLEAR attention by two-dimensional tiles: linear memory, forward and backward, on any device.
 
-One loop over bands of TILE rows. In a band, image queries attend to the text and pooled keys (no
+One loop over bands of TILE_ROWS rows. In a band, image queries attend to the text and pooled keys (no
 mask), then tile by tile to the rectangle of image keys around the tile (one small additive mask per
 tile shape); text queries attend to the band's keys. The parts are merged by log-sum-exp. The whole
 is an opaque custom op, so that it works under FakeTensor, torch.compile and FlopCounterMode.
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .merge import merge
+from .merge import merge_
 from .partial import attend, attend_backward, compute_dtype
 from .pooling import pool_tokens
-from .tiles import Run, Span, runs, spans, tile_bias
+from .tiles import TILE_ROWS, Run, Span, runs, spans, tile_bias
 from .window import Window
 
 # Below: W columns, Y rows of a band, K rows of its keys, H heads, D head_dim.
@@ -112,7 +112,7 @@ def _add_key_tiles(band: torch.Tensor, run: Run, grad: torch.Tensor) -> None:
 
 
 def _bands(height: int, radius: int) -> Iterator[tuple[Span, slice, slice]]:
-    for rows in spans(height, radius):
+    for rows in spans(height, radius, TILE_ROWS):
         yield rows, slice(rows.start, rows.stop), slice(rows.key_start, rows.key_stop)
 
 
@@ -153,33 +153,28 @@ def _tiled(
             own_tokens = slice(own.start * width, own.stop * width)
             if text_length:
                 band_key, band_value = (_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
-                part = attend(text_query, band_key, band_value, scale)
-                text_out, text_lse = merge(text_out, text_lse, *part)
+                merge_(text_out, text_lse, *attend(text_query, band_key, band_value, scale))
 
             q_band = _columns(q, width, own, dtype)
             k_band, v_band = _columns(k, width, reach, dtype), _columns(v, width, reach, dtype)
-            band_out = torch.empty_like(q_band, dtype=lse_dtype)
-            band_lse = torch.empty(q_band.shape[:-1], dtype=lse_dtype, device=q.device)
+            if all_key.shape[2]:
+                parts = attend(_heads_first(q_band.flatten(0, 1)), all_key, all_value, scale)
+                band_out, band_lse = (
+                    _tokens_first(part).contiguous().unflatten(0, q_band.shape[:2])
+                    for part in parts
+                )
+            else:
+                band_out = torch.zeros_like(q_band, dtype=lse_dtype)
+                band_lse = torch.full_like(band_out[..., 0], float("-inf"))
             for run in tiles:
-                part_out, part_lse = attend(
+                parts = attend(
                     _query_tiles(q_band, run),
                     _key_tiles(k_band, run),
                     _key_tiles(v_band, run),
                     scale,
                     biases(rows, run.first),
                 )
-                _query_tiles(band_out, run).copy_(part_out)
-                _query_tiles(band_lse, run).copy_(part_lse)
-            if all_key.shape[2]:
-                part_out, part_lse = attend(
-                    _heads_first(q_band.flatten(0, 1)), all_key, all_value, scale
-                )
-                band_out, band_lse = merge(
-                    band_out,
-                    band_lse,
-                    _tokens_first(part_out).view_as(band_out),
-                    _tokens_first(part_lse).reshape(band_lse.shape),
-                )
+                merge_(_query_tiles(band_out, run), _query_tiles(band_lse, run), *parts)
             image_tokens = slice(text_length + own_tokens.start, text_length + own_tokens.stop)
             for whole, band in ((out, band_out), (lse, band_lse)):
                 target = whole[item, image_tokens].unflatten(0, (-1, width))

@@ -1,6 +1,6 @@
 """Two-dimensional tiles of a `Window`: which rectangle of keys a tile of queries can see.
 
-The grid is cut into bands of TILE rows, a band into tiles of TILE columns. All tiles whose key
+The grid is cut into bands of TILE_ROWS rows, a band into tiles of TILE_COLUMNS columns. All tiles whose key
 rectangle is not clipped by the border look alike; consecutive ones form one `Run`, and the keys of
 a run are read as overlapping slices of one column-major buffer, without a copy per tile.
 """
@@ -14,9 +14,10 @@ import torch
 
 from .window import Window
 
-# Side of a query tile, in tokens. Of 8x8, 8x16, 16x8, 16x16 and 8x32, 8x8 was fastest on a CPU at
-# radius 8: it executes the fewest pairs, and 64 rows already fill the matrix product.
-TILE = 8
+# Size of a query tile, in tokens. PyTorch's fused CPU attention takes 32 queries at a time, so a
+# smaller tile would waste its products and a larger one would only see more keys than it needs.
+# Bands are 8 rows because the keys of a band are copied: 4 x 8 would copy them more often.
+TILE_ROWS, TILE_COLUMNS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,18 @@ class Run:
         return self.first.start + self.count * self.first.length
 
 
-def spans(length: int, radius: int) -> Iterator[Span]:
-    """Cut an axis of `length` tokens into stretches of TILE, the last one shorter if need be."""
+def spans(length: int, radius: int, tile: int) -> Iterator[Span]:
+    """Cut an axis of `length` tokens into stretches of `tile`, the last one shorter if need be."""
     reach = radius - 1
-    for start in range(0, length, TILE):
-        stop = min(start + TILE, length)
+    for start in range(0, length, tile):
+        stop = min(start + tile, length)
         yield Span(start, stop, max(0, start - reach), min(length, stop + reach))
 
 
 def runs(width: int, radius: int) -> list[Run]:
     """The tiles of a band, left to right, with equal neighbours joined."""
     joined: list[Run] = []
-    for span in spans(width, radius):
+    for span in spans(width, radius, TILE_COLUMNS):
         last = joined[-1] if joined else None
         if (
             last is not None
@@ -103,9 +104,12 @@ def tile_bias(
 
 def executed_pairs(window: Window) -> int:
     """(query, key) pairs the tiled path computes, masked ones too; see `attended_pairs`."""
-    rows = sum(span.length * span.key_length for span in spans(window.height, window.radius))
+    radius = window.disc_radius
     # A tile computes a full rectangle: the sum over tiles factorises into rows times columns.
-    columns = sum(span.length * span.key_length for span in spans(window.width, window.radius))
+    rows, columns = (
+        sum(span.length * span.key_length for span in spans(length, radius, tile))
+        for length, tile in ((window.height, TILE_ROWS), (window.width, TILE_COLUMNS))
+    )
     dense = window.text_length * window.sequence_length + window.image_length * (
         window.text_length + window.pooled_length
     )

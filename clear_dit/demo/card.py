@@ -27,12 +27,16 @@ from diffusers import FluxPipeline
 pipe = FluxPipeline.from_pretrained("assets/demo")
 image = pipe(
     "a blue house in the hills at night, a golden moon on the left",
+    negative_prompt="", true_cfg_scale=2.0,
     height=512, width=512, num_inference_steps=20,
 ).images[0]
 ```
 
-Give `height` and `width`: the stock pipeline's own default of 1024 px is twice the size the
-transformer was trained for. `guidance_scale` has no effect (no guidance embedding).
+Recommended: 512x512, 20 steps, `true_cfg_scale=2` with an empty negative prompt (two passes a
+step; without it the table below applies at guidance 1). Give `height` and `width`: the stock
+pipeline's own default of 1024 px cannot be configured and is twice the size the transformer was
+trained for. `guidance_scale` has no effect, as there is no guidance embedding. Prompts may be
+padded to any length up to 512 tokens.
 """
 
 _CAPTIONS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,12 @@ class PictureSet:
         """Render the chunks that are missing, with a progress bar."""
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [index for index in range(self.chunks) if not self.path(index).exists()]
-        if not missing:
+        if workers == 1 or len(missing) <= 1:
+            for i in tqdm(missing, desc=f"render {self.size} px", unit="chunk"):
+                _render_chunk(self.path(i), self.seed, i, self.chunk_count(i), self.size)
             return
-        with ProcessPoolExecutor(workers) as pool:
+        # "spawn": a forked copy of a process with running threads may hang
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             jobs = [
                 pool.submit(
                     _render_chunk, self.path(i), self.seed, i, self.chunk_count(i), self.size

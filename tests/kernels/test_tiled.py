@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clear_dit.kernels import flex, tiled
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.tiles import TILE, executed_pairs, runs, spans, tile_bias
+from clear_dit.kernels.tiles import TILE_COLUMNS, executed_pairs, runs, spans, tile_bias
 from clear_dit.kernels.window import Window
 
 
@@ -22,7 +22,7 @@ def tensors(window, batch=1, heads=2, head_dim=16, requires_grad=False):
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 64, 65])
 @pytest.mark.parametrize("radius", [1, 2, 8, 100])
 def test_spans_cover_the_axis_and_every_reachable_key(length, radius):
-    parts = list(spans(length, radius))
+    parts = list(spans(length, radius, 8))
     assert [token for part in parts for token in range(part.start, part.stop)] == list(
         range(length)
     )
@@ -36,16 +36,16 @@ def test_spans_cover_the_axis_and_every_reachable_key(length, radius):
 def test_runs_are_the_spans_joined(radius):
     joined = runs(131, radius)
     unrolled = [
-        (run.first.start + i * TILE, run.first.key_start + i * TILE)
+        (run.first.start + i * TILE_COLUMNS, run.first.key_start + i * TILE_COLUMNS)
         for run in joined
         for i in range(run.count)
     ]
-    assert unrolled == [(span.start, span.key_start) for span in spans(131, radius)]
-    assert len(joined) < 10
+    assert unrolled == [(span.start, span.key_start) for span in spans(131, radius, TILE_COLUMNS)]
+    assert len(joined) < 16
 
 
 def test_bias_is_left_out_where_all_is_inside():
-    rows, columns = next(spans(8, 30)), next(spans(8, 30))
+    rows, columns = next(spans(8, 30, 8)), next(spans(8, 30, 8))
     assert tile_bias(rows, columns, 30, torch.float32, torch.device("cpu")) is None
     assert tile_bias(rows, columns, 3, torch.float32, torch.device("cpu")) is not None
 
