@@ -1,8 +1,9 @@
 """Two-dimensional tiles of a `Window`: which rectangle of keys a tile of queries can see.
 
-The grid is cut into bands of TILE_ROWS rows, a band into tiles of TILE_COLUMNS columns. All tiles whose key
-rectangle is not clipped by the border look alike; consecutive ones form one `Run`, and the keys of
-a run are read as overlapping slices of one column-major buffer, without a copy per tile.
+The grid is cut into bands of TILE_ROWS rows, a band into tiles of TILE_COLUMNS columns. All tiles
+whose key rectangle is not clipped by the border look alike; consecutive ones form one `Run`, and
+the keys of a run are read as overlapping slices of one column-major buffer, without a copy per
+tile.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 
 from .window import Window
 
-# Size of a query tile, in tokens. PyTorch's fused CPU attention takes 32 queries at a time, so a
-# smaller tile would waste its products and a larger one would only see more keys than it needs.
-# Bands are 8 rows because the keys of a band are copied: 4 x 8 would copy them more often.
+# Size of a query tile, in tokens. PyTorch's fused CPU attention takes 32 queries at a time: a larger
+# tile only sees more keys than it needs, a smaller one makes its products too thin. Measured equal
+# within noise from 4 x 8 to 16 x 4; 8 rows, because the keys of every band are copied once.
 TILE_ROWS, TILE_COLUMNS = 8, 4
 
 
