@@ -155,8 +155,8 @@ class CLEARProcessor(nn.Module):
             key = torch.cat([text_key, key], dim=1)
             value = torch.cat([text_value, value], dim=1)
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            query = rotate(query, image_rotary_emb)
+            key = rotate(key, image_rotary_emb)
 
         out = local_attention(
             query,
@@ -230,6 +230,22 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
                 "sequence without regard to the token grid."
             )
+
+
+def rotate(tokens: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of neighbouring channels, as FLUX has it.
+
+    On a CPU as one complex product: a tenth of a denoising step faster than diffusers' six passes.
+
+    Args:
+        tokens: (batch, sequence, heads, head_dim).
+        rotary: (cos, sin), (sequence, head_dim) each, every angle in two neighbouring channels.
+    """
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.dtype == torch.float64:
+        return apply_rotary_emb(tokens, rotary, sequence_dim=1)
+    cos, sin = (table[:, None, ::2].float() for table in rotary)  # [sequence, 1, head_dim / 2]
+    pairs = torch.view_as_complex(tokens.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(tokens.dtype)
 
 
 def _tokens(sequence: int, text_length: int | None) -> str:

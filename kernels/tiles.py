@@ -15,7 +15,7 @@ import torch
 
 from .window import Window
 
-# Size of a query tile, in tokens. PyTorch's fused CPU attention takes 32 queries at a time: a larger
+# Size of a query tile, in tokens. PyTorch's fused CPU attention takes 32 queries at once: a larger
 # tile only sees more keys than it needs, a smaller one makes its products too thin. Measured equal
 # within noise from 4 x 8 to 16 x 4; 8 rows, because the keys of every band are copied once.
 TILE_ROWS, TILE_COLUMNS = 8, 4
