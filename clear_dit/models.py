@@ -30,7 +30,7 @@ class ModelDefaults:
 
     Attributes:
         size: native height and width, in pixels.
-        radius: of the window, in tokens: a quarter of the native grid's side.
+        radius: of the window, in tokens.
         steps: denoising steps.
         guidance: see `GenerateRequest.guidance`.
         text_length: text tokens, padding included.
@@ -43,7 +43,7 @@ class ModelDefaults:
     text_length: int
 
 
-DEMO_DEFAULTS = ModelDefaults(size=512, radius=8, steps=20, guidance=2.0, text_length=64)
+DEMO_DEFAULTS = ModelDefaults(size=512, radius=16, steps=20, guidance=2.0, text_length=64)
 FLUX_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=28, guidance=3.5, text_length=512)
 # FLUX.1-schnell and others without a guidance embedding: one pass, no guidance.
 UNGUIDED_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=4, guidance=1.0, text_length=256)

@@ -235,13 +235,14 @@ class CLEARProcessor(nn.Module):
 def rotate(tokens: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary position embedding (arXiv 2104.09864) of neighbouring channels, as FLUX has it.
 
-    On a CPU as one complex product: a tenth of a denoising step faster than diffusers' six passes.
+    On a CPU as one complex product, which is faster than diffusers' six passes over memory.
 
     Args:
         tokens: (batch, sequence, heads, head_dim).
         rotary: (cos, sin), (sequence, head_dim) each, every angle in two neighbouring channels.
     """
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.dtype == torch.float64:
+    plain_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain_cpu or tokens.dtype == torch.float64:
         return apply_rotary_emb(tokens, rotary, sequence_dim=1)
     cos, sin = (table[:, None, ::2].float() for table in rotary)  # [sequence, 1, head_dim / 2]
     pairs = torch.view_as_complex(tokens.float().unflatten(-1, (-1, 2)).contiguous())

@@ -36,13 +36,13 @@ def attend(
     Args:
         query: (batch, heads, queries, head_dim), head_dim contiguous.
         key, value: (batch, heads, keys, head_dim), at least one key, head_dim contiguous.
-        bias: (queries, keys) added to the scaled scores, or None.
+        bias: (batch, 1, queries, keys) added to the scaled scores, or None.
 
     Returns:
         out (batch, heads, queries, head_dim) and lse (batch, heads, queries), float32 or wider.
     """
     if has_flash(query.device):
-        return _flash(query, key, value, attn_mask=_broadcast(bias), scale=scale)
+        return _flash(query, key, value, attn_mask=bias, scale=scale)
     scores = _scores(query, key, scale, bias)
     lse = scores.logsumexp(dim=-1)
     out = torch.exp(scores - lse[..., None]).to(value.dtype) @ value
@@ -68,7 +68,7 @@ def attend_backward(
     """
     if has_flash(query.device):
         return _flash_backward(
-            grad, query, key, value, out, lse, 0.0, False, attn_mask=_broadcast(bias), scale=scale
+            grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale
         )
     probability = torch.exp(_scores(query, key, scale, bias) - lse[..., None])
     grad_value = probability.to(grad.dtype).transpose(-2, -1) @ grad
@@ -76,10 +76,6 @@ def attend_backward(
     delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1, keepdim=True)
     grad_scores = (probability * (grad_probability - delta) * scale).to(query.dtype)
     return grad_scores @ key, grad_scores.transpose(-2, -1) @ query, grad_value
-
-
-def _broadcast(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias[None, None]
 
 
 def _scores(

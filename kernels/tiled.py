@@ -16,7 +16,15 @@ from torch.utils.flop_counter import register_flop_formula
 from .merge import merge_
 from .partial import attend, attend_backward, compute_dtype
 from .pooling import pool_tokens
-from .tiles import TILE_ROWS, Run, Span, runs, spans, tile_bias
+from .tiles import (
+    MASK_ELEMENTS,
+    TILE_COLUMNS,
+    Band,
+    Columns,
+    bands,
+    tile_bias,
+    tile_columns,
+)
 from .window import Window
 
 # Below: W columns, Y rows of a band, K rows of its keys, H heads, D head_dim.
@@ -48,21 +56,30 @@ def tiled_attention(
     )  # fmt: skip
 
 
-class _Biases:
-    """The masks of one band's tile shapes: a handful, kept while the next bands look the same."""
+class _Masks:
+    """Groups of tiles of one band with their masks, kept while the next bands look the same."""
 
-    def __init__(self, radius: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._make = lambda rows, columns: tile_bias(rows, columns, radius, dtype, device)
-        self._rows: tuple[int, int, int] | None = None
-        self._made: dict[tuple[int, int, int], torch.Tensor | None] = {}
+    def __init__(
+        self, columns: Columns, radius: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._columns = columns
+        self._make = lambda band, tiles: tile_bias(band, columns, tiles, radius, dtype, device)
+        self._shape: tuple[int, int, int] | None = None
+        self._only: torch.Tensor | None = None
 
-    def __call__(self, rows: Span, columns: Span) -> torch.Tensor | None:
-        if rows.shape != self._rows:
-            self._rows = rows.shape
-            self._made.clear()
-        if columns.shape not in self._made:
-            self._made[columns.shape] = self._make(rows, columns)
-        return self._made[columns.shape]
+    def __call__(self, band: Band) -> Iterator[tuple[range, torch.Tensor | None]]:
+        """(tiles, mask) one after the other; a large mask is made anew instead of being kept."""
+        rows, _, key_rows = band.shape
+        elements = rows * TILE_COLUMNS * key_rows * self._columns.key_length
+        count, group = self._columns.count, max(1, MASK_ELEMENTS // elements)
+        if group < count:
+            for start in range(0, count, group):
+                tiles = range(start, min(start + group, count))
+                yield tiles, self._make(band, tiles)
+            return
+        if band.shape != self._shape:
+            self._shape, self._only = band.shape, self._make(band, range(count))
+        yield range(count), self._only
 
 
 def _channels_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -80,40 +97,46 @@ def _tokens_first(part: torch.Tensor) -> torch.Tensor:
     return part.squeeze(0).transpose(0, 1)
 
 
-def _columns(image: torch.Tensor, width: int, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a raster-order image (tokens, ...) as a column-major copy (W, rows, ...)."""
-    band = image[rows.start * width : rows.stop * width].unflatten(0, (-1, width))
-    return band.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
+def _column_major(
+    image: torch.Tensor,
+    width: int,
+    rows: slice,
+    dtype: torch.dtype,
+    columns: int,
+    padding: int = 0,
+) -> torch.Tensor:
+    """Rows of a raster-order image (tokens, ...) as a copy (columns, rows, ...), zero beyond it."""
+    raster = image[rows.start * width : rows.stop * width].unflatten(0, (-1, width))
+    make = torch.empty if columns == width else torch.zeros
+    band = make(columns, len(raster), *raster.shape[2:], dtype=dtype, device=image.device)
+    band[padding : padding + width] = raster.transpose(0, 1)
+    return band
 
 
-def _query_tiles(band: torch.Tensor, run: Run) -> torch.Tensor:
-    """Queries of a run: (W, Y, H, ...) -> (tiles, H, tile tokens, ...), a view."""
-    part = band[run.first.start : run.stop]
-    return part.reshape(run.count, -1, *band.shape[2:]).transpose(1, 2)
+def _query_tiles(band: torch.Tensor, tiles: range) -> torch.Tensor:
+    """Queries of some tiles: (W, Y, H, ...) -> (tiles, H, tile tokens, ...), a view."""
+    part = band[tiles.start * TILE_COLUMNS : tiles.stop * TILE_COLUMNS]
+    return part.reshape(len(tiles), -1, *band.shape[2:]).transpose(1, 2)
 
 
-def _key_tiles(band: torch.Tensor, run: Run) -> torch.Tensor:
-    """Keys of a run: (W, K, H, D) -> (tiles, H, key tokens, D), overlapping views of the band."""
+def _key_tiles(band: torch.Tensor, columns: Columns, tiles: range) -> torch.Tensor:
+    """Keys of some tiles: (W, K, H, D) -> (tiles, H, key tokens, D), overlapping views."""
     _, rows, heads, head_dim = band.shape
     token = heads * head_dim
+    step = columns.stride * rows * token
     return band.as_strided(
-        (run.count, heads, run.first.key_length * rows, head_dim),
-        (run.first.length * rows * token, head_dim, token, 1),
-        band.storage_offset() + run.first.key_start * rows * token,
+        (len(tiles), heads, columns.key_length * rows, head_dim),
+        (step, head_dim, token, 1),
+        band.storage_offset() + tiles.start * step,
     )
 
 
-def _add_key_tiles(band: torch.Tensor, run: Run, grad: torch.Tensor) -> None:
+def _add_key_tiles(band: torch.Tensor, columns: Columns, tiles: range, grad: torch.Tensor) -> None:
     """Adjoint of `_key_tiles`: add (tiles, H, key tokens, D) where they overlap."""
-    for tile in range(run.count):
-        start = run.first.key_start + tile * run.first.length
-        target = band[start : start + run.first.key_length]
-        target += grad[tile].transpose(0, 1).reshape(target.shape)
-
-
-def _bands(height: int, radius: int) -> Iterator[tuple[Span, slice, slice]]:
-    for rows in spans(height, radius, TILE_ROWS):
-        yield rows, slice(rows.start, rows.stop), slice(rows.key_start, rows.key_stop)
+    for tile, part in zip(tiles, grad, strict=True):
+        start = tile * columns.stride
+        target = band[start : start + columns.key_length]
+        target += part.transpose(0, 1).reshape(target.shape)
 
 
 @torch.library.custom_op("clear_dit::tiled_attention", mutates_args=())
@@ -135,8 +158,9 @@ def _tiled(
     lse_dtype = torch.promote_types(dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
-    biases = _Biases(radius, dtype, query.device)
-    tiles = runs(width, radius)
+    columns = tile_columns(width, radius)
+    masks = _Masks(columns, radius, dtype, query.device)
+    key_columns = {"columns": columns.key_width, "padding": columns.padding}
 
     for item in range(query.shape[0]):
         text = [tensor[item, :text_length].to(dtype) for tensor in (query, key, value)]
@@ -149,14 +173,16 @@ def _tiled(
         if text_length:
             text_out, text_lse = attend(text_query, text_key, text_value, scale)
 
-        for rows, own, reach in _bands(height, radius):
+        for band in bands(height, radius):
+            own, reach = slice(band.start, band.stop), slice(band.key_start, band.key_stop)
             own_tokens = slice(own.start * width, own.stop * width)
             if text_length:
                 band_key, band_value = (_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
                 merge_(text_out, text_lse, *attend(text_query, band_key, band_value, scale))
 
-            q_band = _columns(q, width, own, dtype)
-            k_band, v_band = _columns(k, width, reach, dtype), _columns(v, width, reach, dtype)
+            q_band = _column_major(q, width, own, dtype, columns.query_width)
+            k_band = _column_major(k, width, reach, dtype, **key_columns)
+            v_band = _column_major(v, width, reach, dtype, **key_columns)
             if all_key.shape[2]:
                 parts = attend(_heads_first(q_band.flatten(0, 1)), all_key, all_value, scale)
                 band_out, band_lse = (
@@ -166,19 +192,19 @@ def _tiled(
             else:
                 band_out = torch.zeros_like(q_band, dtype=lse_dtype)
                 band_lse = torch.full_like(band_out[..., 0], float("-inf"))
-            for run in tiles:
+            for tiles, mask in masks(band):
                 parts = attend(
-                    _query_tiles(q_band, run),
-                    _key_tiles(k_band, run),
-                    _key_tiles(v_band, run),
+                    _query_tiles(q_band, tiles),
+                    _key_tiles(k_band, columns, tiles),
+                    _key_tiles(v_band, columns, tiles),
                     scale,
-                    biases(rows, run.first),
+                    mask,
                 )
-                merge_(_query_tiles(band_out, run), _query_tiles(band_lse, run), *parts)
+                merge_(_query_tiles(band_out, tiles), _query_tiles(band_lse, tiles), *parts)
             image_tokens = slice(text_length + own_tokens.start, text_length + own_tokens.stop)
-            for whole, band in ((out, band_out), (lse, band_lse)):
+            for whole, part in ((out, band_out), (lse, band_lse)):
                 target = whole[item, image_tokens].unflatten(0, (-1, width))
-                target.copy_(band.transpose(0, 1))
+                target.copy_(part[:width].transpose(0, 1))
 
         if text_length:
             out[item, :text_length] = _tokens_first(text_out)
@@ -219,8 +245,9 @@ def _tiled_backward(
         torch.zeros(tensor.shape, dtype=sum_dtype, device=tensor.device)
         for tensor in (query, key, value, pooled_key, pooled_value)
     ]
-    biases = _Biases(radius, dtype, query.device)
-    tiles = runs(width, radius)
+    columns = tile_columns(width, radius)
+    masks = _Masks(columns, radius, dtype, query.device)
+    key_columns = {"columns": columns.key_width, "padding": columns.padding}
 
     for item in range(query.shape[0]):
         text = [x[item, :text_length].to(dtype) for x in (query, key, value, grad, out)]
@@ -245,7 +272,8 @@ def _tiled_backward(
             grad_all_key[:, :, :text_length] += parts[1]
             grad_all_value[:, :, :text_length] += parts[2]
 
-        for rows, own, reach in _bands(height, radius):
+        for band in bands(height, radius):
+            own, reach = slice(band.start, band.stop), slice(band.key_start, band.key_stop)
             own_tokens = slice(own.start * width, own.stop * width)
             if text_length:
                 band_key, band_value = (_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
@@ -256,26 +284,29 @@ def _tiled_backward(
                 grad_k[own_tokens] += _tokens_first(parts[1])
                 grad_v[own_tokens] += _tokens_first(parts[2])
 
-            q_band, g_band, o_band = (_columns(x, width, own, dtype) for x in (q, g, o))
-            l_band = _columns(image_lse, width, own, lse.dtype)
-            k_band, v_band = _columns(k, width, reach, dtype), _columns(v, width, reach, dtype)
+            q_band, g_band, o_band = (
+                _column_major(x, width, own, dtype, columns.query_width) for x in (q, g, o)
+            )
+            l_band = _column_major(image_lse, width, own, lse.dtype, columns.query_width)
+            k_band = _column_major(k, width, reach, dtype, **key_columns)
+            v_band = _column_major(v, width, reach, dtype, **key_columns)
             grad_q_band = torch.zeros_like(q_band, dtype=sum_dtype)
             grad_k_band = torch.zeros_like(k_band, dtype=sum_dtype)
             grad_v_band = torch.zeros_like(v_band, dtype=sum_dtype)
-            for run in tiles:
+            for tiles, mask in masks(band):
                 parts = attend_backward(
-                    _query_tiles(g_band, run),
-                    _query_tiles(q_band, run),
-                    _key_tiles(k_band, run),
-                    _key_tiles(v_band, run),
-                    _query_tiles(o_band, run),
-                    _query_tiles(l_band, run).contiguous(),
+                    _query_tiles(g_band, tiles),
+                    _query_tiles(q_band, tiles),
+                    _key_tiles(k_band, columns, tiles),
+                    _key_tiles(v_band, columns, tiles),
+                    _query_tiles(o_band, tiles),
+                    _query_tiles(l_band, tiles).contiguous(),
                     scale,
-                    biases(rows, run.first),
+                    mask,
                 )
-                _query_tiles(grad_q_band, run).copy_(parts[0])
-                _add_key_tiles(grad_k_band, run, parts[1])
-                _add_key_tiles(grad_v_band, run, parts[2])
+                _query_tiles(grad_q_band, tiles).copy_(parts[0])
+                _add_key_tiles(grad_k_band, columns, tiles, parts[1])
+                _add_key_tiles(grad_v_band, columns, tiles, parts[2])
             if all_key.shape[2]:
                 parts = attend_backward(
                     _heads_first(g_band.flatten(0, 1)),
@@ -289,10 +320,12 @@ def _tiled_backward(
                 grad_q_band += _tokens_first(parts[0]).view_as(grad_q_band)
                 grad_all_key += parts[1]
                 grad_all_value += parts[2]
-            grad_q[own_tokens].unflatten(0, (-1, width)).copy_(grad_q_band.transpose(0, 1))
-            for whole, band in ((grad_k, grad_k_band), (grad_v, grad_v_band)):
+            target = grad_q[own_tokens].unflatten(0, (-1, width))
+            target.copy_(grad_q_band[:width].transpose(0, 1))
+            real = slice(columns.padding, columns.padding + width)
+            for whole, part in ((grad_k, grad_k_band), (grad_v, grad_v_band)):
                 target = whole[reach.start * width : reach.stop * width].unflatten(0, (-1, width))
-                target += band.transpose(0, 1)
+                target += part[real].transpose(0, 1)
 
         for whole, pooled, part in (
             (grads[1], grads[3], grad_all_key),

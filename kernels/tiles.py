@@ -1,9 +1,8 @@
 """Two-dimensional tiles of a `Window`: which rectangle of keys a tile of queries can see.
 
 The grid is cut into bands of TILE_ROWS rows, a band into tiles of TILE_COLUMNS columns. All tiles
-whose key rectangle is not clipped by the border look alike; consecutive ones form one `Run`, and
-the keys of a run are read as overlapping slices of one column-major buffer, without a copy per
-tile.
+of a band read key rectangles of one size, as overlapping slices of one column-major buffer: no copy
+per tile. Beyond the left and right border the buffer is padded, and the mask hides the padding.
 """
 
 from __future__ import annotations
@@ -15,15 +14,16 @@ import torch
 
 from .window import Window
 
-# Size of a query tile, in tokens. PyTorch's fused CPU attention takes 32 queries at once: a larger
-# tile only sees more keys than it needs, a smaller one makes its products too thin. Measured equal
-# within noise from 4 x 8 to 16 x 4; 8 rows, because the keys of every band are copied once.
+# Size of a query tile, in tokens. Tall and narrow: the keys of every band are copied once, and
+# PyTorch's fused CPU attention takes at most 32 queries of a small tile at a time.
 TILE_ROWS, TILE_COLUMNS = 8, 4
+# Elements of the masks of the tiles that are computed in one call (128 MiB in float32).
+MASK_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
-class Span:
-    """A stretch of queries along one axis and the keys they can reach, in tokens."""
+class Band:
+    """Rows of queries and the rows of keys they can reach, clipped at the border."""
 
     start: int
     stop: int
@@ -31,87 +31,101 @@ class Span:
     key_stop: int
 
     @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def key_length(self) -> int:
-        return self.key_stop - self.key_start
-
-    @property
     def shape(self) -> tuple[int, int, int]:
-        """Everything the mask depends on: the same for all spans the border does not clip."""
-        return self.length, self.start - self.key_start, self.key_length
+        """Everything a mask depends on: the same for all bands the border does not clip."""
+        return self.stop - self.start, self.start - self.key_start, self.key_stop - self.key_start
+
+
+def bands(height: int, radius: int) -> Iterator[Band]:
+    """Cut the rows into stretches of TILE_ROWS, the last one shorter if need be."""
+    reach = radius - 1
+    for start in range(0, height, TILE_ROWS):
+        stop = min(start + TILE_ROWS, height)
+        yield Band(start, stop, max(0, start - reach), min(height, stop + reach))
 
 
 @dataclass(frozen=True)
-class Run:
-    """`count` consecutive tiles of the same shape; `first` is the leftmost."""
+class Columns:
+    """The tiles of a band, left to right.
 
-    first: Span
+    Attributes:
+        count: of tiles; the last one may stick out over the border.
+        key_length: columns of keys a tile reads.
+        stride: columns from one tile's keys to the next one's; 0 where every tile reads all.
+        padding: columns of keys before the left border, and at least as many after the right.
+    """
+
+    width: int
     count: int
+    key_length: int
+    stride: int
+    padding: int
 
     @property
-    def stop(self) -> int:
-        return self.first.start + self.count * self.first.length
+    def query_width(self) -> int:
+        """Columns of queries, those beyond the right border included."""
+        return self.count * TILE_COLUMNS
+
+    @property
+    def key_width(self) -> int:
+        """Columns of keys, the padding on both sides included."""
+        return (self.count - 1) * self.stride + self.key_length
 
 
-def spans(length: int, radius: int, tile: int) -> Iterator[Span]:
-    """Cut an axis of `length` tokens into stretches of `tile`, the last one shorter if need be."""
-    reach = radius - 1
-    for start in range(0, length, tile):
-        stop = min(start + tile, length)
-        yield Span(start, stop, max(0, start - reach), min(length, stop + reach))
-
-
-def runs(width: int, radius: int) -> list[Run]:
-    """The tiles of a band, left to right, with equal neighbours joined."""
-    joined: list[Run] = []
-    for span in spans(width, radius, TILE_COLUMNS):
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and span.shape == last.first.shape
-            and span.key_start - last.first.key_start == last.count * span.length
-        ):
-            joined[-1] = Run(last.first, last.count + 1)
-        else:
-            joined.append(Run(span, 1))
-    return joined
+def tile_columns(width: int, radius: int) -> Columns:
+    """Tiles for rows of `width` tokens: with padded keys, or all reading a whole narrow row."""
+    count, reach = -(-width // TILE_COLUMNS), radius - 1
+    if TILE_COLUMNS + 2 * reach >= width:
+        return Columns(width, count, key_length=width, stride=0, padding=0)
+    key_length = TILE_COLUMNS + 2 * reach
+    return Columns(width, count, key_length, stride=TILE_COLUMNS, padding=reach)
 
 
 def tile_bias(
-    rows: Span, columns: Span, radius: int, dtype: torch.dtype, device: torch.device
+    band: Band,
+    columns: Columns,
+    tiles: range,
+    radius: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor | None:
-    """Additive mask of one tile: 0 inside the disc, -inf outside; None if all is inside.
+    """Additive mask of some tiles of a band: 0 inside the disc, -inf outside.
+
+    Queries beyond the border may see the padding, so that they stay finite.
 
     Returns:
-        (tile width * tile height, key width * key height) in `dtype`, both column-major.
+        (tiles, 1, tile width * tile height, key width * key height) in `dtype`, both column-major;
+        None if all is inside.
     """
-
-    def distance2(span: Span) -> torch.Tensor:
-        query = torch.arange(span.start, span.stop, device=device)
-        key = torch.arange(span.key_start, span.key_stop, device=device)
-        return (query[:, None] - key[None, :]) ** 2  # [length, key_length]
-
-    dy2, dx2 = distance2(rows), distance2(columns)
-    inside = dx2[:, None, :, None] + dy2[None, :, None, :] < radius**2
+    tile = torch.arange(tiles.start, tiles.stop, device=device)[:, None]
+    query_x = tile * TILE_COLUMNS + torch.arange(TILE_COLUMNS, device=device)
+    key_x = (
+        tile * columns.stride - columns.padding + torch.arange(columns.key_length, device=device)
+    )
+    query_y = torch.arange(band.start, band.stop, device=device)
+    key_y = torch.arange(band.key_start, band.key_stop, device=device)
+    dx2 = (query_x[:, :, None] - key_x[:, None, :]) ** 2  # [tiles, X, KX]
+    dy2 = (query_y[:, None] - key_y[None, :]) ** 2  # [Y, KY]
+    real = (key_x >= 0) & (key_x < columns.width)
+    visible = real[:, None, :] | (query_x >= columns.width)[:, :, None]
+    inside = dx2[:, :, None, :, None] + dy2[None, None, :, None, :] < radius**2
+    inside &= visible[:, :, None, :, None]
     if inside.all():
         return None
     bias = torch.zeros(inside.shape, dtype=dtype, device=device)
     bias.masked_fill_(~inside, float("-inf"))
-    return bias.reshape(columns.length * rows.length, columns.key_length * rows.key_length)
+    return bias.flatten(3).flatten(1, 2).unsqueeze(1)
 
 
 def executed_pairs(window: Window) -> int:
     """(query, key) pairs the tiled path computes, masked ones too; see `attended_pairs`."""
-    radius = window.disc_radius
-    # A tile computes a full rectangle: the sum over tiles factorises into rows times columns.
-    rows, columns = (
-        sum(span.length * span.key_length for span in spans(length, radius, tile))
-        for length, tile in ((window.height, TILE_ROWS), (window.width, TILE_COLUMNS))
+    columns = tile_columns(window.width, window.disc_radius)
+    rows = sum(
+        (band.stop - band.start) * (band.key_stop - band.key_start)
+        for band in bands(window.height, window.disc_radius)
     )
-    dense = window.text_length * window.sequence_length + window.image_length * (
-        window.text_length + window.pooled_length
+    dense = window.text_length * window.sequence_length + window.pooled_length * (
+        window.height * columns.query_width
     )
-    return dense + rows * columns
+    text = window.text_length * window.height * columns.query_width
+    return dense + text + rows * columns.query_width * columns.key_length

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -95,10 +95,14 @@ def main(
     rng = np.random.default_rng(seed)
     captions = [caption(scene, rng) for scene in scenes]
     renders = probe_accuracy(probe, size=size, count=128)
-    rows, report = (
-        {},
-        {"count": count, "size": size, "steps": steps, "bfloat16": bfloat16, "guidance": {}},
-    )
+    rows: dict[float, dict[str, np.ndarray]] = {}
+    report: dict[str, Any] = {
+        "count": count,
+        "size": size,
+        "steps": steps,
+        "bfloat16": bfloat16,
+        "guidance": {},
+    }
     for scale in guidance or [1.0]:
         begin = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):

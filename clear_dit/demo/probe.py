@@ -78,7 +78,8 @@ def train_probe(pictures: PictureSet, epochs: int = 6) -> Probe:
             group["lr"] = _PEAK_RATE * min(1, (step + 1) / 50) * (1 - step / steps)
         chosen = torch.randint(len(images), (_BATCH,), generator=generator)
         parts = probe(_disturb(images[chosen], generator)).split(probe.sizes, -1)
-        loss = sum(F.cross_entropy(p, labels[chosen, i]) for i, p in enumerate(parts))
+        losses = [F.cross_entropy(p, labels[chosen, i]) for i, p in enumerate(parts)]
+        loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -176,7 +176,9 @@ def draw_captions(
 def train_text(checkpoint: Path, steps: int, batch: int = _BATCH) -> TextEncoders:
     """Train the encoders for `steps`, resuming from `checkpoint`; print held-out accuracy."""
     torch.manual_seed(0)
-    encoders, heads = TextEncoders(), nn.ModuleList([_Heads() for _ in range(3)])
+    encoders = TextEncoders()
+    classifiers = [_Heads() for _ in range(3)]
+    heads = nn.ModuleList(classifiers)
     parameters = [*encoders.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     start, losses = load_checkpoint(checkpoint, encoders=encoders, heads=heads, optimizer=optimizer)
@@ -194,7 +196,9 @@ def train_text(checkpoint: Path, steps: int, batch: int = _BATCH) -> TextEncoder
         # A random word of each caption must know the attributes too.
         chosen = torch.multinomial(weights, 1)[:, 0]
         single = tokens[torch.arange(len(texts)), chosen]
-        parts = [h.loss(x, labels) for h, x in zip(heads, (pooled, mean, single), strict=True)]
+        parts = [
+            h.loss(x, labels) for h, x in zip(classifiers, (pooled, mean, single), strict=True)
+        ]
         loss = parts[0] + parts[1] + 0.3 * parts[2]
         optimizer.zero_grad()
         loss.backward()
@@ -214,7 +218,8 @@ def train_text(checkpoint: Path, steps: int, batch: int = _BATCH) -> TextEncoder
         pooled, tokens, real = encoders(texts, 32)
         mean = (tokens * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         print(
-            f"text encoders on unseen captions: pooled {heads[0].accuracy(pooled, labels):.4f}, "
-            f"mean of tokens {heads[1].accuracy(mean, labels):.4f}"
+            "text encoders on unseen captions: "
+            f"pooled {classifiers[0].accuracy(pooled, labels):.4f}, "
+            f"mean of tokens {classifiers[1].accuracy(mean, labels):.4f}"
         )
     return encoders

@@ -56,7 +56,7 @@ class Plan:
     counts: tuple[int, int, int] = (14000, 5200, 60)
     text_steps: int = 600
     autoencoder_steps: int = 2600
-    decoder_steps: int = 1500
+    decoder_steps: int = 700
     autoencoder_crop: int = 128
     probe_epochs: int = 6
     phases: tuple[Phase, Phase] = field(
@@ -94,7 +94,7 @@ def fit_autoencoder(work: Path, plan: Plan) -> AutoencoderTiny:
     """Train, or load, the autoencoder; its scale and shift make latents of variance 1."""
     sampler = crop_sampler(work, plan)
     vae = train_autoencoder(
-        sampler, work / "autoencoder.pt", plan.autoencoder_steps, plan.autoencoder_crop
+        sampler, work / "autoencoder.safetensors", plan.autoencoder_steps, plan.autoencoder_crop
     ).eval()
     with torch.no_grad():
         latents = vae.encoder(to_tensor(sampler.stacks[0][0][:64]))
@@ -108,7 +108,7 @@ def fit_autoencoder(work: Path, plan: Plan) -> AutoencoderTiny:
 def load_autoencoder(work: Path) -> AutoencoderTiny:
     """The autoencoder that made the latents, with its decoder as far as it has been trained."""
     vae = AutoencoderTiny.from_pretrained(work / "vae").to(memory_format=torch.channels_last)
-    load_checkpoint(work / "decoder.pt", average=vae.decoder)
+    load_checkpoint(work / "decoder.safetensors", average=vae.decoder)
     return vae.requires_grad_(False)
 
 
@@ -139,7 +139,7 @@ def averaged_weights(work: Path, plan: Plan) -> tuple[FluxTransformer2DModel, li
     """The newest averaged transformer in `work` and the losses of the phases so far."""
     model, curves = build_transformer().requires_grad_(False), []
     for phase in plan.phases:
-        path = work / f"{phase.name}.pt"
+        path = work / f"{phase.name}.safetensors"
         if path.exists():
             curves.append(load_checkpoint(path, average=model)[1])
     if not curves:
@@ -191,7 +191,7 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
         "autoencoder": f"{plan.autoencoder_steps} steps on crops of {plan.autoencoder_crop} px",
         "latents": "pictures to latents",
         "probe": f"{plan.probe_epochs} epochs",
-        "decoder": f"{load_checkpoint(work / 'decoder.pt')[0]} more steps, the encoder fixed",
+        "decoder": f"{load_checkpoint(work / 'decoder.safetensors')[0]} more steps, the encoder fixed",
     }
     for phase, steps in zip(plan.phases, done, strict=False):
         rows[phase.name] = (
@@ -209,7 +209,7 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
     export_pipeline(pipe, output, extra)
 
 
-def _timed(work: Path, name: str, stage: Callable[[], None]) -> None:
+def _timed(work: Path, name: str, stage: Callable[[], object]) -> None:
     """Run `stage` and add its seconds to WORK/times.tsv, which the card sums up."""
     begin = time.time()
     try:
@@ -233,7 +233,7 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
             save_probe(train_probe(small, plan.probe_epochs), work / "probe.safetensors")
 
     def text() -> TextEncoders:
-        return train_text(work / "text.pt", plan.text_steps)
+        return train_text(work / "text.safetensors", plan.text_steps)
 
     def latents() -> None:
         if not (work / "vae").exists():
@@ -252,7 +252,7 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
             load_tokens(work / f"latents-{pictures.size}"),
             pictures.scenes(),
             text(),
-            work / f"{plan.phases[index].name}.pt",
+            work / f"{plan.phases[index].name}.safetensors",
             initial,
             plan.compile_model,
             plan.save_every,
@@ -263,7 +263,7 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
         train_decoder(
             vae.requires_grad_(False),
             crop_sampler(work, plan),
-            work / "decoder.pt",
+            work / "decoder.safetensors",
             plan.decoder_steps,
             plan.autoencoder_crop,
         )

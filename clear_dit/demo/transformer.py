@@ -142,7 +142,8 @@ def padding_bias(real: torch.Tensor, image_tokens: int, multiplicity: torch.Tens
 
 def make_optimizers(model: nn.Module, phase: Phase) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of attention and feed-forward, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inner = "blocks" in name and "norm" not in name and parameter.ndim == 2
         (matrices if inner else others).append(parameter)

@@ -185,7 +185,11 @@ def _paint_hills(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizo
         # Conifers stand on the two far ridges.
         for _ in range(int((9, 7)[layer] * canvas.width)):
             x = rng.uniform(0, canvas.width)
-            foot = horizon + base * canvas.height + 0.05 * float(_sum_waves(waves, np.float32(x)))
+            foot = (
+                horizon
+                + base * canvas.height
+                + 0.05 * float(_sum_waves(waves, np.asarray(x, np.float32)))
+            )
             tall = rng.uniform(0.035, 0.055) * (1, 1.5)[layer]
             foot += rng.uniform(0.004, 0.03)
             part = canvas.window(x - tall, x + tall, foot - 1.1 * tall, foot + 0.01)

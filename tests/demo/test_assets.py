@@ -10,10 +10,6 @@ from clear_dit.demo.probe import load_probe, probe_accuracy
 DEMO = Path(__file__).parents[2] / "assets" / "demo"
 TEXT = "a blue house in the hills at night, a golden moon on the left"
 
-pytestmark = pytest.mark.skipif(
-    not (DEMO / "model_index.json").exists(), reason="assets/demo has not been trained"
-)
-
 
 @pytest.fixture(scope="module")
 def pipe():
@@ -95,4 +91,4 @@ def test_autoencoder_is_faithful(pipe):
 
 def test_probe_reads_rendered_pictures():
     probe = load_probe(DEMO / "probe" / "probe.safetensors")
-    assert probe_accuracy(probe, count=32, size=128).min() >= 0.96
+    assert probe_accuracy(probe, count=64, size=128).mean() >= 0.99

@@ -48,7 +48,7 @@ def test_pooling_takes_the_end_of_the_text(encoders):
 
 
 def test_training_resumes(tmp_path):
-    path = tmp_path / "text.pt"
+    path = tmp_path / "text.safetensors"
     train_text(path, steps=1, batch=4)
     first = path.stat().st_mtime_ns
     train_text(path, steps=2, batch=4)

@@ -2,11 +2,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
 from clear_dit.demo import train
+from clear_dit.demo.checkpoint import load_checkpoint
 from clear_dit.demo.evaluate import contact_sheet, paint, score
 from clear_dit.demo.probe import held_out_scenes, load_probe, save_probe, train_probe
 from clear_dit.demo.train import STAGES, Plan, run
@@ -72,14 +72,14 @@ def test_a_killed_phase_goes_on(trained, tmp_path, monkeypatch):
         run(work, tmp_path, longer, ("phase-1",), threads=1)
     run(work, tmp_path, longer, ("phase-1",), threads=1)
     assert calls == [1, 2, 3, 4]
-    state = torch.load(work / "killed.pt", weights_only=True)
-    assert (state["step"], len(state["losses"])) == (4, 4)
+    step, losses = load_checkpoint(work / "killed.safetensors")
+    assert (step, len(losses)) == (4, 4)
 
 
 def test_finished_stages_are_not_repeated(trained):
     work = trained / "work"
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*.npy")}
-    before |= {path: path.stat().st_mtime_ns for path in work.glob("phase-*.pt")}
+    before |= {path: path.stat().st_mtime_ns for path in work.glob("phase-*.safetensors")}
     run(work, trained / "again", TINY, STAGES, threads=1)
     assert before == {path: path.stat().st_mtime_ns for path in before}
 

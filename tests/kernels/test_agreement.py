@@ -15,7 +15,7 @@ from support.oracle import attention_by_definition, mask_by_definition, relative
 from clear_dit.kernels import flex, partial, tiled
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.flex import flex_attention
-from clear_dit.kernels.tiles import runs
+from clear_dit.kernels.tiles import tile_columns
 from clear_dit.kernels.window import Window
 
 TEXT_LENGTHS = (0, 1, 7, 64, 512)
@@ -95,7 +95,7 @@ def check(run, case, dtype, gradients=True):
             continue
         error = relative_error(value, truth)
         # A pooling weight's gradient is one sum over all tokens and channels, with cancellation.
-        roundings = 32 if name == "spatial_weight" else 2
+        roundings = 64 if name == "spatial_weight" else 2
         bound = 2 * relative_error(yardstick, truth) + roundings * torch.finfo(dtype).eps
         assert error <= bound, f"{name}: {error:.1e} > {bound:.1e} ({window}, {dtype})"
 
@@ -107,12 +107,14 @@ def run_impl(impl, window):
     return run
 
 
-# Wide enough for runs of several tiles that read overlapping keys.
-WIDE = Window(20, 56, 7, 4, 2)
+# Wide enough for several tiles that read overlapping keys, and a last one over the border.
+WIDE = Window(20, 57, 7, 4, 2)
 
 
-def test_wide_has_long_runs():
-    assert max(run.count for run in runs(WIDE.width, WIDE.radius)) > 2
+def test_wide_has_overlapping_tiles():
+    columns = tile_columns(WIDE.width, WIDE.radius)
+    assert 0 < columns.stride < columns.key_length
+    assert columns.query_width > WIDE.width
 
 
 slow = settings(

@@ -10,7 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clear_dit.kernels import flex, tiled
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.tiles import TILE_COLUMNS, executed_pairs, runs, spans, tile_bias
+from clear_dit.kernels.tiles import (
+    TILE_COLUMNS,
+    bands,
+    executed_pairs,
+    tile_bias,
+    tile_columns,
+)
 from clear_dit.kernels.window import Window
 
 
@@ -21,33 +27,41 @@ def tensors(window, batch=1, heads=2, head_dim=16, requires_grad=False):
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 64, 65])
 @pytest.mark.parametrize("radius", [1, 2, 8, 100])
-def test_spans_cover_the_axis_and_every_reachable_key(length, radius):
-    parts = list(spans(length, radius, 8))
-    assert [token for part in parts for token in range(part.start, part.stop)] == list(
-        range(length)
-    )
-    for part in parts:
-        for token in range(part.start, part.stop):
-            assert part.key_start <= max(0, token - radius + 1)
-            assert part.key_stop >= min(length, token + radius)
+def test_tiles_cover_every_query_and_every_key_it_can_reach(length, radius):
+    rows = {}
+    for band in bands(length, radius):
+        for y in range(band.start, band.stop):
+            rows[y] = range(band.key_start, band.key_stop)
+    columns = tile_columns(length, radius)
+    assert columns.query_width >= length
+    for x in range(length):
+        first = x // TILE_COLUMNS * columns.stride - columns.padding
+        for keys in (rows[x], range(first, first + columns.key_length)):
+            for key in range(max(0, x - radius + 1), min(length, x + radius)):
+                assert key in keys
+        assert first + columns.key_length <= columns.key_width - columns.padding
 
 
-@pytest.mark.parametrize("radius", [1, 8, 20])
-def test_runs_are_the_spans_joined(radius):
-    joined = runs(131, radius)
-    unrolled = [
-        (run.first.start + i * TILE_COLUMNS, run.first.key_start + i * TILE_COLUMNS)
-        for run in joined
-        for i in range(run.count)
-    ]
-    assert unrolled == [(span.start, span.key_start) for span in spans(131, radius, TILE_COLUMNS)]
-    assert len(joined) < 16
+def test_mask_is_left_out_where_all_is_inside():
+    band, columns, device = next(bands(8, 30)), tile_columns(8, 30), torch.device("cpu")
+    every = range(columns.count)
+    assert tile_bias(band, columns, every, 30, torch.float32, device) is None
+    assert tile_bias(band, columns, every, 3, torch.float32, device) is not None
 
 
-def test_bias_is_left_out_where_all_is_inside():
-    rows, columns = next(spans(8, 30, 8)), next(spans(8, 30, 8))
-    assert tile_bias(rows, columns, 30, torch.float32, torch.device("cpu")) is None
-    assert tile_bias(rows, columns, 3, torch.float32, torch.device("cpu")) is not None
+@pytest.mark.parametrize("elements", [1, 5000])
+def test_large_masks_are_made_in_groups(monkeypatch, elements):
+    window = Window(19, 30, 3, 4)
+    query, key, value = tensors(window, requires_grad=True)
+    expected = local_attention(query, key, value, window, impl="tiled")
+    gradients = torch.autograd.grad(expected.square().sum(), (query, key, value))
+    monkeypatch.setattr(tiled, "MASK_ELEMENTS", elements)
+    out = local_attention(query, key, value, window, impl="tiled")
+    torch.testing.assert_close(out, expected)
+    for grad, other in zip(
+        torch.autograd.grad(out.square().sum(), (query, key, value)), gradients, strict=True
+    ):
+        torch.testing.assert_close(grad, other)
 
 
 def test_work_is_linear_in_the_tokens():
