@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, step: int, losses: list[float], **parts: Any) ->
 
 
 def load_checkpoint(path: Path, **parts: Any) -> tuple[int, list[float]]:
-    """Restore `parts` from `path`; (steps done, losses), or (0, []) where there is no checkpoint."""
+    """Restore `parts` from `path`: (steps done, losses), or (0, []) without a checkpoint."""
     if not path.exists():
         return 0, []
     with safe_open(path, framework="pt") as file:

@@ -183,6 +183,7 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
     model, curves = averaged_weights(work, plan)
     pipe = build_pipeline(model, load_autoencoder(work), encoders)
     done = [len(curve) for curve in curves]
+    decoder_steps = load_checkpoint(work / "decoder.safetensors")[0]
     rows = {
         "data": ", ".join(
             f"{n} pictures of {s} px" for s, n in zip(plan.sizes, plan.counts, strict=True)
@@ -191,7 +192,7 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
         "autoencoder": f"{plan.autoencoder_steps} steps on crops of {plan.autoencoder_crop} px",
         "latents": "pictures to latents",
         "probe": f"{plan.probe_epochs} epochs",
-        "decoder": f"{load_checkpoint(work / 'decoder.safetensors')[0]} more steps, the encoder fixed",
+        "decoder": f"{decoder_steps} more steps, the encoder fixed",
     }
     for phase, steps in zip(plan.phases, done, strict=False):
         rows[phase.name] = (
