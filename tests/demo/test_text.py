@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from clear_dit.demo.captions import TEMPLATES, caption, sample_scene
+from clear_dit.demo.checkpoint import load_checkpoint
 from clear_dit.demo.text import MAX_LENGTH, TextEncoders, build_tokenizer, train_text
 from clear_dit.demo.transformer import TEXT_LENGTH
 
@@ -52,7 +53,7 @@ def test_training_resumes(tmp_path):
     train_text(path, steps=1, batch=4)
     first = path.stat().st_mtime_ns
     train_text(path, steps=2, batch=4)
-    assert torch.load(path)["step"] == 2
+    assert load_checkpoint(path)[0] == 2
     second = path.stat().st_mtime_ns
     assert second > first
     train_text(path, steps=2, batch=4)
