@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import FluxControlNetModel
 from diffusers.models.transformers import transformer_flux
+from peft import LoraConfig
 
-from clear_dit import CLEARProcessor, Window, apply_clear
+from clear_dit import CLEARProcessor, Window, apply_clear, remove_clear
 
 SHAPES = [(4, 4), (3, 7), (6, 2), (1, 9), (9, 1), (1, 1)]
 FAR = 100
@@ -257,3 +258,19 @@ def test_bad_calls(tiny_transformer, tiny_inputs):
     processor._attention_backend = "native"
     with pytest.raises(ValueError, match="attention backend 'native' does not apply"):
         run(model, inputs)
+
+
+def test_lora(tiny_transformer, tiny_inputs, route):
+    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
+    plain = run(model, inputs)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
+    model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    adapted = run(model, inputs)
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+    mask = Window(4, 6, 3, 2).mask()
+    local = run(model, inputs, joint_attention_kwargs={"attention_mask": mask})
+    route(model, radius=40)
+    assert_same(run(model, inputs), adapted)
+    remove_clear(model)
+    route(model, radius=2)
+    assert_same(run(model, inputs), local)
