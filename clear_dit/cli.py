@@ -36,7 +36,7 @@ Repeats = Annotated[int, typer.Option(min=1, max=1000, help="Timed runs; the med
 
 def main() -> None:
     """Run the command line; a bad request is one line on standard error and status 2."""
-    # PyTorch reads this at its first allocation: large pages save a tenth of a step on Linux.
+    # PyTorch reads this at its first allocation: large pages save page faults on Linux.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("clear_dit").setLevel(logging.INFO)

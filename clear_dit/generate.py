@@ -188,7 +188,7 @@ def _paint(
     """Text, denoising and decoding one after the other, each timed; a PIL image."""
     embedded = bool(pipe.transformer.config.guidance_embeds)
     two_passes = not embedded and request.guidance > 1
-    length = text_length(request.model, pipe)
+    length = text_length(pipe)
     arguments: dict[str, Any] = {}
     with timer.measure("text", device), torch.no_grad():
         prompts = {"": request.prompt} | ({"negative_": ""} if two_passes else {})

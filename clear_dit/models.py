@@ -33,20 +33,18 @@ class ModelDefaults:
         radius: of the window, in tokens.
         steps: denoising steps.
         guidance: see `GenerateRequest.guidance`.
-        text_length: text tokens, padding included.
     """
 
     size: int
     radius: int
     steps: int
     guidance: float
-    text_length: int
 
 
-DEMO_DEFAULTS = ModelDefaults(size=512, radius=16, steps=20, guidance=2.0, text_length=64)
-FLUX_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=28, guidance=3.5, text_length=512)
+DEMO_DEFAULTS = ModelDefaults(size=512, radius=16, steps=20, guidance=2.0)
+FLUX_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=28, guidance=3.5)
 # FLUX.1-schnell and others without a guidance embedding: one pass, no guidance.
-UNGUIDED_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=4, guidance=1.0, text_length=256)
+UNGUIDED_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=4, guidance=1.0)
 
 
 def model_path(model: str) -> str:
@@ -101,9 +99,10 @@ def model_defaults(model: str) -> ModelDefaults:
     return FLUX_DEFAULTS if config.get("guidance_embeds") else UNGUIDED_DEFAULTS
 
 
-def text_length(model: str, pipe: CLEARFluxPipeline) -> int:
-    """Text tokens a pipeline is given, padding included."""
-    return min(model_defaults(model).text_length, pipe.tokenizer_2.model_max_length)
+def text_length(pipe: CLEARFluxPipeline) -> int:
+    """Text tokens a pipeline is given, padding included: 256 where guidance is not embedded."""
+    longest = 512 if pipe.transformer.config.guidance_embeds else 256
+    return min(longest, pipe.tokenizer_2.model_max_length)
 
 
 def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEARFluxPipeline:

@@ -43,7 +43,7 @@ def bench_denoise(
     transformer = pipe.transformer
     config = transformer.config
     rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
-    text_tokens = text_length(model, pipe)
+    text_tokens = text_length(pipe)
     stock = transformer.attn_processors
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ def bench_denoise(
     window = Window(rows, columns, text_tokens, radius)
     layers = config.num_layers + config.num_single_layers
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    linear = _linear_flops(transformer, window.sequence_length, text_tokens)
+    linear = _linear_flops(transformer, inputs)
     dense_pairs = window.sequence_length**2
     flops = {
         "full": linear + layers * 4 * dense_pairs * heads * head_dim,
@@ -111,22 +111,13 @@ def _inputs(pipe: Any, rows: int, columns: int, text_length: int) -> dict[str, t
     }
 
 
-def _linear_flops(transformer: Any, sequence: int, text_length: int) -> int:
+def _linear_flops(transformer: Any, inputs: dict[str, torch.Tensor | None]) -> int:
     """FLOPs outside attention, counted on the meta device: they are linear in the tokens."""
     with torch.device("meta"):
         meta = type(transformer).from_config(transformer.config)
-    config = meta.config
-    tokens = sequence - text_length
     inputs = {
-        "hidden_states": torch.empty(1, tokens, config.in_channels, device="meta"),
-        "encoder_hidden_states": torch.empty(
-            1, text_length, config.joint_attention_dim, device="meta"
-        ),
-        "pooled_projections": torch.empty(1, config.pooled_projection_dim, device="meta"),
-        "timestep": torch.empty(1, device="meta"),
-        "guidance": torch.empty(1, device="meta") if config.guidance_embeds else None,
-        "img_ids": torch.empty(tokens, 3, device="meta"),
-        "txt_ids": torch.empty(text_length, 3, device="meta"),
+        name: None if value is None else value.to("meta", meta.dtype)
+        for name, value in inputs.items()
     }
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(**inputs)
