@@ -12,11 +12,11 @@ from .compat import names_from
 from .grid import Layout, WindowTracker
 from .kernels.attention import IMPLS, local_attention, why_not
 from .kernels.window import Window
+from .norm_rope import Rotary, norm_and_rotate
 
 _get_qkv_projections, FluxAttnProcessor = names_from(
     "diffusers.models.transformers.transformer_flux", "_get_qkv_projections", "FluxAttnProcessor"
 )
-(apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
 
 
 class CLEARProcessor(nn.Module):
@@ -112,7 +112,7 @@ class CLEARProcessor(nn.Module):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Rotary | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """What `FluxAttnProcessor` computes, with local attention.
 
@@ -145,18 +145,18 @@ class CLEARProcessor(nn.Module):
         )
         # -1 takes up the heads: under tensor parallelism a rank holds only some of them.
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if attn.added_kv_proj_dim is not None:
+        if attn.added_kv_proj_dim is None:
+            query = norm_and_rotate(query, attn.norm_q, image_rotary_emb)
+            key = norm_and_rotate(key, attn.norm_k, image_rotary_emb)
+        else:
             text_query, text_key, text_value = (
                 x.unflatten(-1, (-1, attn.head_dim)) for x in (text_query, text_key, text_value)
             )
-            text_query, text_key = attn.norm_added_q(text_query), attn.norm_added_k(text_key)
-            query = torch.cat([text_query, query], dim=1)
-            key = torch.cat([text_key, key], dim=1)
+            query = norm_and_rotate(
+                query, attn.norm_q, image_rotary_emb, text_query, attn.norm_added_q
+            )
+            key = norm_and_rotate(key, attn.norm_k, image_rotary_emb, text_key, attn.norm_added_k)
             value = torch.cat([text_value, value], dim=1)
-        if image_rotary_emb is not None:
-            query = rotate(query, image_rotary_emb)
-            key = rotate(key, image_rotary_emb)
 
         out = local_attention(
             query,
@@ -188,7 +188,7 @@ class CLEARProcessor(nn.Module):
         self,
         sequence: int,
         text_length: int | None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        rotary: Rotary | None,
     ) -> Window:
         if self.grid is not None:
             text = sequence - self.grid[0] * self.grid[1]
@@ -230,23 +230,6 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
                 "sequence without regard to the token grid."
             )
-
-
-def rotate(tokens: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of neighbouring channels, as FLUX has it.
-
-    On a CPU as one complex product, which is faster than diffusers' six passes over memory.
-
-    Args:
-        tokens: (batch, sequence, heads, head_dim).
-        rotary: (cos, sin), (sequence, head_dim) each, every angle in two neighbouring channels.
-    """
-    plain_cpu = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not plain_cpu or tokens.dtype == torch.float64:
-        return apply_rotary_emb(tokens, rotary, sequence_dim=1)
-    cos, sin = (table[:, None, ::2].float() for table in rotary)  # [sequence, 1, head_dim / 2]
-    pairs = torch.view_as_complex(tokens.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(tokens.dtype)
 
 
 def _tokens(sequence: int, text_length: int | None) -> str:

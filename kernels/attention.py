@@ -12,6 +12,7 @@ import torch
 from .flex import flex_attention, why_not_flex
 from .reference import reference_attention
 from .tiled import tiled_attention
+from .triton.device import why_not_triton
 from .window import Window
 
 logger = logging.getLogger(__name__)
@@ -19,16 +20,16 @@ logger = logging.getLogger(__name__)
 IMPLS = ("auto", "triton", "flex", "tiled", "reference")
 
 
-def why_not_triton(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
-    """Why the Triton kernels cannot run on these inputs; None if they can."""
-    if query.device.type != "cuda":
-        return f"needs a CUDA or ROCm device, got a query on {query.device.type!r}"
-    return "is not part of this version"
-
-
 def runs_everywhere(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
     """Never refuses: the tiled path and the oracle run on any device."""
     return None
+
+
+def _triton_attention(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Imports Triton on the first call only: most machines without a GPU do not have it."""
+    from .triton.ops import triton_attention
+
+    return triton_attention(*args, **options)
 
 
 _WHY_NOT: dict[str, Callable[[torch.Tensor, bool, bool], str | None]] = {
@@ -38,6 +39,7 @@ _WHY_NOT: dict[str, Callable[[torch.Tensor, bool, bool], str | None]] = {
     "reference": runs_everywhere,
 }
 _RUN: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
+    "triton": _triton_attention,
     "flex": flex_attention,
     "tiled": tiled_attention,
     "reference": reference_attention,

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from .merge import merge_
+from .opaque import attention_op, channels_contiguous, run_attention_op
 from .partial import attend, attend_backward, compute_dtype
-from .pooling import pool_tokens
 from .tiles import (
     MASK_ELEMENTS,
     TILE_COLUMNS,
@@ -46,15 +45,7 @@ def tiled_attention(
     Returns:
         (out, lse), whether or not `return_lse` asks for both. Only `out` carries gradients.
     """
-    if window.down_factor > 1:
-        pooled_key = pool_tokens(key, window, spatial_weight)
-        pooled_value = pool_tokens(value, window, spatial_weight)
-    else:
-        pooled_key = pooled_value = key.new_empty(key.shape[0], 0, *key.shape[2:])
-    return _tiled(
-        query, key, value, pooled_key, pooled_value,
-        window.height, window.width, window.text_length, window.disc_radius, scale,
-    )  # fmt: skip
+    return run_attention_op(_op, query, key, value, window, scale, spatial_weight)
 
 
 class _Masks:
@@ -81,11 +72,6 @@ class _Masks:
         if band.shape != self._shape:
             self._shape, self._only = band.shape, self._make(band, range(count))
         yield range(count), self._only
-
-
-def _channels_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """PyTorch's fused CPU attention reads head_dim with stride 1, whatever the stride is."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
@@ -140,8 +126,7 @@ def _add_key_tiles(band: torch.Tensor, columns: Columns, tiles: range, grad: tor
         target += part.transpose(0, 1).reshape(target.shape)
 
 
-@torch.library.custom_op("clear_dit::tiled_attention", mutates_args=())
-def _tiled(
+def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -153,8 +138,8 @@ def _tiled(
     radius: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, value = _channels_contiguous(query, key, value)
-    pooled_key, pooled_value = _channels_contiguous(pooled_key, pooled_value)
+    query, key, value = channels_contiguous(query, key, value)
+    pooled_key, pooled_value = channels_contiguous(pooled_key, pooled_value)
     dtype = compute_dtype(query.dtype, query.device)
     lse_dtype = torch.promote_types(dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -213,17 +198,7 @@ def _tiled(
     return out, lse
 
 
-@_tiled.register_fake
-def _(query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale):
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        query.new_empty(query.shape[:-1], dtype=lse_dtype),
-    )
-
-
-@torch.library.custom_op("clear_dit::tiled_attention_backward", mutates_args=())
-def _tiled_backward(
+def _backward(
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -238,8 +213,8 @@ def _tiled_backward(
     radius: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad, query, key, value = _channels_contiguous(grad, query, key, value)
-    pooled_key, pooled_value = _channels_contiguous(pooled_key, pooled_value)
+    grad, query, key, value = channels_contiguous(grad, query, key, value)
+    pooled_key, pooled_value = channels_contiguous(pooled_key, pooled_value)
     dtype = compute_dtype(query.dtype, query.device)
     sum_dtype = torch.promote_types(dtype, torch.float32)
     grads = [
@@ -338,41 +313,4 @@ def _tiled_backward(
     return dq, dk, dv, dpk, dpv
 
 
-@_tiled_backward.register_fake
-def _(grad, query, key, value, pooled_key, pooled_value, *rest):
-    contiguous = torch.contiguous_format
-    return tuple(
-        torch.empty_like(x, memory_format=contiguous)
-        for x in (query, key, value, pooled_key, pooled_value)
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.geometry = inputs[5:]
-
-
-def _backward(ctx, grad, grad_lse):
-    grads = _tiled_backward(grad, *ctx.saved_tensors, *ctx.geometry)
-    return *grads, *(None for _ in ctx.geometry)
-
-
-_tiled.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _product_flops(query, pooled, height, width, text_length, radius) -> int:
-    """FLOPs of one of attention's products: 2 per attended pair and channel, exact pairs."""
-    batch, _, heads, head_dim = query
-    pairs = Window(height, width, text_length, radius).attended_pairs()
-    return 2 * batch * heads * head_dim * (pairs + height * width * pooled[1])
-
-
-@register_flop_formula(torch.ops.clear_dit.tiled_attention)
-def _(query, key, value, pooled_key, pooled_value, height, width, text, radius, *rest, **kwargs):
-    return 2 * _product_flops(query, pooled_key, height, width, text, radius)
-
-
-@register_flop_formula(torch.ops.clear_dit.tiled_attention_backward)
-def _(grad, query, key, value, pooled_key, pooled_value, out, lse, *geometry, **kwargs):
-    # The scores again, then the gradients of probability, value, query and key.
-    return 5 * _product_flops(query, pooled_key, *geometry[:4])
+_op = attention_op("tiled", _forward, _backward)

@@ -4,6 +4,8 @@ import os
 
 # What these tests say of implementations and devices is what a machine without a GPU says.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Triton kernels run in its interpreter; read when Triton is imported (see support/triton_mode.py).
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -134,3 +136,12 @@ def tiny_pipeline():
 def position_ids():
     """`make_ids`, a function of rows, columns and dtype."""
     return make_ids
+
+
+@pytest.fixture
+def poisoned_memory():
+    """What `torch.empty` and its like return is NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,110 @@
+"""Attention as an opaque operator: one registration for every implementation with own loops.
+
+A custom op is one node to torch.compile (no graph break), runs under FakeTensor and on the meta
+device, has a backward pass (a second op) and tells FlopCounterMode its exact work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .pooling import pool_tokens
+from .window import Window
+
+# (query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale) ->
+# (out, lse), and the same after (grad, ...) with out and lse after pooled_value -> five gradients.
+Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Backward = Callable[
+    ..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+]
+
+
+def attention_op(name: str, forward: Forward, backward: Backward) -> Forward:
+    """Register `clear_dit::{name}_attention` and its backward op; returns the forward op.
+
+    Both functions are annotated in full: the schemas come from there. Pooled key and value are
+    (batch, pooled, heads, head_dim), empty without pooling; lse is float32 or wider.
+    """
+    op = torch.library.custom_op(f"clear_dit::{name}_attention", forward, mutates_args=())
+    backward_op = torch.library.custom_op(
+        f"clear_dit::{name}_attention_backward", backward, mutates_args=()
+    )
+    op.register_fake(_fake)
+    backward_op.register_fake(_fake_backward)
+
+    def run_backward(ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None) -> tuple:
+        grads = backward_op(grad, *ctx.saved_tensors, *ctx.geometry)
+        return *grads, *(None for _ in ctx.geometry)
+
+    op.register_autograd(run_backward, setup_context=_save)
+    operators = torch.ops.clear_dit
+    register_flop_formula(getattr(operators, f"{name}_attention"))(_flops)
+    register_flop_formula(getattr(operators, f"{name}_attention_backward"))(_backward_flops)
+    return op
+
+
+def run_attention_op(
+    op: Forward,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window,
+    scale: float,
+    spatial_weight: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call an op of `attention_op` with the arguments of `local_attention`: (out, lse)."""
+    if window.down_factor > 1:
+        pooled_key = pool_tokens(key, window, spatial_weight)
+        pooled_value = pool_tokens(value, window, spatial_weight)
+    else:
+        pooled_key = pooled_value = key.new_empty(key.shape[0], 0, *key.shape[2:])
+    return op(
+        query, key, value, pooled_key, pooled_value,
+        window.height, window.width, window.text_length, window.disc_radius, scale,
+    )  # fmt: skip
+
+
+def channels_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copies of those whose head_dim has another stride than 1: no kernel reads them otherwise."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _fake(query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale):
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    return (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        query.new_empty(query.shape[:-1], dtype=lse_dtype),
+    )
+
+
+def _fake_backward(grad, query, key, value, pooled_key, pooled_value, *rest):
+    contiguous = torch.contiguous_format
+    return tuple(
+        torch.empty_like(x, memory_format=contiguous)
+        for x in (query, key, value, pooled_key, pooled_value)
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.geometry = inputs[5:]
+
+
+def _product_flops(query, pooled, height, width, text_length, radius) -> int:
+    """FLOPs of one of attention's products: 2 per attended pair and channel, exact pairs."""
+    batch, _, heads, head_dim = query
+    pairs = Window(height, width, text_length, radius).attended_pairs()
+    return 2 * batch * heads * head_dim * (pairs + height * width * pooled[1])
+
+
+def _flops(query, key, value, pooled_key, pooled_value, height, width, text, radius, *rest, **_):
+    return 2 * _product_flops(query, pooled_key, height, width, text, radius)
+
+
+def _backward_flops(grad, query, key, value, pooled_key, pooled_value, out, lse, *geometry, **_):
+    # The scores again, then the gradients of probability, value, query and key.
+    return 5 * _product_flops(query, pooled_key, *geometry[:4])

@@ -1,0 +1,633 @@
+"""Gradients of CLEAR attention, from the log-sum-exp of the forward pass (arXiv 2205.14135, B.4).
+
+With p = exp(score - lse), of all keys a query sees, and delta = sum(grad * out):
+grad score = p * (grad probability - delta). Gradients of subsets of keys or queries add up, so the
+text, the pooled keys and the disc are walked one after the other, by whom they are owed to:
+
+- an image query: text keys, pooled keys, key tiles of its tile's list;
+- an image key: text queries, then query tiles of the same list read with the roles exchanged;
+- a text query: all tokens; a text key: all tokens; a pooled key: all image tokens. These are few
+  owners with long walks: a walk is split over programs and the parts are added, in a fixed order.
+
+No atomics: the result does not change from run to run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .forward import load_tile
+from .geometry import visits
+from .launch import OPTIONS, channels, readable_by_descriptor
+from .primitives import LOG2_E, disc_mask, load_rows, store_rows, tile_columns, tile_rows
+from .tables import BackwardConfig, RunConfig, TileConfig
+
+# Of one walk: bounds the memory of the parts.
+MOST_SPLITS = 32
+# Rows of a program of `prepare_rows`.
+PREPARE_ROWS = 32
+
+
+@triton.jit
+def prepare_rows(
+    grad, out, lse, lse_log2, delta,
+    grad_batch, grad_token, grad_head, out_batch, out_token, out_head,
+    heads, head_dim, sequence, blocks,
+    M: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """delta, and lse in units of log2, as the walks read them: float32 (batch, heads, sequence).
+
+    A row is a token's head, heads next to each other as they are in memory.
+    """
+    block, batch = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    row = block * M + tl.arange(0, M)
+    valid = row < sequence * heads
+    token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    grad += batch * grad_batch
+    out += batch * out_batch
+    g = load_rows(grad, 1, token * grad_token + head * grad_head, valid, head_dim, D, EVEN_D)
+    o = load_rows(out, 1, token * out_token + head * out_head, valid, head_dim, D, EVEN_D)
+    target = (batch * heads + head) * sequence + token
+    tl.store(delta + target, tl.sum(g.to(tl.float32) * o.to(tl.float32), 1), mask=valid)
+    natural = tl.load(lse + batch * sequence * heads + row, mask=valid, other=0.0)
+    tl.store(lse_log2 + target, natural * LOG2_E, mask=valid)
+
+
+@triton.jit
+def add_query_gradient(
+    query_sum, query, grad, lse, delta, key, value, mask, scale_log2, MASKED: tl.constexpr
+):
+    """Gradient [M, D] of queries, but for the scale, from [N, D] more keys.
+
+    query, grad: [M, D]; lse (log2), delta: [M]; mask: [M, N] or [1, N].
+    """
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    probability = tl.exp2(scores * scale_log2 - lse[:, None])
+    if MASKED:
+        probability = tl.where(mask, probability, 0.0)
+    grad_probability = tl.dot(grad, tl.trans(value), input_precision="ieee")
+    grad_scores = probability * (grad_probability - delta[:, None])
+    return tl.dot(grad_scores.to(key.dtype), key, query_sum, input_precision="ieee")
+
+
+@triton.jit
+def add_key_gradients(
+    key_sum, value_sum, key, value, query, grad, lse, delta, mask, scale_log2,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients [M, D] of keys, but for the scale, and of values, from [N, D] more queries.
+
+    key, value: [M, D]; query, grad: [N, D]; lse (log2), delta: [N]; mask: [M, N]. The scores are
+    transposed, so that they are a dot's left operand as they stand in registers.
+    """
+    scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+    probability = tl.exp2(scores * scale_log2 - lse[None, :])
+    if MASKED:
+        probability = tl.where(mask, probability, 0.0)
+    value_sum = tl.dot(probability.to(grad.dtype), grad, value_sum, input_precision="ieee")
+    grad_probability = tl.dot(value, tl.trans(grad), input_precision="ieee")
+    grad_scores = probability * (grad_probability - delta[None, :])
+    key_sum = tl.dot(grad_scores.to(query.dtype), query, key_sum, input_precision="ieee")
+    return key_sum, value_sum
+
+
+@triton.jit
+def walk_keys(
+    query_sum, query, grad, lse, delta, key, value, key_token, value_token, begin, end,
+    scale_log2, head_dim,
+    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`add_query_gradient` over the tokens begin..end of one head, all visible."""
+    lane = tl.arange(0, N)
+    full = begin + (end - begin) // N * N
+    everything = tl.full([N], True, tl.int1)
+    for start in tl.range(begin, full, N, num_stages=STAGES):
+        k = load_rows(key, key_token, start + lane, everything, head_dim, D, EVEN_D)
+        v = load_rows(value, value_token, start + lane, everything, head_dim, D, EVEN_D)
+        query_sum = add_query_gradient(
+            query_sum, query, grad, lse, delta, k, v, everything[None, :], scale_log2, False
+        )
+    for start in tl.range(full, end, N, num_stages=1):
+        valid = start + lane < end
+        k = load_rows(key, key_token, start + lane, valid, head_dim, D, EVEN_D)
+        v = load_rows(value, value_token, start + lane, valid, head_dim, D, EVEN_D)
+        query_sum = add_query_gradient(
+            query_sum, query, grad, lse, delta, k, v, valid[None, :], scale_log2, True
+        )
+    return query_sum
+
+
+@triton.jit
+def walk_queries(
+    key_sum, value_sum, key, value, query, grad, lse, delta, query_token, grad_token, begin, end,
+    scale_log2, head_dim,
+    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`add_key_gradients` over the tokens begin..end of one head, all of which see the keys."""
+    lane = tl.arange(0, N)
+    for start in tl.range(begin, end, N, num_stages=STAGES):
+        valid = start + lane < end
+        q = load_rows(query, query_token, start + lane, valid, head_dim, D, EVEN_D)
+        g = load_rows(grad, grad_token, start + lane, valid, head_dim, D, EVEN_D)
+        # Queries beyond the end add nothing: all that is theirs is 0, their probability 1.
+        row_lse = tl.load(lse + start + lane, mask=valid, other=0.0)
+        row_delta = tl.load(delta + start + lane, mask=valid, other=0.0)
+        key_sum, value_sum = add_key_gradients(
+            key_sum, value_sum, key, value, q, g, row_lse, row_delta, valid[None, :],
+            scale_log2, False,
+        )  # fmt: skip
+    return key_sum, value_sum
+
+
+@triton.jit
+def locate_tile(y, x, height, width, R: tl.constexpr, C: tl.constexpr, CLIP: tl.constexpr):
+    """Tokens of the R x C tile at (y, x), counted from the image's first, and which ones exist.
+
+    Without CLIP the tile is known to lie inside.
+    """
+    rows, columns = y + tile_rows(R, C), x + tile_columns(R, C)
+    valid = tl.full([R * C], True, tl.int1)
+    if CLIP:
+        valid = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    return rows * width + columns, valid
+
+
+@triton.jit
+def walk_key_tiles(
+    query_sum, query, grad, lse, delta, key, value, key_token, value_token,
+    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+    scale_log2, head_dim,
+    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`add_query_gradient` over key tiles; key, value: pointers to the head's first image token."""
+    for step in tl.range(begin, end, num_stages=STAGES):
+        y = tile_y + tl.load(offsets + 2 * step)
+        x = tile_x + tl.load(offsets + 2 * step + 1)
+        k = load_tile(
+            key, key_token, batch, head, y, x, height, width, head_dim,
+            R, C, D, EVEN_D, MASKED, DESCRIPTOR,
+        )  # fmt: skip
+        v = load_tile(
+            value, value_token, batch, head, y, x, height, width, head_dim,
+            R, C, D, EVEN_D, MASKED, DESCRIPTOR,
+        )  # fmt: skip
+        mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C)
+        query_sum = add_query_gradient(
+            query_sum, query, grad, lse, delta, k, v, mask, scale_log2, MASKED
+        )
+    return query_sum
+
+
+@triton.jit
+def walk_query_tiles(
+    key_sum, value_sum, key, value, query, grad, lse, delta, query_token, grad_token,
+    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+    scale_log2, head_dim,
+    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`add_key_gradients` over query tiles; query, grad, lse, delta: at the first image token."""
+    for step in tl.range(begin, end, num_stages=STAGES):
+        y = tile_y + tl.load(offsets + 2 * step)
+        x = tile_x + tl.load(offsets + 2 * step + 1)
+        q = load_tile(
+            query, query_token, batch, head, y, x, height, width, head_dim,
+            R, C, D, EVEN_D, MASKED, DESCRIPTOR,
+        )  # fmt: skip
+        g = load_tile(
+            grad, grad_token, batch, head, y, x, height, width, head_dim,
+            R, C, D, EVEN_D, MASKED, DESCRIPTOR,
+        )  # fmt: skip
+        tokens, valid = locate_tile(y, x, height, width, R, C, MASKED)
+        row_lse = tl.load(lse + tokens, mask=valid, other=0.0)
+        row_delta = tl.load(delta + tokens, mask=valid, other=0.0)
+        # Queries beyond the border add nothing, as in `walk_queries`.
+        mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C, CLIP=False)
+        key_sum, value_sum = add_key_gradients(
+            key_sum, value_sum, key, value, q, g, row_lse, row_delta, mask, scale_log2, MASKED
+        )
+    return key_sum, value_sum
+
+
+@triton.jit
+def image_query_backward(
+    grad, query, key, value, pooled_key, pooled_value, image_key, image_value, lse, delta,
+    grad_query, offsets, ranges, row_class, column_class,
+    grad_batch, grad_token, grad_head, query_batch, query_token, query_head,
+    key_batch, key_token, key_head, value_batch, value_token, value_head,
+    heads, head_dim, height, width, text_length, pooled_length,
+    tiles_x, tiles, column_classes, radius2, scale, scale_log2,
+    R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
+    D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the image queries; one program per query tile, head and batch item.
+
+    grad, query, key, value: (batch, text + image, heads, head_dim) with strides grad_batch,
+    grad_token, grad_head and so on; pooled_key, pooled_value, grad_query: contiguous; lse, delta:
+    as `prepare_rows` writes them; the lists: see geometry.py.
+    """
+    M: tl.constexpr = R * C
+    N: tl.constexpr = STEP_R * STEP_C
+    tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    item, place = plane // heads, plane % heads
+    batch, head = item.to(tl.int64), place.to(tl.int64)
+    tile_y, tile_x = tile // tiles_x * R, tile % tiles_x * C
+    own_y, own_x = tile_y + tile_rows(R, C), tile_x + tile_columns(R, C)
+    tokens, valid = locate_tile(tile_y, tile_x, height, width, R, C, True)
+    tokens += text_length
+    sequence = text_length + height * width
+
+    grad += batch * grad_batch + head * grad_head
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    g = load_rows(grad, grad_token, tokens, valid, head_dim, D, EVEN_D)
+    q = load_rows(query, query_token, tokens, valid, head_dim, D, EVEN_D)
+    row = plane.to(tl.int64) * sequence
+    row_lse = tl.load(lse + row + tokens, mask=valid, other=0.0)
+    row_delta = tl.load(delta + row + tokens, mask=valid, other=0.0)
+
+    query_sum = tl.zeros([M, D], tl.float32)
+    query_sum = walk_keys(
+        query_sum, q, g, row_lse, row_delta, key, value, key_token, value_token, 0, text_length,
+        scale_log2, head_dim, N, D, EVEN_D, STAGES,
+    )  # fmt: skip
+    pooled = (batch * pooled_length * heads + head) * head_dim
+    query_sum = walk_keys(
+        query_sum, q, g, row_lse, row_delta, pooled_key + pooled, pooled_value + pooled,
+        heads * head_dim, heads * head_dim, 0, pooled_length,
+        scale_log2, head_dim, N, D, EVEN_D, STAGES,
+    )  # fmt: skip
+    if not DESCRIPTOR:
+        image_key += batch * key_batch + head * key_head
+        image_value += batch * value_batch + head * value_head
+    row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
+    entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
+    begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    query_sum = walk_key_tiles(
+        query_sum, q, g, row_lse, row_delta, image_key, image_value, key_token, value_token,
+        offsets, begin, border, item, place, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
+    )  # fmt: skip
+    query_sum = walk_key_tiles(
+        query_sum, q, g, row_lse, row_delta, image_key, image_value, key_token, value_token,
+        offsets, border, end, item, place, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
+    )  # fmt: skip
+    grad_query += (batch * sequence * heads + head) * head_dim
+    store_rows(grad_query, heads * head_dim, tokens, valid, query_sum * scale, head_dim, D, EVEN_D)
+
+
+@triton.jit
+def image_key_backward(
+    grad, query, key, value, image_query, image_grad, lse, delta, grad_key, grad_value,
+    offsets, ranges, row_class, column_class,
+    grad_batch, grad_token, grad_head, query_batch, query_token, query_head,
+    key_batch, key_token, key_head, value_batch, value_token, value_head,
+    heads, head_dim, height, width, text_length,
+    tiles_x, tiles, column_classes, radius2, scale, scale_log2,
+    R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
+    D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the image keys and values; one program per key tile, head and batch item.
+
+    The disc is symmetric: the lists of `image_query_backward` are read with the roles exchanged.
+    """
+    M: tl.constexpr = R * C
+    N: tl.constexpr = STEP_R * STEP_C
+    tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    item, place = plane // heads, plane % heads
+    batch, head = item.to(tl.int64), place.to(tl.int64)
+    tile_y, tile_x = tile // tiles_x * R, tile % tiles_x * C
+    own_y, own_x = tile_y + tile_rows(R, C), tile_x + tile_columns(R, C)
+    tokens, valid = locate_tile(tile_y, tile_x, height, width, R, C, True)
+    tokens += text_length
+    sequence = text_length + height * width
+
+    grad += batch * grad_batch + head * grad_head
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    lse += plane.to(tl.int64) * sequence
+    delta += plane.to(tl.int64) * sequence
+    k = load_rows(key, key_token, tokens, valid, head_dim, D, EVEN_D)
+    v = load_rows(value, value_token, tokens, valid, head_dim, D, EVEN_D)
+
+    key_sum = tl.zeros([M, D], tl.float32)
+    value_sum = tl.zeros([M, D], tl.float32)
+    key_sum, value_sum = walk_queries(
+        key_sum, value_sum, k, v, query, grad, lse, delta, query_token, grad_token, 0, text_length,
+        scale_log2, head_dim, N, D, EVEN_D, STAGES,
+    )  # fmt: skip
+    if not DESCRIPTOR:
+        image_query += batch * query_batch + head * query_head
+        image_grad += batch * grad_batch + head * grad_head
+    lse += text_length
+    delta += text_length
+    row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
+    entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
+    begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    key_sum, value_sum = walk_query_tiles(
+        key_sum, value_sum, k, v, image_query, image_grad, lse, delta, query_token, grad_token,
+        offsets, begin, border, item, place, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
+    )  # fmt: skip
+    key_sum, value_sum = walk_query_tiles(
+        key_sum, value_sum, k, v, image_query, image_grad, lse, delta, query_token, grad_token,
+        offsets, border, end, item, place, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
+    )  # fmt: skip
+    start = (batch * sequence * heads + head) * head_dim
+    store_rows(
+        grad_key + start, heads * head_dim, tokens, valid, key_sum * scale, head_dim, D, EVEN_D
+    )
+    store_rows(grad_value + start, heads * head_dim, tokens, valid, value_sum, head_dim, D, EVEN_D)
+
+
+@triton.jit
+def text_query_backward(
+    grad, query, key, value, lse, delta, part,
+    grad_batch, grad_token, grad_head, query_batch, query_token, query_head,
+    key_batch, key_token, key_head, value_batch, value_token, value_head, part_split, part_batch,
+    heads, head_dim, text_length, first_key, sequence, keys_per_split, blocks, planes,
+    scale, scale_log2,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a block of text queries from one split of the keys from `first_key` on.
+
+    part: (splits, batch, text, heads, head_dim); strides part_split and part_batch, else
+    contiguous.
+    """
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    plane, split = rest % planes, rest // planes
+    batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
+    tokens = block * M + tl.arange(0, M)
+    valid = tokens < text_length
+    grad += batch * grad_batch + head * grad_head
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    g = load_rows(grad, grad_token, tokens, valid, head_dim, D, EVEN_D)
+    q = load_rows(query, query_token, tokens, valid, head_dim, D, EVEN_D)
+    row = plane.to(tl.int64) * sequence
+    row_lse = tl.load(lse + row + tokens, mask=valid, other=0.0)
+    row_delta = tl.load(delta + row + tokens, mask=valid, other=0.0)
+
+    begin = first_key + split * keys_per_split
+    end = tl.minimum(begin + keys_per_split, sequence)
+    query_sum = walk_keys(
+        tl.zeros([M, D], tl.float32), q, g, row_lse, row_delta, key, value, key_token, value_token,
+        begin, end, scale_log2, head_dim, N, D, EVEN_D, STAGES,
+    )  # fmt: skip
+    part += split.to(tl.int64) * part_split + batch * part_batch + head * head_dim
+    store_rows(part, heads * head_dim, tokens, valid, query_sum * scale, head_dim, D, EVEN_D)
+
+
+@triton.jit
+def common_key_backward(
+    grad, query, key, value, lse, delta, key_part, value_part,
+    grad_batch, grad_token, grad_head, query_batch, query_token, query_head,
+    key_batch, key_token, key_head, value_batch, value_token, value_head, part_split, part_batch,
+    heads, head_dim, key_length, first_query, sequence, queries_per_split, blocks, planes,
+    scale, scale_log2,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of keys and values that every query from `first_query` on sees.
+
+    key, value: (batch, key_length or more, heads, head_dim), the text's or the pooled ones.
+    key_part, value_part: (splits, batch, key_length, heads, head_dim); strides part_split and
+    part_batch, else contiguous.
+    """
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    plane, split = rest % planes, rest // planes
+    batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
+    tokens = block * M + tl.arange(0, M)
+    valid = tokens < key_length
+    grad += batch * grad_batch + head * grad_head
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    lse += plane.to(tl.int64) * sequence
+    delta += plane.to(tl.int64) * sequence
+    k = load_rows(key, key_token, tokens, valid, head_dim, D, EVEN_D)
+    v = load_rows(value, value_token, tokens, valid, head_dim, D, EVEN_D)
+
+    begin = first_query + split * queries_per_split
+    end = tl.minimum(begin + queries_per_split, sequence)
+    key_sum = tl.zeros([M, D], tl.float32)
+    value_sum = tl.zeros([M, D], tl.float32)
+    key_sum, value_sum = walk_queries(
+        key_sum, value_sum, k, v, query, grad, lse, delta, query_token, grad_token, begin, end,
+        scale_log2, head_dim, N, D, EVEN_D, STAGES,
+    )  # fmt: skip
+    start = split.to(tl.int64) * part_split + batch * part_batch + head * head_dim
+    store_rows(
+        key_part + start, heads * head_dim, tokens, valid, key_sum * scale, head_dim, D, EVEN_D
+    )
+    store_rows(value_part + start, heads * head_dim, tokens, valid, value_sum, head_dim, D, EVEN_D)
+
+
+def split_walk(length: int, step: int, owners: int, programs: int) -> tuple[int, int]:
+    """Into how many splits of how many tokens a walk goes, so that there are `programs`.
+
+    The size is a multiple of `step` and no split is empty.
+    """
+    wanted = min(MOST_SPLITS, triton.cdiv(programs, owners))
+    size = triton.cdiv(triton.cdiv(length, wanted), step) * step
+    return triton.cdiv(length, size), size
+
+
+def _parts(target: torch.Tensor, splits: int) -> torch.Tensor:
+    """Where splits write their sums: the target itself if there is only one."""
+    if splits == 1:
+        return target.unsqueeze(0)
+    return torch.empty(splits, *target.shape, dtype=torch.float32, device=target.device)
+
+
+def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Batch, token and head strides."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+
+@dataclass(frozen=True)
+class _Walked:
+    """What the launches of one backward pass share; lse and delta as `prepare_rows` writes them."""
+
+    grad: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+    scale: float
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Their number, and their channels."""
+        return self.query.shape[2], self.query.shape[3]
+
+    @property
+    def planes(self) -> int:
+        """Heads of all batch items."""
+        return self.query.shape[0] * self.query.shape[2]
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        return self.scale, self.scale * math.log2(math.e)
+
+
+def _walk_image(
+    kernel: Any,
+    config: TileConfig,
+    walked: _Walked,
+    window: tuple[int, int, int, int],
+    more: Sequence[torch.Tensor],
+    visited: tuple[torch.Tensor, torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    more_lengths: Sequence[int],
+) -> None:
+    """Launch a kernel whose programs own tiles; `visited` are the two tensors its lists lead to.
+
+    window: height, width, text length, radius; more: inputs of this kernel only.
+    """
+    height, width, text_length, radius = window
+    tiling, size = config.tiling, channels(walked.heads[1])
+    lists = visits(height, width, radius, tiling, walked.query.device)
+    tiles_x = lists.column_class.numel()
+    tiles = lists.row_class.numel() * tiles_x
+    images: list[Any] = [tokens[:, text_length:] for tokens in visited]
+    descriptor = config.descriptor and all(map(readable_by_descriptor, images))
+    if descriptor:
+        block = [1, tiling.step_rows, tiling.step_columns, 1, size["D"]]
+        images = [
+            TensorDescriptor.from_tensor(image.unflatten(1, (height, width)), block)
+            for image in images
+        ]
+    four = (walked.grad, walked.query, walked.key, walked.value)
+    kernel[(tiles * walked.planes,)](
+        *four, *more, *images, walked.lse, walked.delta, *targets,
+        lists.offsets, lists.ranges, lists.row_class, lists.column_class, *_strides(*four),
+        *walked.heads, height, width, text_length, *more_lengths,
+        tiles_x, tiles, lists.ranges.shape[1], radius**2, *walked.scales,
+        R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
+        **size, DESCRIPTOR=descriptor, STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+    )  # fmt: skip
+
+
+def _walk_runs(
+    kernel: Any,
+    config: RunConfig,
+    walked: _Walked,
+    programs: int,
+    owners: int,
+    first: int,
+    targets: Sequence[torch.Tensor],
+) -> None:
+    """Launch a kernel whose owners walk all tokens from `first` on, and add up the splits."""
+    sequence = walked.query.shape[1]
+    blocks = triton.cdiv(owners, config.block)
+    splits, split_size = split_walk(sequence - first, config.step, blocks * walked.planes, programs)
+    parts = [_parts(target, splits) for target in targets]
+    four = (walked.grad, walked.query, walked.key, walked.value)
+    kernel[(blocks * walked.planes * splits,)](
+        *four, walked.lse, walked.delta, *parts, *_strides(*four), *parts[0].stride()[:2],
+        *walked.heads, owners, first, sequence, split_size, blocks, walked.planes, *walked.scales,
+        M=config.block, N=config.step, **channels(walked.heads[1]), STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+    )  # fmt: skip
+    for target, part in zip(targets, parts, strict=True):
+        if splits > 1:
+            target.copy_(part.sum(0))
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    height: int,
+    width: int,
+    text_length: int,
+    radius: int,
+    scale: float,
+    config: BackwardConfig,
+    programs: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of CLEAR attention.
+
+    Args:
+        grad: gradient of `out`.
+        query, key, value, out, grad: (batch, text + image, heads, head_dim), float16, bfloat16 or
+            float32, any strides but channels side by side; summed in float32.
+        pooled_key, pooled_value: (batch, pooled, heads, head_dim), contiguous; pooled may be 0.
+        lse: float32 (batch, text + image, heads), contiguous: natural-log log-sum-exp of the
+            scaled scores of all keys a query sees.
+        height, width, text_length, radius: in tokens, as in `Window` (the radius: `disc_radius`).
+        scale: factor on query times key.
+        config: shapes of the kernels.
+
+    Returns:
+        Gradients of query, key, value, pooled_key and pooled_value, contiguous, in their dtype.
+    """
+    batch, sequence, heads, head_dim = query.shape
+    pooled_length = pooled_key.shape[1]
+    grad_query, grad_key, grad_value, grad_pooled_key, grad_pooled_value = grads = (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        torch.empty_like(key, memory_format=torch.contiguous_format),
+        torch.empty_like(value, memory_format=torch.contiguous_format),
+        torch.empty_like(pooled_key),
+        torch.empty_like(pooled_value),
+    )
+    lse_log2, delta = torch.empty(
+        2, batch, heads, sequence, dtype=torch.float32, device=query.device
+    ).unbind()
+    blocks = triton.cdiv(sequence * heads, PREPARE_ROWS)
+    prepare_rows[(blocks * batch,)](
+        grad, out, lse, lse_log2, delta, *_strides(grad, out), heads, head_dim, sequence, blocks,
+        M=PREPARE_ROWS, **channels(head_dim), **OPTIONS,
+    )  # fmt: skip
+
+    walked = _Walked(grad, query, key, value, lse_log2, delta, scale)
+    window = height, width, text_length, radius
+    _walk_image(
+        image_query_backward, config.query, walked, window,
+        (pooled_key, pooled_value), (key, value), (grad_query,), (pooled_length,),
+    )  # fmt: skip
+    _walk_image(
+        image_key_backward, config.key, walked, window,
+        (), (query, grad), (grad_key, grad_value), (),
+    )  # fmt: skip
+    if text_length:
+        text = [x[:, :text_length] for x in (grad_query, grad_key, grad_value)]
+        _walk_runs(
+            text_query_backward, config.text_query, walked, programs,
+            text_length, 0, text[:1],
+        )  # fmt: skip
+        _walk_runs(
+            common_key_backward, config.common_key, walked, programs,
+            text_length, 0, text[1:],
+        )  # fmt: skip
+    if pooled_length:
+        _walk_runs(
+            common_key_backward, config.common_key,
+            replace(walked, key=pooled_key, value=pooled_value), programs,
+            pooled_length, text_length, (grad_pooled_key, grad_pooled_value),
+        )  # fmt: skip
+    return grads

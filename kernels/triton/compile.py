@@ -1,0 +1,132 @@
+"""Compile launches ahead of time for GPUs that are not there, and read what they need.
+
+    with compile_only("sm_90") as kernels:
+        image_attention(...)  # meta tensors will do
+    print([usage(kernel) for kernel in kernels])
+
+Within the context a launch compiles exactly what it would run and runs nothing. Not for a process
+in interpreter mode.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: of a thread.
+        stack: bytes of a thread, in local memory.
+        loop_spills: loads and stores of local memory inside loops, where they cost time.
+        shared: bytes of shared memory of a program.
+        wgmma: Hopper's warp-group products are used.
+    """
+
+    name: str
+    registers: int
+    stack: int
+    loop_spills: int
+    shared: int
+    wgmma: bool
+
+
+@contextmanager
+def compile_only(target: str) -> Iterator[list[Any]]:
+    """Make launches compile for a target of TARGETS; yields the list the kernels come to."""
+    kernels: list[Any] = []
+    stub = SimpleNamespace(
+        get_current_device=lambda: target,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: TARGETS[target],
+    )
+    run, active = JITFunction.run, driver._active
+
+    def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels.append(kernel)
+        return kernel
+
+    JITFunction.run = compile_launch
+    driver.set_active(stub)
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def usage(kernel: Any) -> Usage:
+    """Registers, stack, spills and shared memory of a kernel compiled by `compile_only`."""
+    if "cubin" in kernel.asm:
+        registers, stack, spills = _nvidia(kernel.asm["cubin"])
+    else:
+        registers, stack, spills = _amd(kernel.asm["amdgcn"])
+    return Usage(
+        kernel.name,
+        registers,
+        stack,
+        spills,
+        kernel.metadata.shared,
+        "wgmma.mma_async" in kernel.asm.get("ptx", ""),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
+        assert found is not None
+        spills = _loop_spills(_tool("nvdisasm", "-c", file.name)) if int(found[2]) else 0
+    return int(found[1]), int(found[2]), spills
+
+
+def _loop_spills(listing: str) -> int:
+    """Local loads and stores between a label and a branch back to it."""
+    lines = listing.splitlines()
+    labels = {
+        match[1]: number
+        for number, line in enumerate(lines)
+        if (match := re.match(r"\s*(\.L_x_\d+):", line))
+    }
+    loops = set()
+    for number, line in enumerate(lines):
+        match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if match and labels.get(match[1], number) < number:
+            loops.update(range(labels[match[1]], number))
+    return sum(bool(re.search(r"\b(STL|LDL)\b", lines[number])) for number in loops)
+
+
+def _amd(listing: str) -> tuple[int, int, int]:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", listing)
+        assert found is not None, name
+        return int(found[1])
+
+    return field("vgpr_count"), field("private_segment_fixed_size"), field("vgpr_spill_count")

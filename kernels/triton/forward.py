@@ -1,0 +1,190 @@
+"""CLEAR attention of image queries: two-dimensional tiles, straight out of raster order.
+
+A program owns one tile of queries of one head. It attends to the text keys, to the pooled keys,
+then to the key tiles of its list (geometry.py): without a mask where all is inside the disc, with
+one comparison per pair elsewhere. Nothing is permuted and no mask is stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LN_2,
+    LOWEST,
+    disc_mask,
+    load_rows,
+    online_softmax,
+    store_rows,
+    tile_columns,
+    tile_rows,
+)
+
+
+@triton.jit
+def attend_block(query, key, value, mask, row_max, row_sum, acc, scale_log2, MASKED: tl.constexpr):
+    """Softmax attention of [M, D] queries over one more block of [N, D] keys."""
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    if MASKED:
+        scores = tl.where(mask, scores, float("-inf"))
+    probability, factor, row_max, row_sum = online_softmax(scores, row_max, row_sum)
+    acc = acc * factor[:, None]
+    acc = tl.dot(probability.to(value.dtype), value, acc, input_precision="ieee")
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def attend_run(
+    query, row_max, row_sum, acc, key, value, key_stride, value_stride, begin, end,
+    scale_log2, head_dim,
+    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention over the tokens begin..end of one head, all visible. EVEN: (end - begin) % N == 0.
+
+    key, value: pointers to token 0 of the head.
+    """
+    lane = tl.arange(0, N)
+    full = begin + (end - begin) // N * N
+    everything = tl.full([N], True, tl.int1)
+    for start in tl.range(begin, full, N, num_stages=STAGES):
+        k = load_rows(key, key_stride, start + lane, everything, head_dim, D, EVEN_D)
+        v = load_rows(value, value_stride, start + lane, everything, head_dim, D, EVEN_D)
+        row_max, row_sum, acc = attend_block(
+            query, k, v, everything, row_max, row_sum, acc, scale_log2, False
+        )
+    if not EVEN:
+        for start in tl.range(full, end, N, num_stages=1):
+            valid = start + lane < end
+            k = load_rows(key, key_stride, start + lane, valid, head_dim, D, EVEN_D)
+            v = load_rows(value, value_stride, start + lane, valid, head_dim, D, EVEN_D)
+            row_max, row_sum, acc = attend_block(
+                query, k, v, valid[None, :], row_max, row_sum, acc, scale_log2, True
+            )
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def load_tile(
+    image, stride, batch, head, y, x, height, width, head_dim,
+    R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
+    CLIP: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Image tokens of the R x C tile at (y, x), [R * C, D]; zero beyond the border.
+
+    image: a tensor descriptor of (batch, rows, columns, heads, head_dim), or a pointer to the first
+    image token of the head. Without CLIP the tile is known to lie inside.
+    """
+    if DESCRIPTOR:
+        return tl.reshape(image.load([batch, y, x, head, 0]), [R * C, D])
+    else:
+        rows, columns = y + tile_rows(R, C), x + tile_columns(R, C)
+        valid = tl.full([R * C], True, tl.int1)
+        if CLIP:
+            valid = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        return load_rows(image, stride, rows * width + columns, valid, head_dim, D, EVEN_D)
+
+
+@triton.jit
+def attend_tiles(
+    query, row_max, row_sum, acc, image_key, image_value, key_stride, value_stride,
+    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+    scale_log2, head_dim,
+    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention over the key tiles begin..end of the lists in `offsets`."""
+    for step in tl.range(begin, end, num_stages=STAGES):
+        y = tile_y + tl.load(offsets + 2 * step)
+        x = tile_x + tl.load(offsets + 2 * step + 1)
+        k = load_tile(
+            image_key, key_stride, batch, head, y, x, height, width, head_dim,
+            R, C, D, EVEN_D, MASKED, DESCRIPTOR,
+        )  # fmt: skip
+        v = load_tile(
+            image_value, value_stride, batch, head, y, x, height, width, head_dim,
+            R, C, D, EVEN_D, MASKED, DESCRIPTOR,
+        )  # fmt: skip
+        mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C)
+        row_max, row_sum, acc = attend_block(
+            query, k, v, mask, row_max, row_sum, acc, scale_log2, MASKED
+        )
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def image_forward(
+    query, key, value, pooled_key, pooled_value, image_key, image_value, out, lse,
+    offsets, ranges, row_class, column_class,
+    query_batch, query_token, query_head, key_batch, key_token, key_head,
+    value_batch, value_token, value_head,
+    heads, head_dim, height, width, text_length, pooled_length,
+    tiles_x, tiles, column_classes, radius2, scale_log2,
+    R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr,
+    POOLED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of all image queries; one program per tile, head and batch item.
+
+    query, key, value: (batch, text + image, heads, head_dim) with strides query_batch, query_token,
+    query_head and so on; pooled_key, pooled_value, out, lse: contiguous. image_key, image_value:
+    tensor descriptors where DESCRIPTOR, else pointers to the first image token.
+    """
+    M: tl.constexpr = R * C
+    tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    batch, head = plane // heads, plane % heads
+    tile_y, tile_x = tile // tiles_x * R, tile % tiles_x * C
+    own_y, own_x = tile_y + tile_rows(R, C), tile_x + tile_columns(R, C)
+    valid = (own_y < height) & (own_x < width)
+    # Beyond the border a token of the border stands in; it is not stored.
+    own_y, own_x = tl.minimum(own_y, height - 1), tl.minimum(own_x, width - 1)
+    tokens = text_length + own_y * width + own_x
+    everything = tl.full([M], True, tl.int1)
+
+    wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
+    query += wide_batch * query_batch + wide_head * query_head
+    key += wide_batch * key_batch + wide_head * key_head
+    value += wide_batch * value_batch + wide_head * value_head
+    q = load_rows(query, query_token, tokens, everything, head_dim, D, EVEN_D)
+
+    row_max = tl.full([M], LOWEST, tl.float32)
+    row_sum = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    row_max, row_sum, acc = attend_run(
+        q, row_max, row_sum, acc, key, value, key_token, value_token, 0, text_length,
+        scale_log2, head_dim, N, D, EVEN_D, EVEN_TEXT, STAGES,
+    )  # fmt: skip
+    if POOLED:
+        plane_start = (wide_batch * pooled_length * heads + head) * head_dim
+        row_max, row_sum, acc = attend_run(
+            q, row_max, row_sum, acc, pooled_key + plane_start, pooled_value + plane_start,
+            heads * head_dim, heads * head_dim, 0, pooled_length,
+            scale_log2, head_dim, N, D, EVEN_D, False, STAGES,
+        )  # fmt: skip
+
+    if not DESCRIPTOR:
+        image_key += wide_batch * key_batch + wide_head * key_head
+        image_value += wide_batch * value_batch + wide_head * value_head
+    row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
+    entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
+    begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    row_max, row_sum, acc = attend_tiles(
+        q, row_max, row_sum, acc, image_key, image_value, key_token, value_token,
+        offsets, begin, border, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
+    )  # fmt: skip
+    row_max, row_sum, acc = attend_tiles(
+        q, row_max, row_sum, acc, image_key, image_value, key_token, value_token,
+        offsets, border, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
+    )  # fmt: skip
+
+    sequence = text_length + height * width
+    row = wide_batch * sequence * heads + head
+    store_rows(
+        out + row * head_dim, heads * head_dim, tokens, valid, acc / row_sum[:, None],
+        head_dim, D, EVEN_D,
+    )  # fmt: skip
+    logsumexp = (row_max + tl.log2(row_sum)) * LN_2
+    tl.store(lse + row + tokens.to(tl.int64) * heads, logsumexp, mask=valid)

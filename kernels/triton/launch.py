@@ -1,0 +1,116 @@
+"""From tensors to kernel launches: the forward pass of CLEAR attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .dense import text_forward, text_merge
+from .forward import image_forward
+from .geometry import visits
+from .tables import ForwardConfig, RunConfig
+
+# More parts than this cost more memory and merging than they gain in even load.
+MOST_SPLITS = 32
+MERGE_ROWS = 16
+# Multiply-add in one instruction: Triton's default up to 3.9, chosen here on purpose.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+def channels(head_dim: int) -> dict[str, int | bool]:
+    """The power of two that holds head_dim, and whether it is head_dim."""
+    block = max(16, triton.next_power_of_2(head_dim))
+    return {"D": block, "EVEN_D": block == head_dim}
+
+
+def readable_by_descriptor(tokens: torch.Tensor) -> bool:
+    """Whether tensor descriptors can read (batch, sequence, heads, head_dim) tokens (TMA's rules).
+
+    Text may come first: a token is then a multiple of 16 bytes too.
+    """
+    size = tokens.element_size()
+    strides = all(stride * size % 16 == 0 for stride in tokens.stride()[:3])
+    return strides and tokens.data_ptr() % 16 == 0 and tokens.stride(-1) == 1
+
+
+def image_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    height: int,
+    width: int,
+    text_length: int,
+    radius: int,
+    scale: float,
+    config: ForwardConfig,
+) -> None:
+    """Write the image tokens' part of `out` and `lse`, both contiguous."""
+    batch, _, heads, head_dim = query.shape
+    tiling = config.tiling
+    found = visits(height, width, radius, tiling, query.device)
+    size = channels(head_dim)
+    image_key, image_value = key[:, text_length:], value[:, text_length:]
+    if config.descriptor:
+        block = [1, tiling.step_rows, tiling.step_columns, 1, size["D"]]
+        image_key, image_value = (
+            TensorDescriptor.from_tensor(image.unflatten(1, (height, width)), block)
+            for image in (image_key, image_value)
+        )
+    tiles_y, tiles_x = found.row_class.numel(), found.column_class.numel()
+    image_forward[(tiles_y * tiles_x * heads * batch,)](
+        query, key, value, pooled_key, pooled_value, image_key, image_value, out, lse,
+        found.offsets, found.ranges, found.row_class, found.column_class,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        heads, head_dim, height, width, text_length, pooled_key.shape[1],
+        tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius**2, scale * math.log2(math.e),
+        R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
+        N=config.dense_keys, **size, EVEN_TEXT=text_length % config.dense_keys == 0,
+        POOLED=pooled_key.shape[1] > 0, DESCRIPTOR=config.descriptor, STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+    )  # fmt: skip
+
+
+def text_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    text_length: int,
+    scale: float,
+    config: RunConfig,
+    programs: int,
+) -> None:
+    """Write the text tokens' part of `out` and `lse`, both contiguous.
+
+    programs: how many the device should have; the keys are split accordingly.
+    """
+    batch, sequence, heads, head_dim = query.shape
+    size = channels(head_dim)
+    blocks, planes = triton.cdiv(text_length, config.block), batch * heads
+    splits = min(MOST_SPLITS, triton.cdiv(programs, blocks * planes))
+    per_split = triton.cdiv(triton.cdiv(sequence, splits), config.step) * config.step
+    splits = triton.cdiv(sequence, per_split)
+    part_out = query.new_empty(splits, batch, text_length, heads, head_dim, dtype=torch.float32)
+    part_lse = part_out.new_empty(part_out.shape[:-1])
+    text_forward[(blocks * planes * splits,)](
+        query, key, value, part_out, part_lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        heads, head_dim, text_length, sequence, per_split, blocks, planes,
+        scale * math.log2(math.e),
+        M=config.block, N=config.step, **size, STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+    )  # fmt: skip
+    rows = batch * text_length * heads
+    text_merge[(triton.cdiv(rows, MERGE_ROWS),)](
+        part_out, part_lse, out, lse,
+        rows, text_length * heads, sequence * heads, splits, head_dim,
+        M=MERGE_ROWS, **size, num_warps=4, **OPTIONS,
+    )  # fmt: skip

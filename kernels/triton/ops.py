@@ -1,0 +1,100 @@
+"""CLEAR attention by Triton kernels: linear memory, no mask tensor, forward and backward."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ..opaque import attention_op, channels_contiguous, run_attention_op
+from ..window import Window
+from . import tables
+from .backward import attention_backward
+from .device import architecture, programs
+from .launch import channels, image_attention, readable_by_descriptor, text_attention
+from .tuning import choose
+
+
+def triton_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window,
+    *,
+    scale: float,
+    spatial_weight: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Triton's CLEAR attention; arguments are those of `local_attention`.
+
+    Returns:
+        (out, lse), whether or not `return_lse` asks for both. Only `out` carries gradients.
+    """
+    return run_attention_op(_op, query, key, value, window, scale, spatial_weight)
+
+
+def _table_key(query: torch.Tensor) -> tuple[str, int, int]:
+    """What the tables are asked by: architecture, channels, element size."""
+    return architecture(query.device), int(channels(query.shape[-1])["D"]), query.element_size()
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    height: int,
+    width: int,
+    text_length: int,
+    radius: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value = channels_contiguous(query, key, value)
+    pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    if text_length:
+        text_attention(
+            query, key, value, out, lse, text_length, scale,
+            tables.text_config(*_table_key(query)), programs(query.device),
+        )  # fmt: skip
+    run = partial(
+        image_attention, query, key, value, pooled_key, pooled_value, out, lse,
+        height, width, text_length, radius, scale,
+    )  # fmt: skip
+    entries = tables.forward_configs(*_table_key(query))
+    if not all(map(readable_by_descriptor, (key, value))):
+        entries = tuple(entry for entry in entries if not entry.descriptor)
+    kind = (
+        query.device, query.dtype, query.shape[-1], radius, text_length > 0, pooled_key.shape[1] > 0
+    )  # fmt: skip
+    run(choose(entries, kind, run))
+    return out, lse
+
+
+def _backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    height: int,
+    width: int,
+    text_length: int,
+    radius: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, query, key, value = channels_contiguous(grad, query, key, value)
+    pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
+    return attention_backward(
+        grad, query, key, value, pooled_key, pooled_value, out, lse,
+        height=height, width=width, text_length=text_length, radius=radius, scale=scale,
+        config=tables.backward_config(*_table_key(query)), programs=programs(query.device),
+    )  # fmt: skip
+
+
+_op = attention_op("triton", _forward, _backward)

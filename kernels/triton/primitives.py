@@ -1,0 +1,88 @@
+"""What the attention kernels share: tiles of tokens, the disc, the online softmax.
+
+Names: M owner tokens of a program, N visited tokens of a step, D channels (a power of two), R x C
+the rows and columns of a tile. Scores are in units of log2, so that exp2 serves.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Of a row that has met no key yet: finite, so that the first masked keys do no harm.
+LOWEST = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def tile_rows(R: tl.constexpr, C: tl.constexpr):
+    """Row of every token of a tile, int32 [R * C]."""
+    return tl.arange(0, R * C) // C
+
+
+@triton.jit
+def tile_columns(R: tl.constexpr, C: tl.constexpr):
+    """Column of every token of a tile, int32 [R * C]."""
+    return tl.arange(0, R * C) % C
+
+
+@triton.jit
+def load_rows(pointer, stride, tokens, valid, head_dim, D: tl.constexpr, EVEN_D: tl.constexpr):
+    """Tokens of one head, [tokens, D]; zero where not `valid` and beyond `head_dim`."""
+    channel = tl.arange(0, D)
+    pointers = pointer + tokens.to(tl.int64)[:, None] * stride + channel[None, :]
+    if EVEN_D:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    return tl.load(pointers, mask=valid[:, None] & (channel < head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    pointer, stride, tokens, valid, value, head_dim, D: tl.constexpr, EVEN_D: tl.constexpr
+):
+    """Inverse of `load_rows`, in the dtype of `pointer`."""
+    channel = tl.arange(0, D)
+    pointers = pointer + tokens.to(tl.int64)[:, None] * stride + channel[None, :]
+    mask = valid[:, None]
+    if not EVEN_D:
+        mask = mask & (channel < head_dim)[None, :]
+    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def disc_mask(
+    own_y, own_x, y, x, height, width, radius2,
+    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CLIP: tl.constexpr = True,
+):  # fmt: skip
+    """Which tokens of the R x C tile at (y, x) the owners' discs contain, bool [M, R * C].
+
+    Rows and columns are squared apart, so that one comparison is left for each pair. What lies
+    beyond the border is as far away as can be; without CLIP the caller sees to the border.
+    """
+    visited_y = y + tl.arange(0, R)
+    visited_x = x + tl.arange(0, C)
+    dy = own_y[:, None] - visited_y[None, :]  # [M, R]
+    dx = own_x[:, None] - visited_x[None, :]  # [M, C]
+    room = radius2 - dy * dy
+    dx2 = dx * dx
+    if CLIP:
+        real_y = (visited_y >= 0) & (visited_y < height)
+        real_x = (visited_x >= 0) & (visited_x < width)
+        room = tl.where(real_y[None, :], room, 0)
+        dx2 = tl.where(real_x[None, :], dx2, radius2)
+    inside = dx2[:, None, :] < room[:, :, None]
+    return tl.reshape(inside, [M, R * C])
+
+
+@triton.jit
+def online_softmax(scores, row_max, row_sum):
+    """One step of softmax over keys that arrive block by block (arXiv 2205.14135, algorithm 1).
+
+    Returns the block's unnormalised probabilities, the factor for what was summed before, and the
+    new maximum and sum of each row.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    factor = tl.exp2(row_max - new_max)
+    probability = tl.exp2(scores - new_max[:, None])
+    return probability, factor, new_max, row_sum * factor + tl.sum(probability, 1)

@@ -1,0 +1,188 @@
+"""Tile shapes, warps and stages per architecture: data, and what picks among them.
+
+Chosen by what the compiler says of them (benchmarks/results/triton-compile.json: registers, spills,
+shared memory) and by the work beyond the window's that they do (`executed_keys`), not by a clock.
+The first of a list is the default, the second is tried against it on a GPU (tuning.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .geometry import Tiling
+
+# Shared memory a program may have, bytes: CUDA C++ programming guide, table of compute
+# capabilities; AMD CDNA 3 instruction set, local data share.
+SHARED_MEMORY = {
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
+    "gfx942": 65536,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Of the image queries' kernel.
+
+    Attributes:
+        tiling: query tile and key tile, in tokens.
+        dense_keys: text or pooled keys of a step.
+        num_warps, num_stages: of a program and of its loops.
+        descriptor: image keys come by tensor descriptor (TMA) where strides allow.
+    """
+
+    tiling: Tiling
+    dense_keys: int
+    num_warps: int
+    num_stages: int
+    descriptor: bool = False
+
+    @property
+    def name(self) -> str:
+        """For the pin and for reports, such as q8x8-k8x8-d64-w4-s3-tma."""
+        tile = self.tiling
+        return (
+            f"q{tile.rows}x{tile.columns}-k{tile.step_rows}x{tile.step_columns}"
+            f"-d{self.dense_keys}-w{self.num_warps}-s{self.num_stages}" + "-tma" * self.descriptor
+        )
+
+    def shared_memory(self, channels: int, element_size: int) -> int:
+        """Bytes of shared memory, about: the queries, and keys and values of every stage."""
+        tile = self.tiling
+        keys = max(self.dense_keys, tile.step_rows * tile.step_columns)
+        queries = tile.rows * tile.columns
+        return (queries + 2 * self.num_stages * keys) * channels * element_size
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Of a kernel of gradients whose programs own tiles of the image; see `ForwardConfig`."""
+
+    tiling: Tiling
+    num_warps: int
+    num_stages: int
+    descriptor: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Of a kernel whose programs own `block` tokens and visit runs of `step` tokens."""
+
+    block: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Of the kernels of gradients.
+
+    Attributes:
+        query: of image queries.
+        key: of image keys and values.
+        text_query: of text queries.
+        common_key: of text and pooled keys and values.
+    """
+
+    query: TileConfig
+    key: TileConfig
+    text_query: RunConfig
+    common_key: RunConfig
+
+
+_SQUARE, _WIDE = Tiling(8, 8, 8, 8), Tiling(8, 16, 8, 8)
+_HALF, _QUARTER, _TINY = Tiling(8, 8, 4, 8), Tiling(4, 8, 4, 8), Tiling(4, 4, 4, 4)
+
+# float16 and bfloat16, head_dim to 128.
+FORWARD = {
+    "sm_80": (ForwardConfig(_SQUARE, 64, 4, 2), ForwardConfig(_WIDE, 64, 8, 2)),
+    "sm_86": (ForwardConfig(_SQUARE, 64, 4, 2), ForwardConfig(_WIDE, 64, 8, 2)),
+    "sm_89": (ForwardConfig(_SQUARE, 64, 4, 2), ForwardConfig(_WIDE, 64, 8, 2)),
+    "sm_90": (
+        ForwardConfig(_SQUARE, 64, 4, 3, descriptor=True),
+        ForwardConfig(_WIDE, 64, 8, 2, descriptor=True),
+        ForwardConfig(_SQUARE, 64, 4, 2),
+    ),
+    "sm_100": (
+        ForwardConfig(_SQUARE, 64, 4, 2, descriptor=True),
+        ForwardConfig(_WIDE, 64, 8, 2, descriptor=True),
+        ForwardConfig(_SQUARE, 64, 4, 2),
+    ),
+    "gfx942": (ForwardConfig(_SQUARE, 64, 4, 1), ForwardConfig(_WIDE, 64, 8, 1)),
+}
+TEXT = {
+    "sm_80": RunConfig(64, 32, 4, 2),
+    "sm_86": RunConfig(64, 32, 4, 2),
+    "sm_89": RunConfig(64, 32, 4, 2),
+    "sm_90": RunConfig(128, 64, 8, 3),
+    "sm_100": RunConfig(128, 64, 8, 3),
+    "gfx942": RunConfig(128, 64, 8, 1),
+}
+_LONG = RunConfig(128, 64, 8, 2)
+BACKWARD = {
+    "sm_80": BackwardConfig(TileConfig(_SQUARE, 4, 2), TileConfig(_HALF, 4, 2), _LONG, _LONG),
+    # 99 KB for a whole multiprocessor: one program of 8 warps.
+    "sm_86": BackwardConfig(TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), _LONG, _LONG),
+    "sm_89": BackwardConfig(TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), _LONG, _LONG),
+    "sm_90": BackwardConfig(
+        TileConfig(_SQUARE, 4, 2, True), TileConfig(_SQUARE, 4, 2, True), _LONG, _LONG
+    ),
+    "sm_100": BackwardConfig(
+        TileConfig(_WIDE, 8, 2, True), TileConfig(_WIDE, 8, 2, True), _LONG, _LONG
+    ),
+    "gfx942": BackwardConfig(
+        TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
+        RunConfig(64, 64, 4, 1), RunConfig(64, 32, 4, 1),
+    ),
+}  # fmt: skip
+
+# float16 and bfloat16, head_dim above 128.
+WIDE_FORWARD = (ForwardConfig(_HALF, 32, 4, 1),)
+WIDE_TEXT = RunConfig(64, 32, 4, 1)
+WIDE_BACKWARD = BackwardConfig(
+    TileConfig(_QUARTER, 4, 1), TileConfig(_QUARTER, 4, 1),
+    RunConfig(32, 32, 4, 1), RunConfig(32, 32, 4, 1),
+)  # fmt: skip
+
+# float32: no tensor cores, for its products are not rounded; larger tiles spill.
+FLOAT32_FORWARD = (ForwardConfig(Tiling(4, 8, 4, 4), 16, 4, 1),)
+FLOAT32_TEXT = RunConfig(32, 16, 4, 1)
+FLOAT32_BACKWARD = BackwardConfig(
+    TileConfig(_TINY, 4, 1), TileConfig(_TINY, 4, 1),
+    RunConfig(16, 16, 4, 1), RunConfig(16, 16, 4, 1),
+)  # fmt: skip
+
+
+# Below, `channels` is head_dim rounded up to a power of two, `element_size` the bytes of a number.
+
+
+def forward_configs(
+    architecture: str, channels: int, element_size: int
+) -> tuple[ForwardConfig, ...]:
+    """Entries for the image queries' kernel that fit into shared memory, the default first."""
+    if element_size == 4:
+        entries = FLOAT32_FORWARD
+    else:
+        entries = FORWARD[architecture] if channels <= 128 else WIDE_FORWARD
+    limit = SHARED_MEMORY[architecture]
+    kept = tuple(entry for entry in entries if entry.shared_memory(channels, element_size) <= limit)
+    assert kept, f"no entry of {architecture} fits {channels} channels of {element_size} bytes"
+    return kept
+
+
+def text_config(architecture: str, channels: int, element_size: int) -> RunConfig:
+    """Shape of the text queries' kernel."""
+    if element_size == 4:
+        return FLOAT32_TEXT
+    return TEXT[architecture] if channels <= 128 else WIDE_TEXT
+
+
+def backward_config(architecture: str, channels: int, element_size: int) -> BackwardConfig:
+    """Shapes of the gradients' kernels."""
+    if element_size == 4:
+        return FLOAT32_BACKWARD
+    if channels > 128:
+        return WIDE_BACKWARD
+    if architecture in ("sm_86", "sm_89") and channels < 128:
+        return BACKWARD["sm_80"]  # 8 warps would do the same rows twice
+    return BACKWARD[architecture]

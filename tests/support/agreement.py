@@ -1,0 +1,67 @@
+"""An implementation against the definition in float64: output and all gradients.
+
+Tolerance (as meta-pytorch/attention-gym derives it): the error against float64 is at most twice
+that of a plain implementation in the same dtype, plus two roundings of the result.
+"""
+
+import torch
+
+from .oracle import attention_by_definition, relative_error
+
+
+def problem(window, batch=2, heads=2, head_dim=32, weighted=True, seed=0):
+    return dict(
+        window=window, batch=batch, heads=heads, head_dim=head_dim, weighted=weighted, seed=seed
+    )
+
+
+def inputs(window, batch, heads, head_dim, weighted, seed, dtype=torch.float64):
+    """Query, key, value, spatial_weight (or None) and a gradient; `dtype` rounds them once."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, window.sequence_length, heads, head_dim)
+    query, key, value, grad = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    weight = None
+    if weighted and window.down_factor > 1:
+        factor = window.down_factor
+        weight = torch.rand(1, 1, 1, factor, 1, factor, 1, generator=generator).double()
+        weight = weight * 2 / factor**2
+    return [None if x is None else x.to(dtype) for x in (query, key, value, weight, grad)]
+
+
+def forward_and_gradients(run, query, key, value, weight, grad):
+    leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    weight = None if weight is None else weight.detach().clone().requires_grad_()
+    out = run(*leaves, weight)
+    wanted = leaves if weight is None else [*leaves, weight]
+    return out, *torch.autograd.grad(out, wanted, grad)
+
+
+def check(run, case, dtype, gradients=True):
+    window = case["window"]
+    scale = case["head_dim"] ** -0.5
+    rounded = inputs(**case, dtype=dtype)
+
+    def definition(query, key, value, weight):
+        return attention_by_definition(query, key, value, window, scale, weight)
+
+    exact_inputs = [None if x is None else x.double() for x in rounded]
+    if gradients:
+        exact = forward_and_gradients(definition, *exact_inputs)
+        plain = forward_and_gradients(definition, *rounded)
+        ours = forward_and_gradients(run, *rounded)
+    else:
+        exact, plain, ours = ([f(*x[:4])] for f, x in (
+            (definition, exact_inputs), (definition, rounded), (run, rounded)
+        ))  # fmt: skip
+    names = ("output", "query", "key", "value", "spatial_weight")
+    for name, value, yardstick, truth in zip(names, ours, plain, exact, strict=False):
+        assert value.dtype == dtype
+        # A gradient that is zero in truth (radius 1 without text) has rounding noise only.
+        if truth.norm() < 1e-9:
+            assert value.double().norm() < 1e-2
+            continue
+        error = relative_error(value, truth)
+        # A pooling weight's gradient is one sum over all tokens and channels, with cancellation.
+        roundings = 64 if name == "spatial_weight" else 2
+        bound = 2 * relative_error(yardstick, truth) + roundings * torch.finfo(dtype).eps
+        assert error <= bound, f"{name}: {error:.1e} > {bound:.1e} ({window}, {dtype})"
