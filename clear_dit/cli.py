@@ -25,6 +25,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")
 Height = Annotated[int, typer.Option(help="Height in pixels, a multiple of 16.")]
 Width = Annotated[int, typer.Option(help="Width in pixels, a multiple of 16.")]
 Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens of 16 pixels.")]
+DownFactor = Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")]
 Heads = Annotated[int, typer.Option(min=1, max=128, help="Attention heads.")]
 HeadDim = Annotated[int, typer.Option(min=1, max=512, help="Channels of a head.")]
 TextLength = Annotated[int, typer.Option(min=0, max=4096, help="Text tokens.")]
@@ -71,7 +72,7 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     radius: Annotated[int | None, typer.Option(help="Radius of the window, in tokens.")] = None,
-    down_factor: Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")] = 1,
+    down_factor: DownFactor = 1,
     weights: Annotated[
         str | None, typer.Option(help="CLEAR weights: a file, a folder or a hub repository.")
     ] = None,
@@ -134,15 +135,20 @@ def bench_attention(
     height: Height = 2048,
     width: Width = 2048,
     radius: Radius = 8,
-    down_factor: Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")] = 1,
+    down_factor: DownFactor = 1,
     heads: Heads = 4,
     head_dim: HeadDim = 128,
     text_length: TextLength = 512,
     dtype: Dtype = "float32",
     device: Device = None,
     impls: Annotated[
-        str, typer.Option(help="Implementations, with commas; sdpa is full attention.")
+        str,
+        typer.Option(
+            help="With commas: auto, triton, flex, tiled, reference; full attention by sdpa, "
+            "sdpa-cudnn, sdpa-flash, xformers; natten (a square); flex-tiled (tokens permuted)."
+        ),
     ] = "tiled,flex,sdpa",
+    backward: Annotated[bool, typer.Option(help="Time the backward pass too.")] = False,
     repeats: Repeats = 5,
     as_json: Json = False,
 ) -> None:
@@ -153,7 +159,7 @@ def bench_attention(
     problem = _problem(
         height, width, radius, down_factor, heads, head_dim, text_length, dtype, device
     )
-    result = run(problem, [name.strip() for name in impls.split(",")], repeats)
+    result = run(problem, [name.strip() for name in impls.split(",")], repeats, backward)
     print(report(result))
     if as_json:
         _print_json(result)
@@ -220,6 +226,32 @@ def bench_denoise(
         _print_json(result)
     if not result["correct"]:
         raise typer.Exit(1)
+
+
+@bench.command("plan")
+def bench_plan(
+    model: Annotated[
+        str, typer.Option(help="flux-dev, flux-schnell, demo, or a folder in diffusers format.")
+    ] = "flux-dev",
+    height: Height = 8192,
+    width: Width = 8192,
+    radius: Radius = 8,
+    down_factor: DownFactor = 1,
+    text_length: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Text tokens; default the model's own.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """What a model will cost at a size: FLOPs and memory, without its weights or a GPU."""
+    from .bench.plan import plan as run
+    from .bench.plan import report
+    from .checks import find_dtype
+
+    result = run(model, height, width, radius, down_factor, text_length, find_dtype(dtype))
+    print(report(result))
+    if as_json:
+        _print_json(result)
 
 
 def _problem(

@@ -6,21 +6,23 @@ channel), for every row: a dense implementation does more, and its useful rate i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..checks import find_impl
 from ..errors import RequestError
-from ..kernels import flex, tiles
-from ..kernels.attention import IMPLS, local_attention
+from ..kernels import tiles
+from ..kernels.attention import IMPLS, local_attention, why_not
 from ..kernels.pooling import pool_tokens
 from ..kernels.window import Window
+from ..memory import peak_mb, reset_peak
 from ..models import TOKEN_PIXELS
+from .peers import PEERS, Peer, Sees, raster_pairs, sees_disc, triton_pairs
 from .timing import hardware, table, time_in_turn
 
 # Full attention by PyTorch's scaled_dot_product_attention: the peer that CLEAR replaces.
@@ -29,6 +31,8 @@ DENSE = "sdpa"
 # roundings of a value of size four. A wrong mask is off by tenths.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 CHECKED_QUERIES = 192
+# Rows and columns of the grid on which gradients are checked.
+SMALL_GRID = (16, 32)
 
 
 @dataclass(frozen=True)
@@ -67,49 +71,42 @@ class Problem:
         ]
 
 
-def bench_attention(problem: Problem, impls: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Check every implementation against float64 on a sample of queries, then time them in turn.
+def bench_attention(
+    problem: Problem, impls: Sequence[str], repeats: int, backward: bool = False
+) -> dict[str, Any]:
+    """Check every implementation against its own definition in float64, then time them in turn.
+
+    Args:
+        impls: names of IMPLS or PEERS.
+        backward: time the backward pass too, of those that have one: forward and backward
+            together, less the forward. The gradients are checked on a small problem.
 
     Returns:
-        rows with impl, ms, useful_tflops, executed_over_exact, max_error; and the setting. A row
-        whose error is above TOLERANCE has no time, and `correct` is False.
+        rows with impl, ms, useful_tflops, executed_over_exact, max_error; on a CUDA device peak_mb,
+        what the forward pass takes beyond query, key and value; with `backward` also backward_ms
+        and gradient_error; and the setting. A row whose error is above TOLERANCE has no time, and
+        `correct` is False.
 
     Raises:
         RequestError: an implementation that is unknown or cannot run here.
     """
-    window = problem.window
-    query, key, value = tensors = problem.tensors()
-    runs: dict[str, Callable[[], Any]] = {}
-    for impl in impls:
-        if impl == DENSE:
-            runs[DENSE] = partial(_dense, query, key, value)
-        elif impl not in IMPLS:
-            known = ", ".join((DENSE, *IMPLS))
-            raise RequestError(f"--impls must be of {known}; got {impl!r}.")
-        else:
-            name = find_impl(impl, problem.dtype, problem.device)
-            runs[name] = partial(local_attention, query, key, value, window, impl=name)
-
-    errors = {
-        name: sampled_error(run(), tensors, window, dense=name == DENSE)
-        for name, run in runs.items()
-    }
-    right = {name: run for name, run in runs.items() if errors[name] <= TOLERANCE[problem.dtype]}
-    seconds = time_in_turn(right, repeats, problem.device)
+    window, device = problem.window, problem.device
+    tensors = problem.tensors()
+    peers = dict(_find_peer(impl, tensors[0], window) for impl in impls)
+    trials = {name: _check(name, peer, problem, tensors, backward) for name, peer in peers.items()}
+    right = {name: trial for name, trial in trials.items() if trial.right}
+    seconds = time_in_turn({name: trial.forward for name, trial in right.items()}, repeats, device)
+    total = time_in_turn(
+        {name: trial.both for name, trial in right.items() if trial.both}, repeats, device
+    )
     flops = window.attention_flops(problem.heads, problem.head_dim)
-    rows = [
-        {
-            "impl": impl,
-            "ms": seconds[impl] * 1e3 if impl in seconds else None,
-            "useful_tflops": flops / seconds[impl] / 1e12 if impl in seconds else None,
-            "executed_over_exact": _executed_over_exact(impl, window),
-            "max_error": errors[impl],
-        }
-        for impl in runs
-    ]
+    for name, time in seconds.items():
+        trials[name].row.update(ms=time * 1e3, useful_tflops=flops / time / 1e12)
+    for name, time in total.items():
+        trials[name].row["backward_ms"] = (time - seconds[name]) * 1e3
     return {
-        "rows": rows,
-        "correct": len(right) == len(runs),
+        "rows": [trial.row for trial in trials.values()],
+        "correct": len(right) == len(trials),
         **problem.setting,
         "dense_over_exact_flops": window.sequence_length**2 / window.attended_pairs(),
     }
@@ -129,16 +126,158 @@ def report(result: dict[str, Any]) -> str:
         f"full attention needs {result['dense_over_exact_flops']:.1f} times the FLOPs",
     ]
     lines += [
-        f"{row['impl']}: WRONG, error {row['max_error']:.1e}; not timed"
+        f"{row['impl']}: WRONG, error {row['max_error']:.1e}"
+        + (f", of gradients {row['gradient_error']:.1e}" if row.get("gradient_error") else "")
+        + "; not timed"
         for row in rows
         if row["ms"] is None
     ]
     return "\n".join(lines)
 
 
-def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+def _find_peer(impl: str, query: torch.Tensor, window: Window) -> tuple[str, Peer]:
+    """An implementation by name, "auto" under the name of what runs."""
+    if impl in PEERS:
+        if reason := PEERS[impl].why_not(query, window, False):
+            raise RequestError(f"--impls: {impl!r} cannot run here: it {reason}.")
+        return impl, PEERS[impl]
+    if impl not in IMPLS:
+        known = ", ".join(dict.fromkeys((DENSE, *IMPLS, *PEERS)))
+        raise RequestError(f"--impls must be of {known}; got {impl!r}.")
+    name = find_impl(impl, query.dtype, query.device)
+    return name, _local_peer(name)
+
+
+@functools.cache
+def _local_peer(name: str) -> Peer:
+    """One of CLEAR's own implementations."""
+    return Peer(
+        why_not=lambda query, window, needs_grad: why_not(name, query, needs_grad),
+        run=lambda *inputs: local_attention(*inputs, impl=name),  # type: ignore[arg-type]
+        sees=sees_disc,
+        executed_pairs=_EXECUTED_PAIRS[name],
+    )
+
+
+def _tiled_pairs(query: torch.Tensor, window: Window) -> int:
+    return tiles.executed_pairs(window)
+
+
+def _masked_pairs(query: torch.Tensor, window: Window) -> int:
+    return window.sequence_length * (window.sequence_length + window.pooled_length)
+
+
+_EXECUTED_PAIRS: dict[str, Callable[[torch.Tensor, Window], float]] = {
+    "triton": triton_pairs,
+    "flex": raster_pairs,
+    "tiled": _tiled_pairs,
+    "reference": _masked_pairs,
+}
+
+
+def _ordered(peer: Peer, tensors: Sequence[torch.Tensor], window: Window) -> list[torch.Tensor]:
+    """Query, key and value as the peer takes them."""
+    if peer.order is None:
+        return list(tensors)
+    order = peer.order(window).to(tensors[0].device)
+    return [x[:, order] for x in tensors]
+
+
+def _restored(peer: Peer, out: torch.Tensor, window: Window) -> torch.Tensor:
+    """What a peer returns, text first and then the picture in raster order."""
+    if peer.order is None:
+        return out
+    return out[:, peer.order(window).argsort().to(out.device)]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """An implementation that was run: what is known of it, and what is left to time."""
+
+    row: dict[str, Any]
+    right: bool
+    forward: Callable[[], torch.Tensor]
+    both: Callable[[], tuple[torch.Tensor, ...]] | None
+
+
+def _check(
+    name: str, peer: Peer, problem: Problem, tensors: Sequence[torch.Tensor], backward: bool
+) -> _Trial:
+    window, most = problem.window, TOLERANCE[problem.dtype]
+    query, key, value = _ordered(peer, tensors, window)
+    forward = partial(peer.run, query, key, value, window)
+    both = None
+    reset_peak(problem.device)
+    before = peak_mb(problem.device)
+    out = forward()
+    row: dict[str, Any] = {
+        "impl": name,
+        "ms": None,
+        "useful_tflops": None,
+        "executed_over_exact": peer.executed_pairs(query, window) / window.attended_pairs(),
+    }
+    if problem.device.type == "cuda":
+        row["peak_mb"] = peak_mb(problem.device) - before
+    row["max_error"] = sampled_error(_restored(peer, out, window), tensors, window, peer.sees)
+    right = row["max_error"] <= most
+    if backward:
+        row |= {"backward_ms": None, "gradient_error": None}
+        if peer.why_not(query, window, True) is None:
+            row["gradient_error"] = gradient_error(peer, problem)
+            right = right and row["gradient_error"] <= most
+            both = partial(_forward_and_backward, peer, (query, key, value), window)
+    return _Trial(row, right, forward, both)
+
+
+def _forward_and_backward(
+    peer: Peer, inputs: Sequence[torch.Tensor], window: Window
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of query, key and value, of half the sum of the output's squares."""
+    query, key, value = (x.detach().requires_grad_() for x in inputs)
+    out = peer.run(query, key, value, window)
+    return torch.autograd.grad(out, (query, key, value), out.detach())
+
+
+def gradient_error(peer: Peer, problem: Problem) -> float:
+    """Largest relative error of the gradients of query, key and value, on a small problem.
+
+    Against dense masked attention in float32, on the same rounded inputs. The kind of problem is
+    looked at once.
+    """
+    return _gradient_error(
+        peer, 2 if problem.window.down_factor > 1 else 1,
+        problem.head_dim, problem.dtype, problem.device,
+    )  # fmt: skip
+
+
+@functools.cache
+def _gradient_error(
+    peer: Peer, down_factor: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    window = Window(*SMALL_GRID, 20, 5, down_factor)
+    small = Problem(window, 2, head_dim, dtype, device)
+    exact = Peer(peer.why_not, partial(_masked_attention, sees=peer.sees), peer.sees, _masked_pairs)
+    tensors = small.tensors()
+    truth = _forward_and_backward(exact, [x.float() for x in tensors], window)
+    ours = _forward_and_backward(peer, _ordered(peer, tensors, window), window)
+    errors = [
+        (_restored(peer, grad, window) - true).norm() / true.norm()
+        for grad, true in zip(ours, truth, strict=True)
+    ]
+    return float(torch.stack(errors).max())  # NaN if one is
+
+
+def _masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: Window, sees: Sees
+) -> torch.Tensor:
+    """Dense attention under a peer's own mask."""
+    if window.down_factor > 1:
+        key = torch.cat([key, pool_tokens(key, window, None)], dim=1)
+        value = torch.cat([value, pool_tokens(value, window, None)], dim=1)
+    seen = sees(window, torch.arange(window.sequence_length, device=query.device))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    probability = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", probability, value)
 
 
 def _sampled_queries(window: Window) -> torch.Tensor:
@@ -156,42 +295,26 @@ def sampled_error(
     out: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     window: Window,
-    dense: bool = False,
+    sees: Sees = sees_disc,
 ) -> float:
     """Largest difference from a float64 computation, over a sample of queries.
 
     Args:
         out: (1, text + image, heads, head_dim), computed from the query, key, value in `tensors`.
-        dense: it is full attention, with no window.
+        sees: who attends to whom; see `Peer`.
     """
-    query, key, value = (x.double().cpu() for x in tensors)
-    text, total = window.text_length, window.sequence_length
-    if window.down_factor > 1 and not dense:
-        key = torch.cat([key, pool_tokens(key, window, None)], dim=1)
-        value = torch.cat([value, pool_tokens(value, window, None)], dim=1)
-    y = torch.arange(window.height).repeat_interleave(window.width)
-    x = torch.arange(window.width).repeat(window.height)
-    worst = 0.0
-    for token in _sampled_queries(window).tolist():
-        seen = torch.ones(key.shape[1], dtype=torch.bool)
-        if not dense:
-            if token < text:
-                seen[total:] = False
-            else:
-                dy, dx = y - y[token - text], x - x[token - text]
-                seen[text:total] = dy**2 + dx**2 < window.radius**2
-        scores = torch.einsum("hd,khd->hk", query[0, token], key[0, seen])
-        scores = scores * query.shape[-1] ** -0.5
-        exact = torch.einsum("hk,khd->hd", scores.softmax(-1), value[0, seen])
-        worst = max(worst, float((out[0, token].double().cpu() - exact).abs().max()))
-    return worst
-
-
-def _executed_over_exact(impl: str, window: Window) -> float | None:
-    exact = window.attended_pairs()
-    if impl == "tiled":
-        return tiles.executed_pairs(window) / exact
-    if impl == "flex":
-        return flex.executed_pairs(window) / exact
-    dense = window.sequence_length * (window.sequence_length + window.pooled_length)
-    return dense / exact if impl in (DENSE, "reference") else None
+    # On the device if it knows float64: a picture of 8192 px is too much for a CPU.
+    device = out.device if out.device.type == "cuda" else torch.device("cpu")
+    queries = _sampled_queries(window).to(device)
+    seen = sees(window, queries)
+    query, key, value = (x.to(device) for x in tensors)
+    if window.down_factor > 1:
+        key = torch.cat([key.double(), pool_tokens(key.double(), window, None)], dim=1)
+        value = torch.cat([value.double(), pool_tokens(value.double(), window, None)], dim=1)
+    errors = []
+    for head in range(query.shape[2]):  # one after the other, for memory
+        q, k, v = query[0, queries, head].double(), key[0, :, head], value[0, :, head]
+        scores = (q @ k.double().T * query.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
+        exact = scores.softmax(-1) @ v.double()
+        errors.append((out[0, queries, head].to(device) - exact).abs().max())
+    return float(torch.stack(errors).max())  # NaN if one is

@@ -115,7 +115,7 @@ def _loop_spills(listing: str) -> int:
         for number, line in enumerate(lines)
         if (match := re.match(r"\s*(\.L_x_\d+):", line))
     }
-    loops = set()
+    loops: set[int] = set()
     for number, line in enumerate(lines):
         match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
         if match and labels.get(match[1], number) < number:

@@ -174,7 +174,7 @@ class Stream(NamedTuple):
     joint: torch.Tensor  # (batch, tokens, heads, head_dim), a view of the output or its gradient
 
 
-def _streams(
+def streams(
     tokens: torch.Tensor,
     text: torch.Tensor | None,
     weight: torch.Tensor | None,
@@ -197,7 +197,7 @@ def _streams(
     return [image] if text is None else [image, stream(text, text_weight, slice(length))]
 
 
-def _run_forward(stream: Stream, eps: float) -> None:
+def run_forward(stream: Stream, eps: float) -> None:
     """Norm and rotate a stream into its part of the joint sequence."""
     x, weight, cos, sin, out = stream
     if not x.numel():
@@ -210,7 +210,7 @@ def _run_forward(stream: Stream, eps: float) -> None:
     )  # fmt: skip
 
 
-def _run_backward(stream: Stream, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def run_backward(stream: Stream, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of a stream's tokens and weight; the latter is empty if there is no weight."""
     x, weight, cos, sin, grad = stream
     _, tokens, heads, head_dim = x.shape
@@ -307,8 +307,8 @@ def norm_rope(
     _check(tokens, text, weight, text_weight, cos, sin)
     out = _joint_like(tokens, text)
     with torch.cuda.device_of(tokens):
-        for stream in _streams(tokens, text, weight, text_weight, cos, sin, out):
-            _run_forward(stream, eps)
+        for stream in streams(tokens, text, weight, text_weight, cos, sin, out):
+            run_forward(stream, eps)
     return out
 
 
@@ -345,10 +345,10 @@ def norm_rope_backward(
         ValueError: see `norm_rope`.
     """
     _check(tokens, text, weight, text_weight, cos, sin)
-    streams = _streams(tokens, text, weight, text_weight, cos, sin, _readable(grad))
+    both = streams(tokens, text, weight, text_weight, cos, sin, _readable(grad))
     with torch.cuda.device_of(tokens):
         grad_tokens, grad_weight, *of_text = (
-            grad for stream in streams for grad in _run_backward(stream, eps)
+            grad for stream in both for grad in run_backward(stream, eps)
         )
     grad_text, grad_text_weight = of_text or (tokens.new_empty(0), tokens.new_empty(0))
     return grad_tokens, grad_text, grad_weight, grad_text_weight

@@ -55,10 +55,11 @@ def _forward(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if text_length:
-        text_attention(
-            query, key, value, out, lse, text_length, scale,
-            tables.text_config(*_table_key(query)), programs(query.device),
-        )  # fmt: skip
+        with torch.cuda.device_of(query):
+            text_attention(
+                query, key, value, out, lse, text_length, scale,
+                tables.text_config(*_table_key(query)), programs(query.device),
+            )  # fmt: skip
     run = partial(
         image_attention, query, key, value, pooled_key, pooled_value, out, lse,
         height, width, text_length, radius, scale,
@@ -69,7 +70,8 @@ def _forward(
     kind = (
         query.device, query.dtype, query.shape[-1], radius, text_length > 0, pooled_key.shape[1] > 0
     )  # fmt: skip
-    run(choose(entries, kind, run))
+    with torch.cuda.device_of(query):
+        run(choose(entries, kind, run))
     return out, lse
 
 
@@ -90,11 +92,12 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, query, key, value = channels_contiguous(grad, query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
-    return attention_backward(
-        grad, query, key, value, pooled_key, pooled_value, out, lse,
-        height=height, width=width, text_length=text_length, radius=radius, scale=scale,
-        config=tables.backward_config(*_table_key(query)), programs=programs(query.device),
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        return attention_backward(
+            grad, query, key, value, pooled_key, pooled_value, out, lse,
+            height=height, width=width, text_length=text_length, radius=radius, scale=scale,
+            config=tables.backward_config(*_table_key(query)), programs=programs(query.device),
+        )  # fmt: skip
 
 
 _op = attention_op("triton", _forward, _backward)

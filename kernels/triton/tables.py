@@ -125,7 +125,7 @@ BACKWARD = {
     "sm_86": BackwardConfig(TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), _LONG, _LONG),
     "sm_89": BackwardConfig(TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), _LONG, _LONG),
     "sm_90": BackwardConfig(
-        TileConfig(_SQUARE, 4, 2, True), TileConfig(_SQUARE, 4, 2, True), _LONG, _LONG
+        TileConfig(_SQUARE, 4, 2, True), TileConfig(_HALF, 4, 2, True), _LONG, _LONG
     ),
     "sm_100": BackwardConfig(
         TileConfig(_WIDE, 8, 2, True), TileConfig(_WIDE, 8, 2, True), _LONG, _LONG
@@ -145,8 +145,8 @@ WIDE_BACKWARD = BackwardConfig(
 )  # fmt: skip
 
 # float32: no tensor cores, for its products are not rounded; larger tiles spill.
-FLOAT32_FORWARD = (ForwardConfig(Tiling(4, 8, 4, 4), 16, 4, 1),)
-FLOAT32_TEXT = RunConfig(32, 16, 4, 1)
+FLOAT32_FORWARD = (ForwardConfig(_TINY, 16, 4, 1),)
+FLOAT32_TEXT = RunConfig(16, 16, 4, 1)
 FLOAT32_BACKWARD = BackwardConfig(
     TileConfig(_TINY, 4, 1), TileConfig(_TINY, 4, 1),
     RunConfig(16, 16, 4, 1), RunConfig(16, 16, 4, 1),
@@ -160,10 +160,9 @@ def forward_configs(
     architecture: str, channels: int, element_size: int
 ) -> tuple[ForwardConfig, ...]:
     """Entries for the image queries' kernel that fit into shared memory, the default first."""
+    entries = FORWARD[architecture] if channels <= 128 else WIDE_FORWARD
     if element_size == 4:
         entries = FLOAT32_FORWARD
-    else:
-        entries = FORWARD[architecture] if channels <= 128 else WIDE_FORWARD
     limit = SHARED_MEMORY[architecture]
     kept = tuple(entry for entry in entries if entry.shared_memory(channels, element_size) <= limit)
     assert kept, f"no entry of {architecture} fits {channels} channels of {element_size} bytes"

@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
-from support.aot import TARGETS, compile_ahead
 from support.oracle import relative_error
 from support.triton_mode import interpreted
 from torch import nn
@@ -304,46 +303,6 @@ def test_cpu_outside_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(module.triton, "JITFunction", object)
     with pytest.raises(ValueError, match="needs a CUDA or ROCm device, got tokens on 'cpu'"):
         norm_rope(*arguments()[0])
-
-
-# Ahead-of-time compilation
-
-
-def compile_case(kernel, target, head_dim=128, heads=32, dtype="bf16", strides="i32", bare=False):
-    absent = ("weight_ptr", "cos_ptr", "sin_ptr", "grad_weight_ptr") if bare else ()
-    constexprs = {"HEAD_DIM": head_dim, "BLOCK_HEADS": heads}
-    constexprs["BLOCK_CHANNELS"] = 1 << (head_dim - 1).bit_length()
-    constexprs |= {name: None for name in kernel.arg_names if name in absent}
-    special = dict.fromkeys(("cos_ptr", "sin_ptr", "grad_weight_ptr"), "*fp32")
-    special |= {"items": "i32", "tokens": "i32", "heads": "i32", "eps": "fp32"}
-    signature = {
-        name: "constexpr"
-        if name in constexprs
-        else special.get(name, f"*{dtype}" if name.endswith("_ptr") else strides)
-        for name in kernel.arg_names
-    }
-    return {
-        "kernel": f"{module.__name__}:{kernel.__name__}",
-        "target": target,
-        "signature": signature,
-        "constexprs": constexprs,
-        "options": module.OPTIONS,
-    }
-
-
-def test_compiles_for_every_gpu_without_spilling():
-    kernels = (module.norm_rope_kernel, module.norm_rope_backward_kernel)
-    cases = [compile_case(kernel, target) for target in TARGETS for kernel in kernels]
-    for changes in (
-        dict(head_dim=24, heads=2, dtype="fp32", strides="i64", bare=True),
-        dict(head_dim=256, heads=16, dtype="fp32"),
-        dict(head_dim=64, heads=64, dtype="fp16"),
-    ):
-        cases += [compile_case(kernel, "sm_90", **changes) for kernel in kernels]
-    for case, result in zip(cases, compile_ahead(cases), strict=True):
-        assert result["error"] is None, (case, result)
-        assert result["spilled"] == 0, (case, result)
-        assert result["shared"] <= 8192, (case, result)
 
 
 # The processor

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.oracle import attention_by_definition, pool_by_definition, relative_error
+from support.oracle import pool_by_definition, relative_error
 from support.triton_mode import interpreted
 
 from clear_dit.kernels import window as original
@@ -99,50 +99,83 @@ MUTANTS = {
         "plane_start = (wide_batch * pooled_length * heads + head) * head_dim",
         "plane_start = wide_batch * pooled_length * heads * head_dim",
     ),
+    "gradients: queries over the rim": (
+        "triton/backward.py",
+        "delta, k, v, mask, scale_log2, MASKED",
+        "delta, k, v, mask, scale_log2, False",
+    ),
+    "gradients: delta of the keys left out": (
+        "triton/backward.py",
+        "probability * (grad_probability - delta[None, :])",
+        "probability * grad_probability",
+    ),
+    "gradients: last keys of a walk dropped": (
+        "triton/backward.py",
+        "for start in tl.range(full, end, N, num_stages=1):",
+        "for start in tl.range(full, full, N, num_stages=1):",
+    ),
+    "gradients: last block of a walk over queries dropped": (
+        "triton/backward.py",
+        "for start in tl.range(begin, end, N, num_stages=STAGES):",
+        "for start in tl.range(begin, end - N, N, num_stages=STAGES):",
+    ),
 }
 
 
-def battery(launch, tables, geometry, backward=None) -> float:
-    """Largest relative error of a few small problems."""
+def battery(launch, tables, geometry, backward, part) -> float:
+    """Largest relative error of the forward or the backward pass, over a few small problems."""
     worst = 0.0
     config = tables.ForwardConfig(geometry.Tiling(4, 4, 4, 4), 16, 4, 1)
-    text_config = tables.RunConfig(16, 16, 4, 1)
+    run = tables.RunConfig(16, 16, 4, 1)
+    tile = tables.TileConfig(config.tiling, 4, 1)
+    gradients = tables.BackwardConfig(tile, tile, run, run)
     for height, width, text, radius, factor in ((5, 9, 5, 6, 3), (9, 6, 16, 5, 1)):
         window = original.Window(height, width, text, radius, factor)
         torch.manual_seed(0)
         # Values far from zero on average: a key more or less is then always seen.
         shape = (1, window.sequence_length, 2, 16)
         query, key, value = (torch.randn(shape, dtype=torch.float64) + 0.5 for _ in range(3))
-        exact, exact_lse, pooled = by_definition(query, key, value, window)
+        pooled_key, pooled_value = (pool(x, window) for x in (key, value))
+        tensors = (query, key, value, pooled_key, pooled_value)
+        truth = by_definition(tensors, window)
+        tensors = [x.float() for x in tensors]
         out, lse = torch.full(shape, float("nan")), torch.full(shape[:3], float("nan"))
-        query, key, value, pooled_key, pooled_value = (
-            x.float() for x in (query, key, value, *pooled)
-        )
-        launch.image_attention(
-            query, key, value, pooled_key, pooled_value, out, lse,
-            height, width, text, radius, 0.25, config,
+        if part == "forward":
+            launch.image_attention(*tensors, out, lse, height, width, text, radius, 0.25, config)
+            launch.text_attention(*tensors[:3], out, lse, text, 0.25, run, 8)
+            worst = max(worst, *map(error_of, (out, lse), truth))
+            continue
+        grads = backward.attention_backward(
+            truth[0].float(), *tensors, truth[0].float(), truth[1].float(),
+            height=height, width=width, text_length=text, radius=radius, scale=0.25,
+            config=gradients, programs=8,
         )  # fmt: skip
-        launch.text_attention(query, key, value, out, lse, text, 0.25, text_config, 8)
-        for found, truth in ((out, exact), (lse, exact_lse)):
-            error = relative_error(found, truth)
-            worst = max(worst, error if error == error else float("inf"))
+        worst = max(worst, *map(error_of, grads, truth[2:]))
     return worst
 
 
-def by_definition(query, key, value, window):
-    """Output, log-sum-exp, and pooled key and value, in float64."""
-    out = attention_by_definition(query, key, value, window, 0.25)
-    empty = key[:, :0]
-    pooled = (empty, empty)
-    keys = key
-    if window.down_factor > 1:
-        weight = torch.full((window.down_factor,) * 2, window.down_factor**-2.0).double()
-        pooled = tuple(pool_by_definition(x, window, weight) for x in (key, value))
-        keys = torch.cat([key, pooled[0]], dim=1)
-    scores = torch.einsum("bqhd,bkhd->bqhk", query, keys) * 0.25
+def error_of(found, exact) -> float:
+    error = relative_error(found, exact) if exact.numel() else 0.0
+    return error if error == error else float("inf")
+
+
+def pool(tokens, window):
+    """Pooled tokens; none without pooling."""
+    if window.down_factor == 1:
+        return tokens[:, :0]
+    weight = torch.full((window.down_factor,) * 2, window.down_factor**-2.0, dtype=tokens.dtype)
+    return pool_by_definition(tokens, window, weight)
+
+
+def by_definition(tensors, window):
+    """Output, log-sum-exp and the five gradients for a gradient that equals the output."""
+    query, key, value, pooled_key, pooled_value = leaves = [x.requires_grad_() for x in tensors]
+    scores = torch.einsum("bqhd,bkhd->bqhk", query, torch.cat([key, pooled_key], 1)) * 0.25
     mask = window.mask()[None, :, None, :]
-    lse = scores.masked_fill(~mask, float("-inf")).logsumexp(-1)
-    return out, lse, pooled
+    scores = scores.masked_fill(~mask, float("-inf"))
+    out = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), torch.cat([value, pooled_value], 1))
+    grads = torch.autograd.grad(out, leaves, out.detach())
+    return [x.detach() for x in (out, scores.logsumexp(-1), *grads)]
 
 
 def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
@@ -157,18 +190,20 @@ def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
     monkeypatch.syspath_prepend(str(tmp_path))
     modules = [
         importlib.import_module(f"{name}.triton.{module}")
-        for module in ("launch", "tables", "geometry")
+        for module in ("launch", "tables", "geometry", "backward")
     ]
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
     return modules
 
 
-def test_the_battery_passes_without_a_fault(tmp_path, monkeypatch):
-    assert battery(*load(tmp_path, "unchanged", monkeypatch)) < 1e-5
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_the_battery_passes_without_a_fault(part, tmp_path, monkeypatch):
+    assert battery(*load(tmp_path, f"unchanged_{part}", monkeypatch), part) < 1e-5
 
 
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_a_fault_is_noticed(fault, tmp_path, monkeypatch):
     name = "mutant_" + "".join(c if c.isalnum() else "_" for c in fault)
-    assert battery(*load(tmp_path, name, monkeypatch, MUTANTS[fault])) > 1e-3
+    part = "backward" if fault.startswith("gradients") else "forward"
+    assert battery(*load(tmp_path, name, monkeypatch, MUTANTS[fault]), part) > 1e-3

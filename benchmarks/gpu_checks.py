@@ -1,0 +1,404 @@
+"""Every Triton kernel against dense attention in float64 on the same device: part one of gpu.py.
+
+Tolerance: the error relative to float64 is at most twice that of a plain dense implementation in
+the same dtype, plus two roundings.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from clear_dit.kernels.pooling import pool_tokens
+from clear_dit.kernels.triton import launch, tables, tuning
+from clear_dit.kernels.triton.device import architecture, programs
+from clear_dit.kernels.triton.norm_rope import norm_rope
+from clear_dit.kernels.triton.ops import triton_attention
+from clear_dit.kernels.window import Window
+
+Tensors = Sequence[torch.Tensor]
+HEADS = 2
+# Largest error of a log-sum-exp, which is float32 whatever the inputs.
+LSE_TOLERANCE = 1e-3
+# What is left to do in a process whose device has failed.
+LOST = "not run: a kernel before it broke the device's context"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kernel on one problem; what it is about decides what may be timed.
+
+    Attributes:
+        subject: "attention", "text", "norm_rope", or "forward" and an entry's name.
+        kind: of KINDS.
+        layout: of query, key and value in memory, see `_laid_out`.
+        entry: of a table, where the kind takes one.
+        programs: among which the text's keys are split.
+    """
+
+    subject: str
+    kind: str
+    window: Window
+    dtype: torch.dtype
+    head_dim: int
+    batch: int = 2
+    layout: str = "contiguous"
+    entry: Any = None
+    programs: int = 1
+
+    @property
+    def case(self) -> str:
+        """For a report."""
+        w = self.window
+        pooled = f", pooled by {w.down_factor}" if w.down_factor > 1 else ""
+        return (
+            f"{w.height}x{w.width} tokens, text {w.text_length}, radius {w.radius}{pooled}, "
+            f"batch {self.batch}, head_dim {self.head_dim}, {self.layout}, {self.dtype}"
+        )
+
+
+AWKWARD = (
+    (Window(13, 18, 7, 4), "contiguous"),
+    (Window(13, 18, 5, 4, 4), "heads first"),
+    (Window(9, 17, 0, 5), "contiguous"),
+    (Window(10, 9, 1, 1), "padded channels"),
+    (Window(12, 17, 64, 40), "batch apart"),
+    (Window(33, 26, 3, 16), "contiguous"),
+    (Window(40, 56, 512, 8), "contiguous"),
+    (Window(40, 56, 512, 32, 4), "contiguous"),
+)
+
+
+def checks(device: torch.device, tiny: bool) -> list[list[Check]]:
+    """What to check, in groups for a process each; the timed dtype first.
+
+    tiny: a few of every kind, in the dtypes that Triton's interpreter knows.
+    """
+    if tiny:
+        # The interpreter takes some 10 ms a tile: only what the code paths need.
+        window = Window(3, 9, 2, 2, 2)
+        return [
+            [
+                Check("attention", "gradients", window, torch.float32, 16, batch=1),
+                *_of_entries(device, torch.float16, 16, window, few=True),
+                Check("norm_rope", "norm_rope", window, torch.float32, 16, batch=1),
+            ]
+        ]
+    groups = []
+    for dtype in (torch.bfloat16, torch.float16):
+        for head_dim in (128, 64):
+            cases = [
+                Check("attention", "gradients", window, dtype, head_dim, layout=layout)
+                for window, layout in AWKWARD
+            ]
+            groups += [cases[i : i + 2] for i in range(0, len(cases), 2)]
+        groups += [
+            list(_of_entries(device, dtype, 128, window))
+            for window in (Window(13, 19, 33, 6, 2), Window(40, 56, 64, 16))
+        ]
+        groups.append(list(_norm_rope(dtype)))
+    wide = [
+        Check("attention", "gradients", window, torch.float32, 64, layout=layout)
+        for window, layout in AWKWARD[:5]
+    ]
+    groups += [wide[i : i + 2] for i in range(0, len(wide), 2)]
+    return [*groups, list(_norm_rope(torch.float32))]
+
+
+def _of_entries(
+    device: torch.device, dtype: torch.dtype, head_dim: int, window: Window, few: bool = False
+) -> Iterator[Check]:
+    """Every entry of the forward table for this device, the text's by several splits; or a `few`.
+
+    Of the gradients there is one entry, which "attention" checks.
+    """
+    key = (architecture(device), int(launch.channels(head_dim)["D"]), dtype.itemsize)
+    make = partial(Check, window=window, dtype=dtype, head_dim=head_dim, batch=1 if few else 2)
+    for entry in tables.forward_configs(*key)[: 1 if few else None]:
+        yield make(f"forward {entry.name}", "forward", entry=entry)
+    for count in (5,) if few else (1, 5, programs(device)):
+        yield make("text", "text", entry=tables.text_config(*key), programs=count)
+
+
+def _norm_rope(dtype: torch.dtype) -> Iterator[Check]:
+    for window, head_dim, batch in (
+        (Window(5, 7, 3, 1), 32, 2),
+        (Window(9, 11, 0, 1), 128, 2),
+        (Window(20, 31, 512, 1), 64, 1),
+    ):
+        yield Check("norm_rope", "norm_rope", window, dtype, head_dim, batch)
+
+
+def plain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor | None,
+    window: Window,
+) -> torch.Tensor:
+    """Dense masked attention in the dtype of its inputs; in float64 the truth."""
+    scores, value = _scores(query, key, value, weight, window)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+def _scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor | None,
+    window: Window,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if window.down_factor > 1:
+        key = torch.cat([key, pool_tokens(key, window, weight)], dim=1)
+        value = torch.cat([value, pool_tokens(value, window, weight)], dim=1)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    return scores.masked_fill(~window.mask(query.device), float("-inf")), value
+
+
+def _laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values of (batch, tokens, heads, head_dim) in other places."""
+    if layout == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "batch apart":
+        return torch.stack([x, x], dim=1)[:, 1]
+    if layout == "padded channels":  # no multiple of 16 bytes: not for tensor descriptors
+        return torch.nn.functional.pad(x, (0, 1))[..., :-1]
+    return x
+
+
+def _inputs(check: Check, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Query, key, value and a gradient, and the pooling weights."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (check.batch, check.window.sequence_length, HEADS, check.head_dim)
+    made = [
+        _laid_out(torch.randn(shape, generator=generator).to(device, check.dtype), check.layout)
+        for _ in range(4)
+    ]
+    factor = check.window.down_factor
+    if factor == 1:
+        return made, None
+    weight = 2 * torch.rand(factor, factor, generator=generator) / factor**2
+    return made, weight.to(device, check.dtype)
+
+
+def _gradients(
+    run: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor | None], grad: torch.Tensor
+) -> list[torch.Tensor]:
+    """The output, and the gradients of all inputs that there are."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    out = run(*leaves)
+    wanted = [x for x in leaves if x is not None]
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
+
+
+def _double(inputs: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [None if x is None else x.double() for x in inputs]
+
+
+def _compare(
+    names: Sequence[str], ours: Tensors, plain: Tensors, truth: Tensors, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """A row of error and bound for each result."""
+    rows = []
+    for name, value, yardstick, exact in zip(names, ours, plain, truth, strict=True):
+        if value.dtype != dtype or value.shape != exact.shape:
+            rows.append(
+                {"what": name, "problem": f"is {value.dtype} {tuple(value.shape)}", "ok": False}
+            )
+            continue
+        if exact.norm() < 1e-9:  # zero in truth: nothing but rounding noise
+            error, bound = float(value.double().norm()), 1e-2
+        else:
+            # A pooling weight's gradient is one sum over all tokens and channels.
+            roundings = 64 if name == "spatial_weight" else 2
+            error = _relative(value, exact)
+            bound = 2 * _relative(yardstick, exact) + roundings * torch.finfo(dtype).eps
+        rows.append({"what": name, "error": error, "bound": bound, "ok": error <= bound})
+    return rows
+
+
+def _relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+def _check_gradients(check: Check, device: torch.device) -> list[dict[str, Any]]:
+    """The op as a model calls it: output, all gradients, and the same bits again."""
+    (query, key, value, grad), weight = _inputs(check, device)
+    inputs = [query, key, value, weight]
+
+    def run(query, key, value, weight):
+        options = {"scale": query.shape[-1] ** -0.5, "spatial_weight": weight}
+        return triton_attention(query, key, value, check.window, **options)[0]
+
+    plain = partial(plain_attention, window=check.window)
+    ours = _gradients(run, inputs, grad)
+    names = ["output", "query", "key", "value", "spatial_weight"][: len(ours)]
+    rows = _compare(
+        names,
+        ours,
+        _gradients(plain, inputs, grad),
+        _gradients(plain, _double(inputs), grad.double()),
+        check.dtype,
+    )
+    same = all(map(torch.equal, ours, _gradients(run, inputs, grad)))
+    return [*rows, {"what": "the same bits again", "ok": same}]
+
+
+def _check_forward(check: Check, device: torch.device) -> list[dict[str, Any]]:
+    """One entry of a table: of the image's queries, or of the text's."""
+    (query, key, value, _), weight = _inputs(check, device)
+    window, text, scale = check.window, check.window.text_length, check.head_dim**-0.5
+    if window.down_factor > 1:
+        pooled = [pool_tokens(x, window, weight).contiguous() for x in (key, value)]
+    else:
+        pooled = [x[:, :0].contiguous() for x in (key, value)]
+    pooled_key, pooled_value = pooled
+    plain = plain_attention(query, key, value, weight, window)
+    wide = None if weight is None else weight.double()
+    scores, values = _scores(query.double(), key.double(), value.double(), wide, window)
+    exact = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
+    exact_lse = scores.logsumexp(-1).transpose(1, 2)
+    out = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format)
+    lse = torch.full(query.shape[:3], float("nan"), device=device)
+    if check.kind == "text":
+        launch.text_attention(query, key, value, out, lse, text, scale, check.entry, check.programs)
+        own, others = slice(None, text), slice(text, None)
+    else:
+        launch.image_attention(
+            query, key, value, pooled_key, pooled_value, out, lse,
+            window.height, window.width, text, window.disc_radius, scale, check.entry,
+        )  # fmt: skip
+        own, others = slice(text, None), slice(None, text)
+    rows = _compare(["output"], [out[:, own]], [plain[:, own]], [exact[:, own]], check.dtype)
+    error = float((lse[:, own] - exact_lse[:, own]).abs().max())
+    untouched = bool(out[:, others].isnan().all() and lse[:, others].isnan().all())
+    return [
+        *rows,
+        {
+            "what": "log-sum-exp",
+            "error": error,
+            "bound": LSE_TOLERANCE,
+            "ok": error <= LSE_TOLERANCE,
+        },
+        {"what": "others' rows are left alone", "ok": untouched},
+    ]
+
+
+def _check_norm_rope(check: Check, device: torch.device) -> list[dict[str, Any]]:
+    """Norm and rotation of both streams, with and without weights, forward and backward."""
+    window, generator = check.window, torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, check.dtype)
+
+    image, text = (
+        random(check.batch, length, HEADS, check.head_dim)
+        for length in (window.image_length, window.text_length)
+    )
+    angles = 100 * torch.rand(window.sequence_length, check.head_dim // 2, generator=generator)
+    cos, sin = (f(angles).repeat_interleave(2, dim=1).to(device) for f in (torch.cos, torch.sin))
+    grad = random(check.batch, window.sequence_length, HEADS, check.head_dim)
+    rows = []
+    for weighted in (True, False):
+        weights = [1 + random(check.head_dim) / 2 if weighted else None for _ in range(2)]
+        streams = [image, text, *weights] if window.text_length else [image, None, weights[0], None]
+
+        def run(tokens, text, weight, text_weight):
+            return norm_rope(tokens, text, weight, text_weight, cos, sin, 1e-6)
+
+        plain = partial(_plain_norm_rope, cos=cos, sin=sin)
+        ours = _gradients(run, streams, grad)
+        rows += _compare(
+            ["output", *(f"gradient {i}" for i in range(len(ours) - 1))],
+            ours,
+            _gradients(plain, streams, grad),
+            _gradients(plain, _double(streams), grad.double()),
+            check.dtype,
+        )
+    return rows
+
+
+def _plain_norm_rope(tokens, text, weight, text_weight, cos, sin):
+    """RMSNorm, joining and rotation one after the other, each rounded."""
+    dtype = tokens.dtype
+    cos, sin = (x[:, None].to(torch.promote_types(dtype, torch.float32)) for x in (cos, sin))
+    size = tokens.shape[-1:]
+    joint = torch.nn.functional.rms_norm(tokens, size, weight, 1e-6)
+    if text is not None:
+        joint = torch.cat([torch.nn.functional.rms_norm(text, size, text_weight, 1e-6), joint], 1)
+    even, odd = joint.unflatten(-1, (-1, 2)).unbind(-1)
+    return (joint * cos + torch.stack([-odd, even], -1).flatten(-2) * sin).to(dtype)
+
+
+KINDS = {
+    "gradients": _check_gradients,
+    "forward": _check_forward,
+    "text": _check_forward,
+    "norm_rope": _check_norm_rope,
+}
+
+
+def run_group(group: Sequence[Check], device: torch.device) -> list[dict[str, Any]]:
+    """The rows of some checks, one after the other in this process."""
+    rows: list[dict[str, Any]] = []
+    lost = False
+    with _strict():
+        for check in group:
+            try:
+                found = (
+                    [{"problem": LOST, "ok": False}] if lost else KINDS[check.kind](check, device)
+                )
+            except Exception as error:
+                found = [{"problem": f"{type(error).__name__}: {error}"[:500], "ok": False}]
+                lost = lost or "CUDA error" in str(error)
+            rows += [{"subject": check.subject, "case": check.case, **row} for row in found]
+    return rows
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
+    """What nobody writes is NaN; of the forward table the default runs, and none is measured."""
+    tried, tuning.TRIED = tuning.TRIED, 1
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        tuning.TRIED = tried
+
+
+def run_checks(
+    device: torch.device, tiny: bool, workers: int, deadline: float
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows with subject, case, what, ok, and error and bound or a problem, group by group.
+
+    Args:
+        workers: processes side by side, most of whose time is compilation; 0 runs all in this one.
+        deadline: of `time.monotonic`.
+
+    Raises:
+        TimeoutError: the deadline came first.
+    """
+    groups = checks(device, tiny)
+    run = partial(run_group, device=device)
+    if not workers:
+        yield from map(run, groups)
+        return
+    # A process for each group: a fault on the device ends with it.
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        results = pool.imap_unordered(run, groups)
+        for done in range(len(groups)):
+            try:
+                yield results.next(timeout=max(0.0, deadline - time.monotonic()))
+            except multiprocessing.TimeoutError as error:
+                raise TimeoutError(f"{len(groups) - done} of {len(groups)} groups") from error

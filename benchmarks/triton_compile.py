@@ -1,0 +1,145 @@
+"""Compile the Triton kernels ahead of time for every architecture, and table what they need.
+
+    python benchmarks/triton_compile.py --out benchmarks/results/triton-compile.json
+
+No GPU is needed. What is compiled are the launches that `local_attention` and the processor make
+for FLUX.1-dev at 8192 px, for every entry of kernels/triton/tables.py. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HEADS, GRID, TEXT_LENGTH, RADIUS = 24, (512, 512), 512, 8
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+# What a table is asked for: dtype, head_dim.
+KINDS = (("bfloat16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 128))
+
+
+def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str, Callable]]:
+    """(label, launch) of every table entry that serves a kind of problem, on meta tensors."""
+    import torch
+
+    from clear_dit.kernels.triton import launch, tables
+    from clear_dit.kernels.triton.backward import attention_backward
+    from clear_dit.kernels.triton.norm_rope import run_backward, run_forward, streams
+
+    (height, width), scale, programs = GRID, head_dim**-0.5, 1056
+    sequence = TEXT_LENGTH + height * width
+    shape = (1, sequence, HEADS, head_dim)
+    query, key, value, out, grad = (
+        torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _ in range(5)
+    )
+    lse = torch.empty(shape[:3], device="meta")
+    none, pooled = query[:, :0], torch.empty_like(query[:, : height * width // 16])
+    key_of_table = architecture, launch.channels(head_dim)["D"], query.element_size()
+    geometry = (height, width, TEXT_LENGTH, RADIUS, scale)
+
+    entries = tables.forward_configs(*key_of_table)
+    for entry in entries:
+        yield (
+            entry.name,
+            lambda entry=entry: launch.image_attention(
+                query, key, value, none, none, out, lse, *geometry, entry
+            ),
+        )
+    yield (
+        f"{entries[0].name} pooled",
+        lambda: launch.image_attention(
+            query, key, value, pooled, pooled, out, lse, *geometry, entries[0]
+        ),
+    )
+    text = tables.text_config(*key_of_table)
+    yield (
+        "text",
+        lambda: launch.text_attention(
+            query, key, value, out, lse, TEXT_LENGTH, scale, text, programs
+        ),
+    )
+    backward = tables.backward_config(*key_of_table)
+    yield (
+        "backward",
+        lambda: attention_backward(
+            grad, query, key, value, pooled, pooled, out, lse, height=height, width=width,
+            text_length=TEXT_LENGTH, radius=RADIUS, scale=scale, config=backward,
+            programs=programs,
+        ),
+    )  # fmt: skip
+    weight, table = query[0, 0, 0], torch.empty(sequence, head_dim, device="meta")
+    image, words = query[:, TEXT_LENGTH:], query[:, :TEXT_LENGTH]
+    stream = streams(image, words, weight, weight, table, table, out)[0]
+    yield "norm_rope", lambda: run_forward(stream, 1e-6)
+    yield "norm_rope", lambda: run_backward(stream, 1e-6)
+
+
+def compile_kind(architecture: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
+    """Rows of one architecture and kind; `error` instead of figures where it does not compile."""
+    from clear_dit.kernels.triton.compile import compile_only, usage
+    from clear_dit.kernels.triton.tables import SHARED_MEMORY
+
+    rows = []
+    for label, run in launches(architecture, dtype, head_dim):
+        about = {
+            "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entry": label,
+            "shared_limit": SHARED_MEMORY[architecture],
+        }  # fmt: skip
+        try:
+            with compile_only(architecture) as kernels:
+                run()
+        except Exception as error:
+            rows.append(about | {"error": f"{type(error).__name__}: {error}"[:1000]})
+            continue
+        rows += [about | asdict(usage(kernel)) for kernel in dict.fromkeys(kernels)]
+    return rows
+
+
+def compile_all(architectures: tuple[str, ...], workers: int) -> list[dict[str, Any]]:
+    """Rows of all kinds, in processes of their own that do not interpret."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    # Multiply-add in one instruction, as the launches ask for; unset, Triton warns.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    jobs = [(architecture, *kind) for architecture in architectures for kind in KINDS]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return [row for rows in pool.map(compile_kind, *zip(*jobs, strict=True)) for row in rows]
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    architecture: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(ARCHITECTURES)}; repeatable.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+) -> None:
+    """Compile, print a table, and write it as JSON."""
+    import triton
+
+    from clear_dit.bench.timing import table
+
+    rows = compile_all(tuple(architecture or ARCHITECTURES), workers)
+    good = [row for row in rows if "error" not in row]
+    shown = ("architecture", "dtype", "head_dim", "name", "entry", "registers", "loop_spills",
+             "stack", "shared")  # fmt: skip
+    print(table([{name: row[name] for name in shown} for row in good]))
+    for row in rows:
+        if "error" in row:
+            print(f"{row['architecture']} {row['dtype']} {row['entry']}: {row['error']}")
+    result = {"triton": triton.__version__, "rows": rows}
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    if len(good) < len(rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,285 @@
+"""The benchmark's peers: each against its own definition, and refused by name where it cannot."""
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from clear_dit import cli
+from clear_dit.bench import attention
+from clear_dit.bench.attention import Problem, bench_attention, sampled_error
+from clear_dit.bench.peers import (
+    PEERS,
+    _tiled_mask,
+    sees_disc,
+    sees_everything,
+    sees_square,
+    tile_order,
+    tiled_flex_attention,
+)
+from clear_dit.bench.timing import time_in_turn
+from clear_dit.errors import RequestError
+from clear_dit.kernels.triton.geometry import exact_keys
+from clear_dit.kernels.window import Window
+
+CPU = torch.device("cpu")
+WINDOW = Window(16, 32, 5, 4)
+
+
+def tensors(window=WINDOW, dtype=torch.float32):
+    return Problem(window, 2, 16, dtype, CPU).tensors()
+
+
+def masked(query, key, value, mask):
+    """Dense attention under a mask, (batch, sequence, heads, head_dim)."""
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+
+
+def all_rows(sees, window):
+    return sees(window, torch.arange(window.sequence_length))
+
+
+@pytest.mark.parametrize("window", [WINDOW, Window(7, 9, 0, 30), Window(9, 6, 3, 2, 4)])
+def test_the_disc_is_the_windows_mask(window):
+    assert torch.equal(all_rows(sees_disc, window), window.mask())
+
+
+def test_everything_but_pooled_keys():
+    seen = all_rows(sees_everything, Window(4, 6, 3, 2, 2))
+    assert seen[:, :27].all()
+    assert not seen[:, 27:].any()
+
+
+def test_the_square_is_moved_inside_at_borders():
+    window = Window(6, 9, 2, 2)
+    seen = all_rows(sees_square, window)
+    assert seen[:2].all()
+    assert seen[:, :2].all()
+    image = seen[2:, 2:].unflatten(1, (6, 9))
+    assert (image.sum(dim=(1, 2)) == 9).all()
+    inner = image.unflatten(0, (6, 9))[3, 4]
+    assert inner[2:5, 3:6].all()
+    assert image[0, :3, :3].all()
+    assert image[-1, 3:, 6:].all()
+    # Inside the picture it holds the disc.
+    disc = all_rows(sees_disc, window)[2:, 2:].unflatten(0, (6, 9))[1:-1, 1:-1]
+    square = seen[2:, 2:].unflatten(0, (6, 9))[1:-1, 1:-1]
+    assert (square | ~disc).all()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("text", [0, 5])
+def test_tiled_flex_attention_is_the_disc(text):
+    window = Window(16, 32, text, 4)
+    query, key, value = tensors(window)
+    order = tile_order(window)
+    assert torch.equal(order.sort().values, torch.arange(window.sequence_length))
+    permuted = (x[:, order] for x in (query, key, value))
+    out = tiled_flex_attention(*permuted, window, compiled=False)[:, order.argsort()]
+    torch.testing.assert_close(out, masked(query, key, value, window.mask()))
+    peer = PEERS["flex-tiled"]
+    # 4 tiles of 128 tokens, each within reach of the next; text is one block more.
+    assert peer.executed_pairs(query, window) == (4 + bool(text)) ** 2 * 128**2
+
+
+@pytest.mark.parametrize("radius", [1, 8, 9, 30])
+def test_blocks_are_skipped_and_full_exactly_where_the_mask_says(radius):
+    window = Window(24, 64, 0, radius)
+    order = tile_order(window)
+    blocks = window.mask()[order][:, order].view(12, 128, 12, 128)
+    mask = _tiled_mask(window, CPU)
+    some, full = (
+        blocks_of(counts, indices)
+        for counts, indices in (
+            (mask.kv_num_blocks, mask.kv_indices),
+            (mask.full_kv_num_blocks, mask.full_kv_indices),
+        )
+    )
+    assert torch.equal(full, blocks.all(dim=3).all(dim=1))
+    assert torch.equal(some | full, blocks.any(dim=3).any(dim=1))
+    assert not (some & full).any()
+
+
+def blocks_of(counts, indices):
+    """A list of key blocks per query block as a boolean matrix."""
+    listed = torch.arange(indices.shape[-1]) < counts[0, 0, :, None]
+    return torch.zeros(indices.shape[2:], dtype=torch.bool).scatter(1, indices[0, 0].long(), listed)
+
+
+def test_natten_adapter(monkeypatch):
+    window = Window(8, 10, 5, 3)
+    calls = []
+
+    def na2d(query, key, value, kernel_size, additional_keys=None, additional_values=None):
+        calls.append(kernel_size)
+        assert query.shape == key.shape == value.shape == (1, 8, 10, 2, 16)
+        key, value = (x.flatten(1, 2) for x in (key, value))
+        if additional_keys is not None:
+            key = torch.cat([additional_keys, key], dim=1)
+            value = torch.cat([additional_values, value], dim=1)
+        text = key.shape[1] - 80
+        mask = all_rows(sees_square, Window(8, 10, text, (kernel_size[0] + 1) // 2))[text:]
+        return masked(query.flatten(1, 2), key, value, mask).unflatten(1, (8, 10))
+
+    fake = ModuleType("natten")
+    fake.na2d = na2d
+    monkeypatch.setitem(sys.modules, "natten", fake)
+    for window in (Window(8, 10, 5, 3), Window(8, 10, 0, 3)):
+        given = tensors(window)
+        out = PEERS["natten"].run(*given, window)
+        assert sampled_error(out, given, window, sees_square) < 1e-5
+        assert sampled_error(out, given, window, sees_disc) > 1e-2
+        exact = all_rows(sees_square, window).sum()
+        assert PEERS["natten"].executed_pairs(given[0], window) == exact
+    assert calls == [(5, 5), (5, 5)]
+
+
+def test_xformers_adapter(monkeypatch):
+    def memory_efficient_attention(query, key, value):
+        return masked(query, key, value, None)
+
+    fake = ModuleType("xformers.ops")
+    fake.memory_efficient_attention = memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", fake)
+    given = tensors()
+    assert (
+        sampled_error(PEERS["xformers"].run(*given, WINDOW), given, WINDOW, sees_everything) < 1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["xformers", "natten"])
+def test_packages_need_a_gpu_too(monkeypatch, name):
+    fake = ModuleType(name)
+    fake.__spec__ = ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, fake)
+    reason = PEERS[name].why_not(tensors()[0], WINDOW, False)
+    assert reason == "needs a CUDA device, got a query on 'cpu'"
+
+
+@pytest.mark.parametrize(
+    ("impls", "window", "message"),
+    [
+        ("sdpa-cudnn", WINDOW, "'sdpa-cudnn' cannot run here: it needs a CUDA device, got a query"),
+        ("sdpa-flash", WINDOW, "'sdpa-flash' cannot run here: it needs a CUDA device, got a query"),
+        ("xformers", WINDOW, "needs the package xformers, which is not installed"),
+        ("natten", WINDOW, "needs the package natten, which is not installed"),
+        ("flex-tiled", Window(12, 32, 5, 4), "a grid of whole 8 x 16 tiles, got 12 x 32 tokens"),
+        ("flex-tiled", Window(16, 32, 5, 4, 2), "it has no pooled keys"),
+        ("magic", WINDOW, "sdpa, auto, triton, flex, tiled, reference, sdpa-cudnn, sdpa-flash, x"),
+    ],
+)
+def test_refusals_by_name(monkeypatch, impls, window, message):
+    found = attention.PEERS["xformers"].why_not.__globals__["find_spec"]
+    monkeypatch.setitem(
+        attention.PEERS["xformers"].why_not.__globals__,
+        "find_spec",
+        lambda name: None if name in ("xformers", "natten") else found(name),
+    )
+    with pytest.raises(RequestError, match=r"--impls") as error:
+        bench_attention(Problem(window, 2, 16, torch.float32, CPU), ["tiled", impls], 1)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_exits_with_status_2(monkeypatch, capsys):
+    arguments = ["bench", "attention", "--impls", "sdpa-cudnn", "--height", "64", "--width", "64"]
+    monkeypatch.setattr(sys, "argv", ["clear-dit", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert exit_info.value.code == 2
+    assert "sdpa-cudnn" in capsys.readouterr().err
+
+
+def test_backward_is_checked_and_timed(monkeypatch, capsys):
+    options = "--height 128 --width 128 --radius 3 --heads 1 --head-dim 16 --text-length 4"
+    command = f"bench attention {options} --impls tiled,sdpa --repeats 1 --backward --json"
+    monkeypatch.setattr(sys, "argv", ["clear-dit", *command.split()])
+    cli.app(standalone_mode=False)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["correct"] is True
+    for row in result["rows"]:
+        assert row["gradient_error"] < 1e-5
+        assert row["backward_ms"] is not None
+
+
+def test_wrong_gradients_are_not_timed(monkeypatch):
+    right = attention.local_attention
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    monkeypatch.setattr(attention, "local_attention", lambda *a, **k: Doubled.apply(right(*a, **k)))
+    attention._gradient_error.cache_clear()
+    problem = Problem(Window(8, 8, 2, 3), 1, 16, torch.float32, CPU)
+    result = bench_attention(problem, ["tiled"], 1, backward=True)
+    attention._gradient_error.cache_clear()
+    (row,) = result["rows"]
+    assert result["correct"] is False
+    assert row["ms"] is row["backward_ms"] is None
+    assert row["max_error"] < 1e-5
+    assert row["gradient_error"] == pytest.approx(1, abs=1e-3)
+    assert "of gradients 1.0e+00; not timed" in attention.report(result)
+
+
+def test_nan_is_wrong():
+    given = tensors()
+    out = PEERS["sdpa"].run(*given, WINDOW)
+    out[0, 2, 1] = float("nan")
+    out[0, 0, 0] = 0
+    assert not sampled_error(out, given, WINDOW, sees_everything) <= 1e9
+
+
+def test_executed_pairs_of_the_triton_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    from clear_dit.bench.peers import triton_pairs
+    from clear_dit.kernels.triton import tables, tuning
+
+    window = Window(64, 64, 512, 8)
+    query = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+    text = window.text_length * window.sequence_length
+    exact = exact_keys(window) * window.image_length + text
+    assert exact == window.attended_pairs()
+    default = triton_pairs(query, window)
+    assert 1 < default / exact < 2
+    monkeypatch.setenv(tuning.PIN, tables.FORWARD["sm_80"][1].name)
+    assert triton_pairs(query, window) != default
+
+
+def test_cuda_times_are_of_many_calls_in_a_row(monkeypatch):
+    clock, calls = [0.0], {"short": 0, "long": 0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def run(name, milliseconds):
+        calls[name] += 1
+        clock[0] += milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    runs = {"short": lambda: run("short", 0.5), "long": lambda: run("long", 2000)}
+    seconds = time_in_turn(runs, 3, torch.device("cuda"))
+    assert seconds == {"short": pytest.approx(5e-4), "long": pytest.approx(2)}
+    assert calls == {"short": 1 + 3 * 20, "long": 1 + 3}
