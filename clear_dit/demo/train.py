@@ -62,7 +62,7 @@ class Plan:
     phases: tuple[Phase, Phase] = field(
         default=(
             Phase("phase-1", 16, 1200, 32, 0.01, 2e-3, 0.3, 0.3),
-            Phase("phase-2", 32, 2400, 8, 0.006, 1.2e-3, 1.0, 0.15, 1.2),
+            Phase("phase-2", 32, 3200, 8, 0.006, 1.2e-3, 1.0, 0.15, 1.2),
         )
     )
     compile_model: bool = True

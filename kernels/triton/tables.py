@@ -120,10 +120,16 @@ TEXT = {
 }
 _LONG = RunConfig(128, 64, 8, 2)
 BACKWARD = {
-    "sm_80": BackwardConfig(TileConfig(_SQUARE, 4, 2), TileConfig(_HALF, 4, 2), _LONG, _LONG),
+    "sm_80": BackwardConfig(
+        TileConfig(_SQUARE, 4, 2), TileConfig(_HALF, 4, 2), RunConfig(64, 64, 4, 2), _LONG
+    ),
     # 99 KB for a whole multiprocessor: one program of 8 warps.
-    "sm_86": BackwardConfig(TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), _LONG, _LONG),
-    "sm_89": BackwardConfig(TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), _LONG, _LONG),
+    "sm_86": BackwardConfig(
+        TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), RunConfig(64, 32, 4, 2), _LONG
+    ),
+    "sm_89": BackwardConfig(
+        TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), RunConfig(64, 32, 4, 2), _LONG
+    ),
     "sm_90": BackwardConfig(
         TileConfig(_SQUARE, 4, 2, True), TileConfig(_HALF, 4, 2, True), _LONG, _LONG
     ),

@@ -1,0 +1,66 @@
+"""Every kernel and every table entry compiles for GPUs that are not here, within their limits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.triton_mode import interpreted
+
+from clear_dit.kernels.triton import tables
+
+if not interpreted:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "triton_compile.py"
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compile") / "rows.json"
+    # Triton decides at its import whether it interprets: a process of its own.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    asked = [word for name in ARCHITECTURES for word in ("--architecture", name)]
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--out", str(out), *asked],
+        env=environment, capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(out.read_text())["rows"]
+
+
+def test_every_entry_is_there(rows):
+    for architecture in ARCHITECTURES:
+        compiled = {row["entry"] for row in rows if row["architecture"] == architecture}
+        entries = tables.FORWARD[architecture] + tables.WIDE_FORWARD + tables.FLOAT32_FORWARD
+        assert {entry.name for entry in entries} <= compiled
+        kernels = {row["name"] for row in rows if row["architecture"] == architecture}
+        assert kernels >= {
+            "image_forward", "text_forward", "text_merge", "prepare_rows", "image_query_backward",
+            "image_key_backward", "text_query_backward", "common_key_backward",
+            "norm_rope_kernel", "norm_rope_backward_kernel",
+        }  # fmt: skip
+
+
+def test_shared_memory_is_within_the_limit(rows):
+    for row in rows:
+        assert row["shared"] <= row["shared_limit"], row
+
+
+def test_no_spills_in_half_precision_up_to_128_channels(rows):
+    spilling = [
+        row
+        for row in rows
+        if row["dtype"] == "bfloat16" and row["head_dim"] <= 128 and row["loop_spills"]
+    ]
+    assert not spilling
+
+
+def test_hopper_runs_warp_group_products(rows):
+    names = {"image_forward", "text_forward", "image_query_backward", "image_key_backward"}
+    seen = [row for row in rows if row["architecture"] == "sm_90" and row["name"] in names]
+    assert seen
+    assert all(row["wgmma"] for row in seen if row["dtype"] == "bfloat16")
