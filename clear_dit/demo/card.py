@@ -33,7 +33,7 @@ image = pipe(
 ```
 
 Recommended: 512x512, 20 steps, `true_cfg_scale=2` with an empty negative prompt (two passes a
-step; without it the table below applies at guidance 1). Give `height` and `width`: the stock
+step; without it objects are less certain). Give `height` and `width`: the stock
 pipeline's own default of 1024 px cannot be configured and is twice the size the transformer was
 trained for. `guidance_scale` has no effect, as there is no guidance embedding. Prompts may be
 padded to any length up to 512 tokens.
