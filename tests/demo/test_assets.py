@@ -45,8 +45,8 @@ def test_padding_to_512_does_not_change_the_picture(pipe):
     images = [
         pipe(
             TEXT,
-            height=128,
-            width=128,
+            height=256,
+            width=256,
             num_inference_steps=2,
             generator=torch.Generator().manual_seed(0),
             max_sequence_length=length,
@@ -56,15 +56,15 @@ def test_padding_to_512_does_not_change_the_picture(pipe):
     ]
     other = pipe(
         TEXT.replace("night", "dusk"),
-        height=128,
-        width=128,
+        height=256,
+        width=256,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(0),
         max_sequence_length=64,
         output_type="np",
     ).images[0]
     padded = np.abs(images[0] - images[1]).mean()
-    assert padded < 0.03
+    assert padded < 0.01
     assert padded < 0.3 * np.abs(images[0] - other).mean()
 
 
