@@ -1,9 +1,9 @@
 """An implementation against the definition in float64: output and all gradients.
 
 Tolerance (as meta-pytorch/attention-gym derives it): the error against float64 is at most twice
-that of a plain implementation in the same dtype, plus two roundings of the result. Probabilities are
-computed as exp(score - lse), in float32 or wider: what rounds off a score is a relative error of
-theirs, also where the plain softmax has none (one key).
+that of a plain implementation in the same dtype, plus two roundings of the result. Probabilities
+are computed as exp(score - lse), in float32 or wider: what rounds off a score is a relative error
+of theirs, also where the plain softmax has none (one key).
 """
 
 import torch
