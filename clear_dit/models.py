@@ -16,6 +16,8 @@ from .compat import release
 from .errors import RequestError, first_line
 
 if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
     from .pipelines.flux import CLEARFluxPipeline
 
 # Side of a token in pixels: an autoencoder that reduces by 8, then 2 x 2 latents to a token.
@@ -99,7 +101,7 @@ def model_defaults(model: str) -> ModelDefaults:
     return FLUX_DEFAULTS if config.get("guidance_embeds") else UNGUIDED_DEFAULTS
 
 
-def text_length(pipe: CLEARFluxPipeline) -> int:
+def text_length(pipe: FluxPipeline) -> int:
     """Text tokens a pipeline is given, padding included: 256 where guidance is not embedded."""
     longest = 512 if pipe.transformer.config.guidance_embeds else 256
     return min(longest, pipe.tokenizer_2.model_max_length)
