@@ -192,7 +192,16 @@ def _paint(
         text = encode(pipe, [request.prompt])
         empty = encode(pipe, [""]) if two_passes(pipe, request.guidance) else None
     with timer.measure("denoise", device):
-        latents = denoise(pipe, request, text, empty, [request.seed])
+        latents = denoise(
+            pipe,
+            text,
+            empty,
+            [request.seed],
+            height=request.height,
+            width=request.width,
+            steps=request.steps,
+            guidance=request.guidance,
+        )
     with timer.measure("decode", device):
         return decode(pipe, latents, request.height, request.width)
 
@@ -216,16 +225,25 @@ def two_passes(pipe: FluxPipeline, guidance: float) -> bool:
 
 
 def denoise(
-    pipe: FluxPipeline, request: GenerateRequest, text: Text, empty: Text | None, seeds: list[int]
+    pipe: FluxPipeline,
+    text: Text,
+    empty: Text | None,
+    seeds: list[int],
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
 ) -> torch.Tensor:
     """Final latents, from noise of these seeds, one for each prompt.
 
     Args:
         pipe: whose attention is what it is.
-        request: gives height and width (pixels), steps and guidance.
         text: of the prompts, on the pipeline's device.
         empty: of one empty prompt, where guidance takes two passes (see `two_passes`).
         seeds: a picture depends on its own seed only, not on the others in the batch.
+        height, width: in pixels.
+        steps, guidance: see `GenerateRequest`.
 
     Returns:
         Packed, (batch, tokens, channels), in the pipeline's dtype.
@@ -236,11 +254,11 @@ def denoise(
         arguments["negative_pooled_prompt_embeds"] = empty[1].expand_as(text[1])
     embedded = bool(pipe.transformer.config.guidance_embeds)
     return pipe(
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance if embedded else 1.0,
-        true_cfg_scale=1.0 if empty is None else request.guidance,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance if embedded else 1.0,
+        true_cfg_scale=1.0 if empty is None else guidance,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         max_sequence_length=text_length(pipe),
         output_type="latent",

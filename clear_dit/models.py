@@ -115,7 +115,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEAR
     """
     path = model_path(model)
     try:
-        with _quiet():
+        with quiet_libraries():
             from .pipelines.flux import CLEARFluxPipeline
 
             renamed = release(metadata.version("diffusers")) >= (0, 42)
@@ -127,7 +127,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEAR
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Hide what diffusers and transformers say about themselves while they load.
 
     Such as that torchvision is missing, or that the demo's autoencoder is an AutoencoderTiny.
