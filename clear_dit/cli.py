@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from .distillation.commands import sample
+from .distillation.commands import distill, sample
 from .errors import RequestError, first_line
 
 app = typer.Typer(
@@ -194,6 +194,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 app.command()(sample)
+app.command()(distill)
 
 
 @bench.command("attention")

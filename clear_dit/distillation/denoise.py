@@ -21,6 +21,7 @@ from .samples import Text
 if TYPE_CHECKING:
     from ..pipelines.flux import CLEARFluxPipeline
 
+
 def weights_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to load a model in that is to compute in `dtype`.
 

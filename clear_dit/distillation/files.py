@@ -1,18 +1,17 @@
-"""Files and folders that appear whole under their name, or not at all."""
+"""Files that appear whole under their name, or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import first_line
+from ..errors import RequestError, first_line
 
 # safetensors has an exception of its own for a full disk.
 FAILURES = (OSError, SafetensorError)
@@ -37,7 +36,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, FAILURES):
-            raise _could_not_write(path, error) from error
+            raise could_not_write(path, error) from error
         raise
 
 
@@ -53,26 +52,21 @@ def write_tensors(
     write_whole(path, lambda temporary: save_file(dict(tensors), temporary, dict(header or {})))
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill, which takes its name at the end.
-
-    Raises:
-        OSError: it cannot be written, with the path and the reason; nothing is left.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, FAILURES):
-            raise _could_not_write(path, error) from error
-        raise
-
-
-def _could_not_write(path: Path, error: Exception) -> OSError:
+def could_not_write(path: Path, error: Exception) -> OSError:
+    """The error to raise for a file or folder that cannot be written."""
     reason = getattr(error, "strerror", None) or first_line(error)
     return OSError(f"{path} could not be written ({reason}).")
+
+
+def refuse_full_disk(out: Path, needed: int) -> None:
+    """Refuse to begin what `needed` bytes in the folder `out` will not suffice for.
+
+    Raises:
+        RequestError: how much is needed, and how much there is.
+    """
+    free = shutil.disk_usage(out.absolute().parent).free
+    if needed > free:
+        raise RequestError(
+            f"--out: about {needed / 1e9:,.1f} GB are needed for {out}, and {free / 1e9:,.1f} GB "
+            "are free there."
+        )

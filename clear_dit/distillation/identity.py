@@ -38,7 +38,7 @@ def fingerprint(transformer: nn.Module) -> dict[str, Any]:
     config: Any = transformer.config
     architecture = {name: config[name] for name in _ARCHITECTURE}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=list).encode())
-    weights = [transformer.get_submodule(name).weight for name in _LAYERS]
+    weights = [transformer.get_parameter(f"{name}.weight") for name in _LAYERS]
     return {
         "architecture": digest.hexdigest()[:16],
         "magnitudes": [weight.detach().abs().double().mean().item() for weight in weights],

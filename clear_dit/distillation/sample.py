@@ -22,6 +22,7 @@ from ..models import load_pipeline, model_defaults, model_path, text_length
 from ..output import save_png
 from ..prompts import read_prompts
 from .denoise import autocast, denoise, encode, initial_noise, weights_dtype
+from .files import refuse_full_disk
 from .identity import fingerprint, same_model, versions
 from .samples import INDEX, MAX_COUNT, SampleFolder, SampleIndex, Text, read_index
 
@@ -174,6 +175,7 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     length = text_length(pipe)
     with autocast(dtype, device):
         empty = encode(pipe, [""], length)
+    refuse_full_disk(out, _bytes(samples, empty, pipe.transformer.config.in_channels))
     if processes.is_main_process:
         out.mkdir(exist_ok=True)
         samples.write_index()
@@ -207,6 +209,14 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
         "seconds": round(seconds, 3),
         "seconds_per_sample": round(seconds / made, 4) if made else None,
     }
+
+
+def _bytes(samples: SampleFolder, empty: Text, channels: int) -> int:
+    """What the shards that are missing will take, if no prompt occurs twice in one."""
+    index = samples.index
+    count = sum(len(index.numbers(shard)) for shard in samples.missing())
+    numbers = index.tokens * channels + empty.words.numel() + empty.pooled.numel()
+    return count * numbers * find_dtype(index.dtype).itemsize
 
 
 def _make_shard(
@@ -284,10 +294,10 @@ def _check_folder(out: Path) -> None:
         raise RequestError(f"--out must be a folder, and {out} is a file.")
     if not out.absolute().parent.is_dir():
         raise RequestError(f"--out: there is no folder {out.absolute().parent}. Create it first.")
-    if out.is_dir() and not (out / INDEX).exists():
-        # A killed first run may have left the index's temporary file.
-        if any(not path.name.startswith(".") for path in out.iterdir()):
-            raise RequestError(f"--out: {out} has files in it but no {INDEX}; choose another.")
+    # A killed first run may have left the temporary file of the index.
+    others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
+    if others and not (out / INDEX).exists():
+        raise RequestError(f"--out: {out} has files in it but no {INDEX}; choose another folder.")
 
 
 def _check_other(samples: SampleFolder) -> None:
