@@ -81,6 +81,7 @@ def card(
         use = f"apply_clear(pipe, radius={options.radius}, down_factor={options.down_factor})\n"
         use += f'pipe.load_lora_weights(".", weight_name="{adapter.name}")'
     window = min(_WINDOW, len(losses))
+    layers = ", ".join(map(str, facts["layers"]))
     return f"""\
 ---
 base_model: {index.model}
@@ -108,7 +109,7 @@ from clear_dit import apply_clear
 - {len(losses):,} steps of {facts["effective_batch"]} samples, {options.optimizer} at learning rate
   {options.rate:g}, mixed precision {facts["mixed_precision"]}.
 - Loss: flow matching + {options.output_weight:g} x output distillation +
-  {options.attention_weight:g} x attention distillation, the latter on single blocks {", ".join(map(str, facts["layers"]))}.
+  {options.attention_weight:g} x attention distillation, the latter on single blocks {layers}.
 - {facts["hours"]:.2f} hours on {facts["hardware"]}.
 - {", ".join(f"{name} {version}" for name, version in versions().items())}.
 

@@ -7,8 +7,9 @@ between the steps, and they come back packed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,11 +32,22 @@ def weights_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
 
 
-def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+@contextmanager
+def autocast(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Under which a model in `weights_dtype` computes in `dtype`."""
     if weights_dtype(dtype, device) == dtype:
-        return nullcontext()
-    return torch.autocast(device.type, dtype)
+        yield
+    else:
+        with quiet_norms(), torch.autocast(device.type, dtype):
+            yield
+
+
+@contextmanager
+def quiet_norms() -> Iterator[None]:
+    """Hide that QK-norm has float32 weights for bfloat16 inputs under autocast: as intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from ..plugin import apply_clear
 from . import checkpoint
 from .card import card, hardware, mean_losses
 from .data import Batch, Draws
-from .denoise import weights_dtype
+from .denoise import quiet_norms, weights_dtype
 from .files import write_text
 from .identity import fingerprint
 from .losses import Losses, attention_outputs, distillation_losses, noisy, parse_layers
@@ -72,7 +72,8 @@ def distill(options: DistillOptions, progress: bool = True) -> dict[str, Any]:
         run.validator = Validator(run.pipe, prompts, index, run.dtype, options.out / "validation")
     run.prepare(found)
     resumed_from = run.progress.step
-    run.train(progress)
+    with quiet_norms():
+        run.train(progress)
     return run.finish() | {"resumed_from": resumed_from}
 
 
