@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from ..demo.checkpoint import load_checkpoint, save_checkpoint
 from ..errors import RequestError, first_line
 from .files import could_not_write, write_text
+from .identity import same_model
 
 SETTINGS, STATE, SHARDED = "settings.json", "state.safetensors", "sharded"
 _PREFIX = "checkpoint-"
@@ -158,10 +159,17 @@ def check(path: Path, settings: dict[str, Any]) -> None:
     """
     try:
         found = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        differing = [name for name in settings if found[name] != settings[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ours = found.pop("fingerprint")
+        differing = [
+            name for name in settings if name != "fingerprint" and found[name] != settings[name]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{path / SETTINGS} is not a checkpoint's: {first_line(error)}.") from (
             error
+        )
+    if not same_model(ours, settings["fingerprint"]):
+        raise RequestError(
+            f"--resume-from-checkpoint: {path} is of a run of another model than this one."
         )
     if differing:
         name = differing[0]

@@ -83,7 +83,10 @@ def make_schedule(options: DistillOptions, optimizer: torch.optim.Optimizer) -> 
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(
-        options.lr_scheduler, optimizer, options.lr_warmup_steps, options.max_train_steps
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=options.lr_warmup_steps,
+        num_training_steps=options.max_train_steps,
     )
 
 

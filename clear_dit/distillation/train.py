@@ -37,6 +37,12 @@ logger = logging.getLogger(__name__)
 # Of prompts, where the samples were made with classifier-free guidance.
 DEFAULT_DROPOUT = 0.1
 LOSS_NAMES = Losses._fields
+# Options that a resumed run must have in common; see also `Run.settings`.
+_SETTINGS = (
+    *("radius", "down_factor", "lora", "output_weight", "attention_weight", "optimizer"),
+    *("weight_decay", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "use_ema"),
+    *("ema_decay", "seed"),
+)
 
 
 def distill(options: DistillOptions, progress: bool = True) -> dict[str, Any]:
@@ -112,22 +118,18 @@ class Run:
         self.parameters = sum(p.numel() for p in self._trained().values())
         self.progress = checkpoint.Progress()
         self.validator: Validator | None = None
-        self.settings = {
-            "model": identity["architecture"],
+        self.settings: dict[str, Any] = {"fingerprint": identity}
+        for name in _SETTINGS:
+            self.settings[name] = getattr(options, name)
+        self.settings |= {
+            "learning_rate": options.rate,
             "samples": index.digest,
-            "effective_batch": self.effective_batch,
             "sample_count": self.draws.count,
+            "effective_batch": self.effective_batch,
             "prompt_dropout": dropout,
             "attention_layers": list(self.layers),
             "mixed_precision": self.accelerator.mixed_precision,
-            "learning_rate": options.rate,
         }
-        for name in (
-            *("radius", "down_factor", "lora", "output_weight", "attention_weight", "optimizer"),
-            *("weight_decay", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "use_ema"),
-            *("ema_decay", "seed"),
-        ):
-            self.settings[name] = getattr(options, name)
         if options.lr_scheduler in ("linear", "cosine"):  # which end with the last step
             self.settings["max_train_steps"] = options.max_train_steps
 
