@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 
 from .. import __version__
 from ..checks import find_impl
-from ..errors import RequestError
+from ..errors import RequestError, first_line
 from ..generate import Text, decode, denoise, encode, two_passes
 from ..plugin import apply_clear, remove_clear
 from ..processor import CLEARProcessor
@@ -38,12 +40,23 @@ def check_weights(pipe: FluxPipeline, variants: tuple[Variant, ...]) -> None:
     for variant in variants:
         if variant.weights is not None:
             assert variant.radius is not None
-            settings = CLEARProcessor(radius=variant.radius, down_factor=variant.down_factor)
             try:
+                if _is_lora(variant.weights):
+                    with attention_of(pipe, variant):
+                        continue
+                settings = CLEARProcessor(radius=variant.radius, down_factor=variant.down_factor)
                 with open_checked(pipe.transformer, variant.weights, settings):
                     pass
-            except (ValueError, OSError) as error:
-                raise RequestError(f"--weights: {error}") from error
+            except (ValueError, OSError, RuntimeError, ImportError) as error:
+                raise RequestError(
+                    f"--weights {variant.weights}: cannot be used: {first_line(error)}"
+                ) from error
+
+
+def _is_lora(path: Path) -> bool:
+    """Whether a safetensors file holds a LoRA, and not parameters of the model."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return any(".lora_" in key for key in file.keys())  # noqa: SIM118
 
 
 @contextmanager
@@ -56,10 +69,16 @@ def attention_of(pipe: FluxPipeline, variant: Variant) -> Iterator[str]:
     if variant.radius is None:
         yield "full"
         return
-    apply_clear(pipe, variant.radius, variant.down_factor, variant.weights)
+    weights = variant.weights
+    lora = weights if weights is not None and _is_lora(weights) else None
+    apply_clear(pipe, variant.radius, variant.down_factor, weights if lora is None else None)
     try:
+        if lora is not None:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name)
         yield find_impl("auto", pipe.dtype, pipe.device)
     finally:
+        if lora is not None:
+            pipe.unload_lora_weights()
         remove_clear(pipe)
 
 

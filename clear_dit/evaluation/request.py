@@ -111,9 +111,10 @@ def make_evaluate_request(
         model: "demo", a folder in diffusers format, or a hub repository (owner/name).
         prompts: "demo" for the demo's held-out captions, or a file (see `read_prompts`).
         count: pictures of each variant: the first prompts there are.
-        weights: each a file, whose metadata (or published name) says radius and down_factor; or a
-            folder or hub repository, of which the files for `radii` and `down_factor` are taken.
-            Each comes with an untuned row of the same settings.
+        weights: each a file, CLEAR weights or a LoRA, whose metadata or published name says radius
+            and down_factor, or else the only one of `radii` and `down_factor` do; or a folder or
+            hub repository, of which the files for `radii` and `down_factor` are taken. Each comes
+            with an untuned row of the same settings.
         radii: of untuned rows, in tokens; without them and without weights, the model's default.
         down_factor: that goes with `radii`, in tokens.
         metrics: names with commas, or "auto" for all that can be computed here.
@@ -168,14 +169,14 @@ def _metric_names(metrics: str) -> tuple[str, ...]:
     return () if "auto" in names else tuple(name for name in METRICS if name in names)
 
 
-def weights_settings(path: Path) -> tuple[int, int]:
+def weights_settings(path: Path, given: Sequence[tuple[int, int]] = ()) -> tuple[int, int]:
     """radius and down_factor of a file of CLEAR weights, in tokens.
 
     From its metadata (`save_clear_weights` writes them), else from a published name such as
-    clear_local_8_down_4.safetensors.
+    clear_local_8_down_4.safetensors, else the settings given, if there is one.
 
     Raises:
-        RequestError: it is not safetensors, or neither says them.
+        RequestError: it is not safetensors, or nothing says them.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -187,10 +188,12 @@ def weights_settings(path: Path) -> tuple[int, int]:
         said = (header["radius"], header.get("down_factor", "1"))
     elif published is not None:
         said = (published[1], published[2] or "1")
+    elif len(set(given)) == 1:
+        return given[0]
     else:
         raise RequestError(
-            f"--weights: {path} does not say its radius, neither in its metadata nor as "
-            "clear_local_RADIUS[_down_FACTOR].safetensors in its name."
+            f"--weights: {path} does not say its radius, in its metadata or by a published name; "
+            "say it with one --radius (and --down-factor)."
         )
     if not all(number.isdecimal() and len(number) < 10 for number in said):
         raise RequestError(f"--weights: {path} has no numbers for radius and down_factor: {said}.")
@@ -213,7 +216,7 @@ def _weight_files(name: str, radii: Sequence[int], down_factor: int) -> list[Pat
 
 def _variants(untuned: Sequence[tuple[int, int]], files: Sequence[Path]) -> tuple[Variant, ...]:
     """The teacher; then for every setting the untuned model and those distilled for it."""
-    tuned = [(weights_settings(path), path) for path in files]
+    tuned = [(weights_settings(path, untuned), path) for path in files]
     settings = dict.fromkeys([*untuned, *(setting for setting, _ in tuned)])
     variants = [TEACHER]
     for radius, factor in settings:

@@ -30,6 +30,22 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory):
+    """A LoRA of rank 2 on the demo's queries, as diffusers saves it."""
+    from diffusers import FluxPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    transformer = load_pipeline("demo", torch.float32, torch.device("cpu")).transformer
+    torch.manual_seed(0)
+    transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
+    folder = tmp_path_factory.mktemp("lora")
+    layers = get_peft_model_state_dict(transformer)
+    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
 @pytest.fixture
 def clear_dit(monkeypatch):
     """Runs `clear-dit` in this process; its exit status."""

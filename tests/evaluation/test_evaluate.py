@@ -184,6 +184,15 @@ def test_prompts_from_a_file(tmp_path, evaluate):
     assert "Infinity" not in (tmp_path / "out" / "report.json").read_text()
 
 
+def test_a_lora_is_weights_too(tmp_path, evaluate, lora):
+    arguments = ("--weights", lora, "--radius", 2, "--metrics", "psnr,output_mse")
+    assert evaluate(tmp_path, *arguments, count=1) == 0
+    untuned, tuned = report_of(tmp_path)["rows"][1:]
+    assert tuned["kind"] == "distilled"
+    assert tuned["psnr"] != untuned["psnr"]
+    assert tuned["output_mse"] != untuned["output_mse"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -209,6 +218,8 @@ def test_prompts_from_a_file(tmp_path, evaluate):
         (("--weights", "missing.safetensors", "--radius", 2), "missing.safetensors"),
         (("--weights", "two.txt"), "two.txt is not a safetensors file"),
         (("--weights", "silent.safetensors"), "does not say its radius"),
+        (("--weights", "silent.safetensors", "--radius", 2), "weights for another model"),
+        (("--weights", "lora.safetensors", "--radius", 2), "lora.safetensors: cannot be used"),
         (("--weights", "clear_local_4.safetensors"), "weights for another model"),
         (("--out", "two.txt"), "--out: cannot write in the folder two.txt"),
         (("--out", "/proc/out"), "--out: cannot write in the folder /proc/out"),
@@ -222,6 +233,11 @@ def test_bad_requests_are_one_line_and_status_2(
     (tmp_path / "bell.txt").write_text("a\x07b\n")
     (tmp_path / "long.txt").write_text("word " * 10_000)
     (tmp_path / "two.txt").write_text("a house\na tree\n")
+    wrong = "transformer.transformer_blocks.0.attn.to_q.lora_"
+    save_file(
+        {f"{wrong}A.weight": torch.zeros(2, 9), f"{wrong}B.weight": torch.zeros(9, 2)},
+        tmp_path / "lora.safetensors",
+    )
     for name in ("silent", "clear_local_4"):
         tensors = {"transformer_blocks.0.attn.to_q.weight": torch.zeros(3072, 8)}
         save_file(tensors, tmp_path / f"{name}.safetensors")

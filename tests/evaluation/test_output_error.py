@@ -9,7 +9,8 @@ from clear_dit.evaluation.output_error import (
     predict,
     predict_all,
 )
-from clear_dit.evaluation.painting import TextCache, attention_of
+from clear_dit.evaluation.painting import TextCache, attention_of, check_weights
+from clear_dit.evaluation.pictures import fingerprint
 from clear_dit.evaluation.request import TEACHER, Variant, make_evaluate_request
 
 PROMPT = "a pink tower in the desert at night"
@@ -70,12 +71,21 @@ def test_error_is_zero_for_the_teacher_and_falls_with_the_radius(pipe, request_,
     assert errors[1] == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
-def test_the_pipeline_is_as_before(pipe, weights):
+@pytest.mark.parametrize("kind", ["weights", "lora"])
+def test_the_pipeline_is_as_before(request, pipe, kind, points):
+    weights = request.getfixturevalue(kind)
     before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
-    with attention_of(pipe, Variant("", "", 2, 1, weights)) as impl:
-        assert impl == "tiled"
-        changed = pipe.transformer.state_dict()
-        assert any(not torch.equal(changed[key], before[key]) for key in before)
+    untuned = fingerprint(pipe)
+    evaluation = make_evaluate_request("demo", "demo", 1, radii=[2], height=64, width=96)
+    texts, found = TextCache(pipe), []
+    check_weights(pipe, (Variant("", "", 2, 1, weights),))
+    for path in (weights, None):
+        with attention_of(pipe, Variant("", "", 2, 1, path)) as impl:
+            assert impl == "tiled"
+            assert (fingerprint(pipe) == untuned) is (path is None)
+            found.append(predict(pipe, evaluation, points[0], texts))
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    assert fingerprint(pipe) == untuned
     after = pipe.transformer.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
