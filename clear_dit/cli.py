@@ -308,9 +308,24 @@ def bench_plan(
         int | None, typer.Option(min=1, max=4096, help="Text tokens; default the model's own.")
     ] = None,
     dtype: Dtype = "bfloat16",
+    train: Annotated[
+        bool, typer.Option("--train", help="Memory of a distillation step instead, in bfloat16.")
+    ] = False,
+    train_batch_size: Annotated[
+        int, typer.Option(min=1, max=1024, help="Samples at once, with --train.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """What a model will cost at a size: FLOPs and memory, without its weights or a GPU."""
+    if train:
+        from .bench.plan_training import plan_training
+        from .bench.plan_training import report as training_report
+
+        planned = plan_training(model, height, width, radius, down_factor, train_batch_size)
+        print(training_report(planned))
+        if as_json:
+            _print_json(planned)
+        return
     from .bench.plan import plan as run
     from .bench.plan import report
     from .checks import find_dtype

@@ -16,14 +16,8 @@ from ..weights import published_name, write_weights
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def add_lora(model: Any, rank: int, seed: int) -> None:
-    """Put a LoRA of peft on to_q, to_k, to_v and to_out.0 of every layer; it changes nothing yet.
-
-    Args:
-        model: a FLUX transformer of diffusers.
-        rank: of the LoRA, whose alpha is the same.
-        seed: of its random half.
-    """
+def lora_config(model: nn.Module, rank: int) -> Any:
+    """peft's description of a LoRA on to_q, to_k, to_v and to_out.0 of every layer."""
     from peft import LoraConfig
 
     targets = [
@@ -32,13 +26,20 @@ def add_lora(model: Any, rank: int, seed: int) -> None:
         for projection in PROJECTIONS
         if projection != "to_out.0" or hasattr(attn, "to_out")
     ]
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
+
+
+def add_lora(model: Any, rank: int, seed: int) -> None:
+    """Put a LoRA of peft on the layers that are trained; it changes nothing yet.
+
+    Args:
+        model: a FLUX transformer of diffusers.
+        rank: of the LoRA, whose alpha is the same.
+        seed: of its random half.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(
-            LoraConfig(
-                r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets
-            )
-        )
+        model.add_adapter(lora_config(model, rank))
 
 
 def trained_parameters(model: nn.Module, lora: bool) -> dict[str, nn.Parameter]:

@@ -7,7 +7,6 @@ since the base layers below the LoRA are the teacher's.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,10 +104,19 @@ def _projections(attn: Any) -> dict[str, Any]:
         linears["to_out"] = attn.to_out[0]
     bases = {name: getattr(linear, "base_layer", None) for name, linear in linears.items()}
     if all(base is None for base in bases.values()):
-        copies = nn.ModuleDict({name: copy.deepcopy(each) for name, each in linears.items()})
-        attn.add_module(COPIES, copies.requires_grad_(False))
+        copies = nn.ModuleDict({name: _frozen_copy(each) for name, each in linears.items()})
+        attn.add_module(COPIES, copies)
         bases = dict(copies.items())
     found: dict[str, Any] = dict(bases)
     if "to_out" in found:
         found["to_out"] = [found["to_out"], attn.to_out[1]]
     return found
+
+
+def _frozen_copy(linear: nn.Linear) -> nn.Linear:
+    """Not `deepcopy`, which would copy the mode of fake tensors too."""
+    has_bias = linear.bias is not None
+    twin = nn.Linear(linear.in_features, linear.out_features, has_bias, device="meta")
+    for name, parameter in linear.named_parameters():
+        setattr(twin, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    return twin
