@@ -30,9 +30,6 @@ def sample(
     ] = None,
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 4,
     shard_size: Annotated[int, typer.Option(help="Samples in a file.")] = 32,
-    compile_model: Annotated[
-        bool, typer.Option("--compile", help="Compile the model: minutes first, then faster.")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")] = False,
 ) -> None:
     """Make samples with the stock model, for `distill` to learn from. A killed run goes on."""
@@ -53,7 +50,6 @@ def sample(
         device=device,
         batch=batch,
         shard_size=shard_size,
-        compile_model=compile_model,
     )
     result = run(request, out)
     if as_json:

@@ -21,6 +21,7 @@ from ..generate import MAX_STEPS, decode
 from ..models import load_pipeline, model_defaults, model_path, text_length
 from ..output import save_png
 from ..prompts import read_prompts
+from .cpu_attention import PerHeadAttention
 from .denoise import autocast, denoise, encode, initial_noise, weights_dtype
 from .files import refuse_full_disk
 from .identity import fingerprint, same_model, versions
@@ -51,7 +52,6 @@ class SampleRequest:
         batch: pictures at once.
         shard_size: samples in a file, which is what a kill can cost.
         images: write the pictures too.
-        compile_model: compile the transformer first.
 
     Raises:
         RequestError: the first thing that is wrong.
@@ -70,7 +70,6 @@ class SampleRequest:
     batch: int
     shard_size: int
     images: bool
-    compile_model: bool
 
     def __post_init__(self) -> None:
         model_path(self.model)
@@ -111,7 +110,6 @@ def make_request(model: str, prompts: str, count: int, **settings: Any) -> Sampl
         "batch": 4,
         "shard_size": 32,
         "images": False,
-        "compile_model": False,
     }
     complete |= {name: value for name, value in settings.items() if value is not None}
     return SampleRequest(model, prompts, count, **(complete | {"device": device}))
@@ -167,8 +165,8 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     device = processes.device if request.device == "cuda" else torch.device(request.device)
     dtype = find_dtype(request.dtype)
     pipe = load_pipeline(request.model, weights_dtype(dtype, device), device)
-    if request.compile_model:
-        pipe.transformer.compile(dynamic=False)
+    if weights_dtype(dtype, device) != dtype:
+        pipe.transformer.set_attn_processor(PerHeadAttention())
     samples = SampleFolder(out, _index(request, pipe, prompts))
     _check_other(samples)
     processes.wait_for_everyone()  # nobody writes before everybody has looked

@@ -27,15 +27,15 @@ class TeacherProcessor:
 
     Args:
         projections: to_q, to_k, to_v, and to_out in a double block.
+        stock: the processor that computes it.
     """
 
     # diffusers sets these on any processor.
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, projections: dict[str, Any]) -> None:
-        self.projections = projections
-        self.stock = FluxAttnProcessor()
+    def __init__(self, projections: dict[str, Any], stock: Any) -> None:
+        self.projections, self.stock = projections, stock
 
     def __call__(
         self,
@@ -68,15 +68,17 @@ class Teacher:
     Args:
         model: a FLUX transformer with CLEAR on all layers, before anything is trained; a LoRA for
             the student is there already.
+        stock: the processor of full attention; diffusers' own where None.
 
     Adds frozen copies of the projections to the model's layers; `detach` takes them away.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, stock: Any = None) -> None:
+        stock = FluxAttnProcessor() if stock is None else stock
         self.layers = attention_layers(model)
         self.students = {name: attn.processor for name, attn in self.layers.items()}
         self.processors = {
-            name: TeacherProcessor(_projections(attn)) for name, attn in self.layers.items()
+            name: TeacherProcessor(_projections(attn), stock) for name, attn in self.layers.items()
         }
 
     @contextmanager

@@ -20,6 +20,7 @@ from ..models import TOKEN_PIXELS, load_pipeline
 from ..plugin import apply_clear
 from . import checkpoint
 from .card import card, hardware, mean_losses
+from .cpu_attention import PerHeadAttention
 from .data import Batch, Draws
 from .denoise import quiet_norms, weights_dtype
 from .files import write_text
@@ -141,8 +142,10 @@ class Run:
             raise RequestError(str(error)) from error
         if options.lora is not None:
             add_lora(self.model, options.lora, options.seed)
-        self.needs_teacher = options.output_weight > 0 or options.attention_weight > 0
-        self.teacher = Teacher(self.model) if self.needs_teacher else None
+        self.teacher = None
+        if options.output_weight > 0 or options.attention_weight > 0:
+            on_cpu = weights_dtype(self.dtype, self.device) != self.dtype
+            self.teacher = Teacher(self.model, PerHeadAttention() if on_cpu else None)
         freeze_others(self.model, self.lora)
         if options.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()

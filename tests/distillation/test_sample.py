@@ -14,6 +14,8 @@ from support.distilling import make_samples
 from clear_dit import cli
 from clear_dit.demo.captions import Scene, parse
 from clear_dit.distillation import files
+from clear_dit.distillation.cpu_attention import PerHeadAttention
+from clear_dit.distillation.denoise import autocast
 from clear_dit.distillation.identity import same_model
 from clear_dit.distillation.sample import make_request
 from clear_dit.distillation.samples import SampleFolder, open_samples, read_index
@@ -297,3 +299,17 @@ def test_defaults_are_the_model_s():
     request = make_request("demo", "demo", 3, device="cpu", height=None)
     assert (request.height, request.steps, request.guidance) == (512, 20, 2.0)
     assert request.dtype == "float32"
+
+
+@pytest.mark.parametrize("text", [1, 5])
+def test_attention_by_heads_is_the_stock_one(text, tiny_transformer, tiny_inputs):
+    model, inputs = tiny_transformer(), tiny_inputs(6, 9, text=text, batch=2)
+    device = torch.device("cpu")
+    with torch.no_grad():
+        exact = model(**inputs, return_dict=False)[0]
+        with autocast(torch.bfloat16, device):
+            stock = model(**inputs, return_dict=False)[0]
+            model.set_attn_processor(PerHeadAttention())
+            heads = model(**inputs, return_dict=False)[0]
+    error = (heads - exact).square().mean() / exact.square().mean()
+    assert error.sqrt() < 2 * ((stock - exact).square().mean() / exact.square().mean()).sqrt()

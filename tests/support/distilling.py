@@ -84,7 +84,8 @@ def child_rank(rank, world, port, task, arguments):
         "MASTER_PORT": str(port),
     }
     task(*arguments)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def save_gradients(samples, out, path, changes):
