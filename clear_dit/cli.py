@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from .distillation.commands import distill, sample
 from .errors import RequestError, first_line
 
 app = typer.Typer(
@@ -119,6 +120,68 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    prompts: Annotated[
+        str, typer.Option(help="A .txt, .jsonl or .csv file; demo: the demo's held-out captions.")
+    ] = "demo",
+    model: Annotated[
+        str, typer.Option(help="demo, a folder in diffusers format, or a hub repository.")
+    ] = "demo",
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="Distilled weights, repeatable; each brings its untuned row along."),
+    ] = None,
+    radius: Annotated[
+        list[int] | None, typer.Option(help="Radius of an untuned row, in tokens; repeatable.")
+    ] = None,
+    down_factor: DownFactor = 1,
+    count: Annotated[int, typer.Option(help="Pictures of each row: the first prompts.")] = 64,
+    metrics: Annotated[
+        str, typer.Option(help="With commas; auto: all that can be computed here.")
+    ] = "auto",
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next add 1.")] = 0,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 4,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="A folder; a stopped run in it goes on.")] = Path(
+        "evaluation"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Full attention against CLEAR, untuned and distilled, from the same seeds and prompts."""
+    from .evaluation.report import markdown
+    from .evaluation.request import make_evaluate_request
+    from .evaluation.run import evaluate as run
+
+    request = make_evaluate_request(
+        model,
+        prompts,
+        count,
+        weights=weights or (),
+        radii=radius or (),
+        down_factor=down_factor,
+        metrics=metrics,
+        batch=batch,
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    result = run(request, out)
+    print(markdown(result))
+    print(f"{out / 'report.md'}, report.json, contact-sheet.png; {result['painted']} painted now")
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what can run on this machine, and why the rest cannot."""
     from .doctor import examine, report
@@ -128,6 +191,10 @@ def doctor(as_json: Json = False) -> None:
         _print_json(found)
     else:
         print(report(found))
+
+
+app.command()(sample)
+app.command()(distill)
 
 
 @bench.command("attention")
@@ -241,9 +308,24 @@ def bench_plan(
         int | None, typer.Option(min=1, max=4096, help="Text tokens; default the model's own.")
     ] = None,
     dtype: Dtype = "bfloat16",
+    train: Annotated[
+        bool, typer.Option("--train", help="Memory of a distillation step instead, in bfloat16.")
+    ] = False,
+    train_batch_size: Annotated[
+        int, typer.Option(min=1, max=1024, help="Samples at once, with --train.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """What a model will cost at a size: FLOPs and memory, without its weights or a GPU."""
+    if train:
+        from .bench.plan_training import plan_training
+        from .bench.plan_training import report as training_report
+
+        planned = plan_training(model, height, width, radius, down_factor, train_batch_size)
+        print(training_report(planned))
+        if as_json:
+            _print_json(planned)
+        return
     from .bench.plan import plan as run
     from .bench.plan import report
     from .checks import find_dtype

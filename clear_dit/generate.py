@@ -20,6 +20,8 @@ from .output import check_writable, save_png
 from .plugin import apply_clear
 
 if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
     from .pipelines.flux import CLEARFluxPipeline
 
 MAX_STEPS = 1000
@@ -186,36 +188,86 @@ def _paint(
     pipe: CLEARFluxPipeline, request: GenerateRequest, device: torch.device, timer: Timer
 ) -> Any:
     """Text, denoising and decoding one after the other, each timed; a PIL image."""
-    embedded = bool(pipe.transformer.config.guidance_embeds)
-    two_passes = not embedded and request.guidance > 1
-    length = text_length(pipe)
-    arguments: dict[str, Any] = {}
-    with timer.measure("text", device), torch.no_grad():
-        prompts = {"": request.prompt} | ({"negative_": ""} if two_passes else {})
-        for prefix, prompt in prompts.items():
-            embeds, pooled, _ = pipe.encode_prompt(
-                prompt=prompt, prompt_2=None, device=device, max_sequence_length=length
-            )
-            arguments[f"{prefix}prompt_embeds"] = embeds
-            arguments[f"{prefix}pooled_prompt_embeds"] = pooled
+    with timer.measure("text", device):
+        text = encode(pipe, [request.prompt])
+        empty = encode(pipe, [""]) if two_passes(pipe, request.guidance) else None
     with timer.measure("denoise", device):
-        latents = pipe(
+        latents = denoise(
+            pipe,
+            text,
+            empty,
+            [request.seed],
             height=request.height,
             width=request.width,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance if embedded else 1.0,
-            true_cfg_scale=request.guidance if two_passes else 1.0,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            max_sequence_length=length,
-            output_type="latent",
-            **arguments,
-        ).images
+            steps=request.steps,
+            guidance=request.guidance,
+        )
     with timer.measure("decode", device):
         return decode(pipe, latents, request.height, request.width)
 
 
+# Of some prompts: (batch, text tokens, channels), and pooled (batch, channels).
+Text = tuple[torch.Tensor, torch.Tensor]
+
+
 @torch.no_grad()
-def decode(pipe: CLEARFluxPipeline, latents: torch.Tensor, height: int, width: int) -> Any:
+def encode(pipe: FluxPipeline, prompts: list[str]) -> Text:
+    """Prompts as the transformer takes them, padded to `text_length(pipe)`."""
+    embeds, pooled, _ = pipe.encode_prompt(
+        prompt=prompts, prompt_2=None, device=pipe.device, max_sequence_length=text_length(pipe)
+    )
+    return embeds, pooled
+
+
+def two_passes(pipe: FluxPipeline, guidance: float) -> bool:
+    """Whether guidance of this strength takes a second pass, with an empty prompt."""
+    return not pipe.transformer.config.guidance_embeds and guidance > 1
+
+
+def denoise(
+    pipe: FluxPipeline,
+    text: Text,
+    empty: Text | None,
+    seeds: list[int],
+    *,
+    height: int,
+    width: int,
+    steps: int,
+    guidance: float,
+) -> torch.Tensor:
+    """Final latents, from noise of these seeds, one for each prompt.
+
+    Args:
+        pipe: whose attention is what it is.
+        text: of the prompts, on the pipeline's device.
+        empty: of one empty prompt, where guidance takes two passes (see `two_passes`).
+        seeds: a picture depends on its own seed only, not on the others in the batch.
+        height, width: in pixels.
+        steps, guidance: see `GenerateRequest`.
+
+    Returns:
+        Packed, (batch, tokens, channels), in the pipeline's dtype.
+    """
+    arguments: dict[str, Any] = {"prompt_embeds": text[0], "pooled_prompt_embeds": text[1]}
+    if empty is not None:
+        arguments["negative_prompt_embeds"] = empty[0].expand_as(text[0])
+        arguments["negative_pooled_prompt_embeds"] = empty[1].expand_as(text[1])
+    embedded = bool(pipe.transformer.config.guidance_embeds)
+    return pipe(
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance if embedded else 1.0,
+        true_cfg_scale=1.0 if empty is None else guidance,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        max_sequence_length=text_length(pipe),
+        output_type="latent",
+        **arguments,
+    ).images
+
+
+@torch.no_grad()
+def decode(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> Any:
     """Packed latents (1, tokens, channels) to a PIL image of height x width pixels."""
     latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,10 +16,15 @@ from .compat import release
 from .errors import RequestError, first_line
 
 if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
     from .pipelines.flux import CLEARFluxPipeline
 
 # Side of a token in pixels: an autoencoder that reduces by 8, then 2 x 2 latents to a token.
 TOKEN_PIXELS = 16
+
+# What a pipeline has besides its transformer and scheduler.
+OTHER_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
 DEMO = Path(__file__).parent / "assets" / "demo"
 
@@ -99,25 +104,29 @@ def model_defaults(model: str) -> ModelDefaults:
     return FLUX_DEFAULTS if config.get("guidance_embeds") else UNGUIDED_DEFAULTS
 
 
-def text_length(pipe: CLEARFluxPipeline) -> int:
+def text_length(pipe: FluxPipeline) -> int:
     """Text tokens a pipeline is given, padding included: 256 where guidance is not embedded."""
     longest = 512 if pipe.transformer.config.guidance_embeds else 256
     return min(longest, pipe.tokenizer_2.model_max_length)
 
 
-def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEARFluxPipeline:
-    """A FLUX pipeline, ready on a device.
+def load_pipeline(
+    model: str, dtype: torch.dtype, device: torch.device, only_transformer: bool = False
+) -> CLEARFluxPipeline:
+    """A FLUX pipeline, ready on a device; without text encoders and autoencoder if asked.
 
     Raises:
         RequestError: it cannot be found or read.
     """
     path = model_path(model)
     try:
-        with _quiet():
+        with quiet_libraries():
             from .pipelines.flux import CLEARFluxPipeline
 
             renamed = release(metadata.version("diffusers")) >= (0, 42)
-            options = {"dtype" if renamed else "torch_dtype": dtype}
+            options: dict[str, Any] = {"dtype" if renamed else "torch_dtype": dtype}
+            if only_transformer:
+                options |= dict.fromkeys(OTHER_PARTS)
             pipe = CLEARFluxPipeline.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise RequestError(f"--model {model}: cannot be loaded: {first_line(error)}") from error
@@ -125,7 +134,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> CLEAR
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Hide what diffusers and transformers say about themselves while they load.
 
     Such as that torchvision is missing, or that the demo's autoencoder is an AutoencoderTiny.

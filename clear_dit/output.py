@@ -1,12 +1,15 @@
-"""Writing a picture whole or not at all."""
+"""Writing a file whole or not at all, and folders of which one process at a time is the owner."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -15,6 +18,8 @@ from .errors import RequestError
 
 # The key under which the settings stand in a PNG's text, as JSON.
 METADATA_KEY = "clear_dit"
+# Files being written have names that begin so; a killed process leaves one.
+TEMPORARY_PREFIX = ".clear-dit-"
 
 
 def check_writable(path: Path) -> None:
@@ -38,18 +43,32 @@ def check_writable(path: Path) -> None:
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, object]) -> None:
-    """Write a PNG with its settings inside: to a temporary file beside `path`, then renamed.
+    """Write a PNG with its settings inside, by `whole_file`.
 
     Raises:
         OSError: the disk is full or the folder is gone; nothing is left behind.
     """
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
-    handle, name = tempfile.mkstemp(prefix=".clear-dit-", suffix=".png", dir=path.parent)
+    with whole_file(path) as file:
+        image.save(file, format="PNG", pnginfo=info)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write that gets its name `path` only when it is complete and on the disk.
+
+    Raises:
+        OSError: the disk is full or the folder is gone; nothing is left behind, and a file that
+            had the name keeps it.
+    """
+    handle, name = tempfile.mkstemp(
+        prefix=TEMPORARY_PREFIX, suffix=path.suffix or ".tmp", dir=path.parent
+    )
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -57,6 +76,38 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, object]) -> 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def own_folder(path: Path, option: str = "--out") -> Iterator[None]:
+    """Make a folder and keep other processes that would own it out, until the end or death.
+
+    What a killed owner left half-written in it and in the folders below is removed.
+
+    Raises:
+        RequestError: it cannot be made or written in, or another process is at work in it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("wb")
+    except OSError as error:
+        raise RequestError(
+            f"{option}: cannot write in the folder {path} ({error.strerror})."
+        ) from error
+    with lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RequestError(
+                    f"{option}: another process is at work in {path}; wait for it or name "
+                    "another folder."
+                ) from error
+        for left in path.rglob(f"{TEMPORARY_PREFIX}*"):
+            left.unlink()
+        yield
 
 
 def read_settings(path: Path) -> dict[str, object]:

@@ -111,6 +111,21 @@ def save_clear_weights(
     refuse_unsuitable(model, who)
     parameters = {**parameters_by_key(model), **pooling_by_key(model)}
     tensors = {key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()}
+    write_weights(tensors, path, settings, base_model, who)
+
+
+def write_weights(
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    settings: CLEARProcessor,
+    base_model: str | None,
+    who: str,
+) -> None:
+    """Write tensors, by their names in a file, with the header that `save_clear_weights` describes.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{who}: {key} has values that are not finite.")
@@ -135,6 +150,12 @@ def save_clear_weights(
         raise
 
 
+def published_name(radius: int, down_factor: int) -> str:
+    """The name of a file of weights for these settings, as the authors published them."""
+    pooled = f"_down_{down_factor}" if down_factor > 1 else ""
+    return f"clear_local_{radius}{pooled}{SUFFIX}"
+
+
 def find_weights(
     name_or_path: str | os.PathLike[str],
     radius: int,
@@ -150,8 +171,7 @@ def find_weights(
         OSError: not found, or the hub cannot be reached.
     """
     who = "load_clear_weights"
-    pooled = f"_down_{down_factor}" if down_factor > 1 else ""
-    name = weight_name or f"clear_local_{radius}{pooled}{SUFFIX}"
+    name = weight_name or published_name(radius, down_factor)
     if not name.endswith(SUFFIX):
         raise ValueError(f"{who}: weight_name must end in {SUFFIX!r}, got {name!r}.")
     path = Path(name_or_path)

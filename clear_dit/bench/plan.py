@@ -153,7 +153,7 @@ class LiveStorages(TorchDispatchMode):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide which kernels would run on fake tensors: they say nothing about a real device."""
     logger = logging.getLogger("clear_dit")
     level = logger.level
@@ -165,7 +165,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
     """Dtype and device of the parameters of models built inside."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -176,7 +176,7 @@ def _defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _build(config: dict[str, Any]) -> Any:
+def build(config: dict[str, Any]) -> Any:
     """A model of diffusers or transformers from its config.json."""
     import diffusers
     import transformers
@@ -204,18 +204,18 @@ def _plan_transformer(
     config: dict[str, Any], window: Window, dtype: torch.dtype
 ) -> tuple[dict[str, Any], Memory]:
     """FLOPs of a forward pass, full and local, and its memory."""
-    with _defaults(dtype, TRANSFORMER_DEVICE):
-        model = _build(config)
+    with defaults(dtype, TRANSFORMER_DEVICE):
+        model = build(config)
         grid = (window.height, window.width)
         model.set_attn_processor(CLEARProcessor(window.radius, window.down_factor, IMPL, grid))
-    inputs = _flux_inputs(model.config, window, dtype)
+    inputs = flux_inputs(model.config, window, dtype, TRANSFORMER_DEVICE)
     counter = FlopCounterMode(display=False)
 
     def run() -> None:
         with counter:
             model(**inputs)
 
-    with _quiet():
+    with quiet():
         memory = _measure(model, run)
     config = model.config
     layers = config["num_layers"] + config["num_single_layers"]
@@ -248,15 +248,18 @@ def _plan_transformer(
     return flops, memory
 
 
-def _flux_inputs(config: Any, window: Window, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+def flux_inputs(
+    config: Any, window: Window, dtype: torch.dtype, device: str, batch: int = 1
+) -> dict[str, torch.Tensor | None]:
+    """What a FLUX transformer is called with, without values."""
     image, text = window.image_length, window.text_length
-    empty = partial(torch.empty, device=TRANSFORMER_DEVICE, dtype=dtype)
+    empty = partial(torch.empty, device=device, dtype=dtype)
     return {
-        "hidden_states": empty(1, image, config.in_channels),
-        "encoder_hidden_states": empty(1, text, config.joint_attention_dim),
-        "pooled_projections": empty(1, config.pooled_projection_dim),
-        "timestep": empty(1),
-        "guidance": empty(1) if config.guidance_embeds else None,
+        "hidden_states": empty(batch, image, config.in_channels),
+        "encoder_hidden_states": empty(batch, text, config.joint_attention_dim),
+        "pooled_projections": empty(batch, config.pooled_projection_dim),
+        "timestep": empty(batch),
+        "guidance": empty(batch) if config.guidance_embeds else None,
         "img_ids": empty(image, 3, dtype=torch.float32),
         "txt_ids": empty(text, 3, dtype=torch.float32),
     }
@@ -269,8 +272,8 @@ def _plan_text(configuration: Configuration, text_length: int, dtype: torch.dtyp
 
 
 def _plan_encoder(config: dict[str, Any], text_length: int, dtype: torch.dtype) -> Memory:
-    with _defaults(dtype, OTHERS_DEVICE):
-        model = _build(config)
+    with defaults(dtype, OTHERS_DEVICE):
+        model = build(config)
     length = min(text_length, getattr(model.config, "max_position_embeddings", text_length))
     tokens = torch.zeros(1, length, dtype=torch.int64, device=OTHERS_DEVICE)
     return _measure(model, lambda: model(tokens))
@@ -278,8 +281,8 @@ def _plan_encoder(config: dict[str, Any], text_length: int, dtype: torch.dtype) 
 
 def _plan_decoder(config: dict[str, Any], window: Window, dtype: torch.dtype) -> Memory:
     """Memory of the stock autoencoder on the whole picture at once."""
-    with _defaults(dtype, OTHERS_DEVICE):
-        model = _build(config)
+    with defaults(dtype, OTHERS_DEVICE):
+        model = build(config)
     height, width = (TOKEN_LATENTS * size for size in (window.height, window.width))
     shape = (1, model.config.latent_channels, height, width)
     latents = torch.empty(shape, dtype=dtype, device=OTHERS_DEVICE)
@@ -292,20 +295,20 @@ def report(result: dict[str, Any]) -> str:
     flops = [
         {
             "attention": row["attention"],
-            "linear TFLOP": _number(row["linear_tflop"]),
-            "attention TFLOP": _number(row["attention_tflop"]),
-            "sum TFLOP": _number(row["total_tflop"]),
+            "linear TFLOP": number(row["linear_tflop"]),
+            "attention TFLOP": number(row["attention_tflop"]),
+            "sum TFLOP": number(row["total_tflop"]),
             "attention's share": f"{row['attention_share']:.1%}",
-            "GFLOP per attention layer": _number(row["attention_gflop_per_layer"]),
+            "GFLOP per attention layer": number(row["attention_gflop_per_layer"]),
         }
         for row in result["rows"]
     ]
     memory = [
         {
             "stage": row["stage"],
-            "weights GiB": _number(row["weights_gib"]),
-            "activations GiB": _number(row["activations_gib"]),
-            "sum GiB": _number(row["total_gib"]),
+            "weights GiB": number(row["weights_gib"]),
+            "activations GiB": number(row["activations_gib"]),
+            "sum GiB": number(row["total_gib"]),
         }
         for row in result["memory"]
     ]
@@ -331,7 +334,7 @@ End to end, the FLOPs allow CLEAR to be at most {result["bound"]:.2f} times fast
 
 Peak memory with CLEAR:
 {table(memory)}
-With the weights of all stages resident: {_number(result["resident_gib"])} GiB.
+With the weights of all stages resident: {number(result["resident_gib"])} GiB.
 Tensors only: the workspace of convolutions, products and attention comes on top.
 Denoising: QK-norm and RoPE step by step; the fused kernel takes less.
 Decoding: the stock autoencoder, the whole picture at once, no tiling.
@@ -340,5 +343,6 @@ Keys for each image query, text included, by choice of tiles (in tokens):
 {table(tiles)}"""
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits at least."""
     return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"

@@ -3,7 +3,7 @@
 Paints captions of held-out attribute combinations and reads the pictures with the probe. Prints,
 per attribute, the share of pictures that show the value asked for; beside it the probe's accuracy
 on rendered pictures, and the share of accidental hits when captions are shuffled. The last line is
-JSON.
+JSON. `clear-dit evaluate` compares attentions on the same captions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from diffusers import FluxPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from clear_dit.demo.captions import ATTRIBUTES, Scene, caption
-from clear_dit.demo.probe import Probe, held_out_scenes, load_probe, probe_accuracy
+from clear_dit.demo.captions import ATTRIBUTES
+from clear_dit.demo.probe import (
+    Probe,
+    asked_labels,
+    held_out_captions,
+    load_probe,
+    probe_accuracy,
+)
+from clear_dit.generate import decode, denoise, encode, two_passes
 
 
 def paint(
@@ -33,33 +40,33 @@ def paint(
     true_cfg_scale: float,
     seed: int,
     batch: int,
-    max_sequence_length: int = 64,
 ) -> np.ndarray:
     """Pictures of `captions`: uint8 [n, size, size, 3]; picture i starts from noise seed + i."""
     pipe.set_progress_bar_config(disable=True)
+    empty = encode(pipe, [""]) if two_passes(pipe, true_cfg_scale) else None
     pictures = []
     for first in tqdm(range(0, len(captions), batch), f"paint at guidance {true_cfg_scale:g}"):
         texts = captions[first : first + batch]
-        images = pipe(
-            texts,
-            negative_prompt=[""] * len(texts) if true_cfg_scale > 1 else None,
-            true_cfg_scale=true_cfg_scale,
+        seeds = [seed + first + index for index in range(len(texts))]
+        latents = denoise(
+            pipe,
+            encode(pipe, texts),
+            empty,
+            seeds,
             height=size,
             width=size,
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed + first + i) for i in range(len(texts))],
-            max_sequence_length=max_sequence_length,
-            output_type="np",
-        ).images
-        pictures.append((images * 255 + 0.5).astype(np.uint8))
-    return np.concatenate(pictures)
+            steps=steps,
+            guidance=true_cfg_scale,
+        )
+        pictures += [np.array(decode(pipe, one[None], size, size)) for one in latents]
+    return np.stack(pictures)
 
 
-def score(probe: Probe, pictures: np.ndarray, scenes: list[Scene]) -> dict[str, np.ndarray]:
+def score(probe: Probe, pictures: np.ndarray, captions: list[str]) -> dict[str, np.ndarray]:
     """Hits per attribute [7], and with shuffled captions (false positives) the same."""
     seen = probe.read(pictures)
-    asked = np.array([scene.labels for scene in scenes])
-    rolled = [(seen == np.roll(asked, shift, 0)).mean(0) for shift in range(1, len(scenes))]
+    asked = asked_labels(captions)
+    rolled = [(seen == np.roll(asked, shift, 0)).mean(0) for shift in range(1, len(captions))]
     return {"hits": (seen == asked).mean(0), "shuffled": np.mean(rolled, 0)}
 
 
@@ -91,9 +98,7 @@ def main(
     torch.set_num_threads(threads)
     pipe = FluxPipeline.from_pretrained(model)
     probe = load_probe(model / "probe" / "probe.safetensors")
-    scenes = held_out_scenes(count)
-    rng = np.random.default_rng(seed)
-    captions = [caption(scene, rng) for scene in scenes]
+    captions = held_out_captions(count, seed)
     renders = probe_accuracy(probe, size=size, count=128)
     rows: dict[float, dict[str, np.ndarray]] = {}
     report: dict[str, Any] = {
@@ -110,7 +115,7 @@ def main(
                 pipe, captions, size=size, steps=steps, true_cfg_scale=scale, seed=seed, batch=batch
             )
         seconds = (time.perf_counter() - begin) / count
-        rows[scale] = score(probe, pictures, scenes)
+        rows[scale] = score(probe, pictures, captions)
         report["guidance"][f"{scale:g}"] = {
             "accuracy": round(float(rows[scale]["hits"].mean()), 4),
             "shuffled": round(float(rows[scale]["shuffled"].mean()), 4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from clear_dit.demo.captions import ATTRIBUTES, Scene, sample_scene
+from clear_dit.demo.captions import ATTRIBUTES, Scene, caption, parse, sample_scene
 from clear_dit.demo.data import PictureSet
 from clear_dit.demo.world import render
 
 SIZE = 64  # pixels a side that the probe looks at
 _BATCH, _PEAK_RATE = 64, 2e-3
+_ITEMS = tuple(ATTRIBUTES.items())
 
 
 class Probe(nn.Module):
@@ -32,16 +34,24 @@ class Probe(nn.Module):
         self.heads = nn.Linear(128, sum(self.sizes))
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.heads(self.features(pictures))
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The last hidden layer, [b, 128]: what FID and KID of the demo are computed on."""
         x = pictures * 4 - 2
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
-        return self.heads(F.relu(self.hidden(x.flatten(1))))
+        return F.relu(self.hidden(x.flatten(1)))
 
     @torch.no_grad()
+    def read_labels(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures as in `forward` -> the most probable value of each attribute, int [b, 7]."""
+        parts = self(pictures).split(self.sizes, -1)
+        return torch.stack([part.argmax(-1) for part in parts], 1)
+
     def read(self, pictures: np.ndarray) -> np.ndarray:
         """uint8 pictures [n, h, w, 3] -> the most probable value of each attribute, int [n, 7]."""
-        parts = self(shrink(pictures)).split(self.sizes, -1)
-        return torch.stack([part.argmax(-1) for part in parts], 1).numpy()
+        return self.read_labels(shrink(pictures)).numpy()
 
 
 def shrink(pictures: np.ndarray) -> torch.Tensor:
@@ -92,11 +102,38 @@ def held_out_scenes(count: int, seed: int = 2024) -> list[Scene]:
     return [sample_scene(rng, held_out=True) for _ in range(count)]
 
 
+def held_out_captions(count: int, seed: int = 0) -> list[str]:
+    """Captions of `held_out_scenes(count)`, by templates and synonyms drawn from `seed`.
+
+    More of them begin with the same ones.
+    """
+    rng = np.random.default_rng(seed)
+    return [caption(scene, rng) for scene in held_out_scenes(count)]
+
+
+def asked_labels(captions: Sequence[str]) -> np.ndarray:
+    """The attributes that captions name: int [n, 7], -1 where they leave one open."""
+    named = [parse(text.lower()) for text in captions]
+    return np.array(
+        [
+            [values.index(found[name]) if name in found else -1 for name, values in _ITEMS]
+            for found in named
+        ]
+    )
+
+
 def probe_accuracy(probe: Probe, count: int = 256, size: int = 256) -> np.ndarray:
     """Accuracy per attribute [7] on fresh renders of held-out scenes."""
     scenes = held_out_scenes(count, seed=77)
     pictures = np.stack([render(scene, size, size) for scene in scenes])
     return (probe.read(pictures) == np.array([scene.labels for scene in scenes])).mean(0)
+
+
+@torch.no_grad()
+def rendered_features(probe: Probe, count: int = 64) -> torch.Tensor:
+    """The probe's features [count, 128] of rendered held-out scenes."""
+    scenes = held_out_scenes(count, seed=77)
+    return probe.features(shrink(np.stack([render(scene, SIZE, SIZE) for scene in scenes])))
 
 
 def save_probe(probe: Probe, path: Path) -> None:

@@ -8,7 +8,13 @@ from PIL import Image
 from clear_dit.demo import train
 from clear_dit.demo.checkpoint import load_checkpoint
 from clear_dit.demo.evaluate import contact_sheet, paint, score
-from clear_dit.demo.probe import held_out_scenes, load_probe, save_probe, train_probe
+from clear_dit.demo.probe import (
+    held_out_captions,
+    held_out_scenes,
+    load_probe,
+    save_probe,
+    train_probe,
+)
 from clear_dit.demo.train import STAGES, Plan, run
 from clear_dit.demo.transformer import Phase
 
@@ -93,7 +99,7 @@ def test_probe_and_score(trained, tmp_path):
         pipe, ["", "a tree", "a tower"], size=64, steps=1, true_cfg_scale=2.0, seed=0, batch=2
     )
     assert pictures.shape == (3, 64, 64, 3)
-    result = score(probe, pictures, held_out_scenes(3))
+    result = score(probe, pictures, held_out_captions(3))
     assert result["hits"].shape == result["shuffled"].shape == (7,)
     assert contact_sheet(pictures, 2, 32).size == (64, 64)
 
@@ -103,6 +109,6 @@ def test_score_tells_right_from_shuffled():
         def read(self, pictures):
             return np.array([scene.labels for scene in held_out_scenes(32)])
 
-    result = score(Perfect(), np.zeros((32, 8, 8, 3), np.uint8), held_out_scenes(32))
+    result = score(Perfect(), np.zeros((32, 8, 8, 3), np.uint8), held_out_captions(32))
     assert (result["hits"] == 1).all()
     assert (result["shuffled"] < 0.6).all()

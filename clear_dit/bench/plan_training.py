@@ -1,0 +1,175 @@
+"""What a distillation step of a model will cost in memory: true configuration, no weights, no GPU.
+
+One step of `clear-dit distill` runs under FakeTensorMode: teacher, student, losses and backward
+with gradient checkpointing, bfloat16 under autocast, trained parameters in float32. What an
+optimizer keeps is added: PyTorch's allocations between operators are counted, not its workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..checks import find_window
+from ..distillation.losses import attention_outputs, default_layers, distillation_losses
+from ..distillation.setup import OPTIMIZER_STATES
+from ..distillation.student import add_lora, freeze_others, trained_parameters
+from ..distillation.teacher import Teacher
+from ..kernels.window import Window
+from ..plugin import attention_layers
+from ..processor import CLEARProcessor
+from .configurations import find_configuration
+from .plan import IMPL, LiveStorages, build, defaults, flux_inputs, number, quiet
+from .timing import table
+
+# On "cpu", autocast works for fake tensors, and attention is PyTorch's fused one.
+DEVICE = "cpu"
+# Of a GPU sold as 80 GB: what it has, less what workspace, fragments and PyTorch itself take.
+ROOM_GIB = 79 - 4
+LORA_RANK = 64
+ZERO_PROCESSES = 4
+
+
+class Step(NamedTuple):
+    """Of a step, in bytes: weights that stay, weights that are trained, and the peak, with both."""
+
+    frozen: int
+    trained: int
+    peak: int
+
+
+def plan_training(
+    model: str, height: int, width: int, radius: int, down_factor: int, batch: int
+) -> dict[str, Any]:
+    """Peak memory of a distillation step, for what can be trained and how.
+
+    Args:
+        model: a name or a folder, see `find_configuration`.
+        height, width: in pixels; radius and down_factor in tokens.
+        batch: samples at once.
+
+    Returns:
+        rows with what (in words), parameters (trained), frozen_gib (weights that both roles share,
+        and the teacher's copies), trained_gib, optimizer_gib, step_gib (gradients and
+        activations), total_gib and fits (one 80 GB GPU); and the setting.
+
+    Raises:
+        RequestError: an unknown model, or a size, radius or down_factor out of its range.
+    """
+    configuration = find_configuration(model)
+    window = find_window(height, width, radius, down_factor, configuration.text_length)
+    rows = []
+    for lora in (None, LORA_RANK):
+        step = _measure_step(configuration.transformer, window, batch, lora)
+        for optimizer, processes in (("prodigy", 1), ("adamw", 1), ("prodigy", ZERO_PROCESSES)):
+            if lora is not None and processes > 1:
+                continue
+            what = "projections" if lora is None else f"LoRA of rank {lora}"
+            shared = f", ZeRO-2 over {processes} GPUs" if processes > 1 else ""
+            states = OPTIMIZER_STATES[optimizer] * step.trained // processes
+            total = step.peak + states
+            rows.append(
+                {
+                    "what": f"{what}, {optimizer}{shared}",
+                    "parameters": step.trained // 4,
+                    "frozen_gib": step.frozen / 2**30,
+                    "trained_gib": step.trained / 2**30,
+                    "optimizer_gib": states / 2**30,
+                    "step_gib": (step.peak - step.frozen - step.trained) / 2**30,
+                    "total_gib": total / 2**30,
+                    "fits": total / 2**30 <= ROOM_GIB,
+                }
+            )
+    return {
+        "rows": rows,
+        "model": model,
+        "height": height,
+        "width": width,
+        "radius": radius,
+        "down_factor": down_factor,
+        "text_length": window.text_length,
+        "batch": batch,
+        "torch": torch.__version__,
+    }
+
+
+def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int | None) -> Step:
+    with defaults(torch.bfloat16, "meta"):
+        model = build(config)
+        grid = (window.height, window.width)  # not found from ids, which have no values
+        for attn in attention_layers(model).values():
+            attn.set_processor(CLEARProcessor(window.radius, window.down_factor, IMPL, grid))
+        if lora is not None:
+            add_lora(model, lora, seed=0)
+    with FakeTensorMode(), quiet():
+        # Only now, since peft cannot move fake weights.
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                size, dtype = parameter.shape, parameter.dtype
+                setattr(module, name, nn.Parameter(torch.empty(size, dtype=dtype, device=DEVICE)))
+        teacher = Teacher(model)
+        freeze_others(model, lora is not None)
+        model.enable_gradient_checkpointing()
+        trained = _bytes(trained_parameters(model, lora is not None).values())
+        everything = _bytes(model.parameters())
+        inputs = flux_inputs(model.config, window, torch.bfloat16, DEVICE, batch)
+        with LiveStorages() as storages:
+            storages.add(model.parameters())
+            _step(model, teacher, inputs)
+        return Step(everything - trained, trained, storages.peak)
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _step(model: nn.Module, teacher: Teacher, inputs: dict[str, Any]) -> None:
+    """What `Run.losses` does, and the backward pass."""
+    clean = inputs["hidden_states"].float()
+    layers = default_layers(len(model.single_transformer_blocks))  # type: ignore[arg-type]
+    with _autocast(), teacher.attention(), attention_outputs(model, layers) as expected_attention:
+        expected = model(**inputs, return_dict=False)[0].float()
+    with _autocast(), attention_outputs(model, layers) as attention:
+        predicted = model(**inputs, return_dict=False)[0].float()
+    losses = distillation_losses(
+        clean, clean, predicted, expected, attention, expected_attention, 0.5, 0.5
+    )
+    losses.total.backward()
+
+
+@contextmanager
+def _autocast() -> Iterator[None]:
+    with torch.autocast(DEVICE, torch.bfloat16):
+        yield
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table of a plan."""
+    rows = [
+        {
+            "trained": row["what"],
+            "parameters": f"{row['parameters'] / 1e6:,.1f} M",
+            "frozen GiB": number(row["frozen_gib"]),
+            "trained GiB": number(row["trained_gib"]),
+            "optimizer GiB": number(row["optimizer_gib"]),
+            "gradients, activations GiB": number(row["step_gib"]),
+            "sum GiB": number(row["total_gib"]),
+            "one 80 GB GPU": "fits" if row["fits"] else "does not fit",
+        }
+        for row in result["rows"]
+    ]
+    pooled = f", pooled by {result['down_factor']}" if result["down_factor"] > 1 else ""
+    return f"""\
+{result["model"]}, {result["height"]} x {result["width"]} px, batch {result["batch"]}
+Distillation with radius {result["radius"]} tokens{pooled}
+
+Peak memory of a step, of each GPU:
+{table(rows)}
+bfloat16 under autocast, gradient checkpointing; trained parameters, their gradients and the
+optimizer's numbers in float32. Tensors only: workspace, fragments and PyTorch's own come on top,
+for which 4 GiB are left. With ZeRO-2 only the optimizer's numbers are counted as shared."""

@@ -1,0 +1,322 @@
+"""Teacher samples: pictures the stock model makes itself, kept as what distillation reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..checks import check_size, find_device, find_dtype
+from ..errors import RequestError
+from ..generate import MAX_STEPS, decode
+from ..models import load_pipeline, model_defaults, model_path, text_length
+from ..output import save_png
+from ..prompts import read_prompts
+from .cpu_attention import PerHeadAttention
+from .denoise import autocast, denoise, encode, initial_noise, weights_dtype
+from .files import refuse_full_disk
+from .identity import fingerprint, same_model, versions
+from .samples import INDEX, MAX_COUNT, SampleFolder, SampleIndex, Text, read_index
+
+if TYPE_CHECKING:
+    from ..pipelines.flux import CLEARFluxPipeline
+
+logger = logging.getLogger(__name__)
+
+DEMO_PROMPTS = "demo"
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Which samples to make: complete and checked. `make_request` fills in what is not said.
+
+    Attributes:
+        model: "demo", a folder in diffusers format, or a hub repository (owner/name).
+        prompts: a file (see `read_prompts`), used again from its start where count is larger; or
+            "demo", captions of the demo's training combinations.
+        count: how many samples.
+        height, width: in pixels, multiples of 16.
+        steps, guidance: see `GenerateRequest`.
+        seed: sample n starts from the noise of seed + n.
+        dtype: "float32", "bfloat16" or "float16"; also that of the stored numbers.
+        device: a torch device.
+        batch: pictures at once.
+        shard_size: samples in a file, which is what a kill can cost.
+        images: write the pictures too.
+
+    Raises:
+        RequestError: the first thing that is wrong.
+    """
+
+    model: str
+    prompts: str
+    count: int
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    seed: int
+    dtype: str
+    device: str
+    batch: int
+    shard_size: int
+    images: bool
+
+    def __post_init__(self) -> None:
+        model_path(self.model)
+        check_size("height", self.height)
+        check_size("width", self.width)
+        bounds = {
+            "count": (1, MAX_COUNT),
+            "steps": (1, MAX_STEPS),
+            "batch": (1, 1024),
+            "shard_size": (1, 10_000),
+            "seed": (0, 2**62),
+            "guidance": (0, 100),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                option = name.replace("_", "-")
+                raise RequestError(f"--{option} must be from {low} to {high}, got {value}.")
+        find_dtype(self.dtype)
+        find_device(self.device)
+
+
+def make_request(model: str, prompts: str, count: int, **settings: Any) -> SampleRequest:
+    """A request in which whatever is None or not named takes the model's default.
+
+    Raises:
+        RequestError: see `SampleRequest`.
+    """
+    defaults = model_defaults(model)
+    device = str(find_device(settings.get("device")))
+    complete: dict[str, Any] = {
+        "height": defaults.size,
+        "width": defaults.size,
+        "steps": defaults.steps,
+        "guidance": defaults.guidance,
+        "seed": 0,
+        "dtype": "float32" if device == "cpu" else "bfloat16",
+        "batch": 4,
+        "shard_size": 32,
+        "images": False,
+    }
+    complete |= {name: value for name, value in settings.items() if value is not None}
+    return SampleRequest(model, prompts, count, **(complete | {"device": device}))
+
+
+class Prompts:
+    """The prompt of every sample number.
+
+    Attributes:
+        digest: tells other prompts from these.
+    """
+
+    def __init__(self, source: str, seed: int) -> None:
+        self.seed = seed
+        self.texts = None if source == DEMO_PROMPTS else read_prompts(source)
+        self.digest = DEMO_PROMPTS
+        if self.texts is not None:
+            digest = hashlib.sha256(json.dumps(self.texts).encode())
+            self.digest = digest.hexdigest()[:16]
+
+    def __getitem__(self, number: int) -> str:
+        if self.texts is not None:
+            return self.texts[number % len(self.texts)]
+        from ..demo.captions import caption, sample_scene
+
+        rng = np.random.default_rng((self.seed, number))
+        return caption(sample_scene(rng), rng)
+
+
+def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str, Any]:
+    """Make the samples of a request that are not in the folder yet.
+
+    Under `accelerate launch` or `torchrun`, each process makes the shards whose number is its own
+    modulo the number of processes. A killed run goes on where it was: run the same again, with
+    any number of processes. A larger count adds samples.
+
+    Args:
+        request: which samples.
+        out: the folder; made if its parent is there.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        out, count (asked for), made (now, by this process), missing (left to the other processes),
+        seconds (of this process) and seconds_per_sample (None if it made none).
+
+    Raises:
+        RequestError: a bad request, or a folder with other samples.
+        OSError: a file cannot be written; nothing is left of it.
+    """
+    prompts = Prompts(request.prompts, request.seed)
+    _check_folder(out)
+    processes = PartialState(cpu=request.device == "cpu")
+    device = processes.device if request.device == "cuda" else torch.device(request.device)
+    dtype = find_dtype(request.dtype)
+    pipe = load_pipeline(request.model, weights_dtype(dtype, device), device)
+    if weights_dtype(dtype, device) != dtype:
+        pipe.transformer.set_attn_processor(PerHeadAttention())
+    samples = SampleFolder(out, _index(request, pipe, prompts))
+    _check_other(samples)
+    processes.wait_for_everyone()  # nobody writes before everybody has looked
+    length = text_length(pipe)
+    with autocast(dtype, device):
+        empty = encode(pipe, [""], length)
+    refuse_full_disk(out, _bytes(samples, empty, pipe.transformer.config.in_channels))
+    if processes.is_main_process:
+        out.mkdir(exist_ok=True)
+        samples.write_index()
+        samples.write_empty(empty)
+    processes.wait_for_everyone()
+    own = range(processes.process_index, samples.index.shards, processes.num_processes)
+    missing = [shard for shard in samples.missing() if shard in own]
+    guided = not pipe.transformer.config.guidance_embeds and request.guidance > 1
+    start, made = time.perf_counter(), 0
+    total = sum(len(samples.index.numbers(shard)) for shard in missing)
+    hidden = not (progress and processes.is_local_main_process)
+    with tqdm(total=total, desc="sampling", unit="picture", disable=hidden) as bar:
+        for shard in missing:
+            texts = [prompts[number] for number in samples.index.numbers(shard)]
+            with autocast(dtype, device):
+                latents, text = _make_shard(
+                    pipe, request, samples.index, shard, texts, empty if guided else None, bar
+                )
+            samples.write(shard, latents, texts, text)
+            samples.forget(shard)
+            made += len(texts)
+    seconds = time.perf_counter() - start
+    if request.images:
+        for shard in own:
+            _write_images(pipe, samples, shard)
+    return {
+        "out": str(out),
+        "count": request.count,
+        "made": made,
+        "missing": sum(len(samples.index.numbers(shard)) for shard in samples.missing()),
+        "seconds": round(seconds, 3),
+        "seconds_per_sample": round(seconds / made, 4) if made else None,
+    }
+
+
+def _bytes(samples: SampleFolder, empty: Text, channels: int) -> int:
+    """What the shards that are missing will take, if no prompt occurs twice in one."""
+    index = samples.index
+    count = sum(len(index.numbers(shard)) for shard in samples.missing())
+    numbers = index.tokens * channels + empty.words.numel() + empty.pooled.numel()
+    return count * numbers * find_dtype(index.dtype).itemsize
+
+
+def _make_shard(
+    pipe: CLEARFluxPipeline,
+    request: SampleRequest,
+    index: SampleIndex,
+    shard: int,
+    texts: list[str],
+    empty: Text | None,
+    bar: Any,
+) -> tuple[torch.Tensor, Text]:
+    """Latents of a shard's samples and the embeddings of its different prompts."""
+    length = text_length(pipe)
+    different = list(dict.fromkeys(texts))
+    parts = [
+        encode(pipe, different[first : first + request.batch], length)
+        for first in range(0, len(different), request.batch)
+    ]
+    text = Text(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    rows = torch.tensor([different.index(prompt) for prompt in texts], device=text.words.device)
+    seeds = [index.seed + number for number in index.numbers(shard)]
+    latents = []
+    for first in range(0, len(texts), request.batch):
+        chosen = slice(first, first + request.batch)
+        latents.append(
+            denoise(
+                pipe,
+                initial_noise(pipe, seeds[chosen], index.height, index.width),
+                Text(text.words[rows[chosen]], text.pooled[rows[chosen]]),
+                empty,
+                height=index.height,
+                width=index.width,
+                steps=index.steps,
+                guidance=index.guidance,
+            )
+        )
+        bar.update(len(latents[-1]))
+    return torch.cat(latents), text
+
+
+def _write_images(pipe: CLEARFluxPipeline, samples: SampleFolder, shard: int) -> None:
+    """Decode the pictures of a shard that are not there yet."""
+    index, folder = samples.index, samples.folder / "images"
+    folder.mkdir(exist_ok=True)
+    header = samples.header(shard)
+    for row, latents in enumerate(samples.latents(shard)):
+        number = header["numbers"][row]
+        path = folder / f"{number:06d}.png"
+        if path.exists():
+            continue
+        packed = latents[None].to(pipe.vae.device, pipe.vae.dtype)
+        settings = {name: header[f"{name}s"][row] for name in ("prompt", "seed")}
+        save_png(decode(pipe, packed, index.height, index.width), path, settings)
+
+
+def _index(request: SampleRequest, pipe: CLEARFluxPipeline, prompts: Prompts) -> SampleIndex:
+    return SampleIndex(
+        model=request.model,
+        fingerprint=fingerprint(pipe.transformer),
+        height=request.height,
+        width=request.width,
+        steps=request.steps,
+        guidance=request.guidance,
+        dtype=request.dtype,
+        prompts=prompts.digest,
+        seed=request.seed,
+        count=request.count,
+        shard_size=request.shard_size,
+        versions=versions(),
+    )
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"--out must be a folder, and {out} is a file.")
+    if not out.absolute().parent.is_dir():
+        raise RequestError(f"--out: there is no folder {out.absolute().parent}. Create it first.")
+    # A killed first run may have left the temporary file of the index.
+    others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
+    if others and not (out / INDEX).exists():
+        raise RequestError(f"--out: {out} has files in it but no {INDEX}; choose another folder.")
+
+
+def _check_other(samples: SampleFolder) -> None:
+    """Refuse a folder of other samples than those asked for."""
+    if not (samples.folder / INDEX).exists():
+        return
+    found, asked = read_index(samples.folder), samples.index
+    if not same_model(found.fingerprint, asked.fingerprint):
+        raise RequestError(
+            f"--out: {samples.folder} has samples of another model: of {found.model!r}, not of "
+            f"{asked.model!r}."
+        )
+    for name in ("height", "width", "steps", "guidance", "dtype", "prompts", "seed", "shard_size"):
+        before, now = getattr(found, name), getattr(asked, name)
+        if before != now:
+            raise RequestError(
+                f"--out: {samples.folder} was begun with {name} {before}, now it is {now}; choose "
+                "another folder, or the same settings."
+            )
+    if found.count > asked.count:
+        raise RequestError(
+            f"--out: {samples.folder} was begun with count {found.count}, which is more than "
+            f"{asked.count}; a folder can only grow."
+        )

@@ -1,0 +1,101 @@
+"""Pictures painted while training, from the same prompts and seeds each time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..generate import decode
+from ..models import text_length
+from ..output import save_png
+from ..prompts import read_prompts
+from .denoise import autocast, denoise, encode, initial_noise
+from .sample import DEMO_PROMPTS
+from .samples import SampleIndex, Text
+
+if TYPE_CHECKING:
+    from ..pipelines.flux import CLEARFluxPipeline
+
+COUNT = 4
+
+
+def validation_prompts(source: str) -> list[str]:
+    """The first prompts of a file, or captions of the demo's held-out combinations.
+
+    Raises:
+        RequestError: see `read_prompts`.
+    """
+    if source != DEMO_PROMPTS:
+        return read_prompts(source, COUNT)
+    from ..demo.captions import caption
+    from ..demo.probe import held_out_scenes
+
+    return [caption(scene) for scene in held_out_scenes(COUNT)]
+
+
+class Validator:
+    """Paints a few pictures with whatever the pipeline's transformer has become.
+
+    Args:
+        pipe: whole; its text encoders are used here and then dropped.
+        prompts: what to paint.
+        index: size, steps and guidance are those of the samples.
+        dtype: of the computation.
+        folder: where the pictures go, as PNG files.
+    """
+
+    def __init__(
+        self,
+        pipe: CLEARFluxPipeline,
+        prompts: list[str],
+        index: SampleIndex,
+        dtype: torch.dtype,
+        folder: Path,
+    ) -> None:
+        self.pipe, self.prompts, self.index, self.folder = pipe, prompts, index, folder
+        self.dtype = dtype
+        length = text_length(pipe)
+        with autocast(dtype, pipe.device):
+            self.text = encode(pipe, prompts, length)
+            guided = not pipe.transformer.config.guidance_embeds and index.guidance > 1
+            self.empty: Text | None = encode(pipe, [""], length) if guided else None
+        pipe.text_encoder = pipe.text_encoder_2 = None
+
+    def paint(self) -> list[Any]:
+        """PIL pictures, one of each prompt."""
+        index = self.index
+        noise = initial_noise(self.pipe, range(len(self.prompts)), index.height, index.width)
+        with autocast(self.dtype, self.pipe.device):
+            latents = denoise(
+                self.pipe,
+                noise,
+                self.text,
+                self.empty,
+                height=index.height,
+                width=index.width,
+                steps=index.steps,
+                guidance=index.guidance,
+            )
+        latents = latents.to(self.pipe.vae.dtype)
+        return [decode(self.pipe, each[None], index.height, index.width) for each in latents]
+
+    def run(self, step: int, trackers: list[Any], save: bool) -> None:
+        """Paint; if asked, save as `step-{step}-{i}.png` and show to the trackers.
+
+        Raises:
+            OSError: a picture cannot be written.
+        """
+        images = self.paint()
+        if not save:
+            return
+        self.folder.mkdir(exist_ok=True)
+        for i, (image, prompt) in enumerate(zip(images, self.prompts, strict=True)):
+            path = self.folder / f"step-{step:06d}-{i}.png"
+            save_png(image, path, {"prompt": prompt, "seed": i, "step": step})
+        pixels = np.stack([np.asarray(image) for image in images])  # [n, height, width, 3]
+        for tracker in trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": pixels}, step=step, **layout)

@@ -1,0 +1,148 @@
+"""How far a student's prediction is from the teacher's at the same point of the same path.
+
+The measure that distillation's output term lowers: x_t = (1 - s) x_0 + s noise, x_0 the teacher's
+own final latents, s the noise level; mean over LEVELS, pictures, tokens and channels of
+(student(x_t) - teacher(x_t))^2. One pass, with the prompt; no second pass for guidance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from ..models import TOKEN_PIXELS
+from ..output import whole_file
+from .painting import TextCache
+from .pictures import BROKEN, PictureSet
+from .request import EvaluateRequest
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+# Of so many first pictures; each adds len(LEVELS) predictions to every variant's work.
+PICTURES = 16
+FILE = "output_mse.json"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where predictions are compared: one picture's path, at all LEVELS.
+
+    Attributes:
+        prompt: of the picture.
+        latents: x_0, the teacher's final latents, (tokens, channels).
+        seed: of the noise; differs from those of the pictures.
+    """
+
+    prompt: str
+    latents: torch.Tensor
+    seed: int
+
+    def noisy(self) -> torch.Tensor:
+        """x_t at all levels, float32 (levels, tokens, channels); the noise differs by level."""
+        generator = torch.Generator().manual_seed(self.seed)
+        clean = self.latents.float()
+        noise = torch.randn(len(LEVELS), *clean.shape, generator=generator)
+        level = torch.tensor(LEVELS)[:, None, None]
+        return (1 - level) * clean + level * noise
+
+
+def make_points(request: EvaluateRequest, teacher: PictureSet) -> list[Point]:
+    """The points of the first pictures of the teacher, which are painted already."""
+    count = min(PICTURES, len(request.prompts))
+    # A stream of their own: the initial noise of picture i is that of seed + i.
+    seeds = [(request.painting.seed + index) ^ 0x5EED << 32 for index in range(count)]
+    return [Point(request.prompts[i], teacher.latents(i), seeds[i]) for i in range(count)]
+
+
+@torch.no_grad()
+def predict(
+    pipe: FluxPipeline, request: EvaluateRequest, point: Point, texts: TextCache
+) -> torch.Tensor:
+    """The transformer's prediction (noise - x_0) at all LEVELS of a point.
+
+    Returns:
+        float32 on the CPU, (levels, tokens, channels).
+    """
+    rows = request.painting.height // TOKEN_PIXELS
+    columns = request.painting.width // TOKEN_PIXELS
+    device, dtype = pipe.device, pipe.dtype
+    embeds, pooled = texts([point.prompt])
+    # float32: bfloat16 cannot tell neighbours above 256 apart.
+    img_ids = pipe._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
+    txt_ids = torch.zeros(embeds.shape[1], 3, device=device)
+    embedded = bool(pipe.transformer.config.guidance_embeds)
+    predictions = []
+    noisy = point.noisy().to(device, dtype)
+    for first in range(0, len(LEVELS), request.batch):
+        x_t = noisy[first : first + request.batch]
+        level = torch.tensor(LEVELS[first : first + request.batch], device=device, dtype=dtype)
+        guidance = torch.full((len(x_t),), request.painting.guidance, device=device)
+        output = pipe.transformer(
+            hidden_states=x_t,
+            encoder_hidden_states=embeds.expand(len(x_t), -1, -1),
+            pooled_projections=pooled.expand(len(x_t), -1),
+            timestep=level,
+            guidance=guidance if embedded else None,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            return_dict=False,
+        )[0]
+        predictions.append(output.float().cpu())
+    return torch.cat(predictions)
+
+
+def predict_all(
+    pipe: FluxPipeline,
+    request: EvaluateRequest,
+    points: Sequence[Point],
+    texts: TextCache,
+    progress: bool = True,
+) -> list[torch.Tensor]:
+    """`predict` at every point."""
+    bar = tqdm(points, "predictions", unit="picture", disable=not progress)
+    return [predict(pipe, request, point, texts) for point in bar]
+
+
+def mean_squared_error(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> float:
+    """The mean over all values of equally shaped predictions, in float64."""
+    pairs = zip(teacher, student, strict=True)
+    errors = [(a.double() - b.double()).square().mean() for a, b in pairs]
+    return float(torch.stack(errors).mean())
+
+
+def question(request: EvaluateRequest, points: Sequence[Point], teacher: str, student: str) -> str:
+    """A digest of all that the value depends on; teacher and student are fingerprints."""
+    digest = hashlib.sha256(json.dumps([teacher, student, LEVELS]).encode())
+    digest.update(f"{request.painting.guidance} {request.painting.dtype}".encode())
+    for point in points:
+        digest.update(f"{point.prompt} {point.seed} {tuple(point.latents.shape)}".encode())
+        digest.update(point.latents.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_value(folder: Path, asked: str) -> float | None:
+    """The value an earlier run found in a variant's folder, if it answers the same question."""
+    try:
+        found = json.loads((folder / FILE).read_text())
+        return float(found["value"]) if found["question"] == asked else None
+    except (*BROKEN, TypeError):
+        return None
+
+
+def write_value(folder: Path, asked: str, value: float) -> None:
+    """Keep a value for the next run.
+
+    Raises:
+        OSError: it cannot be written; nothing is left under its name.
+    """
+    with whole_file(folder / FILE) as file:
+        file.write(json.dumps({"question": asked, "value": value}).encode())

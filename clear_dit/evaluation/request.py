@@ -1,0 +1,237 @@
+"""What to evaluate: the request, its checks, and the rows of the table it makes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..checks import find_window
+from ..errors import RequestError
+from ..generate import GenerateRequest, make_request
+from ..prompts import read_prompts
+from ..weights import find_weights
+from .metrics import METRICS
+
+MAX_COUNT = 100_000
+MAX_BATCH = 256
+PUBLISHED_NAME = re.compile(r"clear_local_(\d{1,6})(?:_down_(\d{1,3}))?")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: an attention and its weights.
+
+    Attributes:
+        label: for people.
+        folder: where its pictures lie; different for weights that differ.
+        radius, down_factor: of the window, in tokens; None and 1 for full attention.
+        weights: fine-tuned weights, None for the model's own.
+    """
+
+    label: str
+    folder: str
+    radius: int | None = None
+    down_factor: int = 1
+    weights: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        """teacher, untuned or distilled."""
+        if self.radius is None:
+            return "teacher"
+        return "untuned" if self.weights is None else "distilled"
+
+    @property
+    def setting(self) -> tuple[int | None, int]:
+        """What an untuned and a distilled variant have in common."""
+        return self.radius, self.down_factor
+
+
+TEACHER = Variant("full attention", "full")
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What to evaluate, complete and checked. `make_evaluate_request` fills in what is not said.
+
+    Attributes:
+        painting: model, size, steps, guidance, seed, dtype and device of every picture; picture i
+            starts from noise of seed + i.
+        prompts: one for each picture.
+        source: where they are from: "demo" or a file.
+        variants: the teacher, then the students.
+        metrics: names out of METRICS.
+        explicit: whether the metrics were asked for by name, so that none may be left out.
+        batch: pictures at once.
+
+    Raises:
+        RequestError: the first thing that is wrong.
+    """
+
+    painting: GenerateRequest
+    prompts: tuple[str, ...]
+    source: str
+    variants: tuple[Variant, ...]
+    metrics: tuple[str, ...]
+    explicit: bool
+    batch: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise RequestError(f"--batch must be from 1 to {MAX_BATCH}, got {self.batch}.")
+        if self.painting.seed + len(self.prompts) > 2**63:
+            raise RequestError("--seed: the last picture's seed must be below 2^63.")
+        for variant in self.variants[1:]:
+            assert variant.radius is not None
+            size = (self.painting.height, self.painting.width)
+            find_window(*size, variant.radius, variant.down_factor)
+
+
+def make_evaluate_request(
+    model: str,
+    prompts: str,
+    count: int,
+    *,
+    weights: Sequence[str] = (),
+    radii: Sequence[int] = (),
+    down_factor: int = 1,
+    metrics: str = "auto",
+    batch: int = 4,
+    **settings: Any,
+) -> EvaluateRequest:
+    """A request in which whatever is None or not named takes the model's default.
+
+    Args:
+        model: "demo", a folder in diffusers format, or a hub repository (owner/name).
+        prompts: "demo" for the demo's held-out captions, or a file (see `read_prompts`).
+        count: pictures of each variant: the first prompts there are.
+        weights: each a file, CLEAR weights or a LoRA, whose metadata or published name says radius
+            and down_factor, or else the only one of `radii` and `down_factor` do; or a folder or
+            hub repository, of which the files for `radii` and `down_factor` are taken. Each comes
+            with an untuned row of the same settings.
+        radii: of untuned rows, in tokens; without them and without weights, the model's default.
+        down_factor: that goes with `radii`, in tokens.
+        metrics: names with commas, or "auto" for all that can be computed here.
+        batch: pictures at once.
+        settings: height, width, steps, guidance, seed, dtype, device, as in `GenerateRequest`.
+
+    Raises:
+        RequestError: see `EvaluateRequest`; or the prompts, the weights' files, a metric's name.
+    """
+    if not 1 <= count <= MAX_COUNT:
+        raise RequestError(f"--count must be from 1 to {MAX_COUNT}, got {count}.")
+    names = _metric_names(metrics)
+    painting = make_request("evaluation", model, **settings)
+    texts = evaluation_prompts(prompts, count)
+    files = [file for name in weights for file in _weight_files(name, radii, down_factor)]
+    if not files and not radii:
+        radii = [painting.radius]
+    return EvaluateRequest(
+        painting=painting,
+        prompts=tuple(texts),
+        source=prompts,
+        variants=_variants([(radius, down_factor) for radius in radii], files),
+        metrics=names or tuple(METRICS),
+        explicit=bool(names),
+        batch=batch,
+    )
+
+
+def evaluation_prompts(source: str, count: int) -> list[str]:
+    """Exactly `count` prompts: the demo's held-out captions for "demo", else those of a file."""
+    if source == "demo":
+        from ..demo.probe import held_out_captions
+
+        return held_out_captions(count)
+    texts = read_prompts(source, limit=count)
+    if len(texts) < count:
+        raise RequestError(
+            f"--count is {count}, but {source} has {len(texts)} prompts; ask for fewer."
+        )
+    return texts
+
+
+def _metric_names(metrics: str) -> tuple[str, ...]:
+    """In the order of METRICS, each once; empty for "auto"."""
+    names = {name.strip() for name in metrics.split(",")}
+    unknown = sorted(names - METRICS.keys() - {"auto"})
+    if unknown:
+        raise RequestError(
+            f"--metrics: unknown {', '.join(map(repr, unknown))}; choose auto, or of "
+            f"{', '.join(METRICS)}, with commas between."
+        )
+    return () if "auto" in names else tuple(name for name in METRICS if name in names)
+
+
+def weights_settings(path: Path, given: Sequence[tuple[int, int]] = ()) -> tuple[int, int]:
+    """radius and down_factor of a file of CLEAR weights, in tokens.
+
+    From its metadata (`save_clear_weights` writes them), else from a published name such as
+    clear_local_8_down_4.safetensors, else the settings given, if there is one.
+
+    Raises:
+        RequestError: it is not safetensors, or nothing says them.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"--weights: {path} is not a safetensors file, or truncated.") from error
+    published = PUBLISHED_NAME.fullmatch(path.stem)
+    if "radius" in header:
+        said = (header["radius"], header.get("down_factor", "1"))
+    elif published is not None:
+        said = (published[1], published[2] or "1")
+    elif len(set(given)) == 1:
+        return given[0]
+    else:
+        raise RequestError(
+            f"--weights: {path} does not say its radius, in its metadata or by a published name; "
+            "say it with one --radius (and --down-factor)."
+        )
+    if not all(number.isdecimal() and len(number) < 10 for number in said):
+        raise RequestError(f"--weights: {path} has no numbers for radius and down_factor: {said}.")
+    return int(said[0]), int(said[1])
+
+
+def _weight_files(name: str, radii: Sequence[int], down_factor: int) -> list[Path]:
+    if Path(name).is_file():
+        return [Path(name)]
+    if not radii:
+        raise RequestError(
+            f"--weights: {name!r} is not a file; for a folder or a hub repository say which with "
+            "--radius (and --down-factor)."
+        )
+    try:
+        return [find_weights(name, radius, down_factor) for radius in radii]
+    except (ValueError, OSError) as error:
+        raise RequestError(f"--weights: {error}") from error
+
+
+def _variants(untuned: Sequence[tuple[int, int]], files: Sequence[Path]) -> tuple[Variant, ...]:
+    """The teacher; then for every setting the untuned model and those distilled for it."""
+    tuned = [(weights_settings(path, untuned), path) for path in files]
+    settings = dict.fromkeys([*untuned, *(setting for setting, _ in tuned)])
+    variants = [TEACHER]
+    for radius, factor in settings:
+        title = f"CLEAR r={radius}" + (f", down {factor}" if factor > 1 else "")
+        folder = f"r{radius}" + (f"-down{factor}" if factor > 1 else "")
+        variants.append(Variant(f"{title}, untuned", folder, radius, factor))
+        paths = {_digest(path): path for setting, path in tuned if setting == (radius, factor)}
+        for digest, path in paths.items():
+            # Several for one setting are told apart by their folder and name.
+            which = f" ({path.parent.name}/{path.stem})" if len(paths) > 1 else ""
+            label = f"{title}, distilled{which}"
+            variants.append(Variant(label, f"{folder}-{digest[:12]}", radius, factor, path))
+    return tuple(variants)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

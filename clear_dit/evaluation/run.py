@@ -1,0 +1,178 @@
+"""The whole evaluation: paint, compare, write the table and the contact sheet."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..checks import find_device, find_dtype
+from ..models import load_pipeline, model_path, text_length
+from ..output import METADATA_KEY, own_folder, save_png, whole_file
+from . import output_error
+from .measure import Values, choose_metrics, measure
+from .networks import make_networks
+from .painting import TextCache, attention_of, check_weights, paint_missing
+from .pictures import PictureSet, fingerprint
+from .report import layer_gflop, make_report, markdown
+from .request import EvaluateRequest, Variant
+from .sheet import contact_sheet
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+logger = logging.getLogger(__name__)
+
+SHEET_ROWS = 8
+REPORT, TABLE, SHEET = "report.json", "report.md", "contact-sheet.png"
+
+
+def evaluate(request: EvaluateRequest, out: Path, progress: bool = True) -> dict[str, Any]:
+    """Paint what is missing of every variant, compare the pictures, and write the result.
+
+    Pictures lie in out/pictures/VARIANT; a run that was stopped goes on where it was, and one with
+    other settings paints only what differs. Writes report.md, report.json and contact-sheet.png.
+
+    Args:
+        request: what to evaluate.
+        out: a folder, made if it is not there.
+        progress: show progress bars on standard error.
+
+    Returns:
+        What report.json holds, see `make_report`; and painted, how many pictures this run painted.
+
+    Raises:
+        RequestError: a bad request, before any work.
+        OSError: something cannot be written; nothing is left under its name.
+    """
+    painting = request.painting
+    networks = make_networks(model_path(painting.model), painting.height, painting.width)
+    names, left_out = choose_metrics(request, networks)
+    pipe = load_pipeline(painting.model, find_dtype(painting.dtype), find_device(painting.device))
+    check_weights(pipe, request.variants)
+    with own_folder(out):
+        pipe.set_progress_bar_config(disable=True)
+        config = pipe.transformer.config
+        channels = config.num_attention_heads * config.attention_head_dim
+        gflop = {
+            variant.folder: layer_gflop(request, variant, text_length(pipe), channels)
+            for variant in request.variants
+        }
+        work = _Work(pipe, request, out, "output_mse" in names, progress)
+        for variant in request.variants:
+            work.do(variant)
+        sets, values, painted = work.sets, work.values, work.painted
+        # The metrics' networks may need the room.
+        del pipe, work
+        found = measure(request, sets, names, networks, progress)
+        for folder, more in found.items():
+            values[folder].update(more)
+        impls = {folder: _impl(pictures) for folder, pictures in sets.items()}
+        report = make_report(request, values, left_out, gflop, impls)
+        _write(report, request, sets, out)
+    return report | {"painted": painted}
+
+
+class _Work:
+    """What needs the pipeline: pictures and predictions, one variant after the other."""
+
+    def __init__(
+        self,
+        pipe: FluxPipeline,
+        request: EvaluateRequest,
+        out: Path,
+        output_mse: bool,
+        progress: bool,
+    ) -> None:
+        self.pipe, self.request, self.out = pipe, request, out
+        self.output_mse, self.progress = output_mse, progress
+        self.texts = TextCache(pipe)
+        self.sets: dict[str, PictureSet] = {}
+        self.values: Values = {variant.folder: {} for variant in request.variants}
+        self.painted = 0
+        self.points: list[output_error.Point] = []
+        self.teacher_fingerprint = ""
+        self.teacher_predictions: list[Any] | None = None
+
+    def do(self, variant: Variant) -> None:
+        """Paint a variant; the teacher comes first."""
+        with attention_of(self.pipe, variant) as impl:
+            name = fingerprint(self.pipe)
+            pictures = self._pictures(variant, name)
+            self.sets[variant.folder] = pictures
+            self.painted += paint_missing(
+                self.pipe, self.request, variant, pictures, self.texts, impl, self.progress
+            )
+        if not self.output_mse:
+            return
+        if variant.kind == "teacher":
+            self.points = output_error.make_points(self.request, pictures)
+            self.teacher_fingerprint = name
+            return
+        asked = output_error.question(self.request, self.points, self.teacher_fingerprint, name)
+        value = output_error.read_value(pictures.folder, asked)
+        if value is None:
+            if self.teacher_predictions is None:
+                self.teacher_predictions = self._predictions()
+            with attention_of(self.pipe, variant):
+                student = self._predictions()
+            value = output_error.mean_squared_error(self.teacher_predictions, student)
+            output_error.write_value(pictures.folder, asked, value)
+        self.values[variant.folder]["output_mse"] = value
+
+    def _predictions(self) -> list[Any]:
+        return output_error.predict_all(
+            self.pipe, self.request, self.points, self.texts, self.progress
+        )
+
+    def _pictures(self, variant: Variant, pipe_fingerprint: str) -> PictureSet:
+        painting = self.request.painting
+        common = {
+            key: value
+            for key, value in asdict(painting).items()
+            if key in ("height", "width", "steps", "guidance", "dtype")
+        }
+        common |= {
+            "radius": variant.radius,
+            "down_factor": variant.down_factor,
+            "fingerprint": pipe_fingerprint,
+        }
+        wanted = [
+            {"prompt": prompt, "seed": painting.seed + index, **common}
+            for index, prompt in enumerate(self.request.prompts)
+        ]
+        keep = output_error.PICTURES if variant.kind == "teacher" else 0
+        folder = self.out / "pictures" / variant.folder
+        return PictureSet(folder, wanted, (painting.height, painting.width), keep)
+
+
+def _impl(pictures: PictureSet) -> str:
+    """The attention that painted, as the first picture says."""
+    with Image.open(pictures.path(0)) as image:
+        return str(json.loads(image.info[METADATA_KEY])["impl"])
+
+
+def _write(
+    report: dict[str, Any], request: EvaluateRequest, sets: dict[str, PictureSet], out: Path
+) -> None:
+    with whole_file(out / REPORT) as file:
+        file.write(json.dumps(report, indent=2, ensure_ascii=False).encode())
+    with whole_file(out / TABLE) as file:
+        file.write(markdown(report).encode())
+    rows = min(SHEET_ROWS, len(request.prompts))
+    columns = [
+        (variant.label, [_thumbnail(sets[variant.folder], index) for index in range(rows)])
+        for variant in request.variants
+    ]
+    sheet = contact_sheet(columns, request.prompts[:rows])
+    save_png(sheet, out / SHEET, report["settings"])
+
+
+def _thumbnail(pictures: PictureSet, index: int) -> Image.Image:
+    with Image.open(pictures.path(index)) as image:
+        image.thumbnail((1024, 1024))
+        return image.copy()

@@ -1,0 +1,51 @@
+"""`clear-dit bench plan --train`: memory of a distillation step, against arithmetic."""
+
+import json
+import sys
+
+import pytest
+
+from clear_dit import cli
+from clear_dit.bench.plan_training import plan_training, report
+
+GIB = 2**30
+
+
+def test_the_command(monkeypatch, capsys):
+    arguments = ["bench", "plan", "--train", "--model", "demo", "--height", "256", "--width", "256"]
+    monkeypatch.setattr(sys, "argv", ["clear-dit", *arguments, "--radius", "4", "--json"])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert not exit_info.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert "Peak memory of a step, of each GPU:" in lines
+    assert len(json.loads(lines[-1])["rows"]) == 5
+
+
+def test_the_demo_s_rows_are_its_parameters():
+    result = plan_training("demo", 256, 256, 4, 2, 1)
+    rows = {row["what"]: row for row in result["rows"]}
+    full, adamw = rows["projections, prodigy"], rows["projections, adamw"]
+    trained = 741_120 + 6 * 4
+    assert full["parameters"] == trained
+    assert full["trained_gib"] * GIB == 4 * trained
+    assert full["optimizer_gib"] * GIB == 4 * 4 * trained
+    assert adamw["optimizer_gib"] * GIB == 2 * 4 * trained
+    shared = rows["projections, prodigy, ZeRO-2 over 4 GPUs"]
+    assert shared["optimizer_gib"] == full["optimizer_gib"] / 4
+    # The teacher's copies, in bfloat16, are there besides what both roles share.
+    lora = rows["LoRA of rank 64, prodigy"]
+    assert full["frozen_gib"] * GIB == pytest.approx(lora["frozen_gib"] * GIB, abs=2 * 6 * 4 + 1)
+    assert lora["parameters"] == 20 * 2 * 192 * 64
+    for row in result["rows"]:
+        assert row["fits"]
+        assert row["step_gib"] * GIB > 4 * row["parameters"]  # gradients among it
+        parts = ("frozen_gib", "trained_gib", "optimizer_gib", "step_gib")
+        assert row["total_gib"] == pytest.approx(sum(row[part] for part in parts))
+
+
+def test_activations_grow_with_the_batch():
+    one, four = (plan_training("demo", 256, 256, 4, 1, batch)["rows"][0] for batch in (1, 4))
+    assert one["frozen_gib"] == four["frozen_gib"]
+    assert one["step_gib"] < four["step_gib"] < 4 * one["step_gib"]
+    assert "batch 4" in report(plan_training("demo", 256, 256, 4, 1, 4))

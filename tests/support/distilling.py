@@ -1,0 +1,94 @@
+"""Small sampling and distillation runs of the demo: 4 x 6 tokens, in this process or another."""
+
+import os
+from pathlib import Path
+
+# Named here so that processes forked from one that imported this have them.
+import prodigyopt  # noqa: F401
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler  # noqa: F401
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel  # noqa: F401
+
+import clear_dit.pipelines.flux  # noqa: F401
+from clear_dit.distillation.options import DistillOptions
+from clear_dit.distillation.sample import make_request, sample
+from clear_dit.distillation.samples import read_index
+from clear_dit.distillation.train import Run, distill
+
+SMALL = {"height": 64, "width": 96, "steps": 2, "shard_size": 2, "batch": 2, "device": "cpu"}
+
+
+def make_samples(out, count=6, prompts="demo", **changes):
+    """`sample` of a few pictures."""
+    request = make_request("demo", str(prompts), count, **(SMALL | changes))
+    return sample(request, Path(out), progress=False)
+
+
+def make_options(samples, out, **changes):
+    """Options of a run of three steps."""
+    settings = {
+        "model": "demo",
+        "samples": Path(samples),
+        "out": Path(out),
+        "radius": 2,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_train_steps": 3,
+        "checkpointing_steps": 2,
+        "report_to": "none",
+        "cpu": True,
+    }
+    return DistillOptions(**(settings | changes))
+
+
+def make_run(options):
+    """A `Run` that is ready to step."""
+    run = Run(options, read_index(options.samples), only_transformer=True)
+    run.prepare(None)
+    return run
+
+
+def gradients_of_a_step(options):
+    """The gradients that the first step gives to the optimizer, by name, and its losses."""
+    run = make_run(options)
+    found = {}
+
+    def keep(*_):
+        found.update({name: p.grad.clone() for name, p in run._trained().items()})
+
+    run.optimizer.optimizer.register_step_pre_hook(keep)
+    return found, run.step(0)
+
+
+# What other processes run: they are forked from a server that has imported all this.
+
+
+def child_sample(out, count, changes):
+    torch.set_num_threads(1)
+    make_samples(out, count, **changes)
+
+
+def child_distill(samples, out, changes):
+    torch.set_num_threads(1)
+    distill(make_options(samples, out, **changes), progress=False)
+
+
+def child_rank(rank, world, port, task, arguments):
+    """One of several processes under gloo, as torchrun starts them."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    task(*arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def save_gradients(samples, out, path, changes):
+    torch.set_num_threads(1)
+    gradients, losses = gradients_of_a_step(make_options(samples, out, **changes))
+    torch.save((gradients, losses), f"{path}-{os.environ.get('RANK', 'one')}")
