@@ -27,8 +27,11 @@ from diffusers import FluxPipeline
 pipe = FluxPipeline.from_pretrained("assets/demo")
 image = pipe(
     "a blue house in the hills at night, a golden moon on the left",
-    negative_prompt="", true_cfg_scale=2.0,
-    height=512, width=512, num_inference_steps=20,
+    negative_prompt="",
+    true_cfg_scale=2.0,
+    height=512,
+    width=512,
+    num_inference_steps=20,
 ).images[0]
 ```
 
