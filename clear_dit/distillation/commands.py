@@ -123,6 +123,8 @@ def distill(
     from .train import distill as run
 
     result = run(options)
+    if result["process"] != 0:
+        return
     if as_json:
         print(json.dumps(result))
         return

@@ -26,7 +26,8 @@ def make_accelerator(options: DistillOptions) -> Accelerator:
     """accelerate's view of devices and processes.
 
     Raises:
-        RequestError: float16, which this training does not do, or packages that are missing.
+        RequestError: float16, which this training does not do, packages that are missing, or
+            Prodigy under FSDP.
     """
     needed = {"prodigy": "prodigyopt"}.get(options.optimizer, "torch")
     for package in (needed, options.report_to, "peft" if options.lora else "torch"):
@@ -48,6 +49,11 @@ def make_accelerator(options: DistillOptions) -> Accelerator:
         )
     except (ImportError, ValueError) as error:
         raise RequestError(f"accelerate refuses: {first_line(error)}") from error
+    if accelerator.distributed_type == DistributedType.FSDP and options.optimizer == "prodigy":
+        raise RequestError(
+            "--optimizer prodigy does not work on FSDP's sharded tensors; use adamw, or DeepSpeed "
+            "ZeRO-2 (examples/accelerate/zero2.yaml)."
+        )
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:  # which learns the batch from a data loader, and here is none
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = options.train_batch_size

@@ -29,7 +29,14 @@ from .losses import Losses, attention_outputs, distillation_losses, noisy, parse
 from .options import DistillOptions
 from .samples import SampleIndex, open_samples, read_index
 from .setup import check_room, make_accelerator, make_optimizer, make_schedule
-from .student import add_lora, freeze_others, save_adapter, trained_parameters, whole_tensors
+from .student import (
+    adapter_name,
+    add_lora,
+    freeze_others,
+    save_adapter,
+    trained_parameters,
+    whole_tensors,
+)
 from .teacher import Teacher
 from .validation import Validator, validation_prompts
 
@@ -56,8 +63,9 @@ def distill(options: DistillOptions, progress: bool = True) -> dict[str, Any]:
         progress: show a progress bar on standard error.
 
     Returns:
-        adapter (its path), steps, parameters (trained), first and last (means of up to 100 steps'
-        losses), seconds_per_step (validation and checkpoints left out), resumed_from (a step).
+        adapter (its path), process (this one's number), steps, parameters (trained), first and
+        last (means of up to 100 steps' losses), seconds_per_step (validation and checkpoints left
+        out), resumed_from (a step).
 
     Raises:
         RequestError: bad options, samples or checkpoint, or a loss that is not finite.
@@ -345,9 +353,10 @@ class Run:
         """Write adapter, card and losses; what `distill` returns."""
         options, progress = self.options, self.progress
         tensors = self._adapter_tensors()
-        adapter = None
+        name = adapter_name(options.radius, options.down_factor, self.lora)
+        adapter = options.out / name
         if self.accelerator.is_main_process:
-            adapter = self._save_adapter(tensors, options.out)
+            self._save_adapter(tensors, options.out)
             facts = {
                 "parameters": self.parameters,
                 "samples": self.draws.count,
@@ -370,6 +379,7 @@ class Run:
             self.teacher.detach()
         return {
             "adapter": str(adapter),
+            "process": self.accelerator.process_index,
             "steps": progress.step,
             "parameters": self.parameters,
             "first": dict(zip(LOSS_NAMES, mean_losses(progress.losses, False), strict=True)),

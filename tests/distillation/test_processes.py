@@ -160,3 +160,14 @@ def test_two_processes_train_and_save_once(samples, tmp_path):
         *("checkpoint-2", "checkpoint-3"),
     }
     assert len(load_file(out / "clear_local_2.safetensors")) == 2 * 8 + 4 * 6
+
+
+def test_both_roles_work_on_fsdp_s_shards(samples, tmp_path):
+    path = tmp_path / "fsdp"
+    changes = {"optimizer": "adamw", "down_factor": 2, "gradient_checkpointing": True}
+    run_ranks(distilling.compare_with_fsdp, (samples, path, changes))
+    (whole, sharded), losses = torch.load(f"{path}-0", weights_only=True)
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-5)
+    assert losses[2] < losses[0]
+    for name, expected in whole.items():
+        assert (sharded[name] - expected).abs().max() < 3e-5, name

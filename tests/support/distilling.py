@@ -13,6 +13,8 @@ import clear_dit.pipelines.flux  # noqa: F401
 from clear_dit.distillation.options import DistillOptions
 from clear_dit.distillation.sample import make_request, sample
 from clear_dit.distillation.samples import read_index
+from clear_dit.distillation.setup import make_optimizer
+from clear_dit.distillation.student import whole_tensors
 from clear_dit.distillation.train import Run, distill
 
 SMALL = {"height": 64, "width": 96, "steps": 2, "shard_size": 2, "batch": 2, "device": "cpu"}
@@ -92,3 +94,34 @@ def save_gradients(samples, out, path, changes):
     torch.set_num_threads(1)
     gradients, losses = gradients_of_a_step(make_options(samples, out, **changes))
     torch.save((gradients, losses), f"{path}-{os.environ.get('RANK', 'one')}")
+
+
+def compare_with_fsdp(samples, path, changes):
+    """Train three steps whole, and with FSDP 2 over all processes; saves how far they differ."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    options = make_options(samples, f"{path}-out", **changes)
+    weights, losses = [], []
+    for sharded in (False, True):
+        run = Run(options, read_index(options.samples), only_transformer=True)
+        run.wrapped = run.model
+        batch = run.draws.batch(range(2))
+        if sharded:
+            for stack in (run.model.transformer_blocks, run.model.single_transformer_blocks):
+                for block in stack:
+                    fully_shard(block)
+            fully_shard(run.model)
+            rank = torch.distributed.get_rank()
+            batch = type(batch)(*(each[rank : rank + 1] for each in batch))
+        optimizer = make_optimizer(options, list(run._trained().values()), run.accelerator)
+        for _ in range(3):
+            total = run.losses(batch).total
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = total.detach().clone()
+            torch.distributed.all_reduce(mean)
+            losses.append(mean.item() / torch.distributed.get_world_size())
+        weights.append(whole_tensors(run._trained()))
+    torch.save((weights, losses), f"{path}-{os.environ['RANK']}")
