@@ -19,7 +19,7 @@ import torch
 
 from clear_dit.kernels.pooling import pool_tokens
 from clear_dit.kernels.triton import launch, tables, tuning
-from clear_dit.kernels.triton.device import architecture, programs
+from clear_dit.kernels.triton.device import programs
 from clear_dit.kernels.triton.norm_rope import norm_rope
 from clear_dit.kernels.triton.ops import triton_attention
 from clear_dit.kernels.window import Window
@@ -120,7 +120,7 @@ def _of_entries(
 
     Of the gradients there is one entry, which "attention" checks.
     """
-    key = (architecture(device), int(launch.channels(head_dim)["D"]), dtype.itemsize)
+    key = launch.table_key(device, dtype, head_dim)
     make = partial(Check, window=window, dtype=dtype, head_dim=head_dim, batch=1 if few else 2)
     for entry in tables.forward_configs(*key)[: 1 if few else None]:
         yield make(f"forward {entry.name}", "forward", entry=entry)

@@ -24,8 +24,7 @@ from clear_dit.bench.attention import TOLERANCE, Problem, bench_attention
 from clear_dit.bench.configurations import FLUX_TRANSFORMER
 from clear_dit.bench.timing import time_in_turn
 from clear_dit.kernels.triton import tables, tuning
-from clear_dit.kernels.triton.device import architecture
-from clear_dit.kernels.triton.launch import channels
+from clear_dit.kernels.triton.launch import table_key
 from clear_dit.kernels.window import Window
 from clear_dit.memory import peak_mb, reset_peak
 from clear_dit.models import TOKEN_PIXELS
@@ -124,8 +123,8 @@ def attention_cells(setting: Setting, failed: set[str]) -> list[Cell]:
     cells += [Cell(impl, size, setting.radii[0], True) for impl in setting.dense for size in sizes]
     cells += [Cell(impl, size, radius, False) for impl in setting.peers for size, radius in grid]
     if setting.impl == "triton":
-        size = int(channels(setting.transformer["attention_head_dim"])["D"])
-        key = (architecture(setting.device), size, setting.dtype.itemsize)
+        head_dim = setting.transformer["attention_head_dim"]
+        key = table_key(setting.device, setting.dtype, head_dim)
         for entry in tables.forward_configs(*key):
             if f"forward {entry.name}" not in failed:
                 cells += [

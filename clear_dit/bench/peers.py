@@ -101,12 +101,10 @@ def triton_pairs(query: torch.Tensor, window: Window) -> float:
     Text queries count what they attend to.
     """
     from ..kernels.triton import tables, tuning
-    from ..kernels.triton.device import architecture
     from ..kernels.triton.geometry import executed_keys
-    from ..kernels.triton.launch import channels
+    from ..kernels.triton.launch import table_key
 
-    size = int(channels(query.shape[-1])["D"])
-    entries = tables.forward_configs(architecture(query.device), size, query.element_size())
+    entries = tables.forward_configs(*table_key(query.device, query.dtype, query.shape[-1]))
     pin = os.environ.get(tuning.PIN)
     entry = next((entry for entry in entries if entry.name == pin), entries[0])
     keys = executed_keys(window, entry.tiling, entry.dense_keys)

@@ -9,6 +9,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .dense import text_forward, text_merge
+from .device import architecture
 from .forward import image_forward
 from .geometry import visits
 from .tables import ForwardConfig, RunConfig
@@ -24,6 +25,11 @@ def channels(head_dim: int) -> dict[str, int | bool]:
     """The power of two that holds head_dim, and whether it is head_dim."""
     block = max(16, triton.next_power_of_2(head_dim))
     return {"D": block, "EVEN_D": block == head_dim}
+
+
+def table_key(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, int, int]:
+    """What the tables are asked by: architecture, channels, element size."""
+    return architecture(device), int(channels(head_dim)["D"]), dtype.itemsize
 
 
 def readable_by_descriptor(tokens: torch.Tensor) -> bool:

@@ -10,8 +10,8 @@ from ..opaque import attention_op, channels_contiguous, run_attention_op
 from ..window import Window
 from . import tables
 from .backward import attention_backward
-from .device import architecture, programs
-from .launch import channels, image_attention, readable_by_descriptor, text_attention
+from .device import programs
+from .launch import image_attention, readable_by_descriptor, table_key, text_attention
 from .tuning import choose
 
 
@@ -33,11 +33,6 @@ def triton_attention(
     return run_attention_op(_op, query, key, value, window, scale, spatial_weight)
 
 
-def _table_key(query: torch.Tensor) -> tuple[str, int, int]:
-    """What the tables are asked by: architecture, channels, element size."""
-    return architecture(query.device), int(channels(query.shape[-1])["D"]), query.element_size()
-
-
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -52,19 +47,20 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = channels_contiguous(query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
+    entry_key = table_key(query.device, query.dtype, query.shape[-1])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if text_length:
         with torch.cuda.device_of(query):
             text_attention(
                 query, key, value, out, lse, text_length, scale,
-                tables.text_config(*_table_key(query)), programs(query.device),
+                tables.text_config(*entry_key), programs(query.device),
             )  # fmt: skip
     run = partial(
         image_attention, query, key, value, pooled_key, pooled_value, out, lse,
         height, width, text_length, radius, scale,
     )  # fmt: skip
-    entries = tables.forward_configs(*_table_key(query))
+    entries = tables.forward_configs(*entry_key)
     if not all(map(readable_by_descriptor, (key, value))):
         entries = tuple(entry for entry in entries if not entry.descriptor)
     kind = (
@@ -92,11 +88,12 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     grad, query, key, value = channels_contiguous(grad, query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
+    entry_key = table_key(query.device, query.dtype, query.shape[-1])
     with torch.cuda.device_of(query):
         return attention_backward(
             grad, query, key, value, pooled_key, pooled_value, out, lse,
             height=height, width=width, text_length=text_length, radius=radius, scale=scale,
-            config=tables.backward_config(*_table_key(query)), programs=programs(query.device),
+            config=tables.backward_config(*entry_key), programs=programs(query.device),
         )  # fmt: skip
 
 
