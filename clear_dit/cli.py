@@ -75,8 +75,12 @@ def generate(
     radius: Annotated[int | None, typer.Option(help="Radius of the window, in tokens.")] = None,
     down_factor: DownFactor = 1,
     weights: Annotated[
-        str | None, typer.Option(help="CLEAR weights: a file, a folder or a hub repository.")
-    ] = None,
+        str,
+        typer.Option(
+            help="CLEAR weights: a file, a folder or a hub repository; auto: those known to fit "
+            "model and radius; none: the model's own."
+        ),
+    ] = "auto",
     attention: Annotated[str, typer.Option(help="clear or full.")] = "clear",
     impl: Impl = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import __version__
+from .adapters import AUTO, known_weights
 from .checks import find_device, find_dtype, find_impl, find_window
 from .errors import RequestError, first_line
 from .memory import peak_mb, reset_peak
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from .pipelines.flux import CLEARFluxPipeline
 
 MAX_STEPS = 1000
+NO_WEIGHTS = "none"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class GenerateRequest:
         height, width: of the picture, in pixels, multiples of 16.
         radius: of the window, in tokens (16 pixels).
         down_factor: side of a pooling cell, in tokens; 1 for none.
-        weights: CLEAR weights: a file, a folder or a hub repository; None for the model's own.
+        weights: CLEAR weights: a file, a folder or a hub repository; "auto" for those known to fit
+            model, radius and down_factor (see `known_weights`); None for the model's own.
         attention: "clear" or "full".
         impl: see `local_attention`.
         steps: denoising steps.
@@ -73,7 +79,7 @@ class GenerateRequest:
         find_window(self.height, self.width, self.radius, self.down_factor)
         if self.attention not in ("clear", "full"):
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
-        if self.attention == "full" and self.weights is not None:
+        if self.attention == "full" and self.weights not in (None, AUTO):
             raise RequestError("--weights are for --attention clear; leave them out with full.")
         if not 1 <= self.steps <= MAX_STEPS:
             raise RequestError(f"--steps must be from 1 to {MAX_STEPS}, got {self.steps}.")
@@ -89,6 +95,8 @@ class GenerateRequest:
 def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateRequest:
     """A request in which whatever is None or not named takes the model's default.
 
+    Weights are "auto" by default, and "none" stands for the model's own.
+
     Raises:
         RequestError: see `GenerateRequest`.
     """
@@ -99,7 +107,7 @@ def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateR
         "width": defaults.size,
         "radius": defaults.radius,
         "down_factor": 1,
-        "weights": None,
+        "weights": AUTO,
         "attention": "clear",
         "impl": "auto",
         "steps": defaults.steps,
@@ -108,6 +116,8 @@ def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateR
         "dtype": "float32" if device == "cpu" else "bfloat16",
     }
     complete |= {name: value for name, value in settings.items() if value is not None}
+    if complete["weights"] == NO_WEIGHTS:
+        complete["weights"] = None
     return GenerateRequest(prompt, model, **(complete | {"device": device}))
 
 
@@ -136,8 +146,8 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
 
     Returns:
         out, height, width (pixels), tokens (of the picture), impl (the attention that ran: an
-        implementation of local attention, or "full"), seconds {total, text, denoise, decode},
-        peak_memory_mb.
+        implementation of local attention, or "full"), weights (the name of the CLEAR weights, None
+        for the model's own), seconds {total, text, denoise, decode}, peak_memory_mb.
 
     Raises:
         RequestError: a bad request, before any work.
@@ -148,7 +158,8 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
     reset_peak(device)
     start = time.perf_counter()
     pipe = load_pipeline(request.model, dtype, device)
-    impl = _set_attention(pipe, request)
+    weights = _find_weights(request)
+    impl = _set_attention(pipe, request, weights)
     pipe.set_progress_bar_config(disable=not progress, desc="denoising")
     timer = Timer({})
     image = _paint(pipe, request, device, timer)
@@ -163,12 +174,13 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
         "width": request.width,
         "tokens": image.height * image.width // TOKEN_PIXELS**2,
         "impl": impl,
+        "weights": weights and Path(weights).name,
         "seconds": {"total": round(time.perf_counter() - start, 3), **timer.seconds},
         "peak_memory_mb": round(peak_mb(device), 1),
     }
 
 
-def _set_attention(pipe: CLEARFluxPipeline, request: GenerateRequest) -> str:
+def _set_attention(pipe: CLEARFluxPipeline, request: GenerateRequest, weights: str | None) -> str:
     if request.attention == "full":
         return "full"
     try:
@@ -176,12 +188,34 @@ def _set_attention(pipe: CLEARFluxPipeline, request: GenerateRequest) -> str:
             pipe,
             radius=request.radius,
             down_factor=request.down_factor,
-            weights=request.weights,
+            weights=weights,
             impl=request.impl,
         )
     except (ValueError, OSError) as error:
         raise RequestError(str(error)) from error
     return find_impl(request.impl, pipe.dtype, pipe.device)
+
+
+def _find_weights(request: GenerateRequest) -> str | None:
+    """A request's weights, those known to fit where it says "auto"."""
+    if request.attention == "full":
+        return None
+    if request.weights != AUTO:
+        return request.weights
+    found = known_weights(request.model, request.radius, request.down_factor)
+    pooled = f", down_factor {request.down_factor}" if request.down_factor > 1 else ""
+    setting = f"{request.model}, radius {request.radius}{pooled}"
+    rows, columns = request.height // TOKEN_PIXELS, request.width // TOKEN_PIXELS
+    covers_all = request.radius**2 > (rows - 1) ** 2 + (columns - 1) ** 2
+    if found is None and not covers_all:
+        logger.warning(
+            "no weights are known for %s: the model is not tuned for its window, which changes "
+            "pictures; name weights with --weights (none: go without, quietly)",
+            setting,
+        )
+    elif found is not None:
+        logger.info("weights for %s: %s", setting, Path(found).name)
+    return found
 
 
 def _paint(
