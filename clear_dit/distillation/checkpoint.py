@@ -2,9 +2,9 @@
 
 A checkpoint holds `settings.json` (the step, and what a resumed run must have in common),
 `state.safetensors` (trained parameters in float32, the optimizer's and the schedule's state, the
-average, the losses) and the adapter as it would be used. Under FSDP and DeepSpeed the state lies
-in `sharded/` instead, as accelerate's `save_state` writes it: with pickles of the optimizer's
-state, so load only what you trust.
+average, the losses) and the adapter as it would be used. Under FSDP, state is gathered whole for
+it. DeepSpeed keeps its state in pickles only, so its checkpoints hold the adapter and no state, and
+cannot be resumed from.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
@@ -21,8 +22,9 @@ from ..demo.checkpoint import load_checkpoint, save_checkpoint
 from ..errors import RequestError, first_line
 from .files import could_not_write, write_text
 from .identity import same_model
+from .sharded import gather
 
-SETTINGS, STATE, SHARDED = "settings.json", "state.safetensors", "sharded"
+SETTINGS, STATE = "settings.json", "state.safetensors"
 _PREFIX = "checkpoint-"
 
 
@@ -124,11 +126,13 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         accelerator.wait_for_everyone()
-        if is_sharded(accelerator):
-            accelerator.save_state(str(partial / SHARDED))
-            parts = {"progress": parts["progress"]}
+        states = None
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            states = {name: gather(part.state_dict(), main) for name, part in parts.items()}
         if main:
-            save_checkpoint(partial / STATE, step, [], **parts)
+            if states is not None:
+                holders = {n: SimpleNamespace(state_dict=lambda s=s: s) for n, s in states.items()}
+                save_checkpoint(partial / STATE, step, [], **holders)
             write_adapter(partial)
             write_text(partial / SETTINGS, json.dumps(settings | {"step": step}, indent=2) + "\n")
             if path.exists():  # only if the run resumed from an older one
@@ -145,7 +149,7 @@ def save(
 
 def _remove(path: Path) -> None:
     """Remove a folder so that no part of it keeps the name."""
-    hidden = path.with_name(f".{path.name}.partial")
+    hidden = path.with_name(f".{path.name}.old.partial")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
@@ -185,14 +189,14 @@ def load(accelerator: Accelerator, path: Path, parts: dict[str, Any]) -> None:
     Raises:
         RequestError: a file is missing, truncated, or of other parameters.
     """
-    sharded = is_sharded(accelerator)
-    if sharded:
-        parts = {"progress": parts["progress"]}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise RequestError(
+            "--resume-from-checkpoint: not under DeepSpeed, whose state is pickled; train under "
+            "FSDP to resume (examples/accelerate/fsdp.yaml)."
+        )
     try:
         if not (path / STATE).is_file():
             raise FileNotFoundError(f"there is no {STATE}")
         load_checkpoint(path / STATE, **parts)
-        if sharded:
-            accelerator.load_state(str(path / SHARDED))
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise RequestError(f"{path} cannot be read: {first_line(error)}.") from error

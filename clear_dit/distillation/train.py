@@ -29,6 +29,7 @@ from .losses import Losses, attention_outputs, distillation_losses, noisy, parse
 from .options import DistillOptions
 from .samples import SampleIndex, open_samples, read_index
 from .setup import check_room, make_accelerator, make_optimizer, make_schedule
+from .sharded import ShardedAverage, ShardedOptimizer, deal_out
 from .student import (
     adapter_name,
     add_lora,
@@ -181,7 +182,7 @@ class Run:
         self.parts: dict[str, Any] = {
             "progress": self.progress,
             "trained": _Parameters(self._trained()),
-            "optimizer": self.optimizer,
+            "optimizer": ShardedOptimizer(self.optimizer, list(self._trained().values())),
             "schedule": self.schedule,
         }
         self.average: Any = None
@@ -189,7 +190,7 @@ class Run:
             from diffusers.training_utils import EMAModel
 
             self.average = EMAModel(self._trained().values(), decay=options.ema_decay)
-            self.parts["average"] = self.average
+            self.parts["average"] = ShardedAverage(self.average)
         if found is not None:
             checkpoint.load(accelerator, found, self.parts)
             logger.info("resumed from %s", found)
@@ -404,4 +405,4 @@ class _Parameters:
             if state[name].shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(state[name])
+            parameter.data.copy_(deal_out(state[name], parameter.data))

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -171,3 +172,20 @@ def test_both_roles_work_on_fsdp_s_shards(samples, tmp_path):
     assert losses[2] < losses[0]
     for name, expected in whole.items():
         assert (sharded[name] - expected).abs().max() < 3e-5, name
+
+
+def test_shards_go_on_from_a_checkpoint_without_pickles(samples, tmp_path):
+    path = tmp_path / "fsdp"
+    run_ranks(distilling.resume_with_fsdp, (samples, path, {"optimizer": "adamw"}))
+    for rank in range(2):
+        whole, resumed = torch.load(f"{path}-{rank}", weights_only=True)
+        for expected, found in zip(whole, resumed, strict=True):
+            assert all(torch.equal(expected[name], found[name]) for name in expected)
+    folder = tmp_path / "fsdp-out" / "checkpoint-2"
+    assert visible(folder) == {"settings.json", "state.safetensors"}
+    # Whole tensors: both moments of every trained parameter are there.
+    state = load_file(folder / "state.safetensors")
+    weights = {name.removeprefix("trained."): t for name, t in state.items() if "trained." in name}
+    moments = [tensor for name, tensor in state.items() if name.endswith("exp_avg_sq")]
+    assert Counter(m.shape for m in moments) == Counter(w.shape for w in weights.values())
+    assert all(m.abs().max() > 0 for m in moments)

@@ -10,12 +10,14 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler  # noqa: 
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel  # noqa: F401
 
 import clear_dit.pipelines.flux  # noqa: F401
+from clear_dit.distillation import checkpoint
 from clear_dit.distillation.options import DistillOptions
 from clear_dit.distillation.sample import make_request, sample
 from clear_dit.distillation.samples import read_index
 from clear_dit.distillation.setup import make_optimizer
+from clear_dit.distillation.sharded import ShardedAverage, ShardedOptimizer
 from clear_dit.distillation.student import whole_tensors
-from clear_dit.distillation.train import Run, distill
+from clear_dit.distillation.train import Run, _Parameters, distill
 
 SMALL = {"height": 64, "width": 96, "steps": 2, "shard_size": 2, "batch": 2, "device": "cpu"}
 
@@ -125,3 +127,45 @@ def compare_with_fsdp(samples, path, changes):
             losses.append(mean.item() / torch.distributed.get_world_size())
         weights.append(whole_tensors(run._trained()))
     torch.save((weights, losses), f"{path}-{os.environ['RANK']}")
+
+
+def resume_with_fsdp(samples, path, changes):
+    """Train three steps with FSDP 2, and two and one with a checkpoint between; saves the ends."""
+    from diffusers.training_utils import EMAModel
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    options = make_options(samples, f"{path}-out", **changes)
+    options.out.mkdir(exist_ok=True)
+    ends = []
+    for pieces in ((range(3),), (range(2), range(2, 3))):
+        found = None
+        for steps in pieces:
+            run = Run(options, read_index(options.samples), only_transformer=True)
+            run.wrapped = run.model
+            for block in run.model.single_transformer_blocks:
+                fully_shard(block)
+            fully_shard(run.model)
+            trained = run._trained()
+            optimizer = make_optimizer(options, list(trained.values()), run.accelerator)
+            average = EMAModel(trained.values(), decay=0.5)
+            parts = {
+                "progress": run.progress,
+                "trained": _Parameters(trained),
+                "optimizer": ShardedOptimizer(optimizer, list(trained.values())),
+                "average": ShardedAverage(average),
+            }
+            if found is not None:
+                checkpoint.load(run.accelerator, found, parts)
+            for step in steps:
+                run.losses(run.draws.batch(range(step, step + 2))).total.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                average.step(trained.values())
+                run.progress.step = step + 1
+            found = checkpoint.save(
+                run.accelerator, options.out, run.settings, 9, parts, lambda folder: None
+            )
+        averaged = dict(zip(trained, average.shadow_params, strict=True))
+        ends.append((whole_tensors(trained), whole_tensors(averaged)))
+    torch.save(ends, f"{path}-{os.environ['RANK']}")
