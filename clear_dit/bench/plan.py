@@ -172,9 +172,9 @@ End to end, the FLOPs allow CLEAR to be at most {result["bound"]:.2f} times fast
 Peak memory with CLEAR, {OFFLOAD_WORDS[result["offload"]]}:
 {table(memory)}
 Tensors only: on a GPU the workspace of convolutions, products and attention, fragments and
-PyTorch's own few hundred MiB come on top. Denoising: feed-forward layers in chunks,
-QK-norm and RoPE {fused}. Decoding: the stock autoencoder on one tile
-and what lies around it; not counted is the whole picture, which need not be on the device.
+PyTorch's own few hundred MiB come on top. Denoising: feed-forward layers in chunks, QK-norm and
+RoPE {fused}. Decoding: the stock autoencoder on one tile and its
+surroundings; not counted is the whole picture, which need not be on the device.
 
 Keys for each image query, text included, by choice of tiles (in tokens):
 {table(tiles)}"""

@@ -1,10 +1,13 @@
 """Peak memory of every stage of a picture: text encoding, the cascade's denoising, decoding.
 
 Counted are the tensors alive between PyTorch's operators, at most, with CLEAR and with the
-feed-forward layers in chunks (`chunk_feed_forward`). All blocks of a kind take the same, so the
-activations are those of a model with two of each. Not counted: what an operator takes for itself
-(workspace of products, convolutions and attention), the allocator's fragments, PyTorch's own few
-hundred MiB on a GPU, and pictures and latents that wait outside the model.
+feed-forward layers in chunks (`chunk_feed_forward`). QK-norm and RoPE are one kernel, which
+allocates its output alone, as on a GPU; without Triton they are counted step by step. All blocks of
+a kind take the same: the activations are those of a model with two of each.
+
+Not counted: what an operator takes for itself (workspace of products, convolutions and attention),
+the allocator's fragments, PyTorch's own few hundred MiB on a GPU, pictures and latents that wait
+outside the model, LoRA, and leaf-level offload, under whose hooks QK-norm and RoPE are not fused.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from ..models import TOKEN_PIXELS
 from ..processor import CLEARProcessor
 from .configurations import Configuration
 from .eight_bit import DTYPES, use_eight_bit_linears
-from .fake import IMPL, Memory, build, defaults, flux_inputs, measure, tensor_bytes
+from .fake import IMPL, Memory, build, defaults, flux_inputs, measure, quiet, tensor_bytes
 
 OFFLOADS = ("none", "model", "group")
 # Meta tensors take the way of a GPU through diffusers and the processor, QK-norm and RoPE in one
@@ -42,7 +45,6 @@ def plan_memory(
     dtype: torch.dtype,
     weights_dtype: str | None = None,
     offload: str = "none",
-    chunk_tokens: int | None = CHUNK_TOKENS,
 ) -> list[dict[str, Any]]:
     """Peak memory by stage, on the device that runs them.
 
@@ -52,7 +54,6 @@ def plan_memory(
         weights_dtype: of the transformer's linear layers: "int8", "float8", or None for `dtype`.
         offload: which weights are on the device: those of all parts ("none"), of the one that
             runs ("model"), and of it only two blocks of the transformer ("group").
-        chunk_tokens: of the feed-forward layers' chunks; None for the stock forward.
 
     Returns:
         rows with stage, weights_gib, activations_gib and total_gib.
@@ -70,19 +71,19 @@ def plan_memory(
         _measure_encoder(config, window.text_length, dtype)
         for config in configuration.text_encoders
     ]
-    transformer = _Transformer(configuration.transformer, dtype, weights_dtype, chunk_tokens)
-    decoding, tile = _measure_decoder(configuration.autoencoder, window, dtype)
+    transformer = TransformerMemory(configuration.transformer, dtype, weights_dtype)
+    decoding, (tile_height, tile_width) = _measure_decoder(configuration.autoencoder, window, dtype)
 
     everything = sum(part.weights for part in encoders) + transformer.weights + decoding.weights
     denoising = transformer.streamed_weights if offload == "group" else transformer.weights
     text = max(encoders, key=lambda part: sum(part) if offload != "none" else part.activations)
     stages = [("text encoding", text)]
     for height, width in cascade_sizes(window, configuration.native_size):
-        size = f"denoising {width * TOKEN_PIXELS} x {height * TOKEN_PIXELS}"
+        size = f"denoising {height * TOKEN_PIXELS} x {width * TOKEN_PIXELS}"
         down_factor = min(window.down_factor, height, width)
         smaller = Window(height, width, window.text_length, window.radius, down_factor)
         stages.append((size, Memory(denoising, transformer.activations(smaller))))
-    stages.append((f"decoding a tile of {tile[1]} x {tile[0]}", decoding))
+    stages.append((f"decoding a tile of {tile_height} x {tile_width}", decoding))
     rows = []
     for stage, memory in stages:
         weights = everything if offload == "none" else memory.weights
@@ -110,8 +111,11 @@ def cascade_sizes(window: Window, native_size: int) -> list[tuple[int, int]]:
     return sizes
 
 
-class _Transformer:
+class TransformerMemory:
     """What a transformer takes, from a model of the same configuration with fewer blocks.
+
+    Args:
+        chunk_tokens: see `chunk_feed_forward`.
 
     Attributes:
         weights, streamed_weights: in bytes, of all blocks and of two of the larger kind.
@@ -122,11 +126,11 @@ class _Transformer:
         config: dict[str, Any],
         dtype: torch.dtype,
         weights_dtype: str | None,
-        chunk_tokens: int | None,
+        chunk_tokens: int | None = CHUNK_TOKENS,
     ) -> None:
-        counts = {
-            "num_layers": config["num_layers"],
-            "num_single_layers": config["num_single_layers"],
+        counts = {  # and diffusers' defaults
+            "num_layers": config.get("num_layers", 19),
+            "num_single_layers": config.get("num_single_layers", 38),
         }
         fewer = {name: min(MEASURED_BLOCKS, count) for name, count in counts.items()}
         with defaults(dtype, TRANSFORMER_DEVICE):
@@ -134,7 +138,8 @@ class _Transformer:
             if weights_dtype is not None:
                 use_eight_bit_linears(self._model, weights_dtype)
         self._dtype = dtype
-        chunk_feed_forward(self._model, chunk_tokens)
+        with quiet():
+            chunk_feed_forward(self._model, chunk_tokens)
         stacks = (self._model.transformer_blocks, self._model.single_transformer_blocks)
         sizes = [tensor_bytes(stack[0]) if len(stack) else 0 for stack in stacks]
         outside = tensor_bytes(self._model) - sum(

@@ -14,7 +14,7 @@ from clear_dit import Window, cli
 from clear_dit.bench.configurations import CLIP_L, CONFIGURATIONS, find_configuration
 from clear_dit.bench.executed import raster_keys, tile_choices, tiled_keys
 from clear_dit.bench.fake import LiveStorages, build, defaults, tensor_bytes
-from clear_dit.bench.plan_memory import _Transformer, cascade_sizes, plan_memory
+from clear_dit.bench.plan_memory import TransformerMemory, cascade_sizes, plan_memory
 from clear_dit.chunking import chunk_feed_forward
 from clear_dit.kernels import flex
 from clear_dit.models import DEMO
@@ -92,10 +92,11 @@ def test_seconds_and_little_memory_for_the_tables_and_the_json():
     }
     for row in stages.values():  # all of them resident
         assert row["weights_gib"] == pytest.approx(2 * sum(parameters.values()) / 2**30, rel=1e-3)
+        assert row["total_gib"] == pytest.approx(row["weights_gib"] + row["activations_gib"])
     # 256 channels at full size, three times, in two bytes.
     decoding = stages["decoding a tile of 1152 x 1152"]["activations_gib"]
     assert decoding == pytest.approx(3 * 256 * 2 * 1152**2 / 2**30, rel=0.05)
-    highest = max(row["weights_gib"] + row["activations_gib"] for row in stages.values())
+    highest = max(row["total_gib"] for row in stages.values())
     assert json.loads(last)["peak_gib"] == highest
 
 
@@ -139,7 +140,7 @@ def test_chunks_are_what_makes_it_fit():
     window = Window(512, 512, 512, 8)
     config = CONFIGURATIONS["flux-dev"].transformer
     stock, chunked = (
-        _Transformer(config, torch.bfloat16, None, tokens).activations(window) / 2**30
+        TransformerMemory(config, torch.bfloat16, None, tokens).activations(window) / 2**30
         for tokens in (None, 16384)
     )
     assert stock > 14 * SEQUENCE_8K
@@ -149,11 +150,11 @@ def test_chunks_are_what_makes_it_fit():
 def test_few_blocks_stand_for_all():
     """The demo has 2 double and 4 single blocks, of which 2 are measured."""
     config = find_configuration("demo").transformer
-    few = _Transformer(config, torch.float32, None, 300)
+    few = TransformerMemory(config, torch.float32, None, 300)
     with defaults(torch.float32, "meta"):
         assert few.weights == tensor_bytes(build(config))
     window = Window(32, 32, 64, 8)
-    more = _Transformer(config, torch.float32, None, 300)
+    more = TransformerMemory(config, torch.float32, None, 300)
     with defaults(torch.float32, "meta"):
         more._model = build(config)
     chunk_feed_forward(more._model, 300)
