@@ -312,6 +312,14 @@ def bench_plan(
         int | None, typer.Option(min=1, max=4096, help="Text tokens; default the model's own.")
     ] = None,
     dtype: Dtype = "bfloat16",
+    weights_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the transformer's linear layers: int8 or float8; default --dtype."),
+    ] = None,
+    offload: Annotated[
+        str,
+        typer.Option(help="none; model: one part at a time; group: and its blocks two at a time."),
+    ] = "none",
     train: Annotated[
         bool, typer.Option("--train", help="Memory of a distillation step instead, in bfloat16.")
     ] = False,
@@ -334,7 +342,17 @@ def bench_plan(
     from .bench.plan import report
     from .checks import find_dtype
 
-    result = run(model, height, width, radius, down_factor, text_length, find_dtype(dtype))
+    result = run(
+        model,
+        height,
+        width,
+        radius,
+        down_factor,
+        text_length,
+        find_dtype(dtype),
+        weights_dtype,
+        offload,
+    )
     print(report(result))
     if as_json:
         _print_json(result)

@@ -19,8 +19,9 @@ from .kernels.triton.device import DTYPES, LARGEST_HEAD_DIM
 logger = logging.getLogger(__name__)
 
 HAS_TRITON = find_spec("triton") is not None
-# Device types that QK-norm and RoPE run on as one Triton kernel; ROCm's is "cuda" too.
-FUSED_DEVICES = ("cuda",)
+# Device types that QK-norm and RoPE run on as one Triton kernel; ROCm's is "cuda" too, and "meta"
+# has no numbers but a GPU's shapes and memory.
+FUSED_DEVICES = ("cuda", "meta")
 FUSED_HEAD_DIMS = range(16, LARGEST_HEAD_DIM + 1, 2)
 
 Rotary = tuple[torch.Tensor, torch.Tensor]

@@ -169,6 +169,7 @@ class CLEARProcessor(nn.Module):
         )
         assert isinstance(out, torch.Tensor)
         out = out.flatten(2, 3).to(query.dtype)
+        del query, key, value  # three tensors of the sequence's size, before the projections
         if encoder_hidden_states is None:
             return out
         text, image = out.split_with_sizes([window.text_length, window.image_length], dim=1)

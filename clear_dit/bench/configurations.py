@@ -7,12 +7,12 @@ diffusers, "architectures" for transformers.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..models import model_path
+from ..models import DEMO_DEFAULTS, FLUX_DEFAULTS, model_path
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Configuration:
         transformer, autoencoder: of diffusers.
         text_encoders: of transformers.
         text_length: text tokens the transformer is given, padding included.
+        native_size: side of a square of as many pixels as it was trained at, in pixels.
     """
 
     transformer: dict[str, Any]
     autoencoder: dict[str, Any]
     text_encoders: tuple[dict[str, Any], ...]
     text_length: int
+    native_size: int = FLUX_DEFAULTS.size
 
 
 FLUX_TRANSFORMER = {
@@ -96,7 +98,8 @@ def find_configuration(model: str) -> Configuration:
             f"--model must be one of {', '.join(CONFIGURATIONS)}, demo, or a folder in diffusers "
             f"format; got {model!r}."
         )
-    return _read_folder(Path(model_path(model)))
+    found = _read_folder(Path(model_path(model)))
+    return replace(found, native_size=DEMO_DEFAULTS.size) if model == "demo" else found
 
 
 def _read_folder(folder: Path) -> Configuration:

@@ -24,7 +24,8 @@ from ..kernels.window import Window
 from ..plugin import attention_layers
 from ..processor import CLEARProcessor
 from .configurations import find_configuration
-from .plan import IMPL, LiveStorages, build, defaults, flux_inputs, number, quiet
+from .fake import IMPL, LiveStorages, build, defaults, flux_inputs, quiet
+from .plan import number
 from .timing import table
 
 # On "cpu", autocast works for fake tensors, and attention is PyTorch's fused one.

@@ -1,0 +1,184 @@
+"""Peak memory of every stage of a picture: text encoding, the cascade's denoising, decoding.
+
+Counted are the tensors alive between PyTorch's operators, at most, with CLEAR and with the
+feed-forward layers in chunks (`chunk_feed_forward`). QK-norm and RoPE are one kernel, which
+allocates its output alone, as on a GPU; without Triton they are counted step by step. All blocks of
+a kind take the same: the activations are those of a model with two of each.
+
+Not counted: what an operator takes for itself (workspace of products, convolutions and attention),
+the allocator's fragments, PyTorch's own few hundred MiB on a GPU, pictures and latents that wait
+outside the model, LoRA, and leaf-level offload, under whose hooks QK-norm and RoPE are not fused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..chunking import CHUNK_TOKENS, chunk_feed_forward
+from ..errors import RequestError
+from ..kernels.window import Window
+from ..models import TOKEN_PIXELS
+from ..processor import CLEARProcessor
+from .configurations import Configuration
+from .eight_bit import DTYPES, use_eight_bit_linears
+from .fake import IMPL, Memory, build, defaults, flux_inputs, measure, quiet, tensor_bytes
+
+OFFLOADS = ("none", "model", "group")
+# Meta tensors take the way of a GPU through diffusers and the processor, QK-norm and RoPE in one
+# kernel included. On "cpu", fake ones take PyTorch's fused attention; on "meta" it would be dense.
+TRANSFORMER_DEVICE, OTHERS_DEVICE = "meta", "cpu"
+MEASURED_BLOCKS = 2
+# Blocks on the device under group offload: the one that runs, and the next on its way.
+STREAMED_BLOCKS = 2
+# The autoencoder sees a tile of the picture and what lies around it, in pixels.
+TILE_PIXELS, HALO_PIXELS = 1024, 64
+LATENT_PIXELS = 8
+
+
+def plan_memory(
+    configuration: Configuration,
+    window: Window,
+    dtype: torch.dtype,
+    weights_dtype: str | None = None,
+    offload: str = "none",
+) -> list[dict[str, Any]]:
+    """Peak memory by stage, on the device that runs them.
+
+    Args:
+        window: of the picture asked for; text length, radius and down_factor hold in all stages.
+        dtype: of weights and activations.
+        weights_dtype: of the transformer's linear layers: "int8", "float8", or None for `dtype`.
+        offload: which weights are on the device: those of all parts ("none"), of the one that
+            runs ("model"), and of it only two blocks of the transformer ("group").
+
+    Returns:
+        rows with stage, weights_gib, activations_gib and total_gib.
+
+    Raises:
+        RequestError: an unknown `weights_dtype` or `offload`.
+    """
+    if weights_dtype not in (None, *DTYPES):
+        raise RequestError(
+            f"--weights-dtype must be one of {', '.join(DTYPES)}; got {weights_dtype!r}."
+        )
+    if offload not in OFFLOADS:
+        raise RequestError(f"--offload must be one of {', '.join(OFFLOADS)}; got {offload!r}.")
+    encoders = [
+        _measure_encoder(config, window.text_length, dtype)
+        for config in configuration.text_encoders
+    ]
+    transformer = TransformerMemory(configuration.transformer, dtype, weights_dtype)
+    decoding, (tile_height, tile_width) = _measure_decoder(configuration.autoencoder, window, dtype)
+
+    everything = sum(part.weights for part in encoders) + transformer.weights + decoding.weights
+    denoising = transformer.streamed_weights if offload == "group" else transformer.weights
+    text = max(encoders, key=lambda part: sum(part) if offload != "none" else part.activations)
+    stages = [("text encoding", text)]
+    for height, width in cascade_sizes(window, configuration.native_size):
+        size = f"denoising {height * TOKEN_PIXELS} x {width * TOKEN_PIXELS}"
+        down_factor = min(window.down_factor, height, width)
+        smaller = Window(height, width, window.text_length, window.radius, down_factor)
+        stages.append((size, Memory(denoising, transformer.activations(smaller))))
+    stages.append((f"decoding a tile of {tile_height} x {tile_width}", decoding))
+    rows = []
+    for stage, memory in stages:
+        weights = everything if offload == "none" else memory.weights
+        rows.append(
+            {
+                "stage": stage,
+                "weights_gib": weights / 2**30,
+                "activations_gib": memory.activations / 2**30,
+                "total_gib": (weights + memory.activations) / 2**30,
+            }
+        )
+    return rows
+
+
+def cascade_sizes(window: Window, native_size: int) -> list[tuple[int, int]]:
+    """(rows, columns), in tokens, of the cascade's pictures, each at most twice the one before.
+
+    native_size: side of a square that needs no cascade, in pixels; a quarter more pixels do not.
+    """
+    sizes = [(window.height, window.width)]
+    enough = 1.25 * (native_size / TOKEN_PIXELS) ** 2
+    while sizes[0][0] * sizes[0][1] > enough:
+        rows, columns = sizes[0]
+        sizes.insert(0, (math.ceil(rows / 2), math.ceil(columns / 2)))
+    return sizes
+
+
+class TransformerMemory:
+    """What a transformer takes, from a model of the same configuration with fewer blocks.
+
+    Args:
+        chunk_tokens: see `chunk_feed_forward`.
+
+    Attributes:
+        weights, streamed_weights: in bytes, of all blocks and of two of the larger kind.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        weights_dtype: str | None,
+        chunk_tokens: int | None = CHUNK_TOKENS,
+    ) -> None:
+        counts = {  # and diffusers' defaults
+            "num_layers": config.get("num_layers", 19),
+            "num_single_layers": config.get("num_single_layers", 38),
+        }
+        fewer = {name: min(MEASURED_BLOCKS, count) for name, count in counts.items()}
+        with defaults(dtype, TRANSFORMER_DEVICE):
+            self._model = build(config | fewer)
+            if weights_dtype is not None:
+                use_eight_bit_linears(self._model, weights_dtype)
+        self._dtype = dtype
+        with quiet():
+            chunk_feed_forward(self._model, chunk_tokens)
+        stacks = (self._model.transformer_blocks, self._model.single_transformer_blocks)
+        sizes = [tensor_bytes(stack[0]) if len(stack) else 0 for stack in stacks]
+        outside = tensor_bytes(self._model) - sum(
+            size * count for size, count in zip(sizes, fewer.values(), strict=True)
+        )
+        self.weights = outside + sum(
+            size * count for size, count in zip(sizes, counts.values(), strict=True)
+        )
+        self.streamed_weights = outside + STREAMED_BLOCKS * max(sizes)
+
+    def activations(self, window: Window) -> int:
+        """The most that is alive in a step besides the weights, in bytes."""
+        grid = (window.height, window.width)
+        processor = CLEARProcessor(window.radius, window.down_factor, IMPL, grid)
+        self._model.set_attn_processor(processor)
+        inputs = flux_inputs(self._model.config, window, self._dtype, TRANSFORMER_DEVICE)
+        return measure(self._model, lambda: self._model(**inputs)).activations
+
+
+def _measure_encoder(config: dict[str, Any], text_length: int, dtype: torch.dtype) -> Memory:
+    with FakeTensorMode():
+        with defaults(dtype, OTHERS_DEVICE):
+            model = build(config)
+        length = min(text_length, getattr(model.config, "max_position_embeddings", text_length))
+        tokens = torch.zeros(1, length, dtype=torch.int64, device=OTHERS_DEVICE)
+        return measure(model, lambda: model(tokens))
+
+
+def _measure_decoder(
+    config: dict[str, Any], window: Window, dtype: torch.dtype
+) -> tuple[Memory, tuple[int, int]]:
+    """Memory of the stock autoencoder on one tile, whose height and width in pixels come along."""
+    with FakeTensorMode():
+        with defaults(dtype, OTHERS_DEVICE):
+            model = build(config)
+        height, width = (
+            min(size * TOKEN_PIXELS, TILE_PIXELS + 2 * HALO_PIXELS)
+            for size in (window.height, window.width)
+        )
+        shape = (1, model.config.latent_channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
+        latents = torch.empty(shape, dtype=dtype, device=OTHERS_DEVICE)
+        return measure(model, lambda: model.decode(latents)), (height, width)

@@ -1,0 +1,91 @@
+"""Forwards under hooks: diffusers and accelerate both wrap a module's `forward` in their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .compat import names_from
+
+(GROUP_OFFLOADING,) = names_from("diffusers.hooks.group_offloading", "_GROUP_OFFLOADING")
+
+Result = TypeVar("Result")
+
+
+class Innermost:
+    """The forward of a module below all hooks, to be read and replaced.
+
+    Hooks set before and after a replacement go on as they were, and can be removed in any order.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        # Whoever came first holds the original, the others a wrapper (`functools.update_wrapper`).
+        places: list[tuple[Any, str]] = []
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and registry._fn_refs:
+            first = registry._fn_refs[0]
+            own = first.original_forward is not None  # the hook has a forward of its own
+            places.append((first, "original_forward" if own else "forward"))
+        if hasattr(module, "_old_forward"):  # accelerate's
+            places.append((module, "_old_forward"))
+        places.append((module, "forward"))
+        self._holder, self._name = next(
+            place for place in places if not hasattr(getattr(*place), "__wrapped__")
+        )
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """What runs below all hooks."""
+        return getattr(self._holder, self._name)
+
+    @forward.setter
+    def forward(self, forward: Callable[..., Any]) -> None:
+        setattr(self._holder, self._name, forward)
+        own = type(self.module).forward.__get__(self.module)
+        if self._name == "forward" and self._holder is self.module and forward == own:
+            del self.module.forward  # needs no entry of its own
+
+
+def loaded_once(modules: Iterable[nn.Module], run: Callable[[], Result]) -> Result:
+    """Run something that calls modules many times, with their offloaded weights brought once.
+
+    The hooks of every offloaded submodule act once, around all of `run`: as they see it, their
+    module is called once. Calls inside go past its hooks.
+
+    Args:
+        modules: they and their submodules are looked through, in order.
+        run: calls them with tensors that are on the right device already.
+    """
+    return _nest([m for module in modules for m in module.modules() if _is_offloaded(m)], run)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None and registry.get_hook(GROUP_OFFLOADING) is not None:
+        return True
+    return getattr(getattr(module, "_hf_hook", None), "offload", False)  # AlignDevicesHook's
+
+
+def _nest(modules: list[nn.Module], run: Callable[[], Result]) -> Result:
+    if not modules:
+        return run()
+    module, *rest = modules
+    place = Innermost(module)
+    stock = place.forward
+
+    def inside() -> Result:
+        hooked = module.forward
+        module.forward = stock
+        try:
+            return _nest(rest, run)
+        finally:
+            module.forward = hooked
+
+    place.forward = inside
+    try:
+        return module.forward()
+    finally:
+        place.forward = stock
