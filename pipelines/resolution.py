@@ -13,7 +13,7 @@ Why these; all are options of `Resolution`:
   2K and 4K (arXiv 2503.16322). NTK-aware scaling asks for enlargement^(dim / (dim - 2)), which is
   2.1 at 2K, 4.2 at 4K and 8.6 at 8K: 10 is enough there, and the formula takes over beyond. FLUX.1
   was not run here.
-- "yarn" needs no constant found for one model. On the demo pipeline (1024 px from 512 px at strength
+- "yarn" needs no constant found for one model. On the demo pipeline (512 px to 1024 px at strength
   0.55, 8 steps, guidance 2): PSNR of the result, scaled down, to the 512-px picture and gradient
   energy against its Lanczos enlargement, with full attention and with radius 8:
 
