@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import __version__
-from .plugin import ClearState, attention_layers, transformer_of
+from .plugin import transformer_of
 from .processor import CLEARProcessor
+from .state import ClearState, attention_layers
 from .weight_format import (
     check_header,
     current_settings,

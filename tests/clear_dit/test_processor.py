@@ -161,7 +161,7 @@ def test_explicit_grid_wins_and_is_checked(tiny_transformer, tiny_inputs):
 
 
 def test_one_look_per_forward_and_one_window_per_layout(tiny_transformer, tiny_inputs, monkeypatch):
-    from clear_dit import grid as module
+    from clear_dit import tracker as module
 
     looks = []
     original = module.layout_from_rotary
