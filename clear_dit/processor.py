@@ -104,10 +104,10 @@ class CLEARProcessor(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
-    def forward(self) -> nn.Parameter:
-        """The pooling weights."""
+    def forward(self) -> torch.Tensor:
+        """The pooling weights. A copy: offloading hooks take the parameter's values away again."""
         assert self.spatial_weight is not None
-        return self.spatial_weight
+        return self.spatial_weight.clone()
 
     def __call__(
         self,
@@ -213,7 +213,7 @@ class CLEARProcessor(nn.Module):
         return (image, text) if beside is None else (image, text, beside)
 
     def _pooling_weights(self, device: torch.device) -> torch.Tensor | None:
-        # By way of `forward`, which is what accelerate's sequential offloading wraps.
+        # By way of `forward`, which is what offloading in accelerate and diffusers wraps.
         return None if self.spatial_weight is None else self.forward().to(device)
 
     def _scale(self, sequence: int, head_dim: int) -> float:

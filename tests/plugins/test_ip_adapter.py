@@ -11,39 +11,13 @@ from diffusers.models.transformers.transformer_flux import (
     FluxIPAdapterAttnProcessor,
 )
 from safetensors.torch import load_file
+from support.ip_adapter import load_ip_adapters as load
 from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
 
 from clear_dit import apply_clear, remove_clear, save_clear_weights
 
-PROMPT_TOKENS, CLIP_DIM = 4, 6
 # Two pictures as prompt of one sample.
-IMAGE_PROMPT = torch.randn(1, 2, CLIP_DIM, generator=torch.Generator().manual_seed(7))
-
-
-def adapter_file(layers=2, seed=0):
-    """An IP-adapter for the tiny transformer, as its file is read."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def linear(name, outputs, inputs):
-        return {
-            f"{name}.weight": torch.randn(outputs, inputs, generator=generator),
-            f"{name}.bias": torch.randn(outputs, generator=generator),
-        }
-
-    projection = linear("proj", PROMPT_TOKENS * 8, CLIP_DIM)
-    norm = {"norm.weight": torch.ones(8), "norm.bias": torch.zeros(8)}
-    per_layer = {}
-    for layer in range(layers):
-        for part in ("to_k_ip", "to_v_ip"):
-            per_layer |= linear(f"{layer}.{part}", 32, 8)
-    return {"image_proj": projection | norm, "ip_adapter": per_layer}
-
-
-def load(pipe, *seeds):
-    files = [adapter_file(seed=seed) for seed in seeds or (0,)]
-    pipe.load_ip_adapter(
-        files, weight_name=[""] * len(files), image_encoder_pretrained_model_name_or_path=None
-    )
+IMAGE_PROMPT = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(7))
 
 
 @pytest.fixture
@@ -57,8 +31,8 @@ def inputs(tiny_inputs):
 
 
 def prompted(pipe, inputs, adapters=1):
-    prompts = [IMAGE_PROMPT] * adapters  # diffusers empties the dictionary
-    return run(pipe.transformer, inputs, joint_attention_kwargs={"ip_adapter_image_embeds": prompts})
+    prompts = {"ip_adapter_image_embeds": [IMAGE_PROMPT] * adapters}
+    return run(pipe.transformer, inputs, joint_attention_kwargs=prompts)
 
 
 def local(call, *args):

@@ -89,19 +89,6 @@ def test_gradients(tiny_transformer, edit_inputs):
             torch.testing.assert_close(received.grad, expected.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_blocks(tiny_transformer, edit_inputs):
-    stock, model = (tiny_transformer(num_layers=1, num_single_layers=1) for _ in range(2))
-    apply_clear(model, radius=2)
-    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
-    for index, (rows, columns, reference) in enumerate(((4, 6, (3, 5)), (6, 5, (2, 3)))):
-        inputs = edit_inputs(rows, columns, [reference])
-        with dense_masks(picture_mask(rows, columns, 2, references=count([reference]))):
-            expected = run(stock, inputs)
-        with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
-            assert_same(run(model, inputs), expected)
-    torch.compiler.reset()
-
-
 def test_one_row_is_refused_where_only_the_rotary_table_is_known(tiny_transformer, edit_inputs):
     model, inputs = tiny_transformer(), edit_inputs(1, 6, [(1, 6)])
     bare(model, radius=2)
@@ -115,10 +102,10 @@ def test_latents_that_contradict_the_ids(tiny_transformer, edit_inputs):
     model, inputs = tiny_transformer(), edit_inputs(4, 6, [(2, 3)])
     inputs["hidden_states"] = inputs["hidden_states"][:, :-1]
     apply_clear(model)
-    with pytest.raises(ValueError, match="24 image tokens and 6 of reference images, but .* has 29"):
+    with pytest.raises(ValueError, match=r"24 image tokens and 6 of reference images, .* 29"):
         run(model, inputs)
     bare(model)
-    with pytest.raises(ValueError, match="4 x 6 image tokens and 6 of reference images, but the se"):
+    with pytest.raises(ValueError, match="4 x 6 image tokens and 6 of reference images, but the"):
         model.transformer_blocks[0].attn(
             torch.randn(1, 29, 32),
             torch.randn(1, 3, 32),
