@@ -201,6 +201,7 @@ class CLEARProcessor(nn.Module):
         )
         assert isinstance(out, torch.Tensor)
         out = out.flatten(2, 3).to(query.dtype)
+        del query, key, value  # three tensors of the sequence's size, before the projections
         if layout.reference_length:
             out = _swap(out, layout.text_length, layout.reference_length)
             if beside is not None:

@@ -63,7 +63,7 @@ def test_ip_adapter(tiny_pipeline, tiny_inputs):
     with dense_masks(picture_mask(4, 6, radius=2)):
         expected = prompted()
     apply_clear(model, radius=2)
-    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    model.transformer_blocks[0].compile(fullgraph=True, dynamic=True, backend="eager")
     assert_same(prompted(), expected)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FluxPipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
 
 from clear_dit import CLEARProcessor, apply_clear, remove_clear
@@ -48,7 +48,7 @@ def test_files_in_pipelines(tiny_pipeline, tiny_inputs, tmp_path):
     plain = run(model, inputs)
     other = tiny_pipeline(FluxPipeline).transformer
     other.add_adapter(LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
-    other.save_lora_adapter(tmp_path)
+    FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(other))
     pipe.load_lora_weights(tmp_path, adapter_name="style")
     pipe.set_adapters("style", 0.5)
     other.set_adapters("default", 0.5)

@@ -1,4 +1,4 @@
-"""What saves memory: gradient checkpointing and offloading, of the CPU's memory to itself or disk."""
+"""What saves memory: gradient checkpointing and offloading, from the CPU to itself or to disk."""
 
 import pytest
 import torch
