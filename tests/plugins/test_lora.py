@@ -47,7 +47,8 @@ def test_files_in_pipelines(tiny_pipeline, tiny_inputs, tmp_path):
     apply_clear(pipe, radius=2)
     plain = run(model, inputs)
     other = tiny_pipeline(FluxPipeline).transformer
-    other.add_adapter(LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False)
+    other.add_adapter(config)
     FluxPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(other))
     pipe.load_lora_weights(tmp_path, adapter_name="style")
     pipe.set_adapters("style", 0.5)
