@@ -1,38 +1,57 @@
-"""Where the picture is in a sequence of tokens: text length, rows and columns.
+"""Where the picture is in a sequence of tokens: text, rows and columns, reference images.
 
 diffusers gives an attention processor neither. Both follow from what it does give: the position ids
 that enter the transformer, or the rotary table made from them. Either way a token is a row of
 numbers, and a picture is a raster: the numbers that belong to the column repeat in every row of
 tokens, the others are the same along it, and both advance evenly. All of that is checked; whatever
-is not such a raster is refused.
+is not such a raster is refused. Reference images (FLUX.1-Kontext) follow the picture and differ
+from it in the first number, the group.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels.window import Window
 
 REMEDY = "Name the grid yourself with CLEARProcessor(grid=(rows, columns))."
 
-# Implementations that torch.compile does not look into.
-CUSTOM_OPS = ("triton", "tiled")
-
-# Windows kept per model: two passes of classifier-free guidance at a few resolutions.
-WINDOWS_KEPT = 8
-
 
 class Layout(NamedTuple):
-    """How a sequence is made up, in tokens: text first, then the picture in raster order."""
+    """How a sequence is made up, in tokens: text, the picture in raster order, reference images."""
 
     text_length: int
     rows: int
     columns: int
+    reference_length: int = 0
+
+    @property
+    def image_length(self) -> int:
+        """Number of the picture's tokens."""
+        return self.rows * self.columns
+
+    @property
+    def sequence_length(self) -> int:
+        """Number of all tokens."""
+        return self.text_length + self.image_length + self.reference_length
+
+    @property
+    def and_references(self) -> str:
+        """For messages: " and 12 of reference images", or nothing."""
+        number = self.reference_length
+        return f" and {number} of reference images" if number else ""
+
+    def window(self, radius: int, down_factor: int) -> Window:
+        """Who attends to whom once the reference images are moved behind the text.
+
+        They are treated as text is: seen by every query, and seeing everything. An edit may move
+        things further than the disc reaches; and they do not grow with the picture.
+        """
+        text = self.text_length + self.reference_length
+        return Window(self.rows, self.columns, text, radius, down_factor)
 
 
 def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
@@ -42,19 +61,17 @@ def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
         txt_ids: (text, 3); only the length is used. Of a leading batch dimension the first entry
             is taken, as diffusers does.
         img_ids: (image, 3): group, row and column of every image token, in any dtype. Ids rounded
-            to bfloat16, which merges neighbours above 256, are recognised.
+            to bfloat16, which merges neighbours above 256, are recognised. Tokens of other groups
+            behind the picture are those of reference images, of any number and size.
 
     Raises:
-        ValueError: the ids are not one raster.
+        ValueError: the picture's ids are not one raster.
     """
     txt_ids = txt_ids[0] if txt_ids.ndim == 3 else txt_ids
     img_ids = img_ids[0] if img_ids.ndim == 3 else img_ids
-    if (img_ids[:, 0] != img_ids[0, 0]).any():
-        raise ValueError(
-            "CLEAR: img_ids name more than one picture (their first column is not constant): "
-            "reference images, as in FLUX.1-Kontext, are not supported yet."
-        )
-    return Layout(len(txt_ids), *find_grid(img_ids.float()))
+    picture = _picture_length(img_ids[:, 0])
+    grid = find_grid(img_ids[:picture].float())
+    return Layout(len(txt_ids), *grid, reference_length=len(img_ids) - picture)
 
 
 def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
@@ -62,7 +79,7 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
 
     Stock pipelines cast the ids to the prompt's dtype; bfloat16 cannot tell integers above 256
     apart, which is a side of 4096 pixels. Only ids that are exactly the rounded raster of `layout`
-    are replaced.
+    are replaced; those of reference images stay as they are.
 
     Returns:
         (image, 3), float32; None where nothing was lost, or the ids are not that raster.
@@ -75,9 +92,10 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
     exact = exact.reshape(-1, 3)
     rounded = exact.to(img_ids.dtype)
     received = img_ids[0] if img_ids.ndim == 3 else img_ids
+    received, references = received[: len(exact)], received[len(exact) :]
     if torch.equal(rounded.float(), exact) or not torch.equal(rounded, received):
         return None
-    return exact
+    return torch.cat([exact, references.float()])
 
 
 def layout_from_rotary(
@@ -86,14 +104,30 @@ def layout_from_rotary(
     """The layout that a rotary table describes.
 
     Args:
-        cos, sin: (text + image, channels), text first, every angle in two neighbouring channels.
+        cos, sin: (text + image, channels), text first, every angle in two neighbouring channels,
+            the group's first.
         text_length: number of text tokens, where it is known. Otherwise it is inferred: text tokens
             all have one position, and the picture's first token may have the same one.
 
     Raises:
-        ValueError: the image tokens are not one raster, or the text length is ambiguous.
+        ValueError: the picture's tokens are not one raster, or the text length is ambiguous.
     """
     angles = torch.atan2(sin[:, ::2].float(), cos[:, ::2].float())
+    before = text_length or 0
+    first_group = before + _picture_length(angles[before:, 0])
+    layout = _layout_from_angles(angles[:first_group], text_length)
+    references = len(angles) - first_group
+    if references and layout.rows == 1:
+        # What is taken for the group could as well be the row, in a table without groups.
+        raise ValueError(
+            f"CLEAR: cannot tell {references} tokens of reference images from further rows of a "
+            f"picture of {layout.columns} columns. Use apply_clear, which reads the position ids."
+        )
+    return layout._replace(reference_length=references)
+
+
+def _layout_from_angles(angles: torch.Tensor, text_length: int | None) -> Layout:
+    """`layout_from_rotary` without reference images; angles: (text + picture, channels / 2)."""
     if text_length is not None:
         return Layout(text_length, *find_grid(angles[text_length:], period=2 * math.pi))
     alike = (angles == angles[0]).all(dim=1)
@@ -112,6 +146,18 @@ def layout_from_rotary(
             f"tokens have the same position). {REMEDY}"
         )
     return found[0]
+
+
+def _picture_length(group: torch.Tensor) -> int:
+    """Number of leading tokens in the first token's group; behind them it must not come again."""
+    other = group != group[:1]
+    length = int(other.int().argmax()) if other.any() else len(other)
+    if not other[length:].all():
+        raise ValueError(
+            "CLEAR: the tokens of the picture do not come first, those of reference images after "
+            "them, as in FLUX.1-Kontext."
+        )
+    return length
 
 
 def find_grid(positions: torch.Tensor, period: float | None = None) -> tuple[int, int]:
@@ -145,7 +191,7 @@ def find_grid(positions: torch.Tensor, period: float | None = None) -> tuple[int
             return tokens // columns, columns
     raise ValueError(
         f"CLEAR: the positions of the {tokens} image tokens are not those of one picture in raster "
-        f"order (reference images, as in FLUX.1-Kontext, are not supported yet). {REMEDY}"
+        f"order (reference images must differ in the first id, as in FLUX.1-Kontext). {REMEDY}"
     )
 
 
@@ -169,88 +215,3 @@ def _advances_evenly(points: torch.Tensor, period: float | None) -> bool:
 def _nearest(offset: torch.Tensor, period: float) -> torch.Tensor:
     """The representative closest to zero."""
     return offset - period * torch.round(offset / period)
-
-
-class WindowTracker:
-    """The window of the forward pass under way, shared by the layers it concerns.
-
-    It learns the layout either from whoever sees the position ids (`announce`), or from the rotary
-    table that every layer of one forward receives. Windows are remembered, so that what an
-    implementation keeps on a `Window` serves all layers and steps; rotary tables are held by weak
-    reference only.
-    """
-
-    def __init__(self, radius: int, down_factor: int) -> None:
-        self.radius = radius
-        self.down_factor = down_factor
-        self._reset()
-
-    def _reset(self) -> None:
-        self.announced: Window | None = None
-        self.impl = "auto"
-        self._is_news = False
-        self._windows: OrderedDict[Layout, Window] = OrderedDict()
-        self._by_rotary = WeakTensorKeyDictionary()
-
-    def __getstate__(self) -> dict[str, int]:
-        return {"radius": self.radius, "down_factor": self.down_factor}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    def window(self, layout: Layout) -> Window:
-        """The window for a layout: always the same object while it is in use."""
-        if layout not in self._windows:
-            self._windows[layout] = Window(
-                height=layout.rows,
-                width=layout.columns,
-                text_length=layout.text_length,
-                radius=self.radius,
-                down_factor=self.down_factor,
-            )
-        self._windows.move_to_end(layout)
-        while len(self._windows) > WINDOWS_KEPT:
-            self._windows.popitem(last=False)
-        return self._windows[layout]
-
-    def announce(self, layout: Layout, impl: str) -> None:
-        """Tell the layout of the forward that begins now, and which implementation will run it."""
-        self.announced = self.window(layout)
-        self.impl = impl
-        self._is_news = True
-        self._sizes = torch.empty([size + 2 for size in layout], device="meta")
-
-    def compiled_window(self) -> Window:
-        """The window of the forward under way, for code that torch.compile traces.
-
-        Implementations that are custom ops take its numbers as arguments. They are then read from
-        the shape of a tensor: such numbers the compiler keeps symbolic (unless 0 or 1), and a new
-        resolution does not compile the model again.
-        """
-        if self.announced is None:
-            raise RuntimeError(
-                "CLEARProcessor: under torch.compile the token grid must be known beforehand; use "
-                "apply_clear instead of set_attn_processor."
-            )
-        if self.impl not in CUSTOM_OPS:
-            return self.announced
-        text, rows, columns = (size - 2 for size in self._sizes.shape)
-        return Window(rows, columns, text, self.radius, self.down_factor)
-
-    def find(self, rotary: tuple[torch.Tensor, torch.Tensor], text_length: int | None) -> Window:
-        """The window of the forward that this rotary table belongs to.
-
-        A table seen before keeps its window: gradient checkpointing runs a layer again when other
-        forwards may have gone by.
-        """
-        cos, sin = rotary
-        window = self._by_rotary.get(cos)
-        if window is None:
-            if self._is_news and self.announced is not None:
-                window = self.announced
-                self._is_news = False
-            else:
-                window = self.window(layout_from_rotary(cos, sin, text_length))
-            self._by_rotary[cos] = window
-        return window

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .compat import names_from
-from .grid import Layout, WindowTracker
+from .grid import Layout
 from .kernels.attention import IMPLS, local_attention, why_not
-from .kernels.window import Window
 from .norm_rope import Rotary, norm_and_rotate
+from .tracker import WindowTracker
 
 _get_qkv_projections, FluxAttnProcessor = names_from(
     "diffusers.models.transformers.transformer_flux", "_get_qkv_projections", "FluxAttnProcessor"
@@ -25,7 +26,9 @@ class CLEARProcessor(nn.Module):
     `transformer.set_attn_processor(CLEARProcessor())` is all it takes: the token grid and the text
     length are found from the rotary table of each forward, at any resolution and aspect ratio.
     `apply_clear` gives every layer a processor of its own, which `down_factor` > 1 needs (a layer
-    has its own weights) and torch.compile too.
+    has its own weights), and torch.compile and IP-adapters too.
+
+    Tokens of reference images (FLUX.1-Kontext) are seen by every query and see everything, as text.
 
     Args:
         radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1.
@@ -101,10 +104,10 @@ class CLEARProcessor(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
-    def forward(self) -> nn.Parameter:
-        """The pooling weights."""
+    def forward(self) -> torch.Tensor:
+        """The pooling weights. A copy: offloading hooks take the parameter's values away again."""
         assert self.spatial_weight is not None
-        return self.spatial_weight
+        return self.spatial_weight.clone()
 
     def __call__(
         self,
@@ -119,7 +122,7 @@ class CLEARProcessor(nn.Module):
         Args:
             attn: the layer; its own projections, norms and output are used.
             hidden_states: (batch, image, channels) in a double block, in a single block
-                (batch, text + image, channels).
+                (batch, text + image, channels); image is the picture and reference images.
             encoder_hidden_states: (batch, text, channels) in a double block, else None.
             attention_mask: must be None: the window is the mask.
             image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each.
@@ -131,31 +134,60 @@ class CLEARProcessor(nn.Module):
             ValueError: a mask, settings meant for diffusers' own attention, or a grid that cannot
                 be found or contradicts the sequence.
         """
+        return self._attend(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
+
+    def _attend(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        rotary: Rotary | None,
+        branch: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Any:
+        """`__call__`; in a double block also with a branch beside local attention.
+
+        Args:
+            branch: of the image's queries, projected: (batch, image, heads, head_dim). What it
+                returns, (batch, image, channels), comes third.
+        """
         self._refuse_foreign_settings(attention_mask)
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
         compiling = torch.compiler.is_compiling()
         if compiling:
-            window = self.tracker.compiled_window()
+            layout, window = self.tracker.compiled()
         else:
-            window = self._find_window(sequence, text_length, image_rotary_emb)
+            layout = self._find_layout(sequence, text_length, rotary)
+            window = self.tracker.window(layout)
+        if layout.reference_length:
+            # Local attention wants what everyone sees first. Order means nothing to the rest.
+            start = layout.text_length if text_length is None else 0
+            hidden_states = _swap(hidden_states, start, layout.image_length)
+            if rotary is not None:
+                cos, sin = (
+                    _swap(table[None], layout.text_length, layout.image_length)[0]
+                    for table in rotary
+                )
+                rotary = cos, sin
 
         query, key, value, text_query, text_key, text_value = _get_qkv_projections(
             attn, hidden_states, encoder_hidden_states
         )
         # -1 takes up the heads: under tensor parallelism a rank holds only some of them.
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+        beside = None if branch is None else branch(query)
         if attn.added_kv_proj_dim is None:
-            query = norm_and_rotate(query, attn.norm_q, image_rotary_emb)
-            key = norm_and_rotate(key, attn.norm_k, image_rotary_emb)
+            query = norm_and_rotate(query, attn.norm_q, rotary)
+            key = norm_and_rotate(key, attn.norm_k, rotary)
         else:
             text_query, text_key, text_value = (
                 x.unflatten(-1, (-1, attn.head_dim)) for x in (text_query, text_key, text_value)
             )
-            query = norm_and_rotate(
-                query, attn.norm_q, image_rotary_emb, text_query, attn.norm_added_q
-            )
-            key = norm_and_rotate(key, attn.norm_k, image_rotary_emb, text_key, attn.norm_added_k)
+            query = norm_and_rotate(query, attn.norm_q, rotary, text_query, attn.norm_added_q)
+            key = norm_and_rotate(key, attn.norm_k, rotary, text_key, attn.norm_added_k)
             value = torch.cat([text_value, value], dim=1)
 
         out = local_attention(
@@ -170,14 +202,19 @@ class CLEARProcessor(nn.Module):
         assert isinstance(out, torch.Tensor)
         out = out.flatten(2, 3).to(query.dtype)
         del query, key, value  # three tensors of the sequence's size, before the projections
+        if layout.reference_length:
+            out = _swap(out, layout.text_length, layout.reference_length)
+            if beside is not None:
+                beside = _swap(beside, 0, layout.reference_length)
         if encoder_hidden_states is None:
             return out
-        text, image = out.split_with_sizes([window.text_length, window.image_length], dim=1)
+        text, image = out.tensor_split([layout.text_length], dim=1)
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
-        return image, attn.to_add_out(text.contiguous())
+        text = attn.to_add_out(text.contiguous())
+        return (image, text) if beside is None else (image, text, beside)
 
     def _pooling_weights(self, device: torch.device) -> torch.Tensor | None:
-        # By way of `forward`, which is what accelerate's sequential offloading wraps.
+        # By way of `forward`, which is what offloading in accelerate and diffusers wraps.
         return None if self.spatial_weight is None else self.forward().to(device)
 
     def _scale(self, sequence: int, head_dim: int) -> float:
@@ -185,12 +222,12 @@ class CLEARProcessor(nn.Module):
             return head_dim**-0.5
         return math.sqrt(math.log(sequence, self.proportional_base) / head_dim)
 
-    def _find_window(
+    def _find_layout(
         self,
         sequence: int,
         text_length: int | None,
         rotary: Rotary | None,
-    ) -> Window:
+    ) -> Layout:
         if self.grid is not None:
             text = sequence - self.grid[0] * self.grid[1]
             if text < 0 or text_length not in (None, text):
@@ -199,20 +236,20 @@ class CLEARProcessor(nn.Module):
                     f"tokens, but the sequence has {_tokens(sequence, text_length)}. Correct the "
                     "grid, or leave it out: it is found."
                 )
-            return self.tracker.window(Layout(text, *self.grid))
+            return Layout(text, *self.grid)
         if rotary is None:
             raise ValueError(
                 "CLEARProcessor: without image_rotary_emb the token grid cannot be found; pass "
                 "CLEARProcessor(grid=(rows, columns))."
             )
-        window = self.tracker.find(rotary, text_length)
-        if window.sequence_length != sequence or text_length not in (None, window.text_length):
+        layout = self.tracker.find(rotary, text_length)
+        if layout.sequence_length != sequence or text_length not in (None, layout.text_length):
             raise ValueError(
-                f"CLEARProcessor: the position ids describe {window.text_length} text tokens and "
-                f"{window.height} x {window.width} image tokens, but the sequence has "
-                f"{_tokens(sequence, text_length)}."
+                f"CLEARProcessor: the position ids describe {layout.text_length} text tokens and "
+                f"{layout.rows} x {layout.columns} image tokens{layout.and_references}, but the "
+                f"sequence has {_tokens(sequence, text_length)}."
             )
-        return window
+        return layout
 
     def _refuse_foreign_settings(self, attention_mask: torch.Tensor | None) -> None:
         if attention_mask is not None:
@@ -231,6 +268,12 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
                 "sequence without regard to the token grid."
             )
+
+
+def _swap(tokens: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Exchange `length` tokens at `start` with all that follow them; (batch, sequence, ...)."""
+    middle = start + length
+    return torch.cat([tokens[:, :start], tokens[:, middle:], tokens[:, start:middle]], dim=1)
 
 
 def _tokens(sequence: int, text_length: int | None) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .plugin import attention_layers
 from .processor import CLEARProcessor
+from .state import ClearState, attention_layers
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,9 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
     Raises:
         ValueError: a layer without CLEAR, layers that differ, or layers that share pooling weights.
     """
+    state = ClearState.on(model)
+    if state is not None:
+        state.reconcile(model)
     processors = {name: attn.processor for name, attn in attention_layers(model).items()}
     for name, processor in processors.items():
         if not isinstance(processor, CLEARProcessor):

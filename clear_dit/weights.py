@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import __version__
-from .plugin import ClearState, attention_layers, transformer_of
+from .plugin import transformer_of
 from .processor import CLEARProcessor
+from .state import ClearState, attention_layers
 from .weight_format import (
     check_header,
     current_settings,
@@ -56,7 +57,8 @@ def load_clear_weights(
     FLUX.1-dev in bfloat16). Everything is checked before the first parameter changes.
 
     Args:
-        pipe_or_model: a pipeline with a FLUX transformer, or the transformer itself.
+        pipe_or_model: a pipeline with a FLUX transformer, or the transformer itself. A pipeline's
+            ControlNets keep their own weights.
         pretrained_model_name_or_path: a file, a folder, or a hub repository ("Huage001/CLEAR").
         weight_name: the file in the folder or repository; by default the published name for the
             model's settings: "clear_local_16.safetensors", "clear_local_8_down_4.safetensors".

@@ -31,7 +31,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 restores those too.
         """
         if isinstance(processor, CLEARProcessor):
-            install(transformer_of(self, "set_attn_processor"), processor, who="set_attn_processor")
+            install(transformer_of(self, "set_attn_processor"), processor)
             return
         if isinstance(processor, dict):
             processor = dict(processor)  # diffusers empties it

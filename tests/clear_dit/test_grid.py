@@ -87,7 +87,8 @@ NOT_ONE_RASTER = {
     "columns shuffled": lambda ids: (
         shuffled(ids.reshape(6, 5, 3).mT.mT.transpose(0, 1)).transpose(0, 1).reshape(-1, 3)
     ),
-    "a second grid": second,
+    "its group again behind a reference": lambda ids: torch.cat([second(ids), ids]),
+    "no raster before a reference": lambda ids: torch.cat([shuffled(ids), second(ids)[30:]]),
     "a second picture with the same ids": lambda ids: torch.cat([ids, ids]),
     "a token short": lambda ids: ids[:-1],
     "the first token missing": lambda ids: ids[1:],
@@ -111,9 +112,32 @@ def test_anything_else_is_refused(name):
             layout_from_rotary(*rotary_of(ids, 2))
 
 
-def test_reference_images_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"reference images, as in FLUX.1-Kontext, are not supp"):
-        layout_from_ids(torch.zeros(2, 3), second(ids_of(6, 5)))
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(2, 20),
+    columns=st.integers(1, 20),
+    text=st.integers(1, 9),
+    references=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
+)
+def test_reference_images(rows, columns, text, references):
+    ids = [ids_of(rows, columns)]
+    for group, size in enumerate(references, start=1):
+        ids.append(ids_of(*size) + torch.tensor([group, 0, 0]))
+    number = sum(len(each) for each in ids[1:])
+    ids = torch.cat(ids)
+    expected = as_found(text, rows, columns)._replace(reference_length=number)
+    assert layout_from_ids(torch.zeros(text, 3), ids) == expected
+    if expected.rows > 1:
+        assert layout_from_rotary(*rotary_of(ids, text), text) == expected
+        assert layout_from_rotary(*rotary_of(ids, text)) == expected
+
+
+def test_references_that_could_be_further_rows():
+    """The same table, if the first axis is the row and there are no groups."""
+    ids = torch.cat([ids_of(1, 5), ids_of(1, 5) + torch.tensor([1.0, 0.0, 0.0])])
+    assert layout_from_ids(torch.zeros(2, 3), ids) == Layout(2, 1, 5, 5)
+    with pytest.raises(ValueError, match=r"cannot tell 5 tokens of reference.* Use apply_clear"):
+        layout_from_rotary(*rotary_of(ids, 2), 2)
 
 
 def test_ids_with_a_batch_dimension():

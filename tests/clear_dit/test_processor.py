@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from diffusers import FluxControlNetModel
 from diffusers.models.transformers import transformer_flux
-from peft import LoraConfig
+from support.models import FAR, assert_same, run
 
-from clear_dit import CLEARProcessor, Window, apply_clear, remove_clear
+from clear_dit import CLEARProcessor, Window, apply_clear
 
 SHAPES = [(4, 4), (3, 7), (6, 2), (1, 9), (9, 1), (1, 1)]
-FAR = 100
 
 
 def bare(model, **settings):
@@ -22,15 +20,6 @@ ROUTES = {"bare": bare, "apply_clear": apply_clear}
 @pytest.fixture(params=list(ROUTES))
 def route(request):
     return ROUTES[request.param]
-
-
-@torch.no_grad()
-def run(model, inputs, **more):
-    return model(**inputs, **more).sample
-
-
-def assert_same(value, expected):
-    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -161,7 +150,7 @@ def test_explicit_grid_wins_and_is_checked(tiny_transformer, tiny_inputs):
 
 
 def test_one_look_per_forward_and_one_window_per_layout(tiny_transformer, tiny_inputs, monkeypatch):
-    from clear_dit import grid as module
+    from clear_dit import tracker as module
 
     looks = []
     original = module.layout_from_rotary
@@ -177,28 +166,6 @@ def test_one_look_per_forward_and_one_window_per_layout(tiny_transformer, tiny_i
     assert len(looks) == 6
     assert len(processor.tracker._windows) == 2
     assert len(processor.tracker._by_rotary) == 0  # nothing is kept alive
-
-
-@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-def test_control_nets_take_the_bare_processor(tiny_inputs):
-    torch.manual_seed(0)
-    control = FluxControlNetModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 6, 6),
-    )
-    for block in control.controlnet_blocks:
-        torch.nn.init.ones_(block.weight)
-    inputs = {**tiny_inputs(4, 6), "controlnet_cond": torch.randn(1, 24, 4)}
-    with torch.no_grad():
-        expected = control(**inputs, return_dict=False)[0][0]
-        bare(control, radius=FAR)
-        assert_same(control(**inputs, return_dict=False)[0][0], expected)
 
 
 def test_made_again_from_its_class():
@@ -258,19 +225,3 @@ def test_bad_calls(tiny_transformer, tiny_inputs):
     processor._attention_backend = "native"
     with pytest.raises(ValueError, match="attention backend 'native' does not apply"):
         run(model, inputs)
-
-
-def test_lora(tiny_transformer, tiny_inputs, route):
-    model, inputs = tiny_transformer(), tiny_inputs(4, 6)
-    plain = run(model, inputs)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
-    model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    adapted = run(model, inputs)
-    assert not torch.allclose(adapted, plain, atol=1e-2)
-    mask = Window(4, 6, 3, 2).mask()
-    local = run(model, inputs, joint_attention_kwargs={"attention_mask": mask})
-    route(model, radius=40)
-    assert_same(run(model, inputs), adapted)
-    remove_clear(model)
-    route(model, radius=2)
-    assert_same(run(model, inputs), local)

@@ -22,7 +22,7 @@ from clear_dit import (
     remove_clear,
     save_clear_weights,
 )
-from clear_dit.plugin import ClearState
+from clear_dit.state import ClearState
 from clear_dit.weight_format import parameters_by_key, pooling_by_key
 
 Q = "transformer_blocks.0.attn.to_q.weight"

@@ -1,0 +1,177 @@
+"""IP-adapters, loaded and unloaded before and after CLEAR."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
+)
+from safetensors.torch import load_file
+from support.ip_adapter import load_ip_adapters as load
+from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
+
+from clear_dit import apply_clear, remove_clear, save_clear_weights
+
+# Two pictures as prompt of one sample.
+IMAGE_PROMPT = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def pipe(tiny_pipeline):
+    return tiny_pipeline(FluxPipeline)
+
+
+@pytest.fixture
+def inputs(tiny_inputs):
+    return tiny_inputs(4, 6)
+
+
+def prompted(pipe, inputs, adapters=1):
+    prompts = {"ip_adapter_image_embeds": [IMAGE_PROMPT] * adapters}
+    return run(pipe.transformer, inputs, joint_attention_kwargs=prompts)
+
+
+def local(call, *args):
+    with dense_masks(picture_mask(4, 6, radius=2)):
+        return call(*args)
+
+
+ORDERS = {
+    "loaded before": (load, lambda pipe: apply_clear(pipe, radius=2)),
+    "loaded after": (lambda pipe: apply_clear(pipe, radius=2), load),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_loaded_used_and_unloaded(pipe, inputs, order):
+    plain, local_plain = run(pipe.transformer, inputs), local(run, pipe.transformer, inputs)
+    load(pipe)
+    full, expected = prompted(pipe, inputs), local(prompted, pipe, inputs)
+    assert_differs(full, plain)
+    assert_differs(expected, full)
+    pipe.unload_ip_adapter()
+
+    for step in order:
+        step(pipe)
+    assert_same(prompted(pipe, inputs), expected)
+    apply_clear(pipe, radius=FAR)
+    assert_same(prompted(pipe, inputs), full)
+    apply_clear(pipe, radius=2)
+    pipe.unload_ip_adapter()
+    assert_same(run(pipe.transformer, inputs), local_plain)
+    load(pipe)
+    assert_same(prompted(pipe, inputs), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_removing_clear_leaves_the_adapter(pipe, inputs, order):
+    load(pipe)
+    full = prompted(pipe, inputs)
+    for step in order:
+        step(pipe)
+    remove_clear(pipe)  # before any forward
+    doubles = [block.attn for block in pipe.transformer.transformer_blocks]
+    stock = [attn.processor for attn in doubles]
+    assert {type(processor) for processor in stock} == {FluxIPAdapterAttnProcessor}
+    assert torch.equal(prompted(pipe, inputs), full)
+    apply_clear(pipe, radius=2)
+    assert all(a.processor.adapter is p for a, p in zip(doubles, stock, strict=True))
+    prompted(pipe, inputs)
+    remove_clear(pipe)
+    assert [attn.processor for attn in doubles] == stock
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_removing_clear_after_the_adapter(pipe, inputs, order):
+    plain = run(pipe.transformer, inputs)
+    for step in order:
+        step(pipe)
+    prompted(pipe, inputs)
+    pipe.unload_ip_adapter()
+    remove_clear(pipe)
+    assert {type(p) for p in pipe.transformer.attn_processors.values()} == {FluxAttnProcessor}
+    assert torch.equal(run(pipe.transformer, inputs), plain)
+
+
+def test_scale_by_layer_and_by_adapter(pipe, inputs):
+    load(pipe, 0, 1)
+    scales = [[0.3, 0.9], [0.7, 0.0]]
+    pipe.set_ip_adapter_scale(scales)
+    expected = local(prompted, pipe, inputs, 2)
+    pipe.set_ip_adapter_scale(1.0)
+    apply_clear(pipe, radius=2)
+    assert_differs(prompted(pipe, inputs, 2), expected)
+    pipe.set_ip_adapter_scale(scales)
+    assert_same(prompted(pipe, inputs, 2), expected)
+    remove_clear(pipe)
+    processors = list(pipe.transformer.attn_processors.values())
+    assert [processor.scale for processor in processors[:2]] == [[0.3, 0.7], [0.9, 0.0]]
+
+
+def test_pooling_weights_survive(pipe, inputs, tmp_path):
+    apply_clear(pipe, radius=2, down_factor=2)
+    weights = [p.spatial_weight for p in pipe.transformer.attn_processors.values()]
+    for weight in weights:
+        weight.data.normal_()
+    plain = run(pipe.transformer, inputs)
+    load(pipe)
+    save_clear_weights(pipe, tmp_path / "loaded.safetensors")  # before any forward
+    assert_differs(prompted(pipe, inputs), plain)
+    pipe.unload_ip_adapter()
+    save_clear_weights(pipe, tmp_path / "unloaded.safetensors")
+    assert torch.equal(run(pipe.transformer, inputs), plain)
+    processors = pipe.transformer.attn_processors.values()
+    assert all(p.spatial_weight is w for p, w in zip(processors, weights, strict=True))
+    loaded, unloaded = (tmp_path / f"{name}.safetensors" for name in ("loaded", "unloaded"))
+    assert load_file(loaded).keys() == load_file(unloaded).keys()
+    for name, tensor in load_file(loaded).items():
+        assert torch.equal(load_file(unloaded)[name], tensor)
+
+
+def test_copies(pipe, inputs):
+    load(pipe)
+    apply_clear(pipe, radius=2)
+    expected = prompted(pipe, inputs)
+    twin = copy.copy(pipe)
+    twin.transformer = copy.deepcopy(pipe.transformer)
+    pipe.set_ip_adapter_scale(0.0)
+    assert torch.equal(prompted(twin, inputs), expected)
+    remove_clear(twin)
+    assert not torch.equal(prompted(twin, inputs), prompted(pipe, inputs))
+
+
+def test_without_an_image_prompt(pipe, inputs):
+    load(pipe)
+    apply_clear(pipe)
+    with pytest.raises(ValueError, match=r"has IP-adapters, but got no image prompt; pass ip_adap"):
+        run(pipe.transformer, inputs)
+
+
+def test_pipeline(pipe):
+    def draw():
+        return pipe(
+            "a red house",
+            height=24,
+            width=40,
+            num_inference_steps=2,
+            max_sequence_length=6,
+            ip_adapter_image_embeds=[IMAGE_PROMPT],
+            negative_ip_adapter_image_embeds=[-IMAGE_PROMPT],
+            negative_prompt="the sea",
+            true_cfg_scale=2.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images
+
+    load(pipe)
+    full = draw()
+    with dense_masks(picture_mask(6, 10, radius=2, text=6)):
+        expected = draw()
+    apply_clear(pipe, radius=2)
+    np.testing.assert_allclose(draw(), expected, atol=1e-5)
+    apply_clear(pipe, radius=FAR)
+    np.testing.assert_allclose(draw(), full, atol=1e-5)

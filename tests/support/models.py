@@ -1,0 +1,52 @@
+"""Running a FLUX model, and the oracle: the stock model whose attention gets a dense mask."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from diffusers.models.transformers import transformer_flux
+
+from clear_dit import Window
+
+FAR = 100  # a radius past every diagonal here
+
+
+@torch.no_grad()
+def run(model, inputs, **more):
+    """The model's prediction."""
+    return model(**inputs, **more).sample
+
+
+def assert_same(value, expected):
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-6)
+
+
+def assert_differs(value, other):
+    assert not torch.allclose(value, other, rtol=1e-2, atol=1e-3)
+
+
+def picture_mask(rows, columns, radius, text=3, references=0):
+    """CLEAR's mask over text, picture and reference images; the latter are seen and see all."""
+    image = rows * columns
+    mask = torch.ones(text + image + references, text + image + references, dtype=torch.bool)
+    disc = Window(rows, columns, 0, radius).mask()
+    mask[text : text + image, text : text + image] = disc
+    return mask
+
+
+@contextmanager
+def dense_masks(*masks):
+    """Inside, diffusers' self-attention gets the mask that has its length.
+
+    Attention to other tokens, such as an IP-adapter's, gets none.
+    """
+    by_length = {len(mask): mask for mask in masks}
+    original = transformer_flux.dispatch_attention_fn
+
+    def masked(query, key, value, **options):
+        if query.shape[1] == key.shape[1]:
+            options["attn_mask"] = by_length[query.shape[1]]
+        return original(query, key, value, **options)
+
+    with mock.patch.object(transformer_flux, "dispatch_attention_fn", masked):
+        yield
