@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +16,10 @@ import torch
 
 from clear_dit.output import METADATA_KEY, whole_file
 
+# Rows that are rounded at once.
+_ROWS_AT_ONCE = 64
+# The number of a PNG's filter by the row above.
+_UP_FILTER = 2
 # Side of the tiles in a TIFF, in pixels: viewers then read only what they show.
 _TIFF_TILE = 256
 # A TIFF beyond this many bytes of pixels needs 64-bit offsets.
@@ -48,7 +54,7 @@ def save_rows(
         settings: stand in the picture's text as JSON; `clear_dit.output.read_settings` finds them.
 
     Raises:
-        ValueError: another kind of file, or strips of another size.
+        ValueError: another kind of file, strips of another size, or pixels that are not finite.
         OSError: the disk is full or the folder is gone; nothing is left behind.
     """
     writers = {".png": _write_png, ".tif": _write_tiff, ".tiff": _write_tiff}
@@ -66,7 +72,10 @@ def _checked(strips: Iterable[torch.Tensor], height: int, width: int) -> Iterato
         done += strip.shape[1]
         if strip.shape != (3, strip.shape[1], width) or done > height:
             break
-        yield to_bytes(strip).permute(1, 2, 0).contiguous().numpy()
+        if not strip.isfinite().all():
+            raise ValueError("save_rows: the picture is not finite (NaN or infinity in it).")
+        for part in strip.split(_ROWS_AT_ONCE, dim=1):
+            yield to_bytes(part).permute(1, 2, 0).contiguous().numpy()
     else:
         if done == height:
             return
@@ -76,20 +85,6 @@ def _checked(strips: Iterable[torch.Tensor], height: int, width: int) -> Iterato
     )
 
 
-class _PngWriter(png.Writer):
-    """pypng's writer, with a text beside the picture."""
-
-    def __init__(self, height: int, width: int, text: str) -> None:
-        super().__init__(width=width, height=height, greyscale=False, bitdepth=8)
-        self._text = text
-
-    def write_preamble(self, outfile: BinaryIO) -> None:
-        super().write_preamble(outfile)
-        # https://www.w3.org/TR/png-3/#11iTXt: not compressed, no language, no translated keyword.
-        text = f"{METADATA_KEY}\0\0\0\0\0{self._text}".encode()
-        png.write_chunk(outfile, b"iTXt", text)
-
-
 def _write_png(
     file: BinaryIO,
     strips: Iterator[np.ndarray],
@@ -97,8 +92,33 @@ def _write_png(
     width: int,
     settings: Mapping[str, object],
 ) -> None:
-    writer = _PngWriter(height, width, json.dumps(settings, ensure_ascii=False))
-    writer.write_packed(file, (row.tobytes() for strip in strips for row in strip))
+    text = json.dumps(settings, ensure_ascii=False)
+    png.write_chunks(file, _png_chunks(strips, height, width, text))
+
+
+def _png_chunks(
+    strips: Iterator[np.ndarray], height: int, width: int, text: str
+) -> Iterator[tuple[bytes, bytes]]:
+    """What a PNG consists of (https://www.w3.org/TR/png-3), for pypng to write.
+
+    Rows are stored as differences to the row above, modulo 256, which its own writer cannot do: a
+    picture of the demo is 1.5 times as large without.
+    """
+    # 8 bits a sample, RGB, deflate, filters by row, not interlaced.
+    yield b"IHDR", struct.pack("!2I5B", width, height, 8, 2, 0, 0, 0)
+    # Not compressed, no language, no translated keyword.
+    yield b"iTXt", f"{METADATA_KEY}\0\0\0\0\0{text}".encode()
+    compressor = zlib.compressobj()
+    above = np.zeros((1, 3 * width), np.uint8)
+    for strip in strips:
+        rows = strip.reshape(len(strip), -1)
+        filtered = np.full((len(rows), 1 + 3 * width), _UP_FILTER, np.uint8)
+        np.subtract(rows, np.concatenate([above, rows[:-1]]), out=filtered[:, 1:])
+        above = rows[-1:]
+        if data := compressor.compress(filtered):
+            yield b"IDAT", data
+    yield b"IDAT", compressor.flush()
+    yield b"IEND", b""
 
 
 def _write_tiff(

@@ -85,7 +85,13 @@ def test_tiles_are_the_whole(vae, size, tile):
     )
 
 
-def test_a_picture_of_1024_pixels_in_tiles(vae):
+@pytest.mark.parametrize("name", ["kl", "demo"])
+def test_a_picture_of_1024_pixels_in_tiles(name, demo):
+    vae = (
+        demo
+        if name == "demo"
+        else make_kl(block_out_channels=(4, 4, 8, 8), norm_num_groups=2, layers_per_block=1)
+    )
     latents = make_latents(128, 128)
     whole, tiled = decode_at_once(vae, latents), decode(vae, latents, tile_pixels=512)
     assert psnr(whole, tiled) > 90

@@ -28,9 +28,9 @@ FLUX = {
 def test_streamed_into_a_file(tmp_path):
     vae = AutoencoderTiny(
         latent_channels=16,
-        encoder_block_out_channels=(4,) * 4,
-        decoder_block_out_channels=(4,) * 4,
-        num_decoder_blocks=(1, 1, 1, 1),
+        encoder_block_out_channels=(16,) * 4,
+        decoder_block_out_channels=(16,) * 4,
+        num_decoder_blocks=(1, 1, 1, 0),
     )
     peaks = {}
     for side in (512, 1024):

@@ -78,8 +78,20 @@ def test_what_fails_leaves_nothing_behind(tmp_path, suffix):
     for changes in ({"height": 19}, {"height": 21}, {"width": 8}):
         with pytest.raises(ValueError, match="must add up to"):
             save(picture, path, **changes)
+    with pytest.raises(ValueError, match="not finite"):
+        save(picture * float("nan"), path)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == kept
+
+
+def test_a_smooth_png_is_small(tmp_path):
+    ramp = torch.linspace(-1, 1, 256)
+    picture = (ramp[:, None] + ramp).expand(3, 256, 256) / 2
+    save(picture, tmp_path / "ours.png", rows=100)
+    (image,) = VaeImageProcessor().postprocess(picture[None], output_type="pil")
+    image.save(tmp_path / "pillows.png")
+    sizes = [(tmp_path / f"{name}.png").stat().st_size for name in ("ours", "pillows")]
+    assert sizes[0] < 1.5 * sizes[1]
 
 
 def test_other_formats_are_refused_before_anything_is_decoded(tmp_path):
