@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+evaluation = typer.Typer()
+app.add_typer(evaluation, name="evaluate")
 
 Json = Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")]
 Height = Annotated[int, typer.Option(help="Height in pixels, a multiple of 16.")]
@@ -123,8 +125,9 @@ def generate(
         )
 
 
-@app.command()
+@evaluation.callback(invoke_without_command=True)
 def evaluate(
+    context: typer.Context,
     prompts: Annotated[
         str, typer.Option(help="A .txt, .jsonl or .csv file; demo: the demo's held-out captions.")
     ] = "demo",
@@ -157,6 +160,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Full attention against CLEAR, untuned and distilled, from the same seeds and prompts."""
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     from .evaluation.report import markdown
     from .evaluation.request import make_evaluate_request
     from .evaluation.run import evaluate as run
@@ -181,6 +187,32 @@ def evaluate(
     result = run(request, out)
     print(markdown(result))
     print(f"{out / 'report.md'}, report.json, contact-sheet.png; {result['painted']} painted now")
+    if as_json:
+        _print_json(result)
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Those of a group, which its command would ignore."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is not None and source.name == "COMMANDLINE":
+            raise RequestError(
+                f"{parameter.opts[0]} does not go with {context.invoked_subcommand}; give its own "
+                f"options behind the name: {context.command_path} {context.invoked_subcommand} ..."
+            )
+
+
+@evaluation.command("seams")
+def evaluate_seams(
+    picture: Annotated[Path, typer.Argument(help="A picture file.")],
+    tile: Annotated[int, typer.Option(help="Side of the tiles to look for, in pixels.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """How much steeper a picture is across the borders of tiles than beside them: 1 is no seam."""
+    from .evaluation.seams import report, seams_of_file
+
+    result = seams_of_file(picture, tile)
+    print(report(result))
     if as_json:
         _print_json(result)
 

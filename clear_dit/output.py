@@ -6,30 +6,39 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
 
 from .errors import RequestError
 
 # The key under which the settings stand in a PNG's text, as JSON.
 METADATA_KEY = "clear_dit"
+# What `pipelines.picture_files.save_rows` writes.
+PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
+# Tags of a TIFF: the settings stand in the description of one whose software is METADATA_KEY.
+_IMAGE_DESCRIPTION, _SOFTWARE = 270, 305
 # Files being written have names that begin so; a killed process leaves one.
 TEMPORARY_PREFIX = ".clear-dit-"
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, suffixes: Sequence[str] = (".png",)) -> None:
     """Refuse an output path before any work is done for it.
 
+    Args:
+        path: of the file to be written.
+        suffixes: of the formats it may have.
+
     Raises:
-        RequestError: not a .png, no such folder, a folder in its place, no permission.
+        RequestError: another suffix, no such folder, a folder in its place, no permission.
     """
-    if path.suffix.lower() != ".png":
-        raise RequestError(f"--out must end in .png, got {str(path)!r}.")
+    if path.suffix.lower() not in suffixes:
+        raise RequestError(f"--out must end in {' or '.join(suffixes)}, got {str(path)!r}.")
     if len(path.name.encode()) <= 255 and path.is_dir():
         raise RequestError(f"--out is a folder: {path}. Name a file in it.")
     if not path.parent.is_dir():
@@ -65,9 +74,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     handle, name = tempfile.mkstemp(
         prefix=TEMPORARY_PREFIX, suffix=path.suffix or ".tmp", dir=path.parent
     )
+    os.close(handle)  # opened again below: a file has its name then, which tifffile asks for
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -111,6 +121,11 @@ def own_folder(path: Path, option: str = "--out") -> Iterator[None]:
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """The settings `save_png` put into a picture; empty if it has none."""
+    """The settings that `save_png` or `save_rows` put into a picture; empty if it has none."""
     with Image.open(path) as image:
-        return json.loads(image.info.get(METADATA_KEY, "{}"))
+        if isinstance(image, TiffImageFile):
+            software = image.tag_v2.get(_SOFTWARE)
+            text = image.tag_v2.get(_IMAGE_DESCRIPTION) if software == METADATA_KEY else None
+        else:
+            text = image.info.get(METADATA_KEY)
+    return json.loads(text or "{}")

@@ -1,0 +1,54 @@
+"""Running parts of an autoencoder by themselves, where offloading expects it to be called whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.hooks.group_offloading import _get_group_onload_device
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+
+@contextmanager
+def loaded(vae: Any) -> Iterator[torch.device]:
+    """Have an autoencoder on the device it runs on, whoever offloads it.
+
+    Model offload brings it there and takes it away with the next model, as if it had been called;
+    sequential offload and leaf-level group offload serve each layer as it is called; what else
+    group offload keeps away is brought whole and given back at the end.
+
+    Yields:
+        The device.
+    """
+    _as_if_called(vae)
+    device = _execution_device(vae)
+    away = [tensor for tensor in (*vae.parameters(), *vae.buffers()) if _is_away(tensor, device)]
+    kept = [tensor.data for tensor in away]
+    try:
+        for tensor in away:
+            tensor.data = tensor.data.to(device)
+        yield device
+    finally:
+        for tensor, data in zip(away, kept, strict=True):
+            tensor.data = data
+
+
+@apply_forward_hook
+def _as_if_called(vae: Any) -> None:
+    """Does nothing but what accelerate's hook on a model does before its forward pass."""
+
+
+def _execution_device(vae: Any) -> torch.device:
+    try:
+        return _get_group_onload_device(vae)
+    except ValueError:
+        hooks = (getattr(module, "_hf_hook", None) for module in vae.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((d for d in devices if d is not None), vae.device))
+
+
+def _is_away(tensor: torch.Tensor, device: torch.device) -> bool:
+    # Sequential offload leaves meta tensors, which its hooks fill.
+    return tensor.device != device and tensor.device.type != "meta"
