@@ -40,9 +40,10 @@ def chunk_feed_forward(pipe_or_model: Any, tokens: int | None = CHUNK_TOKENS) ->
     """Run the feed-forward layers of FLUX's blocks over chunks of the sequence.
 
     Exact: every token is computed from the same numbers by the same modules, in products of fewer
-    rows. Each forward decides for itself: sequences no longer than a chunk, and forwards with
-    gradients (autograd keeps every chunk anyway), run as before. Weights that are offloaded by
-    layer are brought once for all chunks of a block. A second call replaces the size.
+    rows. Each forward decides for itself: sequences no longer than a chunk, forwards with gradients
+    (autograd keeps every chunk anyway) and those torch.compile traces run as before. Weights that
+    are offloaded by layer are brought once for all chunks of a block. A second call replaces the
+    size.
 
     Args:
         pipe_or_model: a pipeline with a transformer, or a model with FLUX's blocks, as ControlNets
@@ -73,7 +74,7 @@ def chunk_feed_forward(pipe_or_model: Any, tokens: int | None = CHUNK_TOKENS) ->
         if tokens is not None:
             place.forward = ChunkedForward(block, place.forward, tokens)
     what = "whole" if tokens is None else f"in chunks of up to {tokens} tokens"
-    logger.info("the feed-forward layers of %d blocks run %s", len(blocks), what)
+    logger.debug("the feed-forward layers of %d blocks run %s", len(blocks), what)
 
 
 class ChunkedForward:
@@ -81,6 +82,7 @@ class ChunkedForward:
 
     def __init__(self, block: nn.Module, stock: Callable[..., Any], tokens: int) -> None:
         self.block = block
+        self.chunked = FORWARDS[type(block)]  # FSDP changes the class later
         self.stock = stock
         self.tokens = tokens
 
@@ -93,13 +95,13 @@ class ChunkedForward:
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         length = encoder_hidden_states.shape[1] + hidden_states.shape[1]
-        if length <= self.tokens or torch.is_grad_enabled():
+        # Compiled, chunks would be unrolled, and every resolution compiled anew.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or length <= self.tokens:
             return self.stock(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
         attention = {"image_rotary_emb": image_rotary_emb, **(joint_attention_kwargs or {})}
-        forward = FORWARDS[type(self.block)]
-        return forward(
+        return self.chunked(
             self.block, encoder_hidden_states, hidden_states, temb, attention, self.tokens
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .chunking import chunk_feed_forward
 from .compat import names_from
 from .ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
 from .processor import CLEARProcessor, FluxAttnProcessor
@@ -39,8 +40,9 @@ def apply_clear(
 ) -> None:
     """Replace the attention of every layer of a FLUX model by CLEAR's local attention.
 
-    A pipeline's ControlNets are included: they attend over the whole picture too. A second call
-    replaces the settings; `remove_clear` still goes back to what was there before the first.
+    A pipeline's ControlNets are included: they attend over the whole picture too. In large pictures
+    feed-forward layers run chunk by chunk, which takes less memory (`chunk_feed_forward`). A second
+    call replaces the settings; `remove_clear` still goes back to what was there before the first.
     Nothing is changed if anything is refused.
 
     Args:
@@ -98,6 +100,7 @@ def _remove(model: nn.Module) -> bool:
         state.reconcile(model)
         state.restore_weights(model)
         state.detach()
+        chunk_feed_forward(model, None)
     removed = state is not None
     for name, attn in attention_layers(model).items():
         if isinstance(attn.processor, CLEARProcessor):
@@ -167,4 +170,5 @@ def install(model: nn.Module, settings: CLEARProcessor) -> None:
                 weight.data.copy_(trained.data)
         attn.set_processor(new)
         state.installed[name] = new
+    chunk_feed_forward(model)
     logger.info("CLEAR applied to %d attention layers: %s", len(layers), settings.extra_repr())
