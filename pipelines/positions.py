@@ -1,0 +1,134 @@
+"""Rotary position tables for pictures larger than a FLUX model was trained at.
+
+A rotary table turns the position p of a token along an axis into angles p * frequency, one for
+every pair of channels. Every method here is a change of those frequencies, axis by axis; position
+ids stay what they are, so that the token grid can still be read from them and from the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+METHODS = ("none", "ntk", "yarn", "interpolation")
+
+# NTK-by-parts (arXiv 2309.00071, section 3.2): a pair of channels that turns at least YARN_FAST
+# times over the trained extent keeps its frequency, one that turns at most YARN_SLOW times is
+# interpolated. The paper's 32 is for texts of thousands of tokens: over the 64 tokens of a FLUX
+# picture's side the fastest pair turns 64 / 2 pi = 10 times, so that 32 would leave nothing as is.
+YARN_FAST, YARN_SLOW = 4.0, 1.0
+
+# Devices without float64, where diffusers too makes its tables in float32.
+FLOAT32_DEVICES = ("mps", "npu")
+
+
+class ExtendedPosEmbed(nn.Module):
+    """Stands in for `FluxPosEmbed`; bit for bit the same with method "none" or factors of 1.
+
+    Methods:
+        "none": the frequencies of the model.
+        "ntk": theta times the factor, as CLEAR and URAE publish it with a factor of 10 for FLUX.1
+            at 2K and 4K (arXiv 2412.16112, 2503.16322). The higher a frequency, the less it
+            changes.
+        "yarn": NTK-by-parts of YaRN (arXiv 2309.00071, section 3.2): frequencies that turn often
+            over the trained extent stay, slow ones are divided by the factor, those between are
+            blended. YaRN's attention temperature is left to `proportional_base`.
+        "interpolation": all frequencies divided by the factor (arXiv 2306.15595): the grid keeps
+            the trained extent.
+
+    Args:
+        theta: base of the model's frequencies.
+        axes_dim: channels of the three axes: group, row, column.
+        method: one of the above.
+        factors: for rows and for columns: current extent / trained extent, or what "ntk" multiplies
+            theta by. The group axis, 0 for all tokens of text-to-image, stays as it is.
+        trained_side: extent the model was trained at, in tokens; only "yarn" needs it.
+        proportional_base: number of tokens (text + image) at which attention has the scale it was
+            trained with; None for that scale always. Scores are multiplied by
+            sqrt(log_base(tokens)), proportional attention (arXiv 2306.08645), by way of the table:
+            queries and keys both get the fourth root, whatever computes their attention.
+
+    Raises:
+        ValueError: an unknown method, or a factor that is not a positive number.
+    """
+
+    def __init__(
+        self,
+        theta: float,
+        axes_dim: Sequence[int],
+        method: str = "none",
+        factors: tuple[float, float] = (1.0, 1.0),
+        trained_side: int = 64,
+        proportional_base: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_method(method, factors)
+        self.theta = theta
+        self.axes_dim = list(axes_dim)
+        self.method = method
+        self.factors = (1.0, *factors)
+        self.trained_side = trained_side
+        self.proportional_base = proportional_base
+
+    def extra_repr(self) -> str:
+        return (
+            f"method={self.method!r}, factors={self.factors[1:]}, "
+            f"proportional_base={self.proportional_base}"
+        )
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table of some position ids.
+
+        Args:
+            ids: (text + image, 3): group, row and column of every token.
+
+        Returns:
+            cos and sin, (text + image, sum(axes_dim)) each, float32: every angle in two
+            neighbouring channels.
+        """
+        dtype = torch.float32 if ids.device.type in FLOAT32_DEVICES else torch.float64
+        angles = torch.cat(
+            [
+                torch.outer(ids[:, axis].float(), self.frequencies(axis, dtype, ids.device))
+                for axis in range(ids.shape[1])
+            ],
+            dim=1,
+        ).repeat_interleave(2, dim=1)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        if self.proportional_base is None:
+            return cos, sin
+        gain = math.log(len(ids), self.proportional_base) ** 0.25
+        return cos * gain, sin * gain
+
+    def frequencies(
+        self, axis: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Radians per token for every pair of channels of an axis, (axes_dim[axis] / 2,)."""
+        factor = self.factors[axis]
+        theta = self.theta * factor if self.method == "ntk" else self.theta
+        exponents = torch.arange(0, self.axes_dim[axis], 2, dtype=dtype, device=device)
+        frequencies = 1.0 / theta ** (exponents / self.axes_dim[axis])
+        if self.method == "interpolation":
+            return frequencies / factor
+        if self.method == "yarn" and factor != 1:
+            turns = self.trained_side * frequencies / (2 * math.pi)
+            kept = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
+            return kept * frequencies + (1 - kept) * frequencies / factor
+        return frequencies
+
+
+def check_method(method: str, factors: tuple[float, float]) -> None:
+    """Refuse a method and factors that make no table.
+
+    Raises:
+        ValueError: which, and what is possible.
+    """
+    if method not in METHODS:
+        raise ValueError(f"rope must be one of {', '.join(METHODS)}; got {method!r}.")
+    if len(factors) != 2 or not all(math.isfinite(f) and f > 0 for f in factors):
+        raise ValueError(
+            f"rope factors must be two positive numbers (rows, columns), got {factors}."
+        )
