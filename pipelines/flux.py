@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ from clear_dit.plugin import install, transformer_of
 from clear_dit.processor import CLEARProcessor
 from clear_dit.weights import load_clear_weights
 
+from .call_checks import check_options, check_stages
 from .cascade import Request, pictures_from, run_stages
 from .given_image import enlarged_size, pixels_from
-from .identity import pipeline_digest
+from .identity import request_identity
 from .memory_need import refuse_too_large
 from .stage_attention import can_run_full, runs_clear
-from .stage_files import StageFiles, digest
+from .stage_files import StageFiles
 from .stages import Stage, plan_stages
+from .text import encode_prompts
 
 WHO = "CLEARFluxPipeline"
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What `FluxPipeline.__call__` takes and the same in every stage.
 SHARED = (
     "true_cfg_scale",
@@ -142,8 +143,8 @@ class CLEARFluxPipeline(FluxPipeline):
             cascade: whether to start at the native size; None does where the picture has over 1.25
                 times the native number of pixels.
             low_resolution_guidance: from 0 (none) to 1, how much the low frequencies of the
-                previous picture steer each stage that enlarges. None: 0.5 above 4096 pixels a
-                side, else 0.
+                previous picture steer each stage that enlarges. None: 1 above 4096 pixels a side,
+                else 0.
             stages_dir: a folder in which finished stages are kept. The same call goes on after
                 the last one there, bit for bit as if it had not been interrupted. Needs a
                 `generator`; a callback that changes latents is not told apart.
@@ -168,7 +169,7 @@ class CLEARFluxPipeline(FluxPipeline):
         pixels = [] if image is None else pixels_from(image, self._token_pixels)
         image_size = (pixels[0].shape[-2], pixels[0].shape[-1]) if pixels else None
         height, width = self._size(options["height"], options["width"], image_size)
-        self._check(options, height, width, low_resolution_guidance)
+        check_options(self, options, height, width, low_resolution_guidance)
         embeds, sigmas = options["prompt_embeds"], options["sigmas"]
         model = transformer_of(self, WHO)
         stages = plan_stages(
@@ -183,11 +184,16 @@ class CLEARFluxPipeline(FluxPipeline):
             cascade=cascade,
             image_size=image_size,
         )
-        self._check_cascade(options, stages, pixels, stages_dir)
-        text = self._encode(options)
+        check_stages(self, options, stages, pixels, stages_dir is not None)
+        text = encode_prompts(self, options)
         batch = len(text["prompt_embeds"])
         if pixels and len(pixels) not in (1, batch):
             raise ValueError(f"{WHO}: image: {len(pixels)} pictures for {batch}; give one or all.")
+        if isinstance(options["generator"], list) and len(options["generator"]) != batch:
+            raise ValueError(
+                f"{WHO}: {len(options['generator'])} generators for {batch} pictures; give one, or "
+                "one for each."
+            )
         refuse_too_large(self, stages[-1], batch)
         callback = options["callback_on_step_end"]
         inputs = options["callback_on_step_end_tensor_inputs"]
@@ -207,7 +213,11 @@ class CLEARFluxPipeline(FluxPipeline):
             callback_inputs=inputs,
         )
         self._interrupt = False
-        with nullcontext() if stages_dir is None else self._files(stages_dir, request) as files:
+        with ExitStack() as stack:
+            files = None
+            if stages_dir is not None:
+                kept = StageFiles(Path(stages_dir), stages, request_identity(self, request))
+                files = stack.enter_context(kept.opened())
             latents, last = run_stages(self, request, files)
         images = self._finish(latents, last, options["output_type"])
         self.maybe_free_model_hooks()
@@ -219,109 +229,6 @@ class CLEARFluxPipeline(FluxPipeline):
         if image_size is not None:
             return enlarged_size(height, width, image_size, self._token_pixels)
         return height or self.native_size, width or self.native_size
-
-    def _check(
-        self, options: dict[str, Any], height: int, width: int, guidance: float | None
-    ) -> None:
-        """What can be refused before the stages are planned."""
-        names = tuple(inspect.signature(FluxPipeline.check_inputs).parameters)[5:]
-        self.check_inputs(
-            options["prompt"],
-            options["prompt_2"],
-            height,
-            width,
-            **{name: options[name] for name in names},
-        )
-        if options["output_type"] not in OUTPUT_TYPES:
-            raise ValueError(
-                f"{WHO}: output_type must be one of {', '.join(OUTPUT_TYPES)}; got "
-                f"{options['output_type']!r}."
-            )
-        if options["num_inference_steps"] < 1:
-            raise ValueError(
-                f"{WHO}: num_inference_steps must be at least 1, got "
-                f"{options['num_inference_steps']}."
-            )
-        if guidance is not None and not 0 <= guidance <= 1:
-            raise ValueError(f"{WHO}: low_resolution_guidance must be from 0 to 1, got {guidance}.")
-
-    def _check_cascade(
-        self,
-        options: dict[str, Any],
-        stages: tuple[Stage, ...],
-        pixels: list[torch.Tensor],
-        stages_dir: str | os.PathLike[str] | None,
-    ) -> None:
-        latents = options["latents"]
-        beyond = len(stages) > 1 or stages[-1].resolution.shift is not None or bool(pixels)
-        if beyond and not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ValueError(
-                f"{WHO}: above the native size the scheduler must be a "
-                f"FlowMatchEulerDiscreteScheduler, this pipeline has a "
-                f"{type(self.scheduler).__name__}."
-            )
-        if latents is not None:
-            if pixels:
-                raise ValueError(f"{WHO}: latents are the noise of a picture that has no image=.")
-            tokens = stages[0].height * stages[0].width // self._token_pixels**2
-            if latents.shape[1] != tokens or not latents.isfinite().all():
-                raise ValueError(
-                    f"{WHO}: latents must be finite and packed for the first stage, "
-                    f"{stages[0].name}: (batch, {tokens}, channels); got {tuple(latents.shape)}."
-                )
-        if stages_dir is not None and options["generator"] is None:
-            raise ValueError(
-                f"{WHO}: stages_dir needs a generator: other noise is another picture."
-            )
-
-    def _encode(self, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Embeddings of the prompts, and of the negative ones where they are used, by name."""
-        prompts, copies = options["prompt"], options["num_images_per_prompt"]
-        joint = options["joint_attention_kwargs"] or {}
-        common = {
-            "device": self._execution_device,
-            "num_images_per_prompt": copies,
-            "max_sequence_length": options["max_sequence_length"],
-            "lora_scale": joint.get("scale"),
-        }
-        found: dict[str, torch.Tensor] = {}
-        for sign in ("", "negative_"):
-            prompt, prompt_2 = options[f"{sign}prompt"], options[f"{sign}prompt_2"]
-            embeds = options[f"{sign}prompt_embeds"]
-            pooled = options[f"{sign}pooled_prompt_embeds"]
-            if sign and (options["true_cfg_scale"] <= 1 or (prompt is None and embeds is None)):
-                break
-            if embeds is None:
-                if isinstance(prompt, str) and isinstance(prompts, list):
-                    prompt = [prompt] * len(prompts)
-                embeds, pooled, _ = self.encode_prompt(prompt=prompt, prompt_2=prompt_2, **common)
-            elif copies > 1:
-                embeds = embeds.repeat_interleave(copies, dim=0)
-                pooled = pooled.repeat_interleave(copies, dim=0)
-            found |= {f"{sign}prompt_embeds": embeds, f"{sign}pooled_prompt_embeds": pooled}
-        return found
-
-    def _files(self, folder: str | os.PathLike[str], request: Request) -> Any:
-        """The folder of finished stages, to be entered."""
-        assert request.generator is not None
-        generators = (
-            request.generator if isinstance(request.generator, list) else [request.generator]
-        )
-        states = [generator.get_state() for generator in generators]
-        text = {name: value for name, value in request.options.items() if "prompt" in name}
-        others = {name: value for name, value in request.options.items() if "prompt" not in name}
-        try:
-            settings = digest([others, request.steps, request.sigmas, request.guidance_weight])
-        except TypeError as error:
-            raise ValueError(f"{WHO}: stages_dir: {error}; leave stages_dir out.") from error
-        identity = {
-            "prompt": digest(text),
-            "seed": digest([states, request.latents]),
-            "image": digest(request.pixels),
-            "steps, guidance or other setting": settings,
-            "model": pipeline_digest(self),
-        }
-        return StageFiles(Path(folder), request.stages, identity).opened()
 
     def _finish(self, latents: torch.Tensor, stage: Stage, output_type: str) -> Any:
         if output_type == "latent":

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | FLUX.1, up to 1.25 times 1024 x 1024 pixels | as trained | the scheduler's | no |
 | FLUX.1, larger | "ntk", 10; from 9K on more | 3 | from 64^2 + text tokens |
-| others, up to 1.25 times the native pixels | "yarn" where a side is longer | the scheduler's | no |
+| others, up to 1.25 times the native | "yarn" where a side is longer | the scheduler's | no |
 | others, larger | "yarn", the enlargement | 3 | from native + text tokens |
 
 Why these; all are options of `Resolution`:
@@ -13,26 +13,27 @@ Why these; all are options of `Resolution`:
   2K and 4K (arXiv 2503.16322). NTK-aware scaling asks for enlargement^(dim / (dim - 2)), which is
   2.1 at 2K, 4.2 at 4K and 8.6 at 8K: 10 is enough there, and the formula takes over beyond. FLUX.1
   was not run here.
-- "yarn" needs no constant found for one model, and won on the demo pipeline (1024 px from 512 px at
-  strength 0.55, 8 steps, guidance 2). PSNR of the result, scaled down, to the 512-px picture and
-  gradient energy against its Lanczos enlargement; full attention, then radius 8:
+- "yarn" needs no constant found for one model. On the demo pipeline (512 px to 1024 px at strength
+  0.55, 8 steps, guidance 2): PSNR of the result, scaled down, to the 512-px picture and gradient
+  energy against its Lanczos enlargement, with full attention and with radius 8:
 
-      none               22.8 dB 0.81 (sea in the desert, second moon) | 27.4 dB 1.51 (sea)
-      ntk, 2             22.5 dB 0.91 (the same)
-      ntk, 10            28.0 dB 0.96 (faint streaks)                  | 27.1 dB 1.23
-      yarn               28.1 dB 0.85                                  | 27.4 dB 1.10
-      interpolation      30.5 dB 0.64 (soft, a fine grid)
-      none, proportional 23.5 dB 1.07 (second moon)
-      yarn, proportional                                               | 27.7 dB 1.29
-      interpolation, proportional 30.8 dB 0.73                         | 28.4 dB 0.67
+      none                        22.8 dB 0.81 (a second moon)  27.4 dB 1.51 (sea in the desert)
+      ntk, 2                      22.5 dB 0.91 (a second moon)
+      ntk, 10                     28.0 dB 0.96 (faint streaks)  27.1 dB 1.23 (faint streaks)
+      yarn                        28.1 dB 0.85                  27.4 dB 1.10
+      yarn, proportional                                        27.7 dB 1.29
+      interpolation               30.5 dB 0.64 (soft)
+      interpolation, proportional 30.8 dB 0.73 (a fine grid)    28.4 dB 0.67 (a fine grid)
 
-- Proportional attention is part of CLEAR's recipe, with base 4608 = 64^2 + 512; above it adds
-  sharpness and fidelity to every method.
-- Shift 3 is CLEAR's, and FLUX.1-dev's own at its native size is 3.16. A stage that starts at a
-  given strength has few levels left to spread: shifts 1, 3 and 6 came within 0.01 dB.
+  On a second picture, proportional and radius 8: yarn 28.6 dB 1.75, ntk 10 29.2 dB 1.81 (a streak).
+- Proportional attention is part of CLEAR's recipe, with base 4608 = 64^2 + 512. Above it adds
+  sharpness at no loss of fidelity.
+- Shift 3 is CLEAR's, and FLUX.1-dev's own at its native size is 3.16. With the start and the number
+  of steps given, shifts 1, 3 and 6 came within 0.01 dB on the demo.
 - FLUX.1 was trained at many shapes; a model trained at squares repeats things beyond their side. On
-  the demo at 672 x 384, "yarn" along the longer axis mostly pushed a second balloon out; with
-  "interpolation" it went, but the sun became an ellipse.
+  the demo at 672 x 384 a second balloon and a pole stood there; "yarn" along the longer axis pushed
+  the balloon to the edge and removed the pole, there and in the next stage (1344 x 768).
+  "interpolation" removed both, but made the sun an ellipse.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class Resolution:
     def __post_init__(self) -> None:
         check_method(self.rope, self.rope_factors)
         if self.trained_side < 1:
-            raise ValueError(f"Resolution: trained_side must be at least 1, got {self}.")
+            raise ValueError(
+                f"Resolution: trained_side must be at least 1, got {self.trained_side}."
+            )
         if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):
             raise ValueError(f"Resolution: shift must be a positive number, got {self.shift}.")
         if self.proportional_base is not None and self.proportional_base < 2:
@@ -116,7 +119,7 @@ def settings_for(
         token_pixels: side of a token.
     """
     enlargement = max(1.0, math.sqrt(height * width) / native_size)
-    large = enlargement**2 > NATIVE_SLACK
+    large = height * width > NATIVE_SLACK * native_size**2
     side = native_size // token_pixels
     rope, factors = "none", (1.0, 1.0)
     if native_size != FLUX_NATIVE_SIZE:

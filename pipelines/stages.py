@@ -58,11 +58,12 @@ def plan_stages(
     Without an image the first stage has the aspect ratio asked for and about the native number of
     pixels, and starts from noise. Every other stage starts from the enlarged picture before it.
 
-    Full attention is planned for stages of a cascade up to the native number of pixels: there it
-    is what the model was trained with, and hardly dearer, as attention is the smaller part of a
-    step (13% of FLUX.1-dev's FLOPs at 1024 px; the paper measures 4.45 s for 20 steps with it and
-    4.40 to 5.45 s with CLEAR). It is the published recipe too, whose first picture is painted by
-    the stock model. A picture that takes one stage has the attention the pipeline has.
+    Full attention is planned for stages of a cascade of about the native number of pixels
+    (`NATIVE_SLACK` times at most): there it is what the model was trained with, and hardly dearer,
+    as attention is the smaller part of a step (13% of FLUX.1-dev's FLOPs at 1024 px; the paper
+    measures 4.45 s for 20 steps with it and 4.40 to 5.45 s with CLEAR). It is the published recipe
+    too, whose first picture is painted by the stock model. A picture that takes one stage has the
+    attention the pipeline has.
 
     Args:
         height, width: of the picture asked for, in pixels, multiples of `token_pixels`.
@@ -71,7 +72,7 @@ def plan_stages(
         text_length: text tokens the model is given.
         strength: of all stages that enlarge, or one for each; `DEFAULT_STRENGTH` where None.
         attention: what the pipeline is set to.
-        native_attention: of stages up to the native number of pixels in a cascade.
+        native_attention: of stages of about the native number of pixels in a cascade.
         cascade: whether to start at the native size; None does so above `NATIVE_SLACK` times the
             native number of pixels. Without meaning where there is an image.
         image_size: (height, width) in pixels of the picture to start from, any number of pixels.
@@ -84,6 +85,7 @@ def plan_stages(
     """
     target = (height // token_pixels, width // token_pixels)
     native_tokens = (native_size / token_pixels) ** 2
+    most_native = NATIVE_SLACK * native_tokens
     if image_size is None:
         excess = target[0] * target[1] / native_tokens
         wanted = excess > NATIVE_SLACK if cascade is None else cascade and excess > 1
@@ -102,7 +104,7 @@ def plan_stages(
             rows * token_pixels,
             columns * token_pixels,
             part,
-            native_attention if len(sizes) > 1 and rows * columns <= native_tokens else attention,
+            native_attention if len(sizes) > 1 and rows * columns <= most_native else attention,
             settings_for(
                 rows * token_pixels,
                 columns * token_pixels,

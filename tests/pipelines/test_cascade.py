@@ -190,6 +190,10 @@ ARGUMENTS = {
         {"latents": torch.zeros(1, 15, 4), "image": picture(24, 32)},
         "latents are the noise of a picture that has no image=",
     ),
+    "generators": (
+        {"generator": [torch.Generator()] * 2, "image": picture(), "width": 80},
+        "2 generators for 1 pictures; give one, or one for each",
+    ),
     "no generator": ({"generator": None, "stages_dir": "x"}, "stages_dir needs a generator"),
     "absurd": (
         {"height": 4_000_000, "width": 4_000_000},

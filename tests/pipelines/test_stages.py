@@ -106,11 +106,12 @@ def test_strength_is_refused_even_without_a_use():
 
 
 def test_full_attention_up_to_the_native_size_of_a_cascade():
-    def attention(height, **options):
-        stages = plan_stages(height, height, native_size=512, attention="clear", **options)
+    def attention(height, width=None, **options):
+        stages = plan_stages(height, width or height, native_size=512, attention="clear", **options)
         return [stage.attention for stage in stages]
 
     assert attention(2048) == ["full", "clear", "clear"]
+    assert attention(1024, 2048) == ["full", "clear", "clear"]  # 368x720, rounded up
     assert attention(2048, native_attention="clear") == ["clear"] * 3
     assert attention(512) == ["clear"]  # what the pipeline is set to
     assert attention(1024, image_size=(256, 256)) == ["full", "clear"]
