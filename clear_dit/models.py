@@ -127,6 +127,8 @@ def load_pipeline(
             options: dict[str, Any] = {"dtype" if renamed else "torch_dtype": dtype}
             if only_transformer:
                 options |= dict.fromkeys(OTHER_PARTS)
+            if model == "demo":
+                options["native_size"] = DEMO_DEFAULTS.size
             pipe = CLEARFluxPipeline.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise RequestError(f"--model {model}: cannot be loaded: {first_line(error)}") from error

@@ -1,25 +1,245 @@
-"""FLUX text-to-image with CLEAR."""
+"""FLUX text-to-image with CLEAR, at any size: above the native one stage by stage."""
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, FluxPipelineOutput
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from clear_dit.plugin import install, transformer_of
 from clear_dit.processor import CLEARProcessor
 from clear_dit.weights import load_clear_weights
 
+from .call_checks import check_options, check_stages
+from .cascade import Request, pictures_from, run_stages
+from .given_image import enlarged_size, pixels_from
+from .identity import request_identity
+from .memory_need import refuse_too_large
+from .stage_attention import can_run_full, runs_clear
+from .stage_files import StageFiles
+from .stages import Stage, plan_stages
+from .text import encode_prompts
+
+WHO = "CLEARFluxPipeline"
+# What `FluxPipeline.__call__` takes and the same in every stage.
+SHARED = (
+    "true_cfg_scale",
+    "guidance_scale",
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+    "negative_ip_adapter_image",
+    "negative_ip_adapter_image_embeds",
+    "joint_attention_kwargs",
+    "max_sequence_length",
+)
+
+_PARENT = inspect.signature(FluxPipeline.__call__)
+
 
 class CLEARFluxPipeline(FluxPipeline):
-    """`diffusers.FluxPipeline` with CLEAR's two methods on it.
+    """`diffusers.FluxPipeline` that paints any size, with CLEAR's two methods on it.
 
-    Unlike its parent it refuses sizes that are not whole tokens (16 pixels) instead of rounding
-    them, and gives the transformer position ids in float32: bfloat16 cannot tell neighbours above
-    256 apart, which is a side of 4096 pixels.
+    A picture well above the native size is painted in stages: one at the native size, then each
+    from the enlarged picture before it (see `__call__`). Unlike its parent it refuses sizes that
+    are not whole tokens (16 pixels) instead of rounding them, and gives the transformer position
+    ids in float32: bfloat16 cannot tell neighbours above 256 apart, which is a side of 4096 pixels.
+
+    Args:
+        native_size: side of a square of as many pixels as the model was trained at, in pixels:
+            1024 where None, as FLUX.1; 512 for the demo pipeline. Saved with the pipeline.
+        scheduler, vae, ...: as in `FluxPipeline`.
     """
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: T5EncoderModel,
+        tokenizer_2: T5TokenizerFast,
+        transformer: FluxTransformer2DModel,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        feature_extractor: CLIPImageProcessor = None,
+        native_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            scheduler,
+            vae,
+            text_encoder,
+            tokenizer,
+            text_encoder_2,
+            tokenizer_2,
+            transformer,
+            image_encoder,
+            feature_extractor,
+        )
+        self.register_to_config(native_size=native_size)
+        if native_size is not None:
+            if native_size <= 0 or native_size % self._token_pixels:
+                raise ValueError(
+                    f"{WHO}: native_size must be a multiple of {self._token_pixels} pixels, got "
+                    f"{native_size}."
+                )
+            self.default_sample_size = native_size // self.vae_scale_factor
+        self._stage: Stage | None = None
+        self._interrupt = False
+
+    @property
+    def native_size(self) -> int:
+        """Side of a square of as many pixels as the model was trained at, in pixels."""
+        return self.default_sample_size * self.vae_scale_factor
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage that is being painted, for callbacks; None outside of `__call__`."""
+        return self._stage
+
+    @property
+    def _token_pixels(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        image: Any = None,
+        strength: float | Sequence[float] | None = None,
+        cascade: bool | None = None,
+        low_resolution_guidance: float | None = None,
+        stages_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Paint a picture of any size, or enlarge one.
+
+        Takes what `FluxPipeline.__call__` takes, and:
+
+        Args:
+            image: a picture to enlarge in place of the first stage: a PIL image, a list of them
+                (one for each prompt) or a float tensor (batch, 3, height, width) in [0, 1].
+                `height` and `width` (pixels) are then twice its own where None, and must have its
+                aspect ratio.
+            strength: from 0 (only enlarge) to 1 (ignore the enlarged picture), the noise level at
+                which a stage starts to repaint it; one number, or one for each stage that
+                enlarges; 0.55 where None. It does not depend on the scheduler's shift:
+                `FluxImg2ImgPipeline`'s strength s starts at 3 s / (1 + 2 s) with a shift of 3.
+            cascade: whether to start at the native size; None does where the picture has over 1.25
+                times the native number of pixels.
+            low_resolution_guidance: from 0 (none) to 1, how much the low frequencies of the
+                previous picture steer each stage that enlarges. None: 1 above 4096 pixels a side,
+                else 0.
+            stages_dir: a folder in which finished stages are kept. The same call goes on after
+                the last one there, bit for bit as if it had not been interrupted. Needs a
+                `generator`; a callback that changes latents is not told apart.
+
+        `num_inference_steps` is that of a whole schedule, of which a stage that enlarges takes its
+        share; `sigmas` and `latents` are those of a first stage without an image. Noise is drawn
+        on the generator's device. While `callback_on_step_end` runs, `pipe.stage` is the stage;
+        `pipe._interrupt = True` ends the work after the step, and the picture that is returned
+        has the size of that stage.
+
+        Returns:
+            `FluxPipelineOutput`, or a tuple; images as `output_type` says: "pil", "np", "pt", or
+            "latent": packed, (batch, tokens, channels).
+
+        Raises:
+            ValueError: a bad request, before any work.
+            FloatingPointError: latents are NaN or infinite; stage and step are named.
+        """
+        given = _PARENT.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        options = dict(given.arguments)
+        pixels = [] if image is None else pixels_from(image, self._token_pixels)
+        image_size = (pixels[0].shape[-2], pixels[0].shape[-1]) if pixels else None
+        height, width = self._size(options["height"], options["width"], image_size)
+        check_options(self, options, height, width, low_resolution_guidance)
+        embeds, sigmas = options["prompt_embeds"], options["sigmas"]
+        model = transformer_of(self, WHO)
+        stages = plan_stages(
+            height,
+            width,
+            native_size=self.native_size,
+            token_pixels=self._token_pixels,
+            text_length=options["max_sequence_length"] if embeds is None else embeds.shape[1],
+            strength=strength,
+            attention="clear" if runs_clear(model) else "full",
+            native_attention="full" if can_run_full(model) else "clear",
+            cascade=cascade,
+            image_size=image_size,
+        )
+        check_stages(self, options, stages, pixels, stages_dir is not None)
+        text = encode_prompts(self, options)
+        batch = len(text["prompt_embeds"])
+        if pixels and len(pixels) not in (1, batch):
+            raise ValueError(f"{WHO}: image: {len(pixels)} pictures for {batch}; give one or all.")
+        if isinstance(options["generator"], list) and len(options["generator"]) != batch:
+            raise ValueError(
+                f"{WHO}: {len(options['generator'])} generators for {batch} pictures; give one, or "
+                "one for each."
+            )
+        refuse_too_large(self, stages[-1], batch)
+        callback = options["callback_on_step_end"]
+        inputs = options["callback_on_step_end_tensor_inputs"]
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            inputs = callback.tensor_inputs
+        request = Request(
+            stages=stages,
+            options=text | {name: options[name] for name in SHARED},
+            batch=batch,
+            steps=options["num_inference_steps"] if sigmas is None else len(sigmas),
+            sigmas=sigmas,
+            generator=options["generator"],
+            latents=options["latents"],
+            pixels=pixels,
+            guidance_weight=low_resolution_guidance,
+            callback=callback,
+            callback_inputs=inputs,
+        )
+        self._interrupt = False
+        with ExitStack() as stack:
+            files = None
+            if stages_dir is not None:
+                kept = StageFiles(Path(stages_dir), stages, request_identity(self, request))
+                files = stack.enter_context(kept.opened())
+            latents, last = run_stages(self, request, files)
+        images = self._finish(latents, last, options["output_type"])
+        self.maybe_free_model_hooks()
+        return FluxPipelineOutput(images=images) if options["return_dict"] else (images,)
+
+    def _size(
+        self, height: int | None, width: int | None, image_size: tuple[int, int] | None
+    ) -> tuple[int, int]:
+        if image_size is not None:
+            return enlarged_size(height, width, image_size, self._token_pixels)
+        return height or self.native_size, width or self.native_size
+
+    def _finish(self, latents: torch.Tensor, stage: Stage, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        parts = [
+            self.image_processor.postprocess(pixels, output_type=output_type)
+            for pixels in pictures_from(self, latents, stage)
+        ]
+        if output_type == "pil":
+            return [picture for part in parts for picture in part]
+        return np.concatenate(parts) if output_type == "np" else torch.cat(parts)
 
     def set_attn_processor(self, processor: Any) -> None:
         """Set the transformer's attention processor.
@@ -51,12 +271,12 @@ class CLEARFluxPipeline(FluxPipeline):
         Raises:
             ValueError: height or width is not a positive multiple of a token's side.
         """
-        side = self.vae_scale_factor * 2
+        side = self._token_pixels
         for name, pixels in (("height", height), ("width", width)):
             if pixels <= 0 or pixels % side:
                 lower = max(pixels // side, 1) * side
                 raise ValueError(
-                    f"CLEARFluxPipeline: {name} must be a multiple of {side} pixels, got {pixels}; "
+                    f"{WHO}: {name} must be a multiple of {side} pixels, got {pixels}; "
                     f"the nearest are {lower} and {lower + side}."
                 )
         super().check_inputs(prompt, prompt_2, height, width, *args, **kwargs)

@@ -6,7 +6,7 @@ import torch
 from diffusers import FluxPipeline
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
-from clear_dit.models import DEMO
+from clear_dit.models import DEMO, load_pipeline
 
 PROMPT = "a green tower in the desert at night, a white moon on the right"
 SIZES = [(256, 256), (256, 384), (384, 256)]
@@ -67,3 +67,20 @@ def test_our_pipeline_takes_the_processor_in_one_line():
     assert np.abs(paint(pipe, 128, 128) - full).max() < 1e-4
     with pytest.raises(ValueError, match="height must be a multiple of 16 pixels, got 120"):
         paint(pipe, 120, 128)
+
+
+def test_native_size_of_the_demo():
+    pipe = load_pipeline("demo", torch.float32, torch.device("cpu"), only_transformer=True)
+    assert pipe.native_size == 512
+
+
+def test_cascade_is_faithful_to_its_first_picture():
+    pipe = CLEARFluxPipeline.from_pretrained(DEMO, use_safetensors=True, native_size=256)
+    pipe.set_progress_bar_config(disable=True)
+    first = paint(pipe, 256, 256)[0]
+    apply_clear(pipe, radius=8)
+    (large,) = paint(pipe, 512, 512)
+    small = large.reshape(256, 2, 256, 2, 3).mean((1, 3))
+    assert 10 * np.log10(1 / np.mean((small - first) ** 2)) > 22
+    repeated = paint(pipe, 512, 512, cascade=False)[0].reshape(256, 2, 256, 2, 3).mean((1, 3))
+    assert np.mean((repeated - first) ** 2) > 4 * np.mean((small - first) ** 2)

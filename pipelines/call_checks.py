@@ -1,0 +1,87 @@
+"""What `CLEARFluxPipeline` is asked, checked before any work."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+from .stages import Stage
+
+WHO = "CLEARFluxPipeline"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_options(
+    pipe: Any, options: dict[str, Any], height: int, width: int, guidance: float | None
+) -> None:
+    """Refuse what can be told before the stages are planned.
+
+    Args:
+        options: the arguments of `FluxPipeline.__call__`.
+        height, width: of the picture, in pixels.
+        guidance: weight of low-resolution guidance.
+
+    Raises:
+        ValueError: prompts, sizes, steps, output_type or the weight are out of their range.
+    """
+    names = tuple(inspect.signature(FluxPipeline.check_inputs).parameters)[5:]
+    pipe.check_inputs(
+        options["prompt"],
+        options["prompt_2"],
+        height,
+        width,
+        **{name: options[name] for name in names},
+    )
+    if options["output_type"] not in OUTPUT_TYPES:
+        raise ValueError(
+            f"{WHO}: output_type must be one of {', '.join(OUTPUT_TYPES)}; got "
+            f"{options['output_type']!r}."
+        )
+    if options["num_inference_steps"] < 1:
+        raise ValueError(
+            f"{WHO}: num_inference_steps must be at least 1, got {options['num_inference_steps']}."
+        )
+    if guidance is not None and not 0 <= guidance <= 1:
+        raise ValueError(f"{WHO}: low_resolution_guidance must be from 0 to 1, got {guidance}.")
+
+
+def check_stages(
+    pipe: Any,
+    options: dict[str, Any],
+    stages: tuple[Stage, ...],
+    pixels: list[torch.Tensor],
+    kept: bool,
+) -> None:
+    """Refuse what does not go with a plan.
+
+    Args:
+        options: the arguments of `FluxPipeline.__call__`.
+        pixels: the pictures to start from, if any.
+        kept: whether finished stages are kept.
+
+    Raises:
+        ValueError: another scheduler, latents that do not fit, or no generator.
+    """
+    latents = options["latents"]
+    beyond = len(stages) > 1 or stages[-1].resolution.shift is not None or bool(pixels)
+    if beyond and not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"{WHO}: above the native size the scheduler must be a "
+            f"FlowMatchEulerDiscreteScheduler, this pipeline has a "
+            f"{type(pipe.scheduler).__name__}."
+        )
+    if latents is not None:
+        if pixels:
+            raise ValueError(f"{WHO}: latents are the noise of a picture that has no image=.")
+        tokens = stages[0].height * stages[0].width // (2 * pipe.vae_scale_factor) ** 2
+        if latents.shape[1] != tokens or not latents.isfinite().all():
+            raise ValueError(
+                f"{WHO}: latents must be finite and packed for the first stage, "
+                f"{stages[0].name}: (batch, {tokens}, channels); got {tuple(latents.shape)}."
+            )
+    if kept and options["generator"] is None:
+        raise ValueError(f"{WHO}: stages_dir needs a generator: other noise is another picture.")

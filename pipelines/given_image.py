@@ -1,0 +1,104 @@
+"""The picture a cascade is given to start from: checked, and as tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+# A smaller side shows too little of anything for a model to go by.
+MIN_TOKENS = 4
+
+_WHO = "CLEARFluxPipeline: image"
+
+
+def pixels_from(image: Any, token_pixels: int) -> list[torch.Tensor]:
+    """Pictures as (1, 3, height, width), float32 in [-1, 1], all of one size.
+
+    Args:
+        image: a PIL image, a list of them, or a float tensor in [0, 1], (3, height, width) or
+            (batch, 3, height, width).
+        token_pixels: side of a token, in pixels.
+
+    Raises:
+        ValueError: another type, an alpha channel, too small, sizes that differ, values outside
+            [0, 1] or not finite.
+    """
+    if isinstance(image, torch.Tensor):
+        pictures = list(_checked(image).split(1))
+    else:
+        pictures = [_from_pil(one) for one in (image if isinstance(image, list) else [image])]
+    sizes = {tuple(picture.shape[-2:]) for picture in pictures}
+    if len(sizes) != 1:
+        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)) or "none"
+        raise ValueError(f"{_WHO}: all pictures must have one size, got {listed}.")
+    height, width = sizes.pop()
+    if min(height, width) < MIN_TOKENS * token_pixels:
+        raise ValueError(
+            f"{_WHO} must have at least {MIN_TOKENS * token_pixels} pixels a side, got "
+            f"{width}x{height}."
+        )
+    return pictures
+
+
+def enlarged_size(
+    height: int | None, width: int | None, image_size: tuple[int, int], token_pixels: int
+) -> tuple[int, int]:
+    """The size asked for, or twice the picture's own, to the nearest multiple of a token.
+
+    Args:
+        height, width: in pixels; where one is None it follows from the other, where both are they
+            are doubled.
+        image_size: (height, width) of the picture, in pixels.
+
+    Raises:
+        ValueError: smaller than the picture, or of another aspect ratio.
+    """
+    scales = [
+        asked / side for asked, side in zip((height, width), image_size, strict=True) if asked
+    ]
+    scale = scales[0] if scales else 2.0
+    natural = [max(1, round(side * scale / token_pixels)) * token_pixels for side in image_size]
+    size = (height or natural[0], width or natural[1])
+    own = f"{image_size[1]}x{image_size[0]}"
+    if max(side - given for side, given in zip(size, image_size, strict=True)) <= -token_pixels:
+        raise ValueError(
+            f"{_WHO} is larger ({own}) than the picture asked for ({size[1]}x{size[0]}); ask for "
+            "more, or give a smaller one."
+        )
+    if any(abs(side - other) > token_pixels for side, other in zip(size, natural, strict=True)):
+        raise ValueError(
+            f"{_WHO} is {own} and the picture asked for {size[1]}x{size[0]}, another aspect "
+            f"ratio; ask for {natural[1]}x{natural[0]}, or crop the image."
+        )
+    return size
+
+
+def _checked(image: torch.Tensor) -> torch.Tensor:
+    batch = image[None] if image.ndim == 3 else image
+    if batch.ndim == 4 and batch.shape[1] == 4:
+        raise ValueError(f"{_WHO} has an alpha channel (4 channels); give 3.")
+    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point():
+        raise ValueError(
+            f"{_WHO}: a tensor must be float, (3, height, width) or (batch, 3, height, width), got "
+            f"{image.dtype}, {tuple(image.shape)}."
+        )
+    if not (batch.isfinite().all() and batch.min() >= 0 and batch.max() <= 1):
+        raise ValueError(f"{_WHO}: the values of a tensor must be from 0 to 1.")
+    return batch.float() * 2 - 1
+
+
+def _from_pil(image: Any) -> torch.Tensor:
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"{_WHO} must be a PIL image, a list of them or a tensor, got {type(image).__name__}."
+        )
+    if image.has_transparency_data:
+        raise ValueError(
+            f"{_WHO} has an alpha channel (mode {image.mode}); paste it onto a background and "
+            "convert it to RGB."
+        )
+    values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
+    return values.permute(2, 0, 1)[None] / 127.5 - 1

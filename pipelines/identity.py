@@ -1,0 +1,68 @@
+"""Telling requests and pipelines apart: whether stages in a folder belong to those at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cascade import Request
+from .stage_files import digest
+
+# Of every parameter; other weights and adapters change them.
+VALUES = 16
+
+
+def request_identity(pipe: Any, request: Request) -> dict[str, str]:
+    """What determines the latents of a request besides its stages: names people know, to digests.
+
+    Raises:
+        ValueError: a setting of which it cannot be told whether it is the same as another.
+    """
+    assert request.generator is not None
+    generators = request.generator if isinstance(request.generator, list) else [request.generator]
+    states = [generator.get_state() for generator in generators]
+    text = {name: value for name, value in request.options.items() if "prompt" in name}
+    others = {name: value for name, value in request.options.items() if "prompt" not in name}
+    try:
+        settings = digest([others, request.steps, request.sigmas, request.guidance_weight])
+    except TypeError as error:
+        raise ValueError(
+            f"CLEARFluxPipeline: stages_dir: {error}; leave stages_dir out."
+        ) from error
+    return {
+        "prompt": digest(text),
+        "seed": digest([states, request.latents]),
+        "image": digest(request.pixels),
+        "steps, guidance or other setting": settings,
+        "model": pipeline_digest(pipe),
+    }
+
+
+def pipeline_digest(pipe: Any) -> str:
+    """A digest of what paints: transformer, its attention, autoencoder and scheduler."""
+    processors = pipe.transformer.attn_processors
+    return digest(
+        [
+            {name: repr(processor).split(" at 0x")[0] for name, processor in processors.items()},
+            {name: str(value) for name, value in pipe.scheduler.config.items()},
+            _model(pipe.transformer),
+            _model(pipe.vae),
+        ]
+    )
+
+
+def _model(model: nn.Module) -> Any:
+    plain = (nn.Parameter, torch.Tensor)
+    return {
+        name: [
+            str(parameter.dtype),
+            list(parameter.shape),
+            # Without values in reach (meta device, quantised) the shape has to do.
+            parameter.detach().flatten()[:VALUES]
+            if type(parameter.data) in plain and not parameter.is_meta
+            else None,
+        ]
+        for name, parameter in model.named_parameters()
+    }
