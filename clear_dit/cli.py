@@ -48,7 +48,7 @@ def main() -> None:
         app()
     except RequestError as error:
         _fail(error, 2)
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
         # What PyTorch raises on a CUDA device and on a CPU.
@@ -88,9 +88,26 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Strength of guidance.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    image: Annotated[
+        str | None, typer.Option(help="A picture to enlarge, twice unless a size is given.")
+    ] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(
+            help="Noise level from which stages above the native size repaint, 0 to 1; one, or "
+            "one for each with commas."
+        ),
+    ] = None,
+    low_resolution_guidance: Annotated[
+        float | None,
+        typer.Option(help="How much the previous stage steers the next, 0 to 1."),
+    ] = None,
+    stages_dir: Annotated[
+        str | None, typer.Option(help="Keep finished stages here; the same command goes on.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Device = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("clear-dit.png"),
+    out: Annotated[Path, typer.Option(help="The PNG or TIFF to write.")] = Path("clear-dit.png"),
     as_json: Json = False,
 ) -> None:
     """Paint one picture."""
@@ -110,10 +127,18 @@ def generate(
         steps=steps,
         guidance=guidance,
         seed=seed,
+        image=image,
+        strength=None if strength is None else _numbers("strength", strength),
+        low_resolution_guidance=low_resolution_guidance,
+        stages_dir=stages_dir,
         dtype=dtype,
         device=device,
     )
-    result = run(request, out)
+    try:
+        result = run(request, out)
+    except KeyboardInterrupt:
+        kept = "the same command goes on" if stages_dir else "--stages-dir would have kept stages"
+        _fail(f"interrupted; {kept}.", 130)
     if as_json:
         _print_json(result)
     else:
@@ -388,6 +413,16 @@ def bench_plan(
     print(report(result))
     if as_json:
         _print_json(result)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise RequestError(
+            f"--{option} must be numbers with commas between, got {text!r}."
+        ) from error
 
 
 def _problem(

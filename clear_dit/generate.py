@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import ImageOps
 
 from . import __version__
 from .adapters import AUTO, known_weights
@@ -18,7 +19,8 @@ from .checks import find_device, find_dtype, find_impl, find_window
 from .errors import RequestError, first_line
 from .memory import peak_mb, reset_peak
 from .models import TOKEN_PIXELS, load_pipeline, model_defaults, model_path, text_length
-from .output import check_writable, save_png
+from .output import PICTURE_SUFFIXES, check_writable
+from .picture_input import open_picture
 from .plugin import apply_clear
 
 if TYPE_CHECKING:
@@ -50,6 +52,12 @@ class GenerateRequest:
         guidance: strength of guidance: FLUX.1-dev's embedded scale; for a model without one, the
             scale of classifier-free guidance against an empty prompt (two passes), 1 for none.
         seed: of the initial noise.
+        image: a picture to enlarge to height x width, of that aspect ratio; None to start from
+            noise.
+        strength: of the stages above the native size, from 0 to 1: one for all, or one for each;
+            None for the default. See `CLEARFluxPipeline`.
+        low_resolution_guidance: from 0 to 1, see `CLEARFluxPipeline`; None for the default.
+        stages_dir: a folder for finished stages, from which the same request goes on.
         dtype: "float32", "bfloat16" or "float16".
         device: a torch device.
 
@@ -69,6 +77,10 @@ class GenerateRequest:
     steps: int
     guidance: float
     seed: int
+    image: str | None
+    strength: tuple[float, ...] | None
+    low_resolution_guidance: float | None
+    stages_dir: str | None
     dtype: str
     device: str
 
@@ -87,6 +99,13 @@ class GenerateRequest:
             raise RequestError(f"--guidance must be from 0 to 100, got {self.guidance}.")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}.")
+        shares = {"strength": self.strength or ()}
+        if self.low_resolution_guidance is not None:
+            shares["low-resolution-guidance"] = (self.low_resolution_guidance,)
+        for name, values in shares.items():
+            for value in values:
+                if not 0 <= value <= 1:
+                    raise RequestError(f"--{name} must be from 0 to 1, got {value}.")
         dtype, device = find_dtype(self.dtype), find_device(self.device)
         if self.attention == "clear":
             find_impl(self.impl, dtype, device)
@@ -102,9 +121,12 @@ def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateR
     """
     defaults = model_defaults(model)
     device = str(find_device(settings.get("device")))
+    height, width = defaults.size, defaults.size
+    if settings.get("image") is not None:
+        height, width = _enlarged_size(settings)
     complete: dict[str, Any] = {
-        "height": defaults.size,
-        "width": defaults.size,
+        "height": height,
+        "width": width,
         "radius": defaults.radius,
         "down_factor": 1,
         "weights": AUTO,
@@ -113,12 +135,28 @@ def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateR
         "steps": defaults.steps,
         "guidance": defaults.guidance,
         "seed": 0,
+        "image": None,
+        "strength": None,
+        "low_resolution_guidance": None,
+        "stages_dir": None,
         "dtype": "float32" if device == "cpu" else "bfloat16",
     }
     complete |= {name: value for name, value in settings.items() if value is not None}
     if complete["weights"] == NO_WEIGHTS:
         complete["weights"] = None
     return GenerateRequest(prompt, model, **(complete | {"device": device}))
+
+
+def _enlarged_size(settings: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the picture that an image is enlarged to."""
+    from .pipelines.given_image import enlarged_size
+
+    with open_picture(Path(settings["image"])) as image:
+        size = (image.height, image.width)
+    try:
+        return enlarged_size(settings.get("height"), settings.get("width"), size, TOKEN_PIXELS)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
 
 
 @dataclass
@@ -141,7 +179,7 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
 
     Args:
         request: what to paint.
-        out: the PNG to write; its settings stand in it.
+        out: the PNG or TIFF to write; its settings stand in it.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -153,7 +191,7 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
         RequestError: a bad request, before any work.
         OSError: the picture cannot be written; nothing is left under its name.
     """
-    check_writable(out)
+    check_writable(out, PICTURE_SUFFIXES)
     device, dtype = find_device(request.device), find_dtype(request.dtype)
     reset_peak(device)
     start = time.perf_counter()
@@ -162,17 +200,15 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
     impl = _set_attention(pipe, request, weights)
     pipe.set_progress_bar_config(disable=not progress, desc="denoising")
     timer = Timer({})
-    image = _paint(pipe, request, device, timer)
-    try:
-        save_png(image, out, asdict(request) | {"version": __version__, "impl": impl})
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise OSError(f"{out} could not be written ({reason}).") from error
+    latents = _paint(pipe, request, device, timer)
+    settings = asdict(request) | {"version": __version__, "impl": impl}
+    with timer.measure("decode", device):
+        _write(pipe, latents, request, out, settings)
     return {
         "out": str(out),
         "height": request.height,
         "width": request.width,
-        "tokens": image.height * image.width // TOKEN_PIXELS**2,
+        "tokens": request.height * request.width // TOKEN_PIXELS**2,
         "impl": impl,
         "weights": weights and Path(weights).name,
         "seconds": {"total": round(time.perf_counter() - start, 3), **timer.seconds},
@@ -220,24 +256,56 @@ def _find_weights(request: GenerateRequest) -> str | None:
 
 def _paint(
     pipe: CLEARFluxPipeline, request: GenerateRequest, device: torch.device, timer: Timer
-) -> Any:
-    """Text, denoising and decoding one after the other, each timed; a PIL image."""
+) -> torch.Tensor:
+    """Text and denoising one after the other, each timed; packed latents."""
     with timer.measure("text", device):
         text = encode(pipe, [request.prompt])
         empty = encode(pipe, [""]) if two_passes(pipe, request.guidance) else None
+    stages: dict[str, Any] = {
+        "low_resolution_guidance": request.low_resolution_guidance,
+        "stages_dir": request.stages_dir,
+    }
+    if request.strength is not None:
+        one = len(request.strength) == 1
+        stages["strength"] = request.strength[0] if one else request.strength
+    if request.image is not None:
+        with open_picture(Path(request.image)) as image:
+            stages["image"] = ImageOps.exif_transpose(image)
     with timer.measure("denoise", device):
-        latents = denoise(
-            pipe,
-            text,
-            empty,
-            [request.seed],
-            height=request.height,
-            width=request.width,
-            steps=request.steps,
-            guidance=request.guidance,
-        )
-    with timer.measure("decode", device):
-        return decode(pipe, latents, request.height, request.width)
+        try:
+            return denoise(
+                pipe,
+                text,
+                empty,
+                [request.seed],
+                height=request.height,
+                width=request.width,
+                steps=request.steps,
+                guidance=request.guidance,
+                **stages,
+            )
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+
+
+def _write(
+    pipe: CLEARFluxPipeline,
+    latents: torch.Tensor,
+    request: GenerateRequest,
+    out: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Decode and write a picture strip by strip."""
+    from .pipelines.autoencoder import decode_rows
+    from .pipelines.picture_files import save_rows
+
+    height, width = request.height, request.width
+    strips = decode_rows(pipe.vae, unpack(pipe, latents, height, width))
+    try:
+        save_rows(strips, out, height=height, width=width, settings=settings)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise OSError(f"{out} could not be written ({reason}).") from error
 
 
 # Of some prompts: (batch, text tokens, channels), and pooled (batch, channels).
@@ -268,6 +336,7 @@ def denoise(
     width: int,
     steps: int,
     guidance: float,
+    **stages: Any,
 ) -> torch.Tensor:
     """Final latents, from noise of these seeds, one for each prompt.
 
@@ -278,6 +347,7 @@ def denoise(
         seeds: a picture depends on its own seed only, not on the others in the batch.
         height, width: in pixels.
         steps, guidance: see `GenerateRequest`.
+        stages: image, strength, low_resolution_guidance and stages_dir, see `CLEARFluxPipeline`.
 
     Returns:
         Packed, (batch, tokens, channels), in the pipeline's dtype.
@@ -297,13 +367,18 @@ def denoise(
         max_sequence_length=text_length(pipe),
         output_type="latent",
         **arguments,
+        **stages,
     ).images
 
 
-@torch.no_grad()
+def unpack(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Packed latents of a picture of height x width pixels: (batch, channels, rows, columns)."""
+    return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+
+
 def decode(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> Any:
     """Packed latents (1, tokens, channels) to a PIL image of height x width pixels."""
-    latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-    latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pixels = pipe.vae.decode(latents, return_dict=False)[0]
+    from .pipelines.autoencoder import decode as decode_picture
+
+    pixels = decode_picture(pipe.vae, unpack(pipe, latents, height, width))
     return pipe.image_processor.postprocess(pixels, output_type="pil")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -49,6 +50,8 @@ SHARED = (
     "joint_attention_kwargs",
     "max_sequence_length",
 )
+
+logger = logging.getLogger(__name__)
 
 _PARENT = inspect.signature(FluxPipeline.__call__)
 
@@ -185,6 +188,9 @@ class CLEARFluxPipeline(FluxPipeline):
             image_size=image_size,
         )
         check_stages(self, options, stages, pixels, stages_dir is not None)
+        if len(stages) > 1:
+            plan = ", ".join(f"{stage.name} ({stage.attention} attention)" for stage in stages)
+            logger.info("stages: %s", plan)
         text = encode_prompts(self, options)
         batch = len(text["prompt_embeds"])
         if pixels and len(pixels) not in (1, batch):

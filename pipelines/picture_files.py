@@ -115,7 +115,7 @@ def _png_chunks(
         filtered = np.full((len(rows), 1 + 3 * width), _UP_FILTER, np.uint8)
         np.subtract(rows, np.concatenate([above, rows[:-1]]), out=filtered[:, 1:])
         above = rows[-1:]
-        if data := compressor.compress(filtered):
+        if data := compressor.compress(filtered.data):
             yield b"IDAT", data
     yield b"IDAT", compressor.flush()
     yield b"IEND", b""

@@ -19,7 +19,9 @@ METHODS = ("none", "ntk", "yarn", "interpolation")
 # times over the trained extent keeps its frequency, one that turns at most YARN_SLOW times is
 # interpolated. The paper's 32 is for texts of thousands of tokens: over the 64 tokens of a FLUX
 # picture's side the fastest pair turns 64 / 2 pi = 10 times, so that 32 would leave nothing as is.
-YARN_FAST, YARN_SLOW = 4.0, 1.0
+# Of four ramps tried on the demo at twice its size, 4 to 1 (and less so 4 to 1/4) left a dark line
+# along a row or column near the border, and 8 to 2 was softer.
+YARN_FAST, YARN_SLOW = 2.0, 0.5
 
 # Devices without float64, where diffusers too makes its tables in float32.
 FLOAT32_DEVICES = ("mps", "npu")

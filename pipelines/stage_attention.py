@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from clear_dit.plugin import ClearState, FluxAttnProcessor, attention_layers
-from clear_dit.processor import CLEARProcessor
+from clear_dit.processor import CLEARProcessor, FluxAttnProcessor
+from clear_dit.state import ClearState, attention_layers
 from clear_dit.weight_format import parameters_by_key, refuse_unsuitable
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ def full_attention(model: nn.Module) -> Iterator[None]:
     Afterwards they are what they were, bit for bit. CLEAR weights wait on the CPU meanwhile.
     """
     layers, state = attention_layers(model), ClearState.on(model)
+    if state is not None:
+        state.reconcile(model)
     processors = {name: attn.processor for name, attn in layers.items()}
     stock = {} if state is None else state.processors
     weights = {} if state is None else state.weights

@@ -8,16 +8,15 @@ same at lines nearby: 1.0 means that nothing tells the borders from the rest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..checks import MAX_SIDE
 from ..errors import RequestError
+from ..picture_input import open_picture
 
 # A border is compared with lines 8 and 16 pixels away on both sides: near, so that the picture is
 # alike there, and at the same place in an autoencoder's own pattern of 8 pixels.
@@ -149,7 +148,7 @@ def seams_of_file(path: Path, tile: int) -> dict[str, Any]:
     Raises:
         RequestError: not a picture, or too large; a tile out of range, or with no border in it.
     """
-    with _opened(path) as image:
+    with open_picture(path) as image:
         width, height = image.size
         rows, columns = range(tile, height, tile), range(tile, width, tile)
         longest = max(height, width)
@@ -173,31 +172,6 @@ def report(result: dict[str, Any]) -> str:
         f"{result['picture']}: seam metric {result['ratio']:.3f} at tiles of {result['tile']} px "
         f"(1.000 is none); worst {result['worst']:.3f} at {kind} {place}"
     )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """A picture whose pixels are not read yet.
-
-    Raises:
-        RequestError: it is not one, or too large.
-    """
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None  # the size is checked below, before a pixel is read
-    try:
-        with Image.open(path) as image:
-            if max(image.size) > MAX_SIDE:
-                width, height = image.size
-                raise RequestError(
-                    f"{path} has {width} x {height} pixels; at most {MAX_SIDE} a side are read."
-                )
-            yield image
-    except UnidentifiedImageError as error:
-        raise RequestError(f"{path} is not a picture.") from error
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror or error}).") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _strips(image: Image.Image) -> Iterator[np.ndarray]:

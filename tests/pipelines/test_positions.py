@@ -73,20 +73,20 @@ def test_interpolated_grid_keeps_the_trained_extent(position_ids):
 
 
 def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
-    """FLUX.1: of 28 pairs of channels, over 64 tokens 3 turn four times, 20 less than once."""
+    """FLUX.1: of 28 pairs of channels, over 64 tokens 5 turn twice, 18 less than half a turn."""
     stock = ExtendedPosEmbed(THETA, FLUX_AXES, "none")
     yarn = ExtendedPosEmbed(THETA, FLUX_AXES, "yarn", (4.0, 1.0), trained_side=64)
     for axis in (0, 2):
         assert torch.equal(yarn.frequencies(axis), stock.frequencies(axis))
     divided = (stock.frequencies(1) / yarn.frequencies(1)).tolist()
-    assert divided[:3] == [1.0] * 3
-    assert divided[8:] == pytest.approx([4.0] * 20)
-    assert all(1 < a < b < 4 for a, b in pairwise(divided[3:8]))
-    turns = 64 * THETA ** (-8 / 56) / (2 * math.pi)  # of pair 4
-    kept = (turns - 1) / 3  # the paper's ramp, from 1 turn to 4
-    assert divided[4] == pytest.approx(1 / (kept + (1 - kept) / 4))
+    assert divided[:5] == [1.0] * 5
+    assert divided[10:] == pytest.approx([4.0] * 18)
+    assert all(1 < a < b < 4 for a, b in pairwise(divided[5:10]))
+    turns = 64 * THETA ** (-14 / 56) / (2 * math.pi)  # of pair 7
+    kept = (turns - 0.5) / 1.5  # the paper's ramp, from half a turn to 2
+    assert divided[7] == pytest.approx(1 / (kept + (1 - kept) / 4))
     shorter = ExtendedPosEmbed(THETA, FLUX_AXES, "yarn", (4.0, 4.0), trained_side=32)
-    assert (shorter.frequencies(1) < yarn.frequencies(1))[1:8].all()
+    assert (shorter.frequencies(1) < yarn.frequencies(1))[3:9].all()
 
 
 @pytest.mark.parametrize("method", METHODS)
