@@ -46,7 +46,7 @@ class ModelDefaults:
     guidance: float
 
 
-DEMO_DEFAULTS = ModelDefaults(size=512, radius=16, steps=20, guidance=2.0)
+DEMO_DEFAULTS = ModelDefaults(size=512, radius=8, steps=20, guidance=2.0)
 FLUX_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=28, guidance=3.5)
 # FLUX.1-schnell and others without a guidance embedding: one pass, no guidance.
 UNGUIDED_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=4, guidance=1.0)

@@ -25,8 +25,8 @@ Why these; all are options of `Resolution`:
       interpolation               30.5 dB 0.64 (soft)
       interpolation, proportional 30.8 dB 0.73 (a fine grid)    28.4 dB 0.67 (a fine grid)
 
-  On a second picture, proportional and radius 8: yarn 28.6 dB 1.75, ntk 10 29.2 dB 1.81 (a streak).
-  These were yarn with a ramp from 4 turns to 1. On a third, one pass, weights distilled for radius 8:
+  On a second picture, proportional, radius 8: yarn 28.6 dB 1.75, ntk 10 29.2 dB 1.81 (a streak).
+  These were yarn with a ramp from 4 turns to 1. On a third, one pass, weights made for radius 8:
   that ramp 30.8 dB 1.34 (a dark line), the present one 29.6 dB 1.47, ntk 10 29.4 dB 1.41 (lines).
 - Proportional attention is part of CLEAR's recipe, with base 4608 = 64^2 + 512. Above it adds
   sharpness at no loss of fidelity.

@@ -12,7 +12,6 @@ outside the model, LoRA, and leaf-level offload, under whose hooks QK-norm and R
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -99,16 +98,16 @@ def plan_memory(
 
 
 def cascade_sizes(window: Window, native_size: int) -> list[tuple[int, int]]:
-    """(rows, columns), in tokens, of the cascade's pictures, each at most twice the one before.
+    """(rows, columns), in tokens, of the pictures on the way to a window's, from small to large.
 
-    native_size: side of a square that needs no cascade, in pixels; a quarter more pixels do not.
+    native_size: side of a square of as many pixels as the model was trained at, in pixels.
     """
-    sizes = [(window.height, window.width)]
-    enough = 1.25 * (native_size / TOKEN_PIXELS) ** 2
-    while sizes[0][0] * sizes[0][1] > enough:
-        rows, columns = sizes[0]
-        sizes.insert(0, (math.ceil(rows / 2), math.ceil(columns / 2)))
-    return sizes
+    from ..pipelines.stages import plan_stages
+
+    stages = plan_stages(
+        window.height * TOKEN_PIXELS, window.width * TOKEN_PIXELS, native_size=native_size
+    )
+    return [(stage.height // TOKEN_PIXELS, stage.width // TOKEN_PIXELS) for stage in stages]
 
 
 class TransformerMemory:

@@ -5,12 +5,14 @@ import re
 import shutil
 import sys
 
+import png
 import pytest
 from PIL import Image
 
 from clear_dit import cli
 from clear_dit.models import DEMO
 from clear_dit.output import read_settings
+from clear_dit.pipelines import cascade
 
 PROMPT = "a pink house in the hills at sunset, a golden sun on the left"
 
@@ -166,16 +168,81 @@ def test_bad_outputs_are_refused_before_work(monkeypatch, tmp_path, capsys, out,
 def test_a_full_disk_leaves_nothing(monkeypatch, tmp_path, capsys):
     import errno
 
-    def no_space(self, *args, **kwargs):
-        args[0].write(b"half")
+    def no_space(file, chunks):
+        file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", no_space)
+    monkeypatch.setattr(png, "write_chunks", no_space)
     (tmp_path / "picture.png").write_bytes(b"older picture")
     assert paint(monkeypatch, tmp_path / "picture.png") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
     assert (tmp_path / "picture.png").read_bytes() == b"older picture"
+
+
+def test_a_picture_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys):
+    small, out, stages = tmp_path / "small.png", tmp_path / "large.tif", tmp_path / "stages"
+    assert paint(monkeypatch, small) == 0
+    arguments = ("generate", PROMPT, "--image", small, "--steps", 4, "--radius", 2)
+    arguments += ("--strength", "0.5", "--stages-dir", stages, "--out", out)
+    assert run(monkeypatch, *arguments) == 0
+    with Image.open(out) as picture:
+        assert (picture.format, picture.size) == ("TIFF", (192, 128))  # twice
+    settings = read_settings(out)
+    assert (settings["image"], settings["strength"]) == (str(small), [0.5])
+    assert [path.name for path in stages.glob("*.safetensors")] == ["stage-1-192x128.safetensors"]
+    # The finished stage is not painted again, and the picture is the same.
+    again = tmp_path / "again.tif"
+    monkeypatch.setattr(cascade, "_repaint", None)
+    assert run(monkeypatch, *arguments[:-1], again) == 0
+    assert again.read_bytes() == out.read_bytes()
+    capsys.readouterr()
+    assert run(monkeypatch, *arguments, "--seed", 5) == 2
+    assert "is of another request (another seed)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--strength", "half"), "--strength must be numbers with commas between, got 'half'"),
+        (("--strength", "1.5"), "--strength must be from 0 to 1, got 1.5"),
+        (("--strength", "nan"), "--strength must be from 0 to 1, got nan"),
+        (("--low-resolution-guidance", "-1"), "--low-resolution-guidance must be from 0 to 1"),
+        (("--image", "none.png"), "none.png cannot be read (No such file or directory)"),
+        (("--image", "text.png"), "text.png is not a picture"),
+        (("--image", "alpha.png"), "has an alpha channel (mode RGBA)"),
+        (("--image", "dot.png"), "must have at least 64 pixels a side, got 1x1"),
+        (("--image", "bomb.png"), "bomb.png has 20000 x 1 pixels; at most 16384 a side are read"),
+        (("--image", "wide.png"), "another aspect ratio; ask for 64x64, or crop the image"),
+        (("--strength", "0.5,0.5"), "has 2 values, but 0 stages enlarge a picture"),
+    ],
+)
+def test_bad_requests_of_the_cascade(monkeypatch, tmp_path, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    for name, mode, size in (
+        ("alpha", "RGBA", (96, 64)),
+        ("dot", "RGB", (1, 1)),
+        ("bomb", "1", (20000, 1)),
+        ("wide", "RGB", (64, 64)),
+    ):
+        Image.new(mode, size).save(f"{name}.png")
+    sizes = () if options[1] == "dot.png" else ("--height", 64, "--width", 96)
+    assert run(monkeypatch, "generate", PROMPT, *sizes, "--out", "out.png", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.splitlines()[-1].startswith("clear-dit: ")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_ctrl_c_is_one_line(monkeypatch, tmp_path, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cascade, "_denoise", interrupt)
+    assert paint(monkeypatch, tmp_path / "out.png", "--stages-dir", tmp_path / "stages") == 130
+    assert capsys.readouterr().err.endswith("clear-dit: interrupted; the same command goes on.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["stages"]
 
 
 def test_a_long_prompt_is_cut_with_a_warning(monkeypatch, tmp_path, caplog):
