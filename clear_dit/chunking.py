@@ -77,6 +77,12 @@ def chunk_feed_forward(pipe_or_model: Any, tokens: int | None = CHUNK_TOKENS) ->
     logger.debug("the feed-forward layers of %d blocks run %s", len(blocks), what)
 
 
+def is_chunked(model: nn.Module) -> bool:
+    """Whether `chunk_feed_forward` was called on a model, with any size."""
+    blocks = (module for module in model.modules() if type(module) in FORWARDS)
+    return any(isinstance(Innermost(block).forward, ChunkedForward) for block in blocks)
+
+
 class ChunkedForward:
     """A block's forward: in chunks where that saves memory, else the one it stands for."""
 

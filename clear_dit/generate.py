@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import ImageOps
 
 from . import __version__
 from .adapters import AUTO, known_weights
@@ -20,7 +19,7 @@ from .errors import RequestError, first_line
 from .memory import peak_mb, reset_peak
 from .models import TOKEN_PIXELS, load_pipeline, model_defaults, model_path, text_length
 from .output import PICTURE_SUFFIXES, check_writable
-from .picture_input import open_picture
+from .picture_input import read_picture
 from .plugin import apply_clear
 
 if TYPE_CHECKING:
@@ -149,12 +148,17 @@ def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateR
 
 def _enlarged_size(settings: dict[str, Any]) -> tuple[int, int]:
     """Height and width of the picture that an image is enlarged to."""
-    from .pipelines.given_image import enlarged_size
+    from .pipelines.given_image import check_picture, enlarged_size
 
-    with open_picture(Path(settings["image"])) as image:
-        size = (image.height, image.width)
+    image = read_picture(Path(settings["image"]))
     try:
-        return enlarged_size(settings.get("height"), settings.get("width"), size, TOKEN_PIXELS)
+        check_picture(image, TOKEN_PIXELS)
+        return enlarged_size(
+            settings.get("height"),
+            settings.get("width"),
+            (image.height, image.width),
+            TOKEN_PIXELS,
+        )
     except ValueError as error:
         raise RequestError(str(error)) from error
 
@@ -269,8 +273,7 @@ def _paint(
         one = len(request.strength) == 1
         stages["strength"] = request.strength[0] if one else request.strength
     if request.image is not None:
-        with open_picture(Path(request.image)) as image:
-            stages["image"] = ImageOps.exif_transpose(image)
+        stages["image"] = read_picture(Path(request.image))
     with timer.measure("denoise", device):
         try:
             return denoise(

@@ -6,10 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .checks import MAX_SIDE
 from .errors import RequestError
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture with its pixels, turned as its camera says.
+
+    Raises:
+        RequestError: see `open_picture`; or it is damaged.
+    """
+    with open_picture(path) as image:
+        try:
+            return ImageOps.exif_transpose(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RequestError(f"{path} is damaged or cut off ({error}).") from error
 
 
 @contextmanager

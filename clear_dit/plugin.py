@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .chunking import chunk_feed_forward
+from .chunking import chunk_feed_forward, is_chunked
 from .compat import names_from
 from .ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
 from .processor import CLEARProcessor, FluxAttnProcessor
@@ -170,5 +170,6 @@ def install(model: nn.Module, settings: CLEARProcessor) -> None:
                 weight.data.copy_(trained.data)
         attn.set_processor(new)
         state.installed[name] = new
-    chunk_feed_forward(model)
+    if not is_chunked(model):
+        chunk_feed_forward(model)
     logger.info("CLEAR applied to %d attention layers: %s", len(layers), settings.extra_repr())

@@ -40,6 +40,7 @@ def encode(vae: Any, pixels: torch.Tensor, *, tile_pixels: int | None = None) ->
 
     Raises:
         ValueError: another autoencoder, shape or tile, or pixels that are not finite.
+        FloatingPointError: the autoencoder's output is not finite.
     """
     factor = side_factor(vae)
     _check_picture("encode", "pixels", pixels, 3)
@@ -82,6 +83,7 @@ def decode_rows(
 
     Raises:
         ValueError: another autoencoder, shape or tile, or latents that are not finite; at once.
+        FloatingPointError: the autoencoder's output is not finite, on the way.
     """
     return _decode_rows(vae, latents, *_plan_decoding(vae, latents, tile_pixels))
 
@@ -170,9 +172,15 @@ class _Tiles:
 
     def _tile(self, box: Box) -> torch.Tensor:
         if self._alone:
-            return run_tile(self._segments, self._picture, box)[0]
-        with SharedGroupNorm(self._moments):
-            return run_tile(self._segments, self._picture, box)[0]
+            tile = run_tile(self._segments, self._picture, box)[0]
+        else:
+            with SharedGroupNorm(self._moments):
+                tile = run_tile(self._segments, self._picture, box)[0]
+        if not tile.isfinite().all():
+            raise FloatingPointError(
+                "the autoencoder's output is NaN or infinite; use float32 or bfloat16."
+            )
+        return tile
 
 
 def _check_picture(who: str, what: str, picture: torch.Tensor, channels: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
+from .autoencoder_segments import check_autoencoder
+from .schedule import check_dynamic_shift
 from .stages import Stage
 
 WHO = "CLEARFluxPipeline"
@@ -64,9 +66,12 @@ def check_stages(
         kept: whether finished stages are kept.
 
     Raises:
-        ValueError: another scheduler, latents that do not fit, or no generator.
+        ValueError: another scheduler or autoencoder, a shift extrapolated too far, latents that do
+            not fit, or no generator.
     """
     latents = options["latents"]
+    if len(stages) > 1 or pixels or options["output_type"] != "latent":
+        check_autoencoder(pipe.vae)
     beyond = len(stages) > 1 or stages[-1].resolution.shift is not None or bool(pixels)
     if beyond and not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(
@@ -74,6 +79,11 @@ def check_stages(
             f"FlowMatchEulerDiscreteScheduler, this pipeline has a "
             f"{type(pipe.scheduler).__name__}."
         )
+    for stage in stages:
+        if stage.resolution.shift is None:
+            check_dynamic_shift(
+                pipe.scheduler, stage.height, stage.width, 2 * pipe.vae_scale_factor
+            )
     if latents is not None:
         if pixels:
             raise ValueError(f"{WHO}: latents are the noise of a picture that has no image=.")

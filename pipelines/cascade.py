@@ -80,6 +80,8 @@ def run_stages(pipe: Any, request: Request, files: StageFiles | None) -> tuple[t
         FloatingPointError: latents are NaN or infinite after a step.
     """
     generators = [_fork(request.generator, number) for number in range(len(request.stages))]
+    if request.stages[0].strength is not None:
+        _advance(request.generator)
     finished = files.last_finished() if files is not None else None
     first = 0 if finished is None else finished[0] + 1
     latents = None if finished is None else finished[1].to(pipe._execution_device)
@@ -105,7 +107,8 @@ def run_stages(pipe: Any, request: Request, files: StageFiles | None) -> tuple[t
 @contextmanager
 def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None]:
     """The pipeline as a stage needs it."""
-    stage, bar = stages[index], pipe._progress_bar_config
+    # diffusers sets it when somebody first asks for a bar.
+    stage, bar = stages[index], getattr(pipe, "_progress_bar_config", {})
     model = transformer_of(pipe, "CLEARFluxPipeline")
     with ExitStack() as stack:
         stack.enter_context(applied(pipe, stage.resolution))
@@ -244,6 +247,13 @@ def _fork(generator: Generators, stage: int) -> Generators:
     if isinstance(generator, list):
         return [_forked(one, stage) for one in generator]
     return None if generator is None else _forked(generator, stage)
+
+
+def _advance(generator: Generators) -> None:
+    """So that the next call with this generator paints another picture, as text-to-image does."""
+    for one in generator if isinstance(generator, list) else [generator]:
+        if one is not None:
+            torch.rand(1, generator=one, device=one.device)
 
 
 def _forked(generator: torch.Generator, stage: int) -> torch.Generator:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, FluxPipelineOutput
 from transformers import (
@@ -33,6 +38,7 @@ from .cascade import Request, pictures_from, run_stages
 from .given_image import enlarged_size, pixels_from
 from .identity import request_identity
 from .memory_need import refuse_too_large
+from .resolution import Resolution
 from .stage_attention import can_run_full, runs_clear
 from .stage_files import StageFiles
 from .stages import Stage, plan_stages
@@ -73,7 +79,7 @@ class CLEARFluxPipeline(FluxPipeline):
     def __init__(
         self,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AutoencoderTiny,
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         text_encoder_2: T5EncoderModel,
@@ -128,6 +134,7 @@ class CLEARFluxPipeline(FluxPipeline):
         cascade: bool | None = None,
         low_resolution_guidance: float | None = None,
         stages_dir: str | os.PathLike[str] | None = None,
+        resolution: Callable[[int, int], Resolution] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Paint a picture of any size, or enlarge one.
@@ -151,6 +158,10 @@ class CLEARFluxPipeline(FluxPipeline):
             stages_dir: a folder in which finished stages are kept. The same call goes on after
                 the last one there, bit for bit as if it had not been interrupted. Needs a
                 `generator`; a callback that changes latents is not told apart.
+
+            resolution: positions, shift and proportional attention for a stage's height and width
+                in pixels; `settings_for` where None. `lambda height, width: Resolution()` paints
+                every stage as the model was trained.
 
         `num_inference_steps` is that of a whole schedule, of which a stage that enlarges takes its
         share; `sigmas` and `latents` are those of a first stage without an image. Noise is drawn
@@ -186,13 +197,21 @@ class CLEARFluxPipeline(FluxPipeline):
             native_attention="full" if can_run_full(model) else "clear",
             cascade=cascade,
             image_size=image_size,
+            resolution=resolution,
         )
         check_stages(self, options, stages, pixels, stages_dir is not None)
         if len(stages) > 1:
             plan = ", ".join(f"{stage.name} ({stage.attention} attention)" for stage in stages)
             logger.info("stages: %s", plan)
-        text = encode_prompts(self, options)
-        batch = len(text["prompt_embeds"])
+        if stages[-1].attention == "full" and height * width > 4 * self.native_size**2:
+            logger.warning(
+                "full attention at %s pixels is slow and takes much memory: call apply_clear or "
+                "set_attn_processor(CLEARProcessor()) first",
+                stages[-1].name,
+            )
+        prompts = options["prompt"] if embeds is None else embeds
+        batch = 1 if isinstance(prompts, str) else len(prompts)
+        batch *= options["num_images_per_prompt"]
         if pixels and len(pixels) not in (1, batch):
             raise ValueError(f"{WHO}: image: {len(pixels)} pictures for {batch}; give one or all.")
         if isinstance(options["generator"], list) and len(options["generator"]) != batch:
@@ -201,6 +220,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 "one for each."
             )
         refuse_too_large(self, stages[-1], batch)
+        text = encode_prompts(self, options)
         callback = options["callback_on_step_end"]
         inputs = options["callback_on_step_end_tensor_inputs"]
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):

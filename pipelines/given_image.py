@@ -23,24 +23,54 @@ def pixels_from(image: Any, token_pixels: int) -> list[torch.Tensor]:
         token_pixels: side of a token, in pixels.
 
     Raises:
-        ValueError: another type, an alpha channel, too small, sizes that differ, values outside
-            [0, 1] or not finite.
+        ValueError: another type, an alpha channel, over 8 bits, too small, sizes that differ,
+            values outside [0, 1] or not finite.
     """
     if isinstance(image, torch.Tensor):
         pictures = list(_checked(image).split(1))
     else:
-        pictures = [_from_pil(one) for one in (image if isinstance(image, list) else [image])]
+        images = image if isinstance(image, list) else [image]
+        for one in images:
+            check_picture(one, token_pixels)
+        pictures = [_from_pil(one) for one in images]
     sizes = {tuple(picture.shape[-2:]) for picture in pictures}
     if len(sizes) != 1:
         listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)) or "none"
         raise ValueError(f"{_WHO}: all pictures must have one size, got {listed}.")
     height, width = sizes.pop()
+    _check_size(height, width, token_pixels)
+    return pictures
+
+
+def check_picture(image: Any, token_pixels: int) -> None:
+    """Refuse a PIL image that cannot be enlarged; its pixels are not read.
+
+    Raises:
+        ValueError: see `pixels_from`.
+    """
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"{_WHO} must be a PIL image, a list of them or a tensor, got {type(image).__name__}."
+        )
+    if image.has_transparency_data:
+        raise ValueError(
+            f"{_WHO} has an alpha channel (mode {image.mode}); paste it onto a background and "
+            "convert it to RGB."
+        )
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{_WHO} has more than 8 bits a channel (mode {image.mode}); scale it and convert it "
+            "to RGB."
+        )
+    _check_size(image.height, image.width, token_pixels)
+
+
+def _check_size(height: int, width: int, token_pixels: int) -> None:
     if min(height, width) < MIN_TOKENS * token_pixels:
         raise ValueError(
             f"{_WHO} must have at least {MIN_TOKENS * token_pixels} pixels a side, got "
             f"{width}x{height}."
         )
-    return pictures
 
 
 def enlarged_size(
@@ -90,15 +120,6 @@ def _checked(image: torch.Tensor) -> torch.Tensor:
     return batch.float() * 2 - 1
 
 
-def _from_pil(image: Any) -> torch.Tensor:
-    if not isinstance(image, Image.Image):
-        raise ValueError(
-            f"{_WHO} must be a PIL image, a list of them or a tensor, got {type(image).__name__}."
-        )
-    if image.has_transparency_data:
-        raise ValueError(
-            f"{_WHO} has an alpha channel (mode {image.mode}); paste it onto a background and "
-            "convert it to RGB."
-        )
+def _from_pil(image: Image.Image) -> torch.Tensor:
     values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
     return values.permute(2, 0, 1)[None] / 127.5 - 1

@@ -47,10 +47,22 @@ def pipeline_digest(pipe: Any) -> str:
         [
             {name: repr(processor).split(" at 0x")[0] for name, processor in processors.items()},
             {name: str(value) for name, value in pipe.scheduler.config.items()},
+            _scales(pipe.transformer),
             _model(pipe.transformer),
             _model(pipe.vae),
         ]
     )
+
+
+def _scales(model: nn.Module) -> Any:
+    """How strongly LoRAs and IP-adapters act; no parameter tells."""
+    found = {}
+    for name, module in model.named_modules():
+        adapter = getattr(module, "adapter", None) or module
+        values = [getattr(adapter, key, None) for key in ("scaling", "active_adapters", "scale")]
+        if isinstance(values[0], dict) or isinstance(values[2], list):
+            found[name] = [str(value) for value in values]
+    return found
 
 
 def _model(model: nn.Module) -> Any:

@@ -52,7 +52,7 @@ def sigmas_for(
 
     Args:
         scheduler: of the pipeline, a `FlowMatchEulerDiscreteScheduler`; it is not changed.
-        steps: of a whole schedule, from sigma 1; a part of it has its share, at least one.
+        steps: of a whole schedule, from sigma 1; a part of it has its share, rounded up.
         height, width: of the picture, in pixels.
         shift: static, in place of the scheduler's own, static or dynamic; None keeps that.
         strength: the sigma to start at, over 0 and at most 1. 1 starts from noise alone; an
@@ -85,7 +85,7 @@ def sigmas_for(
         return levels[:-1].tolist()
     # Where the schedule crosses the strength, counted in steps; the rest is taken as evenly.
     crossing = np.interp(-strength, -levels, np.arange(steps + 1))
-    taken = max(1, round(steps - crossing))
+    taken = max(1, math.ceil(steps - crossing - 1e-4))
     places = np.linspace(crossing, steps, taken + 1)[:-1]
     rest: list[float] = np.interp(places, np.arange(steps + 1), levels).tolist()
     return [strength, *rest[1:]]

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..chunking import CHUNK_TOKENS, chunk_feed_forward
 from ..errors import RequestError
 from ..kernels.window import Window
-from ..models import TOKEN_PIXELS
+from ..models import TOKEN_PIXELS, quiet_libraries
 from ..processor import CLEARProcessor
 from .configurations import Configuration
 from .eight_bit import DTYPES, use_eight_bit_linears
@@ -102,7 +102,8 @@ def cascade_sizes(window: Window, native_size: int) -> list[tuple[int, int]]:
 
     native_size: side of a square of as many pixels as the model was trained at, in pixels.
     """
-    from ..pipelines.stages import plan_stages
+    with quiet_libraries():
+        from ..pipelines.stages import plan_stages
 
     stages = plan_stages(
         window.height * TOKEN_PIXELS, window.width * TOKEN_PIXELS, native_size=native_size

@@ -244,6 +244,13 @@ def test_the_demo_with_weights_on_the_disk(tiny_inputs, tmp_path, poisoned_memor
     torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_size_set_before_stays(tiny_transformer):
+    model = tiny_transformer()
+    chunk_feed_forward(model, 13)
+    apply_clear(model, radius=2)
+    assert Innermost(model.transformer_blocks[0]).forward.tokens == 13
+
+
 def test_compiled_blocks_are_not_chunked(tiny_transformer, tiny_inputs):
     model = tiny_transformer(num_layers=1, num_single_layers=1)
     inputs = tiny_inputs(5, 7)

@@ -201,6 +201,17 @@ def test_a_picture_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys
     assert "is of another request (another seed)" in capsys.readouterr().err
 
 
+def test_a_photo_is_turned_as_its_camera_says(monkeypatch, tmp_path):
+    photo, out = tmp_path / "photo.jpg", tmp_path / "out.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (96, 64)).save(photo, exif=exif)
+    arguments = ("--image", photo, "--steps", 1, "--radius", 2, "--out", out)
+    assert run(monkeypatch, "generate", PROMPT, *arguments) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (128, 192)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -211,6 +222,8 @@ def test_a_picture_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys
         (("--image", "none.png"), "none.png cannot be read (No such file or directory)"),
         (("--image", "text.png"), "text.png is not a picture"),
         (("--image", "alpha.png"), "has an alpha channel (mode RGBA)"),
+        (("--image", "deep.png"), "has more than 8 bits a channel (mode I;16)"),
+        (("--image", "cut.png"), "cut.png is damaged or cut off"),
         (("--image", "dot.png"), "must have at least 64 pixels a side, got 1x1"),
         (("--image", "bomb.png"), "bomb.png has 20000 x 1 pixels; at most 16384 a side are read"),
         (("--image", "wide.png"), "another aspect ratio; ask for 64x64, or crop the image"),
@@ -222,11 +235,14 @@ def test_bad_requests_of_the_cascade(monkeypatch, tmp_path, capsys, options, mes
     (tmp_path / "text.png").write_text("no picture")
     for name, mode, size in (
         ("alpha", "RGBA", (96, 64)),
+        ("deep", "I;16", (96, 64)),
         ("dot", "RGB", (1, 1)),
         ("bomb", "1", (20000, 1)),
         ("wide", "RGB", (64, 64)),
     ):
         Image.new(mode, size).save(f"{name}.png")
+    whole = (tmp_path / "wide.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:-30])
     sizes = () if options[1] == "dot.png" else ("--height", 64, "--width", 96)
     assert run(monkeypatch, "generate", PROMPT, *sizes, "--out", "out.png", *options) == 2
     error = capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_cascade_sizes():
         (512,) * 2,
     ]
     assert cascade_sizes(Window(60, 70, 0, 8), 1024) == [(60, 70)]
-    assert cascade_sizes(Window(75, 131, 0, 8), 1024) == [(38, 66), (75, 131)]
+    assert cascade_sizes(Window(75, 131, 0, 8), 1024) == [(48, 85), (75, 131)]
 
 
 def test_linear_flops_and_memory_grow_with_the_tokens(monkeypatch, capsys):

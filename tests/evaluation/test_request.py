@@ -14,7 +14,7 @@ def labels(**arguments):
 
 
 def test_untuned_rows_by_radius():
-    assert labels() == ["full attention", "CLEAR r=16, untuned"]
+    assert labels() == ["full attention", "CLEAR r=8, untuned"]
     assert labels(radii=[2, 4, 2], down_factor=2) == [
         "full attention",
         "CLEAR r=2, down 2, untuned",

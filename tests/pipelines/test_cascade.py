@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
+from clear_dit import CLEARFluxPipeline, apply_clear, remove_clear
+from clear_dit.ip_adapter import LayerProcessor
 from clear_dit.pipelines import memory_need
+from clear_dit.pipelines.cascade import Request
 from clear_dit.pipelines.resolution import Resolution
 from clear_dit.pipelines.stages import Stage
 from clear_dit.weight_format import parameters_by_key
@@ -286,7 +288,7 @@ def test_clear_above_the_native_size_only(pipe, tmp_path):
         return tensors
 
     local = paint(pipe, callback_on_step_end=callback)
-    assert set(processors) == {("full", FluxAttnProcessor), ("clear", CLEARProcessor)}
+    assert set(processors) == {("full", FluxAttnProcessor), ("clear", LayerProcessor)}
     assert pipe.transformer.attn_processors == installed
     for key, parameter in parameters_by_key(pipe.transformer).items():
         assert torch.equal(parameter, weights[key])
@@ -366,12 +368,16 @@ def test_enlarging_a_batch_resumes_too(pipe, tmp_path):
         "width": 128,
         "prompt": ["a house", "the sea"],
         "num_inference_steps": 6,
-        "generator": [torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)],
     }
-    expected = paint(pipe, **given)
+
+    def once_more(**options):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return paint(pipe, generator=generators, **given, **options)
+
+    expected = once_more()
     with pytest.raises(StoppedError):
-        paint(pipe, stages_dir=tmp_path, callback_on_step_end=stop_in("128x96"), **given)
-    assert torch.equal(paint(pipe, stages_dir=tmp_path, **given), expected)
+        once_more(stages_dir=tmp_path, callback_on_step_end=stop_in("128x96"))
+    assert torch.equal(once_more(stages_dir=tmp_path), expected)
 
 
 OTHERS = {
@@ -431,7 +437,77 @@ def test_stages_dir_must_be_a_folder(pipe, tmp_path):
         paint(pipe, stages_dir=tmp_path, joint_attention_kwargs={"mask": object()})
 
 
-def test_bfloat16_and_model_offload(pipe):
+def test_model_offload(pipe):
+    image = picture()
+    expected = [paint(pipe), paint(pipe, image=image, height=48, width=80)]
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(paint(pipe), expected[0])
+    assert torch.equal(paint(pipe, image=image, height=48, width=80), expected[1])
+
+
+def test_a_new_pipeline_has_no_progress_bar_yet(pipe):
+    del pipe._progress_bar_config
+    assert paint(pipe, height=16, width=16).isfinite().all()
+
+
+def test_a_generator_moves_on(pipe):
+    generator = torch.Generator().manual_seed(0)
+    for options in ({}, {"image": picture(), "height": 48, "width": 80}):
+        first = paint(pipe, generator=generator, **options)
+        assert not torch.allclose(paint(pipe, generator=generator, **options), first, atol=1e-2)
+
+
+def test_settings_of_stages_can_be_given(pipe):
+    seen = []
+
+    def resolution(height, width):
+        seen.append((height, width))
+        return Resolution(rope="interpolation", rope_factors=(2.0, 2.0), shift=5.0)
+
+    given = paint(pipe, resolution=resolution)
+    assert seen == [(12, 20), (24, 36), (48, 64)]
+    assert not torch.allclose(given, paint(pipe), atol=1e-2)
+
+
+def test_low_resolution_guidance_is_for_large_pictures():
+    request = Request((), {}, 1, 3, None, None, None, [], None, None, ())
+    weights = [
+        request.weight(Stage(side, 64, 0.5, "clear", Resolution())) for side in (4096, 4112, 8192)
+    ]
+    assert weights == [0.0, 1.0, 1.0]
+
+
+def test_full_attention_in_large_pictures_is_warned_about(pipe, caplog):
+    paint(pipe)
+    assert "full attention at 64x48 pixels is slow" in caplog.text
+    caplog.clear()
+    apply_clear(pipe, radius=2)
+    paint(pipe)
+    assert "is slow" not in caplog.text
+
+
+def test_what_an_autoencoder_overflows_to_is_no_picture(pipe):
+    with torch.no_grad():
+        next(pipe.vae.decoder.parameters()).fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="the autoencoder's output is NaN or infinite"):
+        paint(pipe, height=16, width=16, output_type="pil")
+
+
+def test_a_wrong_autoencoder_is_refused_before_any_work(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.transformer, "forward", None)
+    pipe.vae.encoder = torch.nn.Identity()
+    with pytest.raises(ValueError, match="autoencoder: "):
+        paint(pipe)
+
+
+def test_an_extrapolated_shift_is_refused(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.transformer, "forward", None)
+    pipe.scheduler.register_to_config(use_dynamic_shifting=True, base_shift=9.0)
+    with pytest.raises(ValueError, match="dynamic shifting is extrapolated"):
+        paint(pipe, height=16, width=16)
+
+
+def test_bfloat16(pipe):
     expected = paint(pipe)
     pipe.to(torch.bfloat16)
     latents = paint(pipe)
