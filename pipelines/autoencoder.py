@@ -176,11 +176,15 @@ class _Tiles:
         else:
             with SharedGroupNorm(self._moments):
                 tile = run_tile(self._segments, self._picture, box)[0]
-        if not tile.isfinite().all():
-            raise FloatingPointError(
-                "the autoencoder's output is NaN or infinite; use float32 or bfloat16."
-            )
+        _check_output(tile)
         return tile
+
+
+def _check_output(tile: torch.Tensor) -> None:
+    if not tile.isfinite().all():
+        raise FloatingPointError(
+            "the autoencoder's output is NaN or infinite; use float32 or bfloat16."
+        )
 
 
 def _check_picture(who: str, what: str, picture: torch.Tensor, channels: int) -> None:
