@@ -44,7 +44,6 @@ def sigmas_for(
     height: int,
     width: int,
     *,
-    shift: float | None = None,
     strength: float = 1.0,
     token_pixels: int = 16,
 ) -> list[float]:
@@ -54,7 +53,6 @@ def sigmas_for(
         scheduler: of the pipeline, a `FlowMatchEulerDiscreteScheduler`; it is not changed.
         steps: of a whole schedule, from sigma 1; a part of it has its share, rounded up.
         height, width: of the picture, in pixels.
-        shift: static, in place of the scheduler's own, static or dynamic; None keeps that.
         strength: the sigma to start at, over 0 and at most 1. 1 starts from noise alone; an
             image-to-image stage starts from (1 - strength) image + strength noise.
         token_pixels: side of a token.
@@ -72,11 +70,8 @@ def sigmas_for(
         raise ValueError(f"sigmas_for: steps must be at least 1, got {steps}.")
     if not 0 < strength <= 1:
         raise ValueError(f"sigmas_for: strength must be over 0 and at most 1, got {strength}.")
-    if shift is None:
-        check_dynamic_shift(scheduler, height, width, token_pixels)
-        own = copy.deepcopy(scheduler)
-    else:
-        own = static_scheduler(scheduler, shift)
+    check_dynamic_shift(scheduler, height, width, token_pixels)
+    own = copy.deepcopy(scheduler)
     tokens = (height // token_pixels) * (width // token_pixels)
     # What FluxPipeline asks for, from first to last.
     own.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=_mu(scheduler, tokens))

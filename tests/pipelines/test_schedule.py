@@ -82,7 +82,7 @@ def test_the_shift_of_flux_dev_follows_the_size():
 def test_static_shift_at_any_size(name, size):
     scheduler = scheduler_of(CONFIGS[name])
     before = dict(scheduler.config), scheduler.sigmas.clone()
-    sigmas = sigmas_for(scheduler, 20, *size, shift=4.0)
+    sigmas = sigmas_for(static_scheduler(scheduler, 4.0), 20, *size)
     np.testing.assert_allclose(sigmas, shifted(np.linspace(1, 0.05, 20), 4.0), rtol=1e-5)
     assert sigmas[-1] < 0.2
     assert dict(scheduler.config) == before[0]
@@ -93,7 +93,9 @@ def test_static_shift_at_any_size(name, size):
 @pytest.mark.parametrize("strength", [0.05, 0.3, 0.55, 0.9])
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_strength_is_the_first_level_and_the_rest_keeps_its_pace(shift, strength, steps):
-    sigmas = sigmas_for(scheduler_of(DEMO), steps, 64, 64, shift=shift, strength=strength)
+    sigmas = sigmas_for(
+        static_scheduler(scheduler_of(DEMO), shift), steps, 64, 64, strength=strength
+    )
     assert sigmas[0] == strength
     assert sigmas == sorted(set(sigmas), reverse=True)
     assert sigmas[-1] > 0
@@ -131,7 +133,7 @@ def timesteps_of(pipe, sigmas=None, **options):
 def test_given_sigmas_are_taken_as_they_are(tiny_pipeline, name):
     pipe = tiny_pipeline(FluxPipeline)
     pipe.scheduler = own = scheduler_of(CONFIGS[name])
-    sigmas = sigmas_for(own, 5, 1024, 1024, shift=None, strength=0.6)
+    sigmas = sigmas_for(own, 5, 1024, 1024, strength=0.6)
     with given_sigmas(pipe):
         np.testing.assert_allclose(timesteps_of(pipe, sigmas), sigmas, rtol=1e-6)
     assert pipe.scheduler is own
