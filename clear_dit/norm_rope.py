@@ -24,7 +24,8 @@ HAS_TRITON = find_spec("triton") is not None
 FUSED_DEVICES = ("cuda", "meta")
 FUSED_HEAD_DIMS = range(16, LARGEST_HEAD_DIM + 1, 2)
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
+# (cos, sin), (sequence, head_dim) each; before it is taken apart maybe with a second such pair.
+Rotary = tuple[torch.Tensor, ...]
 
 
 def why_not_norm_rope(

@@ -12,6 +12,8 @@ from torch import nn
 from .compat import names_from
 from .grid import Layout
 from .kernels.attention import IMPLS, local_attention, why_not
+from .kernels.two_positions import two_position_attention
+from .kernels.window import Window
 from .norm_rope import Rotary, norm_and_rotate
 from .tracker import WindowTracker
 
@@ -125,7 +127,8 @@ class CLEARProcessor(nn.Module):
                 (batch, text + image, channels); image is the picture and reference images.
             encoder_hidden_states: (batch, text, channels) in a double block, else None.
             attention_mask: must be None: the window is the mask.
-            image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each.
+            image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each; or (cos, sin,
+                far cos, far sin), see `two_position_attention`.
 
         Returns:
             (image, text) in a double block, text and image together in a single block.
@@ -167,11 +170,10 @@ class CLEARProcessor(nn.Module):
             start = layout.text_length if text_length is None else 0
             hidden_states = _swap(hidden_states, start, layout.image_length)
             if rotary is not None:
-                cos, sin = (
+                rotary = tuple(
                     _swap(table[None], layout.text_length, layout.image_length)[0]
                     for table in rotary
                 )
-                rotary = cos, sin
 
         query, key, value, text_query, text_key, text_value = _get_qkv_projections(
             attn, hidden_states, encoder_hidden_states
@@ -179,29 +181,34 @@ class CLEARProcessor(nn.Module):
         # -1 takes up the heads: under tensor parallelism a rank holds only some of them.
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
         beside = None if branch is None else branch(query)
-        if attn.added_kv_proj_dim is None:
-            query = norm_and_rotate(query, attn.norm_q, rotary)
-            key = norm_and_rotate(key, attn.norm_k, rotary)
-        else:
+        text_norms = None, None
+        if attn.added_kv_proj_dim is not None:
             text_query, text_key, text_value = (
                 x.unflatten(-1, (-1, attn.head_dim)) for x in (text_query, text_key, text_value)
             )
-            query = norm_and_rotate(query, attn.norm_q, rotary, text_query, attn.norm_added_q)
-            key = norm_and_rotate(key, attn.norm_k, rotary, text_key, attn.norm_added_k)
+            text_norms = attn.norm_added_q, attn.norm_added_k
             value = torch.cat([text_value, value], dim=1)
+        far = None
+        if rotary is not None and len(rotary) > 2:
+            rotary, scaled = rotary[:2], rotary[2:]
+            far = (
+                norm_and_rotate(query, attn.norm_q, scaled, text_query, text_norms[0]),
+                norm_and_rotate(key, attn.norm_k, scaled, text_key, text_norms[1]),
+            )
+        query = norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0])
+        key = norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1])
 
-        out = local_attention(
-            query,
-            key,
+        out = self._attention(
+            (query, key),
+            far,
             value,
             window,
             scale=self._scale(sequence, query.shape[-1]),
             spatial_weight=self._pooling_weights(query.device),
             impl=self.tracker.impl if compiling else self.impl,
         )
-        assert isinstance(out, torch.Tensor)
         out = out.flatten(2, 3).to(query.dtype)
-        del query, key, value  # three tensors of the sequence's size, before the projections
+        del query, key, value, far  # three tensors of the sequence's size, before the projections
         if layout.reference_length:
             out = _swap(out, layout.text_length, layout.reference_length)
             if beside is not None:
@@ -212,6 +219,21 @@ class CLEARProcessor(nn.Module):
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         text = attn.to_add_out(text.contiguous())
         return (image, text) if beside is None else (image, text, beside)
+
+    def _attention(
+        self,
+        near: tuple[torch.Tensor, torch.Tensor],
+        far: tuple[torch.Tensor, torch.Tensor] | None,
+        value: torch.Tensor,
+        window: Window,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Local attention; query and key come rotated, `far` where positions are two."""
+        if far is not None:
+            return two_position_attention(near, far, value, window, **options)
+        out = local_attention(*near, value, window, **options)
+        assert isinstance(out, torch.Tensor)
+        return out
 
     def _pooling_weights(self, device: torch.device) -> torch.Tensor | None:
         # By way of `forward`, which is what offloading in accelerate and diffusers wraps.

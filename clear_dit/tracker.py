@@ -79,13 +79,13 @@ class WindowTracker:
         layout = Layout(*(size - 2 for size in self._sizes.shape))
         return layout, layout.window(self.radius, self.down_factor)
 
-    def find(self, rotary: tuple[torch.Tensor, torch.Tensor], text_length: int | None) -> Layout:
+    def find(self, rotary: tuple[torch.Tensor, ...], text_length: int | None) -> Layout:
         """The layout of the forward that this rotary table belongs to.
 
         A table seen before keeps its layout: gradient checkpointing runs a layer again when other
         forwards may have gone by.
         """
-        cos, sin = rotary
+        cos, sin = rotary[:2]
         layout = self._by_rotary.get(cos)
         if layout is None:
             if self._is_news and self.announced is not None:

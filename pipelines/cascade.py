@@ -111,9 +111,10 @@ def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None
     stage, bar = stages[index], getattr(pipe, "_progress_bar_config", {})
     model = transformer_of(pipe, "CLEARFluxPipeline")
     with ExitStack() as stack:
-        stack.enter_context(applied(pipe, stage.resolution))
         if stage.attention == "full" and runs_clear(model):
             stack.enter_context(full_attention(model))
+        # After it: positions may need processors of their own.
+        stack.enter_context(applied(pipe, stage.resolution))
         if len(stages) > 1:
             description = f"stage {index + 1} of {len(stages)}, {stage.name}"
             pipe._progress_bar_config = bar | {"desc": description}

@@ -1,7 +1,7 @@
 """Rotary position tables for pictures larger than a FLUX model was trained at.
 
 A rotary table turns the position p of a token along an axis into angles p * frequency, one for
-every pair of channels. Every method here is a change of those frequencies, axis by axis; position
+every pair of channels. Most methods here are a change of those frequencies, axis by axis; position
 ids stay what they are, so that the token grid can still be read from them and from the table.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-METHODS = ("none", "ntk", "yarn", "interpolation")
+METHODS = ("none", "ntk", "yarn", "interpolation", "two")
 
 # NTK-by-parts (arXiv 2309.00071, section 3.2): a pair of channels that turns at least YARN_FAST
 # times over the trained extent keeps its frequency, one that turns at most YARN_SLOW times is
@@ -40,13 +40,18 @@ class ExtendedPosEmbed(nn.Module):
             blended. YaRN's attention temperature is left to `proportional_base`.
         "interpolation": all frequencies divided by the factor (arXiv 2306.15595): the grid keeps
             the trained extent.
+        "two": the frequencies of the model, and a second table in which the picture's positions
+            are divided by the factors: CLEAR's processors score keys inside the disc by the first
+            and all others by the second (`two_position_attention`); `applied` gives models with
+            stock processors ones that do so too.
 
     Args:
         theta: base of the model's frequencies.
         axes_dim: channels of the three axes: group, row, column.
         method: one of the above.
         factors: for rows and for columns: current extent / trained extent, or what "ntk" multiplies
-            theta by. The group axis, 0 for all tokens of text-to-image, stays as it is.
+            theta by; below 1 positions are spread. The group axis, 0 for all tokens of
+            text-to-image, stays as it is.
         trained_side: extent the model was trained at, in tokens; only "yarn" needs it.
         proportional_base: number of tokens (text + image) at which attention has the scale it was
             trained with; None for that scale always. Scores are multiplied by
@@ -81,7 +86,7 @@ class ExtendedPosEmbed(nn.Module):
             f"proportional_base={self.proportional_base}"
         )
 
-    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The table of some position ids.
 
         Args:
@@ -89,8 +94,15 @@ class ExtendedPosEmbed(nn.Module):
 
         Returns:
             cos and sin, (text + image, sum(axes_dim)) each, float32: every angle in two
-            neighbouring channels.
+            neighbouring channels. With "two" also cos and sin of the scaled positions, where
+            reference pictures (groups other than 0) keep theirs.
         """
+        if self.method != "two":
+            return self._table(ids)
+        scaled = ids / torch.tensor(self.factors, dtype=ids.dtype, device=ids.device)
+        return *self._table(ids), *self._table(torch.where(ids[:, :1] == 0, scaled, ids))
+
+    def _table(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.float32 if ids.device.type in FLOAT32_DEVICES else torch.float64
         angles = torch.cat(
             [

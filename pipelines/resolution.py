@@ -4,8 +4,9 @@
 |---|---|---|---|
 | FLUX.1, up to 1.25 times 1024 x 1024 pixels | as trained | the scheduler's | no |
 | FLUX.1, larger | "ntk", 10; from 9K on more | 3 | from 64^2 + text tokens |
-| others, up to 1.25 times the native | "yarn" where a side is longer | the scheduler's | no |
-| others, larger | "yarn", the enlargement | 3 | from native + text tokens |
+| others, up to 1.25 times the native | "two" unless square | the scheduler's | no |
+| others, larger, CLEAR | "two" | 3 | from native + text tokens |
+| others, larger, full attention | "yarn", the enlargement | 3 | from native + text tokens |
 
 Why these; all are options of `Resolution`:
 
@@ -42,7 +43,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ from clear_dit.processor import CLEARProcessor
 
 from .positions import ExtendedPosEmbed, check_method
 from .schedule import static_scheduler
+from .two_position_processor import two_positions_in_full_attention
 
 (FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
 
@@ -62,6 +64,8 @@ FLUX_NATIVE_SIZE = 1024  # pixels a side
 AXIS_DIM = 56  # channels of FLUX.1's row axis, and of its column axis
 NTK_FACTOR = 10.0
 SHIFT = 3.0
+# Of the trained side: how far full attention sees true distances where positions are two.
+NEAR = 3 / 8
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Resolution:
     """How a picture of one size is painted; the default is as the model was trained.
 
     Attributes:
-        rope: how positions are extended: "none", "ntk", "yarn" or "interpolation"; see
+        rope: how positions are extended: "none", "ntk", "yarn", "interpolation" or "two"; see
             `ExtendedPosEmbed`.
         rope_factors: for rows and for columns, see `ExtendedPosEmbed`.
         trained_side: extent the model was trained at, in tokens.
@@ -108,32 +112,41 @@ def settings_for(
     *,
     text_length: int = 512,
     token_pixels: int = 16,
+    clear: bool = False,
 ) -> Resolution:
     """The table's line for a picture.
 
-    Rows and columns are enlarged alike, so that things keep their shape; only "yarn" goes further
-    on an axis that would otherwise be longer than the trained extent.
+    "two" gives rows and columns the trained extent, each by its own factor: things keep their shape
+    by the true positions near them. Other methods enlarge both alike; only "yarn" goes further on
+    an axis that would otherwise be longer than the trained extent.
 
     Args:
         height, width: of the picture, in pixels.
         native_size: side of the square the model was trained at, in pixels. 1024 is FLUX.1.
         text_length: text tokens the model is given.
         token_pixels: side of a token.
+        clear: whether CLEAR's processors attend: "two" takes quadratic memory without them.
     """
     enlargement = max(1.0, math.sqrt(height * width) / native_size)
     large = height * width > NATIVE_SLACK * native_size**2
     side = native_size // token_pixels
-    rope, factors = "none", (1.0, 1.0)
-    if native_size != FLUX_NATIVE_SIZE:
-        scale = enlargement if large else 1.0
-        factors = (max(scale, height / native_size), max(scale, width / native_size))
-        rope = "none" if factors == (1.0, 1.0) else "yarn"
+    rope: str = "none"
+    factors: tuple[float, ...] = (1.0, 1.0)
+    if native_size != FLUX_NATIVE_SIZE and (clear or not large):
+        sides = height // token_pixels, width // token_pixels
+        extent = min(side, max(sides))
+        # From the first position the model was trained at to the last.
+        factors = tuple(max(one - 1, 1) / max(extent - 1, 1) for one in sides)
+        rope = "none" if factors == (1.0, 1.0) else "two"
+    elif native_size != FLUX_NATIVE_SIZE:
+        factors = (max(enlargement, height / native_size), max(enlargement, width / native_size))
+        rope = "yarn"
     elif large:
         factor = max(NTK_FACTOR, enlargement ** (AXIS_DIM / (AXIS_DIM - 2)))
         rope, factors = "ntk", (factor, factor)
     return Resolution(
         rope=rope,
-        rope_factors=factors,
+        rope_factors=(factors[0], factors[1]),
         trained_side=side,
         shift=SHIFT if large else None,
         proportional_base=side**2 + text_length if large else None,
@@ -168,16 +181,20 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
         for attn in attention_layers(model).values()
         if isinstance(attn.processor, CLEARProcessor)
     }
-    try:
-        pipe.scheduler, model.pos_embed = new_scheduler, new_positions
-        if resolution.proportional_base is not None:
-            for processor in clear:
-                processor.proportional_base = None
-        yield
-    finally:
-        pipe.scheduler, model.pos_embed = scheduler, positions
-        for processor, base in clear.items():
-            processor.proportional_base = base
+    two: AbstractContextManager[None] = nullcontext()
+    if resolution.rope == "two":
+        two = two_positions_in_full_attention(model, max(1, round(NEAR * resolution.trained_side)))
+    with two:
+        try:
+            pipe.scheduler, model.pos_embed = new_scheduler, new_positions
+            if resolution.proportional_base is not None:
+                for processor in clear:
+                    processor.proportional_base = None
+            yield
+        finally:
+            pipe.scheduler, model.pos_embed = scheduler, positions
+            for processor, base in clear.items():
+                processor.proportional_base = base
 
 
 def _extended(positions: Any, resolution: Resolution) -> Any:

@@ -1,4 +1,4 @@
-"""Full attention for one stage of a pipeline that runs CLEAR, with the stock weights, and back."""
+"""Full attention for one stage: with the stock weights where CLEAR runs, or with two positions."""
 
 from __future__ import annotations
 

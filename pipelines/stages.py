@@ -92,6 +92,7 @@ def plan_stages(
             native_size=native_size,
             text_length=text_length,
             token_pixels=token_pixels,
+            clear=attention == "clear",
         )
     target = (height // token_pixels, width // token_pixels)
     native_tokens = (native_size / token_pixels) ** 2

@@ -36,7 +36,8 @@ def test_factor_of_one_is_the_stock_table_bit_for_bit(ids, axes, dtype):
     stock = FluxPosEmbed(THETA, axes)(ids)
     assert same(table(ids, "none", axes=axes), stock)
     for method in METHODS:
-        assert same(table(ids, method, (1.0, 1.0), axes), stock)
+        found = table(ids, method, (1.0, 1.0), axes)
+        assert same(found, 2 * stock if method == "two" else stock)
     base = len(ids)  # where proportional attention has the trained scale
     assert same(table(ids, "none", axes=axes, proportional_base=base), stock)
     assert {t.dtype for t in table(ids, "yarn", axes=axes)} == {torch.float32}
@@ -95,9 +96,19 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
 def test_the_grid_is_found_in_every_table(position_ids, method, factors, axes):
     for rows, columns in ((20, 33), (512, 3), (2, 300)):
         ids = torch.cat([torch.zeros(TEXT, 3), position_ids(rows, columns)])
-        cos, sin = table(ids, method, factors, axes, proportional_base=100)
+        cos, sin = table(ids, method, factors, axes, proportional_base=100)[:2]
         assert layout_from_rotary(cos, sin) == Layout(TEXT, rows, columns)
         assert layout_from_rotary(cos, sin, TEXT) == Layout(TEXT, rows, columns)
+
+
+def test_two_positions_are_the_true_and_the_scaled(ids):
+    reference = torch.tensor([[1.0, 4.0, 6.0]])  # of another picture: stays where it is
+    ids = torch.cat([ids, reference])
+    cos, sin, far_cos, far_sin = table(ids, "two", (2.0, 3.0))
+    assert same((cos, sin), table(ids, "none"))
+    halves = table(ids[:-1], "interpolation", (2.0, 3.0))
+    torch.testing.assert_close((far_cos[:-1], far_sin[:-1]), halves)
+    assert same((far_cos[-1], far_sin[-1]), (cos[-1], sin[-1]))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,7 +169,7 @@ def test_true_configuration():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "YaRN"}, "rope must be one of none, ntk, yarn, interpolation; got 'YaRN'"),
+        ({"method": "YaRN"}, "rope must be one of none, ntk, yarn, interpolation, two; got 'YaRN'"),
         ({"method": "ntk", "factors": (2.0, 0.0)}, r"two positive numbers .*, got \(2.0, 0.0\)"),
         ({"method": "ntk", "factors": (math.inf, 1.0)}, "two positive numbers"),
         ({"method": "ntk", "factors": (2.0,)}, "two positive numbers"),

@@ -71,12 +71,44 @@ def test_other_models_get_the_enlargement(size, factors):
     assert smaller == found
 
 
-def test_other_models_never_leave_the_trained_extent():
-    """At the native number of pixels too, where one side is longer than trained."""
-    assert settings_for(512, 512, 512) == Resolution(trained_side=32)
-    assert settings_for(384, 512, 512) == Resolution(trained_side=32)
-    assert settings_for(384, 672, 512) == Resolution("yarn", (1.0, 1.3125), 32)
-    assert settings_for(672, 384, 512) == Resolution("yarn", (1.3125, 1.0), 32)
+def test_clear_gives_other_models_two_positions_a_token():
+    """Rows and columns reach from the first to the last trained position."""
+    for clear in (False, True):  # where it is dear without CLEAR only, above the native size
+        assert settings_for(384, 672, 512, clear=clear) == Resolution("two", (23 / 31, 41 / 31), 32)
+        assert settings_for(256, 384, 512, clear=clear) == Resolution("two", (15 / 23, 1.0), 32)
+        assert settings_for(512, 16, 512, clear=clear) == Resolution("two", (1.0, 1 / 31), 32)
+        for square in (16, 256, 512):
+            assert settings_for(square, square, 512, clear=clear) == Resolution(trained_side=32)
+    found = settings_for(1024, 2048, 512, text_length=64, clear=True)
+    assert found == Resolution("two", (63 / 31, 127 / 31), 32, 3.0, 1088)
+    assert settings_for(4096, 2048, clear=True) == settings_for(4096, 2048)
+
+
+@pytest.mark.parametrize("clear", [False, True])
+def test_two_positions(tiny_pipeline, clear):
+    pipe = tiny_pipeline(FluxPipeline)
+    if clear:
+        apply_clear(pipe, radius=2)
+    model, before = pipe.transformer, draw(pipe)
+    positions, processors = model.pos_embed, model.attn_processors
+    with applied(pipe, Resolution("two", (1.5, 2.5), trained_side=8)):
+        assert np.abs(draw(pipe) - before).max() > 1e-5
+    with applied(pipe, Resolution("two", (1.0, 1.0), trained_side=8)):  # every position twice
+        np.testing.assert_allclose(draw(pipe), before, atol=1e-5)
+    assert model.pos_embed is positions
+    assert model.attn_processors == processors
+    assert np.array_equal(draw(pipe), before)
+
+
+def test_two_positions_are_not_for_other_processors(tiny_pipeline):
+    pipe = tiny_pipeline(FluxPipeline)
+    name = "single_transformer_blocks.0.attn"
+    layer = pipe.transformer.get_submodule(name)
+    layer.set_processor(nn.Identity())
+    positions = pipe.transformer.pos_embed
+    with pytest.raises(ValueError, match=f'rope "two" is for .*, but {name} has Identity'):
+        applied(pipe, Resolution("two", (1.5, 2.5))).__enter__()
+    assert pipe.transformer.pos_embed is positions
 
 
 @pytest.mark.parametrize("cls", [FluxPipeline, CLEARFluxPipeline])
@@ -119,7 +151,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_each_setting_alone_changes_the_picture(tiny_pipeline, change):
-    pipe = tiny_pipeline(CLEARFluxPipeline)
+    pipe = tiny_pipeline(FluxPipeline)
     before = draw(pipe)
     with applied(pipe, Resolution(**CHANGES[change])):
         assert np.abs(draw(pipe) - before).max() > 1e-5
@@ -128,7 +160,7 @@ def test_each_setting_alone_changes_the_picture(tiny_pipeline, change):
 
 
 def test_proportional_attention_counts_once(tiny_pipeline):
-    pipe = tiny_pipeline(CLEARFluxPipeline)
+    pipe = tiny_pipeline(FluxPipeline)
     apply_clear(pipe, radius=3, proportional_base=10)
     expected = draw(pipe)
     with applied(pipe, Resolution(proportional_base=10)):
@@ -188,7 +220,7 @@ def test_dynamic_shifting_becomes_static(tiny_pipeline):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rope": "dype"}, "rope must be one of none, ntk, yarn, interpolation; got 'dype'"),
+        ({"rope": "dype"}, "rope must be one of none, ntk, yarn, interpolation, two; got 'dype'"),
         ({"rope_factors": (1.0, -2.0)}, r"two positive numbers \(rows, columns\), got \(1.0, -2.0"),
         ({"trained_side": 0}, "trained_side must be at least 1, got 0"),
         ({"shift": 0.0}, "shift must be a positive number, got 0.0"),

@@ -1,0 +1,124 @@
+"""Attention with two positions a token: the true one for near keys, a scaled one for far keys.
+
+Under rotary embedding a score depends on the distance of two tokens. Inside the disc of local
+attention that distance is below the radius at any size of the picture, so that nothing there is
+new to the model. Only pairs with a text token (at position 0) or a pooled key lie as far apart as
+the picture is large: those are scored by positions scaled to the extent the model was trained at.
+Self-Extend (arXiv 2401.01325) does so for long texts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attention import local_attention
+from .merge import merge_
+from .partial import attend_all
+from .pooling import pool_tokens
+from .window import Window
+
+# Scores held at once by `full_two_position_attention`.
+SCORES = 2**25
+
+
+def two_position_attention(
+    near: tuple[torch.Tensor, torch.Tensor],
+    far: tuple[torch.Tensor, torch.Tensor],
+    value: torch.Tensor,
+    window: Window,
+    *,
+    scale: float | None = None,
+    spatial_weight: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """`local_attention` in which far pairs are scored by another query and key.
+
+    Where `near` and `far` are equal, it is `local_attention`.
+
+    Args:
+        near: query and key, (batch, text + image, heads, head_dim) each, rotated by true positions:
+            for pairs of image tokens inside the disc.
+        far: query and key of the same shape, rotated by scaled positions: for pairs with a text
+            token, and for pooled keys.
+        value: of the same shape.
+        window, scale, spatial_weight, impl: as in `local_attention`.
+
+    Returns:
+        The attention output, shape and dtype of `value`.
+
+    Raises:
+        ValueError: gradients are asked for, which no merged part carries; what `local_attention`
+            refuses.
+    """
+    tensors = (*near, *far, value)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            "two_position_attention: has no gradients; train at the native size, or use "
+            "torch.no_grad()."
+        )
+    text = window.text_length
+    scale = value.shape[-1] ** -0.5 if scale is None else float(scale)
+    query, key = far
+    picture = Window(window.height, window.width, 0, window.radius)
+    image, lse = local_attention(
+        near[0][:, text:], near[1][:, text:], value[:, text:], picture,
+        scale=scale, impl=impl, return_lse=True,
+    )  # fmt: skip
+    far_key, far_value = key[:, :text], value[:, :text]
+    if window.down_factor > 1:
+        far_key, far_value = (
+            torch.cat([part, pool_tokens(whole, window, spatial_weight)], dim=1)
+            for part, whole in ((far_key, key), (far_value, value))
+        )
+    if far_key.shape[1]:
+        image = image.to(lse.dtype)
+        merge_(image, lse, *attend_all(query[:, text:], far_key, far_value, scale))
+    if not text:
+        return image.to(value.dtype)
+    text_out, _ = attend_all(query[:, :text], key, value, scale)
+    return torch.cat([text_out.to(value.dtype), image.to(value.dtype)], dim=1)
+
+
+def full_two_position_attention(
+    near: tuple[torch.Tensor, torch.Tensor],
+    far: tuple[torch.Tensor, torch.Tensor],
+    value: torch.Tensor,
+    window: Window,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Full attention, in which the window says which pairs of image tokens are near.
+
+    For pictures of the size a model was trained at, but of another shape: quadratic time, and
+    memory for a block of queries at a time.
+
+    Args:
+        near, far, value, scale: as in `two_position_attention`.
+        window: the grid, and the radius in tokens inside which pairs are scored by `near`; its
+            down_factor means nothing here.
+
+    Returns:
+        The attention output, shape and dtype of `value`.
+    """
+    batch, sequence, heads, head_dim = value.shape
+    text, width = window.text_length, window.width
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    image = torch.arange(window.image_length, device=value.device)
+    rows, columns = image // width, image % width
+    near_query, near_key, far_query, far_key, values = (
+        tensor.transpose(1, 2).to(torch.promote_types(value.dtype, torch.float32))
+        for tensor in (*near, *far, value)
+    )
+    parts = []
+    for block in torch.arange(sequence, device=value.device).split(
+        max(1, SCORES // (batch * heads * sequence))
+    ):
+        scores = far_query[:, :, block] @ far_key.mT
+        tokens = block[block >= text] - text
+        if len(tokens):
+            inside = (rows[tokens, None] - rows) ** 2 + (columns[tokens, None] - columns) ** 2
+            true_scores = near_query[:, :, tokens + text] @ near_key[:, :, text:].mT
+            of_image = scores[:, :, -len(tokens) :, text:]
+            of_image.copy_(torch.where(inside < window.disc_radius**2, true_scores, of_image))
+        parts.append((scores * scale).softmax(dim=-1) @ values)
+    return torch.cat(parts, dim=2).transpose(1, 2).to(value.dtype)

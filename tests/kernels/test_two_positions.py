@@ -1,0 +1,96 @@
+"""Attention whose far pairs have a query and key of their own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.oracle import mask_by_definition, pool_by_definition, relative_error
+
+from clear_dit.kernels import two_positions
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.two_positions import full_two_position_attention, two_position_attention
+from clear_dit.kernels.window import Window
+
+WINDOWS = [
+    Window(9, 13, 7, 3),
+    Window(9, 13, 7, 3, down_factor=4),
+    Window(6, 5, 0, 2),
+    Window(6, 5, 0, 2, down_factor=2),
+    Window(5, 6, 4, 1),
+    Window(5, 6, 1, 100),
+]
+IDS = [str((w.height, w.width, w.text_length, w.radius, w.down_factor)) for w in WINDOWS]
+
+
+def inputs(window, dtype, batch=2, heads=2, head_dim=16):
+    generator = torch.Generator().manual_seed(0)
+    shape = (5, batch, window.sequence_length, heads, head_dim)
+    tensors = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    near, far, value = (tensors[0], tensors[1]), (tensors[2], tensors[3]), tensors[4]
+    weight = None
+    if window.down_factor > 1:
+        f = window.down_factor
+        weight = torch.rand(1, 1, 1, f, 1, f, 1, generator=generator)
+    return near, far, value, weight
+
+
+def definition(near, far, value, window, weight, scale, full=False):
+    """Dense, in float64: which query and key score a pair is chosen pair by pair."""
+    near, far = [x.double() for x in near], [x.double() for x in far]
+    value, text = value.double(), window.text_length
+    scores = torch.einsum("bqhd,bkhd->bhqk", *far) * scale
+    inside = mask_by_definition(window)
+    is_near = inside.clone()
+    is_near[:text] = is_near[:, :text] = False
+    true_scores = torch.einsum("bqhd,bkhd->bhqk", *near) * scale
+    scores = torch.where(is_near, true_scores, scores)
+    if not full:
+        scores = scores.masked_fill(~inside, float("-inf"))
+    if window.down_factor > 1:
+        square = weight.double().reshape(window.down_factor, window.down_factor)
+        key, more = (pool_by_definition(x, window, square) for x in (far[1], value))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", far[0], key) * scale
+        pooled[:, :, :text] = float("-inf")
+        scores, value = torch.cat([scores, pooled], dim=-1), torch.cat([value, more], dim=1)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=IDS)
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_pair_is_scored_by_its_own_positions(window, impl, dtype):
+    near, far, value, weight = inputs(window, dtype)
+    out = two_position_attention(
+        near, far, value, window, scale=0.3, spatial_weight=weight, impl=impl
+    )
+    assert out.dtype == dtype
+    exact = definition(near, far, value, window, weight, 0.3)
+    assert relative_error(out, exact) < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=IDS)
+@pytest.mark.parametrize("block", [1, 1000, 2**25])
+def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window, block):
+    monkeypatch.setattr(two_positions, "SCORES", block)
+    window = replace(window, down_factor=1)
+    near, far, value, _ = inputs(window, torch.float32)
+    out = full_two_position_attention(near, far, value, window, scale=0.3)
+    exact = definition(near, far, value, window, None, 0.3, full=True)
+    assert relative_error(out, exact) < 2e-6
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=IDS)
+def test_equal_positions_are_local_attention(window):
+    near, _, value, weight = inputs(window, torch.float64)
+    out = two_position_attention(near, near, value, window, spatial_weight=weight)
+    expected = local_attention(*near, value, window, spatial_weight=weight)
+    torch.testing.assert_close(out, expected)
+
+
+def test_gradients_are_refused():
+    near, far, value, _ = inputs(WINDOWS[0], torch.float32)
+    value.requires_grad_()
+    with pytest.raises(ValueError, match="has no gradients; train at the native size"):
+        two_position_attention(near, far, value, WINDOWS[0])
+    with torch.no_grad():
+        two_position_attention(near, far, value, WINDOWS[0])
