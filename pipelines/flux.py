@@ -39,7 +39,7 @@ from .given_image import enlarged_size, pixels_from
 from .identity import request_identity
 from .memory_need import refuse_too_large
 from .resolution import Resolution
-from .stage_attention import can_run_full, runs_clear
+from .stage_attention import can_run_full, pools_keys, runs_clear
 from .stage_files import StageFiles
 from .stages import Stage, plan_stages
 from .text import encode_prompts
@@ -195,6 +195,7 @@ class CLEARFluxPipeline(FluxPipeline):
             strength=strength,
             attention="clear" if runs_clear(model) else "full",
             native_attention="full" if can_run_full(model) else "clear",
+            pooled=pools_keys(model),
             cascade=cascade,
             image_size=image_size,
             resolution=resolution,

@@ -22,6 +22,12 @@ def runs_clear(model: nn.Module) -> bool:
     return any(isinstance(attn.processor, CLEARProcessor) for attn in layers)
 
 
+def pools_keys(model: nn.Module) -> bool:
+    """Whether any attention layer of a FLUX transformer pools keys for far tokens."""
+    processors = [attn.processor for attn in attention_layers(model).values()]
+    return any(isinstance(one, CLEARProcessor) and one.down_factor > 1 for one in processors)
+
+
 def can_run_full(model: nn.Module) -> bool:
     """Whether `full_attention` can put the stock weights back, where CLEAR weights are loaded."""
     state = ClearState.on(model)

@@ -51,6 +51,7 @@ def plan_stages(
     strength: float | Sequence[float] | None = None,
     attention: Attention = "full",
     native_attention: Attention = "full",
+    pooled: bool = False,
     cascade: bool | None = None,
     image_size: tuple[int, int] | None = None,
     resolution: Callable[[int, int], Resolution] | None = None,
@@ -75,6 +76,7 @@ def plan_stages(
         strength: of all stages that enlarge, or one for each; `DEFAULT_STRENGTH` where None.
         attention: what the pipeline is set to.
         native_attention: of stages of about the native number of pixels in a cascade.
+        pooled: whether CLEAR's keys are followed by pooled ones.
         cascade: whether to start at the native size; None does so above `NATIVE_SLACK` times the
             native number of pixels. Without meaning where there is an image.
         image_size: (height, width) in pixels of the picture to start from, any number of pixels.
@@ -92,7 +94,7 @@ def plan_stages(
             native_size=native_size,
             text_length=text_length,
             token_pixels=token_pixels,
-            clear=attention == "clear",
+            local=attention == "clear" and not pooled,
         )
     target = (height // token_pixels, width // token_pixels)
     native_tokens = (native_size / token_pixels) ** 2

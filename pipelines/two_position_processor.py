@@ -26,12 +26,10 @@ class FullTwoPositionProcessor(LayerProcessor):
         far: tuple[torch.Tensor, torch.Tensor] | None,
         value: torch.Tensor,
         window: Window,
-        *,
-        scale: float,
-        **_: Any,
+        **options: Any,
     ) -> torch.Tensor:
         assert far is not None
-        return full_two_position_attention(near, far, value, window, scale=scale)
+        return full_two_position_attention(near, far, value, window, scale=options["scale"])
 
 
 @contextmanager

@@ -41,7 +41,6 @@ def bench_denoise(
     name = find_impl(impl, dtype, device)
     pipe = load_pipeline(model, dtype, device)
     transformer = pipe.transformer
-    config = transformer.config
     rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
     text_tokens = text_length(pipe)
     stock = transformer.attn_processors
@@ -62,15 +61,7 @@ def bench_denoise(
 
     inputs = _inputs(pipe, rows, columns, text_tokens)
     runs = {"full": partial(step, stock, inputs), "clear": partial(step, local, inputs)}
-    window = Window(rows, columns, text_tokens, radius)
-    layers = config.num_layers + config.num_single_layers
-    heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    linear = _linear_flops(transformer, inputs)
-    dense_pairs = window.sequence_length**2
-    flops = {
-        "full": linear + layers * 4 * dense_pairs * heads * head_dim,
-        "clear": linear + layers * window.attention_flops(heads, head_dim),
-    }
+    flops = step_flops(pipe, rows, columns, radius)
     seconds = time_in_turn(runs, repeats, device)
     return {
         "rows": [
@@ -93,11 +84,36 @@ def bench_denoise(
     }
 
 
-def _inputs(pipe: Any, rows: int, columns: int, text_length: int) -> dict[str, torch.Tensor | None]:
-    config, dtype, device = pipe.transformer.config, pipe.transformer.dtype, pipe.device
+def step_flops(pipe: Any, rows: int, columns: int, radius: int) -> dict[str, int]:
+    """FLOPs of one forward pass for a picture, with "full" attention and with "clear".
+
+    Args:
+        pipe: a FLUX pipeline.
+        rows, columns, radius: in tokens.
+    """
+    config, text_tokens = pipe.transformer.config, text_length(pipe)
+    window = Window(rows, columns, text_tokens, radius)
+    layers = config.num_layers + config.num_single_layers
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    linear = _linear_flops(pipe.transformer, _inputs(pipe, rows, columns, text_tokens, "meta"))
+    dense_pairs = window.sequence_length**2
+    return {
+        "full": linear + layers * 4 * dense_pairs * heads * head_dim,
+        "clear": linear + layers * window.attention_flops(heads, head_dim),
+    }
+
+
+def _inputs(
+    pipe: Any, rows: int, columns: int, text_length: int, device: torch.device | str | None = None
+) -> dict[str, torch.Tensor | None]:
+    """What the transformer takes, on its device or another: "meta" has no numbers."""
+    config, dtype = pipe.transformer.config, pipe.transformer.dtype
+    device = pipe.device if device is None else device
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
+        if str(device) == "meta":
+            return torch.empty(*shape, device=device, dtype=dtype)
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     return {
@@ -112,12 +128,11 @@ def _inputs(pipe: Any, rows: int, columns: int, text_length: int) -> dict[str, t
 
 
 def _linear_flops(transformer: Any, inputs: dict[str, torch.Tensor | None]) -> int:
-    """FLOPs outside attention, counted on the meta device: they are linear in the tokens."""
+    """FLOPs outside attention, counted on the meta device, where the inputs are."""
     with torch.device("meta"):
         meta = type(transformer).from_config(transformer.config)
     inputs = {
-        name: None if value is None else value.to("meta", meta.dtype)
-        for name, value in inputs.items()
+        name: None if value is None else value.to(meta.dtype) for name, value in inputs.items()
     }
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(**inputs)

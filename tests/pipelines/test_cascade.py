@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,6 +16,7 @@ from clear_dit.pipelines import memory_need
 from clear_dit.pipelines.cascade import Request
 from clear_dit.pipelines.resolution import Resolution
 from clear_dit.pipelines.stages import Stage
+from clear_dit.pipelines.two_position_processor import FullTwoPositionProcessor
 from clear_dit.weight_format import parameters_by_key
 
 
@@ -288,7 +288,8 @@ def test_clear_above_the_native_size_only(pipe, tmp_path):
         return tensors
 
     local = paint(pipe, callback_on_step_end=callback)
-    assert set(processors) == {("full", FluxAttnProcessor), ("clear", LayerProcessor)}
+    full = FullTwoPositionProcessor  # the first stage is no square
+    assert set(processors) == {("full", full), ("clear", LayerProcessor)}
     assert pipe.transformer.attn_processors == installed
     for key, parameter in parameters_by_key(pipe.transformer).items():
         assert torch.equal(parameter, weights[key])

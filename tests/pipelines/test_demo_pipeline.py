@@ -6,7 +6,9 @@ import torch
 from diffusers import FluxPipeline
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
+from clear_dit.demo.probe import asked_labels, held_out_captions, load_probe
 from clear_dit.models import DEMO, load_pipeline
+from clear_dit.pipelines.resolution import Resolution
 
 PROMPT = "a green tower in the desert at night, a white moon on the right"
 SIZES = [(256, 256), (256, 384), (384, 256)]
@@ -82,5 +84,24 @@ def test_cascade_is_faithful_to_its_first_picture():
     (large,) = paint(pipe, 512, 512)
     small = large.reshape(256, 2, 256, 2, 3).mean((1, 3))
     assert 10 * np.log10(1 / np.mean((small - first) ** 2)) > 22
-    repeated = paint(pipe, 512, 512, cascade=False)[0].reshape(256, 2, 256, 2, 3).mean((1, 3))
+    trained = {"cascade": False, "resolution": lambda height, width: Resolution()}
+    repeated = paint(pipe, 512, 512, **trained)[0].reshape(256, 2, 256, 2, 3).mean((1, 3))
     assert np.mean((repeated - first) ** 2) > 4 * np.mean((small - first) ** 2)
+
+
+@pytest.mark.parametrize("size", [(256, 512), (512, 256)])
+def test_other_shapes_than_the_trained_square_show_what_is_asked(size):
+    """By the positions of a square they are the upper or the left half of one."""
+    pipe = CLEARFluxPipeline.from_pretrained(DEMO, use_safetensors=True, native_size=512)
+    pipe.set_progress_bar_config(disable=True)
+    probe = load_probe(DEMO / "probe" / "probe.safetensors")
+    prompts = held_out_captions(4)
+    options = {"negative_prompt": [""] * 4, "true_cfg_scale": 2.0}
+
+    def right(**more):
+        pictures = (255 * paint(pipe, *size, prompts, **options, **more)).astype(np.uint8)
+        asked = asked_labels(prompts)
+        return (probe.read(pictures) == asked)[asked >= 0].mean()
+
+    assert right() >= 0.9
+    assert right(resolution=lambda height, width: Resolution()) < 0.8

@@ -115,3 +115,13 @@ def test_full_attention_up_to_the_native_size_of_a_cascade():
     assert attention(2048, native_attention="clear") == ["clear"] * 3
     assert attention(512) == ["clear"]  # what the pipeline is set to
     assert attention(1024, image_size=(256, 256)) == ["full", "clear"]
+
+
+def test_positions_fit_the_attention():
+    def rope(**options):
+        stages = plan_stages(1024, 2048, native_size=512, **options)
+        return [stage.resolution.rope for stage in stages]
+
+    assert rope(attention="clear") == ["two"] * 3
+    assert rope(attention="clear", pooled=True) == ["two", "yarn", "yarn"]
+    assert rope() == ["two", "yarn", "yarn"]

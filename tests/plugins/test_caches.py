@@ -6,6 +6,7 @@ from diffusers import FirstBlockCacheConfig, FluxPipeline, TaylorSeerCacheConfig
 from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
+from clear_dit.pipelines.resolution import Resolution
 
 CONFIGURATIONS = {
     "first block, all skipped": lambda: FirstBlockCacheConfig(threshold=10.0),
@@ -56,7 +57,7 @@ def test_caches(tiny_transformer, tiny_inputs, name, cache_first):
 def test_pipeline_with_true_guidance(tiny_pipeline):
     """Two passes, each with a cache of its own."""
 
-    def draw(pipe):
+    def draw(pipe, **options):
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
         images = pipe(
             "a red house",
@@ -68,12 +69,13 @@ def test_pipeline_with_true_guidance(tiny_pipeline):
             max_sequence_length=6,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
+            **options,
         ).images
         pipe.transformer.disable_cache()
         return images
 
     with dense_masks(picture_mask(6, 10, radius=2, text=6)):
         expected = draw(tiny_pipeline(FluxPipeline))
-    pipe = tiny_pipeline(CLEARFluxPipeline)
+    pipe, as_trained = tiny_pipeline(CLEARFluxPipeline), lambda height, width: Resolution()
     pipe.set_attn_processor(CLEARProcessor(radius=2))
-    torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(draw(pipe, resolution=as_trained), expected, rtol=0, atol=1e-5)
