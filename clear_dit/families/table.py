@@ -1,0 +1,63 @@
+"""Which family a model belongs to. A family's file is imported when a model of it is met."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .family import Family
+
+# Class of a model in diffusers: the file of its family, which defines FAMILY.
+MODELS = {
+    "FluxTransformer2DModel": "flux1",
+    "FluxControlNetModel": "flux1",
+    "ChromaTransformer2DModel": "chroma",
+    "Flux2Transformer2DModel": "flux2",
+    "QwenImageTransformer2DModel": "qwen_image",
+}
+
+
+def known_models() -> str:
+    """The classes, for messages."""
+    *names, last = MODELS
+    return f"{', '.join(names)} and {last}"
+
+
+def all_families() -> list[Family]:
+    """Every family, in the table's order."""
+    return [_load(file) for file in dict.fromkeys(MODELS.values())]
+
+
+def find_family(model: Any) -> Family | None:
+    """The family of a model, None if it is not one of diffusers' that CLEAR knows.
+
+    Wrappers that make a subclass (FSDP) do not hide the model's class.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in MODELS and cls.__module__.startswith("diffusers."):
+            return _load(MODELS[cls.__name__])
+    return None
+
+
+def family_of(model: Any) -> Family:
+    """The family of a supported model."""
+    family = find_family(model)
+    assert family is not None, type(model).__name__
+    return family
+
+
+def is_transformer(model: Any) -> bool:
+    """Whether a model is a family's transformer, and not a ControlNet."""
+    family = find_family(model)
+    return family is not None and any(
+        cls.__name__ == family.transformer for cls in type(model).__mro__
+    )
+
+
+def attention_layers(model: Any) -> dict[str, Any]:
+    """The attention layers of a supported model by name, such as "transformer_blocks.0.attn"."""
+    return family_of(model).layers(model)
+
+
+def _load(file: str) -> Family:
+    return import_module(f".{file}", __package__).FAMILY
