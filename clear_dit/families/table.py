@@ -14,6 +14,10 @@ MODELS = {
     "ChromaTransformer2DModel": "chroma",
     "Flux2Transformer2DModel": "flux2",
     "QwenImageTransformer2DModel": "qwen_image",
+    "SD3Transformer2DModel": "sd3",
+    "ZImageTransformer2DModel": "z_image",
+    "HunyuanImageTransformer2DModel": "hunyuan_image",
+    "CogView4Transformer2DModel": "cogview4",
 }
 
 
