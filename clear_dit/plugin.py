@@ -137,15 +137,21 @@ def _remove(model: nn.Module) -> bool:
     return removed
 
 
-def transformer_of(pipe_or_model: Any, who: str) -> nn.Module:
+def transformer_of(pipe_or_model: Any, who: str, feature: str | None = None) -> nn.Module:
     """The transformer of a pipeline, or the model itself, without torch.compile's wrapper.
 
+    Args:
+        who: asks, for messages.
+        feature: of `FEATURES`, that the model's family must be for.
+
     Raises:
-        ValueError: the class is not supported.
+        ValueError: the class, or the feature for its family, is not supported.
     """
     model = _unwrapped(getattr(pipe_or_model, "transformer", pipe_or_model))
     if not is_transformer(model):
         raise _unsupported(model, who, known_models(controlnets=False))
+    if feature is not None:
+        family_of(model).require(feature, who)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Configurations of whole pipelines, without weights: published ones by name, or a folder's."""
+"""Configurations of whole pipelines, not their weights: published ones by name, or a folder's."""
 
 from __future__ import annotations
 

@@ -14,6 +14,10 @@ MODELS = {
     "ChromaTransformer2DModel": "chroma",
     "Flux2Transformer2DModel": "flux2",
     "QwenImageTransformer2DModel": "qwen_image",
+    "SD3Transformer2DModel": "sd3",
+    "ZImageTransformer2DModel": "z_image",
+    "HunyuanImageTransformer2DModel": "hunyuan_image",
+    "CogView4Transformer2DModel": "cogview4",
 }
 
 
@@ -35,7 +39,12 @@ def all_families() -> list[Family]:
 def find_family(model: Any) -> Family | None:
     """The family of a model, None if it is not one of diffusers' that CLEAR knows."""
     name = _known_class(model)
-    return None if name is None else _load(MODELS[name])
+    return None if name is None else named_family(name)
+
+
+def named_family(class_name: str) -> Family | None:
+    """The family of a class in diffusers, by the class's name."""
+    return _load(MODELS[class_name]) if class_name in MODELS else None
 
 
 def family_of(model: Any) -> Family:
