@@ -21,7 +21,7 @@ from diffusers import FluxTransformer2DModel
 from clear_dit import CLEARProcessor
 from clear_dit import norm_rope as fused_or_not
 from clear_dit.bench.attention import TOLERANCE, Problem, bench_attention
-from clear_dit.bench.configurations import FLUX_TRANSFORMER
+from clear_dit.bench.published import FLUX_TRANSFORMER
 from clear_dit.bench.timing import time_in_turn
 from clear_dit.kernels.triton import tables, tuning
 from clear_dit.kernels.triton.launch import table_key

@@ -11,47 +11,12 @@ from it in the first number, the group.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
-from .kernels.window import Window
+from .layout import Layout
 
 REMEDY = "Name the grid yourself with CLEARProcessor(grid=(rows, columns))."
-
-
-class Layout(NamedTuple):
-    """How a sequence is made up, in tokens: text, the picture in raster order, reference images."""
-
-    text_length: int
-    rows: int
-    columns: int
-    reference_length: int = 0
-
-    @property
-    def image_length(self) -> int:
-        """Number of the picture's tokens."""
-        return self.rows * self.columns
-
-    @property
-    def sequence_length(self) -> int:
-        """Number of all tokens."""
-        return self.text_length + self.image_length + self.reference_length
-
-    @property
-    def and_references(self) -> str:
-        """For messages: " and 12 of reference images", or nothing."""
-        number = self.reference_length
-        return f" and {number} of reference images" if number else ""
-
-    def window(self, radius: int, down_factor: int) -> Window:
-        """Who attends to whom once the reference images are moved behind the text.
-
-        They are treated as text is: seen by every query, and seeing everything. An edit may move
-        things further than the disc reaches; and they do not grow with the picture.
-        """
-        text = self.text_length + self.reference_length
-        return Window(self.rows, self.columns, text, radius, down_factor)
 
 
 def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
@@ -60,9 +25,10 @@ def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
     Args:
         txt_ids: (text, 3); only the length is used. Of a leading batch dimension the first entry
             is taken, as diffusers does.
-        img_ids: (image, 3): group, row and column of every image token, in any dtype. Ids rounded
-            to bfloat16, which merges neighbours above 256, are recognised. Tokens of other groups
-            behind the picture are those of reference images, of any number and size.
+        img_ids: (image, 3): group, row and column of every image token, in any dtype; FLUX.2's have
+            a fourth number, always 0. Ids rounded to bfloat16, which merges neighbours above 256,
+            are recognised. Tokens of other groups behind the picture are those of reference images,
+            of any number and size.
 
     Raises:
         ValueError: the picture's ids are not one raster.
@@ -82,14 +48,14 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
     are replaced; those of reference images stay as they are.
 
     Returns:
-        (image, 3), float32; None where nothing was lost, or the ids are not that raster.
+        (image, 3 or 4), float32; None where nothing was lost, or the ids are not that raster.
     """
     if img_ids.dtype not in (torch.bfloat16, torch.float16):
         return None
-    exact = torch.zeros(layout.rows, layout.columns, 3, device=img_ids.device)
+    exact = torch.zeros(layout.rows, layout.columns, img_ids.shape[-1], device=img_ids.device)
     exact[..., 1] = torch.arange(layout.rows, device=img_ids.device)[:, None]
     exact[..., 2] = torch.arange(layout.columns, device=img_ids.device)
-    exact = exact.reshape(-1, 3)
+    exact = exact.flatten(0, 1)
     rounded = exact.to(img_ids.dtype)
     received = img_ids[0] if img_ids.ndim == 3 else img_ids
     received, references = received[: len(exact)], received[len(exact) :]

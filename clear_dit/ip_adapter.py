@@ -47,6 +47,14 @@ class LayerProcessor(CLEARProcessor):
         if tracker is not None:
             self.tracker = tracker
 
+    @classmethod
+    def for_layer(
+        cls, settings: CLEARProcessor, tracker: WindowTracker, old: Any
+    ) -> LayerProcessor:
+        """The processor that takes the place of `old`, whose IP-adapters it keeps."""
+        has_adapter = isinstance(old, FluxIPAdapterAttnProcessor)
+        return cls(settings, tracker, old if has_adapter else getattr(old, "adapter", None))
+
     def _get_name(self) -> str:
         return CLEARProcessor.__name__
 

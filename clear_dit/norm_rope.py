@@ -30,7 +30,7 @@ Rotary = tuple[torch.Tensor, ...]
 
 def why_not_norm_rope(
     tokens: torch.Tensor,
-    norm: nn.Module,
+    norm: nn.Module | None,
     rotary: Rotary | None,
     text: torch.Tensor | None = None,
     text_norm: nn.Module | None = None,
@@ -95,7 +95,7 @@ def _announce(reason: str | None) -> None:
 
 def norm_and_rotate(
     tokens: torch.Tensor,
-    norm: nn.Module,
+    norm: nn.Module | None,
     rotary: Rotary | None,
     text: torch.Tensor | None = None,
     text_norm: nn.Module | None = None,
@@ -107,10 +107,10 @@ def norm_and_rotate(
 
     Args:
         tokens: (batch, sequence, heads, head_dim).
-        norm: of `tokens`, over head_dim.
+        norm: of `tokens`, over head_dim; None for no norm.
         rotary: (cos, sin), (text + sequence, head_dim) each; None for no rotation.
         text: (batch, text, heads, head_dim) to be put before `tokens`.
-        text_norm: of `text`; needed with it.
+        text_norm: of `text`; None for no norm.
 
     Returns:
         (batch, text + sequence, heads, head_dim).
@@ -118,15 +118,16 @@ def norm_and_rotate(
     reason = why_not_norm_rope(tokens, norm, rotary, text, text_norm)
     if not torch.compiler.is_compiling():  # a log call breaks the graph
         _announce(reason)
-    if reason is None:
+    if reason is None and norm is not None:
         from .kernels.triton.norm_rope import norm_rope
 
         text_weight = None if text_norm is None else text_norm.weight
         cos, sin = rotary or (None, None)
         return norm_rope(tokens, text, norm.weight, text_weight, cos, sin, norm.eps)
-    tokens = norm(tokens)
-    if text is not None and text_norm is not None:
-        tokens = torch.cat([text_norm(text), tokens], dim=1)
+    tokens = tokens if norm is None else norm(tokens)
+    if text is not None:
+        text = text if text_norm is None else text_norm(text)
+        tokens = torch.cat([text, tokens], dim=1)
     return tokens if rotary is None else rotate(tokens, rotary)
 
 

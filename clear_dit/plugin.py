@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from .chunking import chunk_feed_forward, is_chunked
-from .compat import names_from
-from .ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
+from .families.family import Family
+from .families.table import (
+    attention_layers,
+    family_of,
+    find_family,
+    is_transformer,
+    known_models,
+)
 from .processor import CLEARProcessor, FluxAttnProcessor
-from .state import ClearState, attention_layers
+from .state import ClearState
 from .tracker import WindowTracker
-
-(FluxTransformer2DModel,) = names_from(
-    "diffusers.models.transformers.transformer_flux", "FluxTransformer2DModel"
-)
-FluxControlNetModel, FluxMultiControlNetModel = names_from(
-    "diffusers.models.controlnets.controlnet_flux",
-    "FluxControlNetModel",
-    "FluxMultiControlNetModel",
-)
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMERS = (FluxTransformer2DModel,)
-MODELS = (FluxTransformer2DModel, FluxControlNetModel)
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply_clear` did to one model.
+
+    Attributes:
+        model: its class.
+        family: its title, such as "FLUX.2 (dev, klein)".
+        layers: names of the attention layers that have CLEAR now.
+        kept: names of those that stay as they were, by why.
+    """
+
+    model: str
+    family: str
+    layers: tuple[str, ...]
+    kept: Mapping[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        kept = "".join(
+            f"; {len(names)} stay as they are, such as {names[0]}, which {why}"
+            for why, names in self.kept.items()
+        )
+        return f"{self.family}: {len(self.layers)} attention layers run CLEAR{kept}"
 
 
 def apply_clear(
@@ -37,16 +57,18 @@ def apply_clear(
     weights: str | os.PathLike[str] | None = None,
     impl: str = "auto",
     proportional_base: int | None = None,
-) -> None:
-    """Replace the attention of every layer of a FLUX model by CLEAR's local attention.
+) -> tuple[Applied, ...]:
+    """Replace the attention of every layer of a model by CLEAR's local attention.
 
-    A pipeline's ControlNets are included: they attend over the whole picture too. In large pictures
-    feed-forward layers run chunk by chunk, which takes less memory (`chunk_feed_forward`). A second
-    call replaces the settings; `remove_clear` still goes back to what was there before the first.
-    Nothing is changed if anything is refused.
+    The families of models are those of `families/table.py`. A pipeline's ControlNets are included:
+    they attend over the whole picture too. In large pictures FLUX.1's feed-forward layers run chunk
+    by chunk, which takes less memory (`chunk_feed_forward`). A second call replaces the settings;
+    `remove_clear` still goes back to what was there before the first. Nothing is changed if
+    anything is refused.
 
     Args:
-        pipe_or_model: a pipeline with a FLUX transformer, the transformer itself, or a ControlNet.
+        pipe_or_model: a pipeline with a transformer of a family, the transformer itself, or one of
+            its ControlNets.
         radius: of the disc an image token attends to, in tokens.
         down_factor: side of a pooling cell, in tokens; 1 is the variant without pooled keys.
         weights: fine-tuned weights for these settings, a path or a hub repository: see
@@ -55,26 +77,30 @@ def apply_clear(
         impl: one of `auto, triton, flex, tiled, reference`.
         proportional_base: see `CLEARProcessor`.
 
+    Returns:
+        What was done to the transformer and to every ControlNet; the log says it too, at INFO.
+
     Raises:
-        ValueError: an unsupported model, a setting out of its range, weights that do not fit.
+        ValueError: an unsupported model or layer, a setting out of its range, weights that do not
+            fit.
         OSError: the weights cannot be found.
     """
     settings = CLEARProcessor(
         radius=radius, down_factor=down_factor, impl=impl, proportional_base=proportional_base
     )
     models = models_of(pipe_or_model, "apply_clear")
+    for model in models:
+        _refuse_layers(model)
     if weights is None:
-        for model in models:
-            install(model, settings)
-        return
+        return tuple(install(model, settings) for model in models)
     from .weights import find_weights, load_checked, open_checked
 
     transformer = transformer_of(pipe_or_model, "apply_clear(weights=...)")
     path = find_weights(weights, settings.radius, settings.down_factor)
     with open_checked(transformer, path, settings) as file:
-        for model in models:
-            install(model, settings)
+        applied = tuple(install(model, settings) for model in models)
         load_checked(transformer, file)
+    return applied
 
 
 def remove_clear(pipe_or_model: Any) -> bool:
@@ -100,7 +126,8 @@ def _remove(model: nn.Module) -> bool:
         state.reconcile(model)
         state.restore_weights(model)
         state.detach()
-        chunk_feed_forward(model, None)
+        if family_of(model).chunked:
+            chunk_feed_forward(model, None)
     removed = state is not None
     for name, attn in attention_layers(model).items():
         if isinstance(attn.processor, CLEARProcessor):
@@ -110,14 +137,22 @@ def _remove(model: nn.Module) -> bool:
     return removed
 
 
-def transformer_of(pipe_or_model: Any, who: str) -> nn.Module:
+def transformer_of(pipe_or_model: Any, who: str, feature: str | None = None) -> nn.Module:
     """The transformer of a pipeline, or the model itself, without torch.compile's wrapper.
 
+    Args:
+        who: asks, for messages.
+        feature: of `FEATURES`, that the model's family must be for.
+
     Raises:
-        ValueError: the class is not supported.
+        ValueError: the class, or the feature for its family, is not supported.
     """
-    model = getattr(pipe_or_model, "transformer", pipe_or_model)
-    return _supported(model, TRANSFORMERS, who)
+    model = _unwrapped(getattr(pipe_or_model, "transformer", pipe_or_model))
+    if not is_transformer(model):
+        raise _unsupported(model, who, known_models(controlnets=False))
+    if feature is not None:
+        family_of(model).require(feature, who)
+    return model
 
 
 def models_of(pipe_or_model: Any, who: str) -> list[nn.Module]:
@@ -126,50 +161,86 @@ def models_of(pipe_or_model: Any, who: str) -> list[nn.Module]:
     if hasattr(pipe_or_model, "transformer"):
         found.append(transformer_of(pipe_or_model, who))
         pipe_or_model = getattr(pipe_or_model, "controlnet", None)
-    if isinstance(pipe_or_model, FluxMultiControlNetModel):
-        found += [_supported(net, MODELS, who) for net in pipe_or_model.nets]
-    elif pipe_or_model is not None:
-        found.append(_supported(pipe_or_model, MODELS, who))
+    for model in getattr(pipe_or_model, "nets", [pipe_or_model]):  # several ControlNets
+        model = _unwrapped(model)
+        if model is not None and find_family(model) is None:
+            raise _unsupported(model, who, known_models())
+        found += [] if model is None else [model]
     return found
 
 
-def _supported(model: Any, classes: tuple[type[nn.Module], ...], who: str) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, classes):
+def _unwrapped(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _unsupported(model: Any, who: str, known: str) -> ValueError:
+    return ValueError(
+        f"{who}: supported models are {known}, alone or in a pipeline; got {type(model).__name__}."
+    )
+
+
+def _refuse_layers(model: nn.Module) -> None:
+    """Refuse layers whose processor the family has no replacement for, or cannot serve.
+
+    Raises:
+        ValueError: the layer, what it has and what is known.
+    """
+    family = family_of(model)
+    for name, attn in family.layers(model).items():
+        if getattr(attn, "fused_projections", False) and not family.serves_fused:
+            raise ValueError(
+                f"apply_clear: {name} has fused projections, which CLEAR does not serve in "
+                f"{family.title}; call unfuse_qkv_projections() first."
+            )
+        processor = type(attn.processor).__name__
+        if isinstance(attn.processor, CLEARProcessor) or processor in family.processors:
+            continue
         raise ValueError(
-            f"{who}: supported models are {' and '.join(cls.__name__ for cls in classes)}, alone "
-            f"or in a pipeline; got {type(model).__name__}."
+            f"apply_clear: {name} has {processor}; in {family.title} CLEAR takes the place of "
+            f"{' or '.join(family.processors)}. Put that back first."
         )
-    return model
 
 
-def install(model: nn.Module, settings: CLEARProcessor) -> None:
+def install(model: nn.Module, settings: CLEARProcessor) -> Applied:
     """Give every layer a processor of its own with these settings, sharing one tracker.
 
     Pooling weights the model already has stay, where the new down_factor equals the old.
     """
+    family = family_of(model)
     state = ClearState.on(model) or ClearState.attach(model)
     state.reconcile(model)
     state.tracker = WindowTracker(settings.radius, settings.down_factor)
-    layers = attention_layers(model)
+    layers = family.layers(model)
     for name, attn in layers.items():
         old = attn.processor
         if not isinstance(old, CLEARProcessor):
             state.processors[name] = old
-        has_adapter = isinstance(old, FluxIPAdapterAttnProcessor)
-        adapter = old if has_adapter else getattr(old, "adapter", None)
-        new = LayerProcessor(settings, state.tracker, adapter)
+        new = _replacement(family, old).for_layer(settings, state.tracker, old)
         if new.spatial_weight is not None:
-            like = attn.norm_q.weight  # on the meta device under sequential offloading
-            weight = new.spatial_weight
-            weight.data = weight.data.to(
-                device=None if like.is_meta else like.device, dtype=like.dtype
-            )
-            trained = getattr(old, "spatial_weight", None)
-            if trained is not None and trained.shape == weight.shape:
-                weight.data.copy_(trained.data)
+            _settle(new.spatial_weight, attn, getattr(old, "spatial_weight", None))
         attn.set_processor(new)
         state.installed[name] = new
-    if not is_chunked(model):
+    if family.chunked and not is_chunked(model):
         chunk_feed_forward(model)
-    logger.info("CLEAR applied to %d attention layers: %s", len(layers), settings.extra_repr())
+    kept = {why: tuple(names) for why, names in family.kept_layers(model).items()}
+    applied = Applied(type(model).__name__, family.title, tuple(layers), kept)
+    described = (len(layers), settings.extra_repr(), applied)
+    logger.info("CLEAR applied to %d attention layers: %s; %s", *described)
+    return applied
+
+
+def _replacement(family: Family, old: Any) -> Any:
+    """The class of CLEAR's processor in the place of a stock one, or of an earlier one of ours."""
+    default = next(iter(family.processors.values()))
+    if isinstance(old, CLEARProcessor):
+        return type(old) if hasattr(type(old), "for_layer") else default
+    return family.processors.get(type(old).__name__, default)
+
+
+def _settle(weight: nn.Parameter, attn: Any, trained: nn.Parameter | None) -> None:
+    """New pooling weights where the layer's are, with the values the layer has already."""
+    like = next(attn.to_q.parameters()) if attn.norm_q is None else attn.norm_q.weight
+    # On the meta device under sequential offloading.
+    weight.data = weight.data.to(device=None if like.is_meta else like.device, dtype=like.dtype)
+    if trained is not None and trained.shape == weight.shape:
+        weight.data.copy_(trained.data)

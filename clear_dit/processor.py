@@ -10,20 +10,24 @@ import torch
 from torch import nn
 
 from .compat import names_from
-from .grid import Layout
 from .kernels.attention import IMPLS, local_attention, why_not
 from .kernels.two_positions import two_position_attention
 from .kernels.window import Window
+from .layout import Layout
 from .norm_rope import Rotary, norm_and_rotate
-from .tracker import WindowTracker
+from .text_padding import Projected, ValidText, attend_without_padding
+from .tracker import Forward, WindowTracker
 
-_get_qkv_projections, FluxAttnProcessor = names_from(
-    "diffusers.models.transformers.transformer_flux", "_get_qkv_projections", "FluxAttnProcessor"
+_get_qkv_projections, FluxAttention, FluxAttnProcessor = names_from(
+    "diffusers.models.transformers.transformer_flux",
+    "_get_qkv_projections",
+    "FluxAttention",
+    "FluxAttnProcessor",
 )
 
 
 class CLEARProcessor(nn.Module):
-    """Attention processor for FLUX's double and single blocks (arXiv 2412.16112).
+    """Attention processor for the double and single blocks of FLUX.1 (arXiv 2412.16112).
 
     `transformer.set_attn_processor(CLEARProcessor())` is all it takes: the token grid and the text
     length are found from the rotary table of each forward, at any resolution and aspect ratio.
@@ -157,23 +161,22 @@ class CLEARProcessor(nn.Module):
                 returns, (batch, image, channels), comes third.
         """
         self._refuse_foreign_settings(attention_mask)
+        if not isinstance(attn, FluxAttention):
+            raise ValueError(
+                "CLEARProcessor: set_attn_processor is for FLUX.1's layers, got a layer of class "
+                f"{type(attn).__name__}; call apply_clear on the model or pipeline."
+            )
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
-        compiling = torch.compiler.is_compiling()
-        if compiling:
+        window, valid_text = None, None
+        if torch.compiler.is_compiling():
             layout, window = self.tracker.compiled()
         else:
-            layout = self._find_layout(sequence, text_length, rotary)
-            window = self.tracker.window(layout)
-        if layout.reference_length:
-            # Local attention wants what everyone sees first. Order means nothing to the rest.
-            start = layout.text_length if text_length is None else 0
-            hidden_states = _swap(hidden_states, start, layout.image_length)
-            if rotary is not None:
-                rotary = tuple(
-                    _swap(table[None], layout.text_length, layout.image_length)[0]
-                    for table in rotary
-                )
+            layout, valid_text = self._find_forward(sequence, text_length, rotary)
+        stream = layout if text_length is None else layout.image_only
+        hidden_states = stream.to_local(hidden_states)
+        if rotary is not None and layout.reference_length:
+            rotary = tuple(layout.to_local(table[None])[0] for table in rotary)
 
         query, key, value, text_query, text_key, text_value = _get_qkv_projections(
             attn, hidden_states, encoder_hidden_states
@@ -198,40 +201,67 @@ class CLEARProcessor(nn.Module):
         query = norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0])
         key = norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1])
 
-        out = self._attention(
-            (query, key),
+        out = self._local((query, key, value), layout, valid_text, window, far).flatten(2, 3)
+        out = out.to(query.dtype)
+        del query, key, value, far  # three tensors of the sequence's size, before the projections
+        if encoder_hidden_states is None:
+            return layout.to_layer(out)
+        text, image = out.tensor_split([layout.text_length], dim=1)
+        image = attn.to_out[1](attn.to_out[0](stream.to_layer(image).contiguous()))
+        text = attn.to_add_out(text.contiguous())
+        return (image, text) if beside is None else (image, text, stream.to_layer(beside))
+
+    def _local(
+        self,
+        tensors: Projected,
+        layout: Layout,
+        valid_text: ValidText | None = None,
+        window: Window | None = None,
+        far: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Local attention with the processor's settings.
+
+        Args:
+            tensors: query, key, value, (batch, sequence, heads, head_dim) each, in the order of
+                `Layout.to_local`.
+            valid_text: where the batch's prompts have different lengths.
+            window: of the layout, where torch.compile traces it; else the tracker's.
+            far: query and key again, rotated by scaled positions, where tokens have two.
+        """
+        query = tensors[0]
+        if valid_text is not None:
+            if far is not None:
+                raise ValueError(
+                    "CLEARProcessor: prompts of different lengths in one batch do not go with two "
+                    "positions a token; run them one by one."
+                )
+            return attend_without_padding(
+                tensors,
+                valid_text,
+                layout.text_length,
+                lambda row, text_length: self._local(row, layout._replace(text_length=text_length)),
+            )
+        compiling = torch.compiler.is_compiling()
+        return self._attention(
+            tensors,
             far,
-            value,
-            window,
-            scale=self._scale(sequence, query.shape[-1]),
+            self.tracker.window(layout) if window is None else window,
+            scale=self._scale(query.shape[1], query.shape[-1]),
             spatial_weight=self._pooling_weights(query.device),
             impl=self.tracker.impl if compiling else self.impl,
         )
-        out = out.flatten(2, 3).to(query.dtype)
-        del query, key, value, far  # three tensors of the sequence's size, before the projections
-        if layout.reference_length:
-            out = _swap(out, layout.text_length, layout.reference_length)
-            if beside is not None:
-                beside = _swap(beside, 0, layout.reference_length)
-        if encoder_hidden_states is None:
-            return out
-        text, image = out.tensor_split([layout.text_length], dim=1)
-        image = attn.to_out[1](attn.to_out[0](image.contiguous()))
-        text = attn.to_add_out(text.contiguous())
-        return (image, text) if beside is None else (image, text, beside)
 
     def _attention(
         self,
-        near: tuple[torch.Tensor, torch.Tensor],
+        tensors: Projected,
         far: tuple[torch.Tensor, torch.Tensor] | None,
-        value: torch.Tensor,
         window: Window,
         **options: Any,
     ) -> torch.Tensor:
-        """Local attention; query and key come rotated, `far` where positions are two."""
+        """Local attention of query, key and value; `far` as in `_local`."""
         if far is not None:
-            return two_position_attention(near, far, value, window, **options)
-        out = local_attention(*near, value, window, **options)
+            return two_position_attention(tensors[:2], far, tensors[2], window, **options)
+        out = local_attention(*tensors, window, **options)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -244,12 +274,12 @@ class CLEARProcessor(nn.Module):
             return head_dim**-0.5
         return math.sqrt(math.log(sequence, self.proportional_base) / head_dim)
 
-    def _find_layout(
+    def _find_forward(
         self,
         sequence: int,
         text_length: int | None,
         rotary: Rotary | None,
-    ) -> Layout:
+    ) -> Forward:
         if self.grid is not None:
             text = sequence - self.grid[0] * self.grid[1]
             if text < 0 or text_length not in (None, text):
@@ -258,20 +288,21 @@ class CLEARProcessor(nn.Module):
                     f"tokens, but the sequence has {_tokens(sequence, text_length)}. Correct the "
                     "grid, or leave it out: it is found."
                 )
-            return Layout(text, *self.grid)
+            return Forward(Layout(text, *self.grid))
         if rotary is None:
             raise ValueError(
                 "CLEARProcessor: without image_rotary_emb the token grid cannot be found; pass "
                 "CLEARProcessor(grid=(rows, columns))."
             )
-        layout = self.tracker.find(rotary, text_length)
+        forward = self.tracker.find(rotary, text_length)
+        layout = forward.layout
         if layout.sequence_length != sequence or text_length not in (None, layout.text_length):
             raise ValueError(
                 f"CLEARProcessor: the position ids describe {layout.text_length} text tokens and "
                 f"{layout.rows} x {layout.columns} image tokens{layout.and_references}, but the "
                 f"sequence has {_tokens(sequence, text_length)}."
             )
-        return layout
+        return forward
 
     def _refuse_foreign_settings(self, attention_mask: torch.Tensor | None) -> None:
         if attention_mask is not None:
@@ -290,12 +321,6 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
                 "sequence without regard to the token grid."
             )
-
-
-def _swap(tokens: torch.Tensor, start: int, length: int) -> torch.Tensor:
-    """Exchange `length` tokens at `start` with all that follow them; (batch, sequence, ...)."""
-    middle = start + length
-    return torch.cat([tokens[:, :start], tokens[:, middle:], tokens[:, start:middle]], dim=1)
 
 
 def _tokens(sequence: int, text_length: int | None) -> str:

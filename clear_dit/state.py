@@ -15,26 +15,18 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .grid import Layout, layout_from_ids, unrounded_ids
+from .families.table import attention_layers, family_of
 from .ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
 from .kernels.attention import select_impl
-from .processor import FluxAttnProcessor
+from .processor import CLEARProcessor, FluxAttnProcessor
+from .text_padding import valid_text
 from .tracker import WindowTracker
 
 logger = logging.getLogger(__name__)
 
 
-def attention_layers(model: nn.Module) -> dict[str, Any]:
-    """The attention modules of a FLUX model by name, such as "transformer_blocks.0.attn"."""
-    return {
-        f"{stack}.{index}.attn": block.attn
-        for stack in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(model, stack))
-    }
-
-
 class ClearState:
-    """What CLEAR remembers about one model; as a forward pre-hook it also reads the position ids.
+    """What CLEAR remembers about one model; as a forward pre-hook it also reads the forward.
 
     Attributes:
         tracker: shared by the processors of all layers; None while only weights were loaded.
@@ -46,7 +38,7 @@ class ClearState:
     def __init__(self) -> None:
         self.tracker: WindowTracker | None = None
         self.processors: dict[str, Any] = {}
-        self.installed: dict[str, LayerProcessor] = {}
+        self.installed: dict[str, CLEARProcessor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self._handle: RemovableHandle | None = None
         self._warned = False
@@ -96,7 +88,7 @@ class ClearState:
             if isinstance(current, FluxIPAdapterAttnProcessor):
                 self._install_again(name, attn, current)
             elif isinstance(current, LayerProcessor) and current.blank:
-                if installed.adapter is None:
+                if getattr(installed, "adapter", None) is None:
                     attn.set_processor(installed)
                 else:
                     self._install_again(name, attn, None)
@@ -127,34 +119,27 @@ class ClearState:
         assert self.tracker is not None
         signature = inspect.signature(type(model).forward)
         given = signature.bind_partial(model, *args, **kwargs).arguments
-        img_ids, txt_ids = given.get("img_ids"), given.get("txt_ids")
-        if img_ids is None or txt_ids is None:
-            return None  # the model itself complains
         grid = next(iter(self.installed.values())).grid
-        if grid is None:
-            layout, source = layout_from_ids(txt_ids, img_ids), "img_ids"
-        else:
-            layout, source = Layout(txt_ids.shape[-2], *grid), "the given grid"
-        if getattr(model, "union", False):  # such a ControlNet puts a token for its mode first
-            layout = layout._replace(text_length=layout.text_length + 1)
-        expected = layout.image_length + layout.reference_length
-        received = given["hidden_states"].shape[1]
-        if received != expected:
-            raise ValueError(
-                f"CLEAR: {source} means {layout.rows} x {layout.columns} = {layout.image_length} "
-                f"image tokens{layout.and_references}, but hidden_states has {received}. Are "
-                "height and width those of these latents?"
-            )
-        self.tracker.announce(layout, self._chosen_impl(given["hidden_states"]))
-        exact = unrounded_ids(img_ids, layout)
-        return None if exact is None else (args, kwargs | {"img_ids": exact})
+        reading = family_of(model).read(model, given, grid)
+        if reading is None:
+            return None
+        impl = self._chosen_impl(reading.like)
+        self.tracker.announce(reading.layout, impl, valid_text(reading.text_mask))
+        if not reading.changes:
+            return None
+        bound = signature.bind(model, *args, **kwargs)
+        bound.arguments.update(reading.changes)
+        return bound.args[1:], bound.kwargs
 
-    def _chosen_impl(self, hidden_states: torch.Tensor) -> str:
-        """The implementation that will run, also chosen (and logged) here for compiled blocks."""
+    def _chosen_impl(self, like: torch.Tensor) -> str:
+        """The implementation that will run, also chosen (and logged) here for compiled blocks.
+
+        like: a tensor of the device and dtype the layers run in.
+        """
         impl = next(iter(self.installed.values())).impl
         if impl != "auto":
             return impl
-        query = hidden_states.new_empty(1, 1, 1, 64)
+        query = like.new_empty(1, 1, 1, 64)
         return select_impl(impl, query, needs_grad=torch.is_grad_enabled())
 
     def _runs(self, model: nn.Module) -> bool:

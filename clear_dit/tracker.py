@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .grid import Layout, layout_from_rotary
+from .grid import layout_from_rotary
 from .kernels.window import Window
+from .layout import Layout
+from .text_padding import ValidText
 
 # Implementations that torch.compile does not look into.
 CUSTOM_OPS = ("triton", "tiled")
 
 # Windows kept per model: two passes of classifier-free guidance at a few resolutions.
 WINDOWS_KEPT = 8
+
+
+class Forward(NamedTuple):
+    """What the layers of one forward share: where the tokens are, and which of them are padding."""
+
+    layout: Layout
+    valid_text: ValidText | None = None
 
 
 class WindowTracker:
@@ -32,7 +42,7 @@ class WindowTracker:
         self._reset()
 
     def _reset(self) -> None:
-        self.announced: Layout | None = None
+        self.announced: Forward | None = None
         self.impl = "auto"
         self._is_news = False
         self._windows: OrderedDict[Layout, Window] = OrderedDict()
@@ -54,13 +64,13 @@ class WindowTracker:
             self._windows.popitem(last=False)
         return self._windows[layout]
 
-    def announce(self, layout: Layout, impl: str) -> None:
+    def announce(self, layout: Layout, impl: str, valid_text: ValidText | None = None) -> None:
         """Tell the layout of the forward that begins now, and which implementation will run it."""
-        self.announced = layout
+        self.announced = Forward(layout, valid_text)
         self.impl = impl
         self._is_news = True
         self._announced_window = self.window(layout)
-        self._sizes = torch.empty([size + 2 for size in layout], device="meta")
+        self._sizes = torch.empty([size + 2 for size in layout[:-1]], device="meta")
 
     def compiled(self) -> tuple[Layout, Window]:
         """Layout and window of the forward under way, for code that torch.compile traces.
@@ -74,24 +84,53 @@ class WindowTracker:
                 "CLEARProcessor: under torch.compile the token grid must be known beforehand; use "
                 "apply_clear instead of set_attn_processor."
             )
+        if self.announced.valid_text is not None:
+            raise ValueError(
+                "CLEAR: prompts of different lengths in one batch do not work under torch.compile; "
+                "run them one by one."
+            )
+        layout = self.announced.layout
         if self.impl not in CUSTOM_OPS:
-            return self.announced, self._announced_window
-        layout = Layout(*(size - 2 for size in self._sizes.shape))
+            return layout, self._announced_window
+        text, rows, columns, references = (size - 2 for size in self._sizes.shape)
+        layout = Layout(text, rows, columns, references, layout.image_first)
         return layout, layout.window(self.radius, self.down_factor)
 
-    def find(self, rotary: tuple[torch.Tensor, ...], text_length: int | None) -> Layout:
-        """The layout of the forward that this rotary table belongs to.
+    def find(self, rotary: tuple[torch.Tensor, ...], text_length: int | None) -> Forward:
+        """The forward that this rotary table belongs to.
 
         A table seen before keeps its layout: gradient checkpointing runs a layer again when other
         forwards may have gone by.
         """
         cos, sin = rotary[:2]
-        layout = self._by_rotary.get(cos)
-        if layout is None:
+        forward = self._by_rotary.get(cos)
+        if forward is None:
             if self._is_news and self.announced is not None:
-                layout = self.announced
+                forward = self.announced
                 self._is_news = False
             else:
-                layout = layout_from_rotary(cos, sin, text_length)
-            self._by_rotary[cos] = layout
-        return layout
+                forward = Forward(layout_from_rotary(cos, sin, text_length))
+            self._by_rotary[cos] = forward
+        return forward
+
+    def told(self, key: torch.Tensor | None) -> Forward:
+        """The forward under way, for layers from whose arguments a layout cannot be found.
+
+        Args:
+            key: a tensor that all layers of one forward receive, and no other forward; None where
+                there is none. It does for gradient checkpointing what the rotary table does above.
+
+        Raises:
+            ValueError: nobody has announced one.
+        """
+        forward = None if key is None else self._by_rotary.get(key)
+        if forward is None:
+            if self.announced is None:
+                raise ValueError(
+                    "CLEAR: the token grid is not known in this layer; call apply_clear on the "
+                    "model or pipeline instead of setting processors."
+                )
+            forward = self.announced
+            if key is not None:
+                self._by_rotary[key] = forward
+        return forward

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .families.table import attention_layers, family_of
 from .processor import CLEARProcessor
-from .state import ClearState, attention_layers
+from .state import ClearState
 
 logger = logging.getLogger(__name__)
 
 FILE_DTYPES = ("F32", "F16", "BF16")
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
@@ -57,10 +57,9 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
 def parameters_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters CLEAR weights replace, by their name in a file; under a LoRA, the base."""
     parameters = {}
-    for name, attn in attention_layers(model).items():
-        for projection in PROJECTIONS:
-            if projection == "to_out.0" and not hasattr(attn, "to_out"):
-                continue
+    family = family_of(model)
+    for name, attn in family.layers(model).items():
+        for projection in family.tuned_names(attn):
             linear = _without_lora(attn.get_submodule(projection))
             for kind in ("weight", "bias"):
                 if getattr(linear, kind, None) is not None:
@@ -89,13 +88,14 @@ def refuse_unsuitable(model: nn.Module, who: str) -> None:
     Raises:
         ValueError: fused projections, merged LoRA, quantised, sharded or absent parameters.
     """
-    for name, attn in attention_layers(model).items():
-        if attn.fused_projections:
+    family = family_of(model)
+    for name, attn in family.layers(model).items():
+        if getattr(attn, "fused_projections", False):
             raise ValueError(
                 f"{who}: {name} has fused projections; call unfuse_qkv_projections() first."
             )
-        for projection in PROJECTIONS:
-            if getattr(dict(attn.named_modules()).get(projection), "merged", False):
+        for projection in family.tuned_names(attn):
+            if getattr(attn.get_submodule(projection), "merged", False):
                 raise ValueError(
                     f"{who}: a LoRA is merged into {name}.{projection}; call unfuse_lora() first."
                 )

@@ -14,6 +14,7 @@ from clear_dit.kernels.two_positions import full_two_position_attention
 from clear_dit.kernels.window import Window
 from clear_dit.processor import CLEARProcessor, FluxAttnProcessor
 from clear_dit.state import attention_layers
+from clear_dit.text_padding import Projected
 from clear_dit.tracker import WindowTracker
 
 
@@ -22,14 +23,14 @@ class FullTwoPositionProcessor(LayerProcessor):
 
     def _attention(
         self,
-        near: tuple[torch.Tensor, torch.Tensor],
+        tensors: Projected,
         far: tuple[torch.Tensor, torch.Tensor] | None,
-        value: torch.Tensor,
         window: Window,
         **options: Any,
     ) -> torch.Tensor:
         assert far is not None
-        return full_two_position_attention(near, far, value, window, scale=options["scale"])
+        scale = options["scale"]
+        return full_two_position_attention(tensors[:2], far, tensors[2], window, scale=scale)
 
 
 @contextmanager

@@ -1,88 +1,15 @@
-"""Configurations of whole pipelines, without their weights: published ones by name, or a folder's.
-
-A component is described as in its config.json, with the name of its class: "_class_name" for
-diffusers, "architectures" for transformers.
-"""
+"""Configurations of whole pipelines, not their weights: published ones by name, or a folder's."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..models import DEMO_DEFAULTS, FLUX_DEFAULTS, model_path
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What a pipeline is made of.
-
-    Attributes:
-        transformer, autoencoder: of diffusers.
-        text_encoders: of transformers.
-        text_length: text tokens the transformer is given, padding included.
-        native_size: side of a square of as many pixels as it was trained at, in pixels.
-    """
-
-    transformer: dict[str, Any]
-    autoencoder: dict[str, Any]
-    text_encoders: tuple[dict[str, Any], ...]
-    text_length: int
-    native_size: int = FLUX_DEFAULTS.size
-
-
-FLUX_TRANSFORMER = {
-    "_class_name": "FluxTransformer2DModel",
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "in_channels": 64,
-    "axes_dims_rope": [16, 56, 56],
-}
-FLUX_AUTOENCODER = {
-    "_class_name": "AutoencoderKL",
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
-CLIP_L = {
-    "architectures": ["CLIPTextModel"],
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-T5_XXL = {
-    "architectures": ["T5EncoderModel"],
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}
-
-# The config.json files of black-forest-labs/FLUX.1-dev and FLUX.1-schnell.
-CONFIGURATIONS = {
-    "flux-dev": Configuration(
-        FLUX_TRANSFORMER | {"guidance_embeds": True}, FLUX_AUTOENCODER, (CLIP_L, T5_XXL), 512
-    ),
-    "flux-schnell": Configuration(
-        FLUX_TRANSFORMER | {"guidance_embeds": False}, FLUX_AUTOENCODER, (CLIP_L, T5_XXL), 256
-    ),
-}
+from ..models import DEMO_DEFAULTS, model_path
+from .published import CONFIGURATIONS, Configuration
 
 
 def find_configuration(model: str) -> Configuration:

@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..plugin import attention_layers
+from ..families.table import family_of
 from ..processor import CLEARProcessor
-from ..weight_format import PROJECTIONS, current_settings, parameters_by_key, pooling_by_key
+from ..weight_format import current_settings, parameters_by_key, pooling_by_key
 from ..weights import published_name, write_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def lora_config(model: nn.Module, rank: int) -> Any:
-    """peft's description of a LoRA on to_q, to_k, to_v and to_out.0 of every layer."""
+    """peft's description of a LoRA on what the model's family trains in every layer."""
     from peft import LoraConfig
 
+    family = family_of(model)
     targets = [
         f"{name}.{projection}"
-        for name, attn in attention_layers(model).items()
-        for projection in PROJECTIONS
-        if projection != "to_out.0" or hasattr(attn, "to_out")
+        for name, attn in family.layers(model).items()
+        for projection in family.tuned_names(attn)
     ]
     return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
 

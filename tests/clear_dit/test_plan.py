@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from clear_dit import Window, cli
-from clear_dit.bench.configurations import CLIP_L, CONFIGURATIONS, find_configuration
+from clear_dit.bench.configurations import find_configuration
 from clear_dit.bench.executed import raster_keys, tile_choices, tiled_keys
 from clear_dit.bench.fake import LiveStorages, build, defaults, tensor_bytes
 from clear_dit.bench.plan_memory import TransformerMemory, cascade_sizes, plan_memory
+from clear_dit.bench.published import CLIP_L, CONFIGURATIONS
 from clear_dit.chunking import chunk_feed_forward
 from clear_dit.kernels import flex
 from clear_dit.models import DEMO

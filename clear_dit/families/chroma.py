@@ -1,0 +1,65 @@
+"""Chroma: FLUX.1's layers, with a mask for padded text.
+
+diffusers' blocks make a mask over all queries and keys of it, (batch, 1, sequence, sequence): 4 GB
+at 4096 px. Its pipeline gives the mask as numbers, which are then added to the scores: padded text
+is not hidden at all. Here it is, as in the model's training and as with a mask of bools:
+https://huggingface.co/lodestones/Chroma#tldr-masking-t5-padding-tokens-enhanced-fidelity-and-increased-stability-during-training
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..ip_adapter import LayerProcessor
+from ..text_padding import used_length
+from .family import Family, Reading, only
+from .flux1 import read_ids
+
+
+def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
+    reading = read_ids(model, given, grid)
+    mask, text = given.get("attention_mask"), given.get("encoder_hidden_states")
+    if reading is None or mask is None or text is None:
+        return reading
+    layout, batch = reading.layout, text.shape[0]
+    if tuple(mask.shape) != (batch, layout.sequence_length):
+        raise ValueError(
+            "CLEAR: Chroma's attention_mask must be (batch, text + image) = "
+            f"{(batch, layout.sequence_length)}, got {tuple(mask.shape)}."
+        )
+    mask = mask.bool()
+    if not bool(mask[:, layout.text_length :].all()):
+        raise ValueError("CLEAR: Chroma's attention_mask may hide text only, not image tokens.")
+    length = used_length(mask[:, : layout.text_length])
+    shorter = {
+        "attention_mask": None,
+        "encoder_hidden_states": text[:, :length],
+        "txt_ids": given["txt_ids"][..., :length, :],
+    }
+    return replace(
+        reading,
+        layout=layout._replace(text_length=length),
+        text_mask=mask[:, :length],
+        changes={**reading.changes, **shorter},
+    )
+
+
+FAMILY = Family(
+    name="chroma",
+    title="Chroma",
+    transformer="ChromaTransformer2DModel",
+    stacks=("transformer_blocks", "single_transformer_blocks"),
+    processors={
+        "FluxAttnProcessor": LayerProcessor,
+        "FluxIPAdapterAttnProcessor": LayerProcessor,
+    },
+    read=_read,
+    order="text, picture",
+    grid_from="img_ids",
+    heads="24 x 128",
+    positions="no limit: sine and cosine of any position",
+    serves_fused=True,
+    unsupported=only((), "its pipeline is not CLEARFluxPipeline"),
+)

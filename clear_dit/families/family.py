@@ -1,0 +1,135 @@
+"""What CLEAR has to know about a family of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layout import Layout
+from ..processor import CLEARProcessor
+
+# What a family may support besides attention itself.
+FEATURES = ("distil", "evaluate", "cascade", "patch-parallel")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the arguments of a model's forward say.
+
+    Attributes:
+        layout: of the tokens, in the attention layers.
+        like: latents, for their device and dtype.
+        text_mask: (batch, text) bool, False for padding; None if all of the text is valid.
+        changes: arguments the forward gets instead of those given.
+    """
+
+    layout: Layout
+    like: torch.Tensor
+    text_mask: torch.Tensor | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table of families.
+
+    Attributes:
+        name: in commands and file names, such as "flux2".
+        title: for people, such as "FLUX.2 (dev, klein)".
+        transformer: class name of the transformer in diffusers.
+        stacks: attributes of the model that hold its blocks; a block's attention layers are its
+            children with `set_processor`.
+        processors: class name of a stock processor to CLEAR's that takes its place.
+        read: (model, the forward's arguments by name, explicit grid) to what they say; None where
+            arguments are missing, of which the model itself complains.
+        order: of the tokens in a layer with one sequence.
+        grid_from: where rows and columns are found.
+        heads: heads x channels of the published models.
+        positions: the largest size, and why.
+        tuned: linear layers of an attention layer that distillation trains and CLEAR weights hold,
+            where the layer has them.
+        kept: prefix of other attention layers to why they stay as they are.
+        unsupported: feature of `FEATURES` to why the family is not for it.
+        serves_fused: whether the processors work on layers with fused projections.
+        chunked: whether `chunk_feed_forward` knows the blocks.
+    """
+
+    name: str
+    title: str
+    transformer: str
+    stacks: tuple[str, ...]
+    processors: Mapping[str, type[CLEARProcessor]]
+    read: Callable[[Any, Mapping[str, Any], tuple[int, int] | None], Reading | None]
+    order: str
+    grid_from: str
+    heads: str
+    positions: str
+    tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    kept: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    serves_fused: bool = False
+    chunked: bool = False
+
+    def layers(self, model: nn.Module) -> dict[str, Any]:
+        """The attention layers CLEAR runs in, by name: "transformer_blocks.0.attn"."""
+        return {
+            f"{stack}.{index}.{name}": child
+            for stack in self.stacks
+            for index, block in enumerate(getattr(model, stack, ()))
+            for name, child in block.named_children()
+            if hasattr(child, "set_processor")
+        }
+
+    def kept_layers(self, model: nn.Module) -> dict[str, list[str]]:
+        """Names of the attention layers that stay as they are, by why."""
+        ours, found = self.layers(model), dict[str, list[str]]()
+        for name, module in model.named_modules():
+            if hasattr(module, "set_processor") and name not in ours:
+                prefix = name.partition(".")[0]
+                why = self.kept.get(prefix, "is not attention over the picture")
+                found.setdefault(why, []).append(name)
+        return found
+
+    def tuned_names(self, attn: nn.Module) -> list[str]:
+        """Those of `tuned` that an attention layer has."""
+        modules = dict(attn.named_modules())
+        return [name for name in self.tuned if name in modules]
+
+    def require(self, feature: str, who: str) -> None:
+        """Refuse what the family is not for.
+
+        Raises:
+            ValueError: the feature, the family and why.
+        """
+        if feature in self.unsupported:
+            raise ValueError(
+                f"{who}: {feature} does not work with {self.title}: {self.unsupported[feature]}."
+            )
+
+
+def check_image_length(layout: Layout, source: str, hidden_states: torch.Tensor) -> None:
+    """Refuse latents that contradict a layout.
+
+    Args:
+        source: what the layout was read from, such as "img_ids".
+        hidden_states: (batch, picture + references, channels).
+
+    Raises:
+        ValueError: another number of tokens.
+    """
+    received = hidden_states.shape[1]
+    if received != layout.image_length + layout.reference_length:
+        raise ValueError(
+            f"CLEAR: {source} means {layout.rows} x {layout.columns} = {layout.image_length} "
+            f"image tokens{layout.and_references}, but hidden_states has {received}. Are "
+            "height and width those of these latents?"
+        )
+
+
+def only(features: tuple[str, ...], why: str) -> dict[str, str]:
+    """`Family.unsupported` for a family that is for these features and no others."""
+    return {feature: why for feature in FEATURES if feature not in features}

@@ -1,0 +1,47 @@
+"""FLUX.1: 19 double and 38 single blocks, text first, position ids for text and image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..grid import layout_from_ids, unrounded_ids
+from ..ip_adapter import LayerProcessor
+from ..layout import Layout
+from .family import Family, Reading, check_image_length
+
+
+def read_ids(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
+    """`Family.read` where the forward gets `img_ids` and `txt_ids`."""
+    img_ids, txt_ids = given.get("img_ids"), given.get("txt_ids")
+    if img_ids is None or txt_ids is None:
+        return None
+    if grid is None:
+        layout, source = layout_from_ids(txt_ids, img_ids), "img_ids"
+    else:
+        layout, source = Layout(txt_ids.shape[-2], *grid), "the given grid"
+    if getattr(model, "union", False):  # such a ControlNet puts a token for its mode first
+        layout = layout._replace(text_length=layout.text_length + 1)
+    latents = given["hidden_states"]
+    check_image_length(layout, source, latents)
+    exact = unrounded_ids(img_ids, layout)
+    return Reading(layout, latents, changes={} if exact is None else {"img_ids": exact})
+
+
+FAMILY = Family(
+    name="flux1",
+    title="FLUX.1 (dev, schnell, Kontext, Fill)",
+    transformer="FluxTransformer2DModel",
+    stacks=("transformer_blocks", "single_transformer_blocks"),
+    processors={
+        "FluxAttnProcessor": LayerProcessor,
+        "FluxIPAdapterAttnProcessor": LayerProcessor,
+    },
+    read=read_ids,
+    order="text, picture, references",
+    grid_from="img_ids, or the rotary table",
+    heads="24 x 128",
+    positions="no limit: sine and cosine of any position",
+    serves_fused=True,
+    chunked=True,
+)

@@ -1,0 +1,121 @@
+"""FLUX.2: double blocks and parallel single blocks, text first, ids of four numbers.
+
+A single block projects query, key, value and the feed-forward's input in one product, and both
+outputs in another. The rotary table is FLUX.1's, with theta 2000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..compat import names_from
+from ..norm_rope import Rotary, norm_and_rotate
+from .family import Family, Reading, only
+from .flux1 import read_ids
+from .joint import JointProcessor
+
+(_get_qkv_projections,) = names_from(
+    "diffusers.models.transformers.transformer_flux2", "_get_qkv_projections"
+)
+
+
+class Flux2Processor(JointProcessor):
+    """In the place of `Flux2AttnProcessor`: a double block."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and text, (batch, tokens, channels) each; arguments are the stock processor's."""
+        self._refuse_foreign_settings(attention_mask)
+        assert image_rotary_emb is not None
+        layout, _, window = self.under_way(image_rotary_emb[0])
+        stream = layout.image_only
+        rotary = _in_order(image_rotary_emb, layout)
+        projected = _get_qkv_projections(
+            attn, stream.to_local(hidden_states), encoder_hidden_states
+        )
+        query, key, value, text_query, text_key, text_value = (
+            x.unflatten(-1, (-1, attn.head_dim)) for x in projected
+        )
+        query = norm_and_rotate(query, attn.norm_q, rotary, text_query, attn.norm_added_q)
+        key = norm_and_rotate(key, attn.norm_k, rotary, text_key, attn.norm_added_k)
+        value = torch.cat([text_value, value], dim=1)
+        out = self.attend_joint((query, key, value), layout, None, window)
+        del query, key, value
+        text, image = out.tensor_split([layout.text_length], dim=1)
+        image = attn.to_out[1](attn.to_out[0](stream.to_layer(image)))
+        return image, attn.to_add_out(text)
+
+
+class Flux2ParallelProcessor(JointProcessor):
+    """In the place of `Flux2ParallelSelfAttnProcessor`: a single block."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> torch.Tensor:
+        """(batch, text + image, channels); arguments are the stock processor's."""
+        self._refuse_foreign_settings(attention_mask)
+        assert image_rotary_emb is not None
+        layout, _, window = self.under_way(image_rotary_emb[0])
+        rotary = _in_order(image_rotary_emb, layout)
+        projected = attn.to_qkv_mlp_proj(layout.to_local(hidden_states))
+        # By proportion: under tensor parallelism a rank has its share of both.
+        whole = 3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor
+        part = projected.shape[-1] * 3 * attn.inner_dim // whole
+        qkv, feed_forward = projected.tensor_split([part], dim=-1)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv.chunk(3, dim=-1))
+        query = norm_and_rotate(query, attn.norm_q, rotary)
+        key = norm_and_rotate(key, attn.norm_k, rotary)
+        out = self.attend_joint((query, key, value), layout, None, window)
+        del query, key, value
+        out = torch.cat([out, attn.mlp_act_fn(feed_forward)], dim=-1)
+        return layout.to_layer(attn.to_out(out))
+
+
+def _in_order(rotary: Rotary, layout: Any) -> Rotary:
+    cos, sin = (layout.to_local(table[None])[0] for table in rotary)
+    return cos, sin
+
+
+def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
+    if given.get("kv_cache_mode") is not None:
+        raise ValueError(
+            "CLEAR: FLUX.2's cache of reference keys (kv_cache_mode="
+            f"{given['kv_cache_mode']!r}, Flux2KleinKVPipeline) is not supported; use "
+            "Flux2KleinPipeline, or call remove_clear."
+        )
+    return read_ids(model, given, grid)
+
+
+FAMILY = Family(
+    name="flux2",
+    title="FLUX.2 (dev, klein)",
+    transformer="Flux2Transformer2DModel",
+    stacks=("transformer_blocks", "single_transformer_blocks"),
+    processors={
+        "Flux2AttnProcessor": Flux2Processor,
+        "Flux2KVAttnProcessor": Flux2Processor,
+        "Flux2ParallelSelfAttnProcessor": Flux2ParallelProcessor,
+        "Flux2KVParallelSelfAttnProcessor": Flux2ParallelProcessor,
+    },
+    read=_read,
+    order="text, picture, references",
+    grid_from="img_ids (four numbers: group, row, column, text position)",
+    heads="48 x 128 (dev), 24 x 128 (klein 4B), 32 x 128 (klein 9B)",
+    positions="no limit: sine and cosine of any position",
+    tuned=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
+    serves_fused=True,
+    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+)

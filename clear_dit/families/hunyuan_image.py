@@ -1,0 +1,120 @@
+"""HunyuanImage 2.1: double and single blocks, picture first, rotary embedding of the picture only.
+
+A token is 32 x 32 pixels. Text comes from two encoders and is padded to 1128 tokens; the model puts
+the valid tokens of both before the padding. What all prompts of a batch leave empty is cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ..layout import Layout
+from ..norm_rope import Rotary, norm_and_rotate
+from ..text_padding import used_length
+from .family import Family, Reading, only
+from .joint import JointProcessor
+
+
+class HunyuanImageProcessor(JointProcessor):
+    """In the place of `HunyuanImageAttnProcessor`, in double and single blocks."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and text, (batch, tokens, channels) each; arguments are the stock processor's.
+
+        The mask of padded text is known already: it follows from the forward's arguments.
+        """
+        self._refuse_foreign_settings(None)
+        assert image_rotary_emb is not None
+        layout, valid_text, window = self.under_way(image_rotary_emb[0])
+        cos, sin = image_rotary_emb
+        # Text is not rotated: an angle of zero.
+        before = (0, 0, layout.text_length, 0)
+        rotary = functional.pad(cos, before, value=1.0), functional.pad(sin, before)
+        single = attn.add_q_proj is None  # one set of projections and norms for both streams
+        linears = attn.to_q, attn.to_k, attn.to_v
+        text_linears = linears if single else (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        norms = attn.norm_q, attn.norm_k
+        text_norms = norms if single else (attn.norm_added_q, attn.norm_added_k)
+        image, text = (
+            [linear(tokens).unflatten(-1, (attn.heads, -1)) for linear in stream]
+            for tokens, stream in (
+                (hidden_states, linears),
+                (encoder_hidden_states, text_linears),
+            )
+        )
+        query, key = (
+            norm_and_rotate(image[i], norms[i], rotary, text[i], text_norms[i]) for i in range(2)
+        )
+        value = torch.cat([text[2], image[2]], dim=1)
+        del image, text
+        out = self.attend_joint((query, key, value), layout, valid_text, window)
+        del query, key, value
+        text_out, image_out = out.tensor_split([layout.text_length], dim=1)
+        if not single:
+            image_out = attn.to_out[1](attn.to_out[0](image_out))
+            text_out = attn.to_add_out(text_out)
+        return image_out, text_out
+
+
+def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
+    latents, text = given.get("hidden_states"), given.get("encoder_hidden_states")
+    mask = given.get("encoder_attention_mask")
+    if latents is None or text is None or mask is None:
+        return None
+    *frame_patch, row_patch, column_patch = model.config.patch_size
+    if frame_patch and latents.shape[2] != frame_patch[0]:
+        raise ValueError(f"CLEAR: HunyuanImage's pictures have one frame, got {latents.shape[2]}.")
+    rows, columns = latents.shape[-2] // row_patch, latents.shape[-1] // column_patch
+    mask = mask.bool()
+    length = used_length(mask)
+    mask = mask[:, :length]
+    changes = {
+        "encoder_hidden_states": text[:, :length],
+        "encoder_attention_mask": mask,
+    }
+    second, second_mask = (
+        given.get(name) for name in ("encoder_hidden_states_2", "encoder_attention_mask_2")
+    )
+    if model.context_embedder_2 is not None and second is not None:
+        if second_mask is None:
+            return None  # the model itself complains
+        second_mask = second_mask.bool()
+        length = used_length(second_mask)
+        second_mask = second_mask[:, :length]
+        changes |= {
+            "encoder_hidden_states_2": second[:, :length],
+            "encoder_attention_mask_2": second_mask,
+        }
+        # The model puts valid tokens first.
+        both = torch.cat([second_mask, mask], dim=1)
+        places = torch.arange(both.shape[1], device=both.device)
+        mask = places < both.sum(dim=1, keepdim=True)
+    layout = Layout(mask.shape[1], rows, columns, image_first=True)
+    return Reading(layout, latents, mask, changes)
+
+
+FAMILY = Family(
+    name="hunyuan-image",
+    title="HunyuanImage 2.1",
+    transformer="HunyuanImageTransformer2DModel",
+    stacks=("transformer_blocks", "single_transformer_blocks"),
+    processors={"HunyuanImageAttnProcessor": HunyuanImageProcessor},
+    read=_read,
+    order="picture, text",
+    grid_from="the latents' shape",
+    heads="28 x 128",
+    positions="no limit: sine and cosine of any position",
+    kept={"context_embedder": "attends over text alone"},
+    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+)

@@ -1,0 +1,140 @@
+"""Qwen-Image: 60 double blocks, text first, complex rotary tables with the picture's centre at 0.
+
+The text's positions begin where the longer half side of the picture ends, so padding is cut off at
+its end only: the tokens that stay keep their positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..compat import names_from
+from ..layout import Layout
+from ..text_padding import used_length
+from .family import Family, Reading, check_image_length, only
+from .joint import JointProcessor
+
+(_rotate,) = names_from(
+    "diffusers.models.transformers.transformer_qwenimage", "apply_rotary_emb_qwen"
+)
+
+
+class QwenProcessor(JointProcessor):
+    """In the place of `QwenDoubleStreamAttnProcessor2_0`."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image and text, (batch, tokens, channels) each; arguments are the stock processor's.
+
+        The mask of padded text is known already: the model's forward has the same.
+        """
+        self._refuse_foreign_settings(attention_mask)
+        assert image_rotary_emb is not None
+        image_rotary, text_rotary = image_rotary_emb
+        # The shared Attention has no head_dim; under tensor parallelism a rank has fewer heads.
+        head_dim = attn.inner_dim // attn.heads
+        image = _projected(
+            hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k),
+            image_rotary, head_dim,
+        )  # fmt: skip
+        text = _projected(
+            encoder_hidden_states, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+            (attn.norm_added_q, attn.norm_added_k), text_rotary, head_dim,
+        )  # fmt: skip
+        out, text_out = self.attend_streams(image, text, key=image_rotary)
+        del image, text
+        out = attn.to_out[1](attn.to_out[0](out.contiguous()))
+        return out, attn.to_add_out(text_out.contiguous())
+
+
+def _projected(
+    tokens: torch.Tensor,
+    linears: tuple[Any, Any, Any],
+    norms: tuple[Any, Any],
+    rotary: torch.Tensor,
+    head_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query and key normed and rotated, and value, (batch, tokens, heads, head_dim) each."""
+    query, key, value = (linear(tokens).unflatten(-1, (-1, head_dim)) for linear in linears)
+    query, key = (
+        _rotate(tensor if norm is None else norm(tensor), rotary, use_real=False)
+        for tensor, norm in zip((query, key), norms, strict=True)
+    )
+    return query, key, value
+
+
+def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
+    """`Family.read`: img_shapes is [[(frames, rows, columns), ...references], ...batch]."""
+    latents, text = given.get("hidden_states"), given.get("encoder_hidden_states")
+    shapes = given.get("img_shapes")
+    if latents is None or text is None or not shapes:
+        return None
+    if model.config.use_layer3d_rope:
+        raise ValueError(
+            "CLEAR: Qwen-Image-Layered is not supported: it makes several pictures at once, one "
+            "behind the other, and CLEAR's window is one picture's."
+        )
+    first = shapes[0] if isinstance(shapes, list) else shapes
+    pictures = first if isinstance(first, list) else [first]
+    if isinstance(shapes, list) and any(other != first for other in shapes):
+        raise ValueError(
+            f"CLEAR: all pictures of a batch must have one size, got img_shapes={shapes}."
+        )
+    frames, rows, columns = pictures[0]
+    if frames != 1:
+        raise ValueError(f"CLEAR: Qwen-Image's pictures have one frame, got {frames}.")
+    references = sum(f * h * w for f, h, w in pictures[1:])
+    layout = Layout(text.shape[1], rows, columns, references)
+    check_image_length(layout, f"img_shapes={shapes}", latents)
+    mask, changes = given.get("encoder_hidden_states_mask"), dict[str, Any]()
+    if mask is not None:
+        if mask.shape != text.shape[:2]:
+            return None  # the model itself complains
+        mask = mask.bool()
+        length = used_length(mask)
+        mask = mask[:, :length]
+        layout = layout._replace(text_length=length)
+        changes["encoder_hidden_states"] = text[:, :length]
+        # The stock forward makes a mask of what is left; the processor has its own.
+        changes["encoder_hidden_states_mask"] = None
+    _check_positions(model, pictures, layout.text_length)
+    return Reading(layout, latents, mask, changes)
+
+
+def _check_positions(model: Any, pictures: list[tuple[int, int, int]], text_length: int) -> None:
+    """The model's table of positions is finite, and slices of it past its end are just shorter."""
+    limit = len(model.pos_embed.pos_freqs)
+    furthest = max(max(rows - rows // 2, columns - columns // 2) for _, rows, columns in pictures)
+    text_start = max(max(rows // 2, columns // 2) for _, rows, columns in pictures)
+    if max(furthest, text_start + text_length) > limit:
+        _, rows, columns = pictures[0]
+        raise ValueError(
+            f"CLEAR: Qwen-Image has {limit} positions, but {rows} x {columns} tokens with "
+            f"{text_length} text tokens need {max(furthest, text_start + text_length)} (half the "
+            "longer side, and the text behind it); make a smaller picture."
+        )
+
+
+FAMILY = Family(
+    name="qwen-image",
+    title="Qwen-Image (and Edit)",
+    transformer="QwenImageTransformer2DModel",
+    stacks=("transformer_blocks",),
+    processors={"QwenDoubleStreamAttnProcessor2_0": QwenProcessor},
+    read=_read,
+    order="text, picture, references",
+    grid_from="img_shapes",
+    heads="24 x 128",
+    positions="4096: half the longer side and the text behind it, in tokens",
+    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+)

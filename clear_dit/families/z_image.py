@@ -1,0 +1,135 @@
+"""Z-Image: single-stream blocks, picture first, then the captions; complex rotary tables.
+
+Picture and caption are each padded to a multiple of 32 tokens with a token of their own, which
+everybody sees, as a text token: padding behind the picture is counted with the references, that
+behind the caption with the text. Only where captions of a batch still differ in length is there
+padding that nobody may see. The blocks of `noise_refiner` attend over the picture alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import names_from
+from ..layout import Layout
+from ..norm_rope import Rotary, norm_and_rotate
+from .family import Family, Reading, only
+from .joint import JointProcessor
+
+(MULTIPLE,) = names_from("diffusers.models.transformers.transformer_z_image", "SEQ_MULTI_OF")
+
+
+class ZImageProcessor(JointProcessor):
+    """In the place of `ZSingleStreamAttnProcessor`."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        freqs_cis: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, picture + captions, channels); arguments are the stock processor's.
+
+        The mask of shorter captions is known already: it follows from the forward's arguments.
+        """
+        self._refuse_foreign_settings(None)
+        assert freqs_cis is not None
+        layout, valid_text, window = self.under_way(freqs_cis)
+        # The picture's positions follow the caption's: one table where captions have one length.
+        tables = freqs_cis[:1] if valid_text is None else freqs_cis
+        if hidden_states.shape[1] == layout.image_only.sequence_length:
+            layout, valid_text, window = layout.image_only, None, None
+        rotary = [_real(table) for table in layout.to_local(tables)]
+        hidden_states = layout.to_local(hidden_states)
+        query, key, value = (
+            linear(hidden_states).unflatten(-1, (attn.heads, -1))
+            for linear in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query = _rotated(query, attn.norm_q, rotary)
+        key = _rotated(key, attn.norm_k, rotary)
+        out = self.attend_joint((query, key, value), layout, valid_text, window)
+        del query, key, value
+        out = attn.to_out[0](layout.to_layer(out))
+        return attn.to_out[1](out) if len(attn.to_out) > 1 else out
+
+
+def _real(table: torch.Tensor) -> Rotary:
+    """(cos, sin), (sequence, head_dim) each, of a complex table (sequence, head_dim / 2)."""
+    return table.real.repeat_interleave(2, dim=-1), table.imag.repeat_interleave(2, dim=-1)
+
+
+def _rotated(tokens: torch.Tensor, norm: nn.Module | None, rotary: list[Rotary]) -> torch.Tensor:
+    """Query or key, normed and rotated by a table for all of the batch, or by each one's own."""
+    if len(rotary) == 1:
+        return norm_and_rotate(tokens, norm, rotary[0])
+    rows = zip(tokens.split(1), rotary, strict=True)
+    return torch.cat([norm_and_rotate(row, norm, table) for row, table in rows])
+
+
+def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
+    latents, captions = given.get("x"), given.get("cap_feats")
+    if not latents or not captions:
+        return None
+    if isinstance(latents[0], list):
+        raise ValueError(
+            "CLEAR: Z-Image-Omni is not supported: pictures it is given stand before the one it "
+            "makes, with captions between them."
+        )
+    sizes = {tuple(latent.shape[1:]) for latent in latents}
+    if len(sizes) > 1:
+        raise ValueError(
+            "CLEAR: all pictures of a batch must have one size, got latents of "
+            f"{sorted(sizes)} (frames, height, width)."
+        )
+    frames, height, width = sizes.pop()
+    if frames != given.get("f_patch_size", 1):
+        raise ValueError(f"CLEAR: Z-Image's pictures have one frame, got {frames}.")
+    patch = given.get("patch_size", 2)
+    rows, columns = height // patch, width // patch
+    lengths = torch.tensor([len(caption) + -len(caption) % MULTIPLE for caption in captions])
+    text_length = int(lengths.max())
+    _check_positions(model, rows, columns, text_length)
+    padding = -(rows * columns) % MULTIPLE
+    layout = Layout(text_length, rows, columns, padding, image_first=True)
+    mask = (torch.arange(text_length) < lengths[:, None]).to(latents[0].device)
+    return Reading(layout, latents[0], mask)
+
+
+def _check_positions(model: Any, rows: int, columns: int, text_length: int) -> None:
+    """The tables of positions are finite; what lies past their end is an error on a GPU."""
+    text_limit, row_limit, column_limit = model.config.axes_lens
+    if rows > row_limit or columns > column_limit:
+        raise ValueError(
+            f"CLEAR: this Z-Image model has positions for {row_limit} x {column_limit} tokens, got "
+            f"{rows} x {columns}; make a smaller picture."
+        )
+    if text_length + 2 > text_limit:  # captions begin at 1, the picture follows them
+        raise ValueError(
+            f"CLEAR: this Z-Image model has positions for {text_limit - 2} tokens of text, got "
+            f"{text_length} with padding; shorten the prompt."
+        )
+
+
+FAMILY = Family(
+    name="z-image",
+    title="Z-Image",
+    transformer="ZImageTransformer2DModel",
+    stacks=("noise_refiner", "layers"),
+    processors={"ZSingleStreamAttnProcessor": ZImageProcessor},
+    read=_read,
+    order="picture, padding, captions",
+    grid_from="the latents' shapes",
+    heads="30 x 128",
+    positions="512 tokens a side: tables, axes_lens",
+    kept={
+        "context_refiner": "attends over text alone",
+        "siglip_refiner": "attends over an encoder's image tokens alone",
+    },
+    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+)

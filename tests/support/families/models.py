@@ -1,0 +1,369 @@
+"""A tiny random transformer of each family's real class, and inputs for it.
+
+Two heads of 16 channels and two blocks of each kind. Pictures are given in tokens; text in tokens
+of a sample, of which the padded part is masked.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import (
+    ChromaTransformer2DModel,
+    CogView4Transformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    HunyuanImageTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
+
+HEADS, HEAD_DIM, TEXT_CHANNELS = 2, 16, 8
+# Z-Image pads pictures and captions to a multiple of this; and how much longer one caption is.
+Z_IMAGE_MULTIPLE = 32
+Z_IMAGE_LONGER = 3 * Z_IMAGE_MULTIPLE
+
+
+class TinyFamily(NamedTuple):
+    """How to make and call a tiny model of a family.
+
+    Attributes:
+        model_class: of diffusers.
+        config: of the tiny model.
+        inputs: the keyword arguments of a forward, see `make_inputs`.
+        pictures: (length, start) of every sequence with the picture that a layer attends over, in
+            tokens, from the number of the picture's tokens, of text and of the references'.
+        masks_text: whether padded text can be told.
+        takes_references: whether a sequence can hold reference images.
+        guided: changes to `config` for a model with a guidance embedding; None: there are none.
+    """
+
+    model_class: type
+    config: dict[str, Any]
+    inputs: Callable[..., dict[str, Any]]
+    pictures: Callable[[int, int, int], list[tuple[int, int]]]
+    masks_text: bool = False
+    takes_references: bool = False
+    guided: dict[str, Any] | None = None
+
+
+def make_model(name: str, seed: int = 0, **config: Any) -> torch.nn.Module:
+    """A tiny model of a family of `FAMILIES`, with changes to its configuration."""
+    family = FAMILIES[name]
+    torch.manual_seed(seed)
+    model = family.model_class(**family.config | config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("pad_token"):  # zeros else, which no test could tell from none
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def make_inputs(
+    name: str,
+    rows: int,
+    columns: int,
+    text: int = 5,
+    batch: int = 1,
+    padded: bool = False,
+    guidance: bool = False,
+    references: tuple[tuple[int, int], ...] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Random inputs of a forward.
+
+    Args:
+        rows, columns: of the picture, in tokens.
+        text: tokens of text in every sample.
+        padded: all samples but the first have two tokens fewer, and padding in their place.
+        guidance: with a guidance scale, for models with an embedding for it.
+        references: (rows, columns) of reference images.
+    """
+    family = FAMILIES[name]
+    assert not padded or (family.masks_text and batch > 1)
+    assert not references or family.takes_references
+    randn = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=randn)
+
+    options: dict[str, Any] = {}
+    if padded:
+        options["padding"] = 2
+    if references:
+        options["references"] = references
+    inputs = family.inputs(random, rows, columns, text, batch, **options)
+    if guidance:
+        inputs["guidance"] = torch.full((batch,), 3.5)
+    return inputs
+
+
+@torch.no_grad()
+def run(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The model's prediction, (batch, ...)."""
+    out = model(**inputs, return_dict=False)[0]
+    return torch.stack(out) if isinstance(out, list) else out
+
+
+def text_mask(batch: int, text: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
+    """(batch, text): 0 for padding, at the end of all samples but the first."""
+    mask = torch.ones(batch, text, dtype=dtype)
+    mask[1:, text - padding :] = 0
+    return mask
+
+
+def raster_ids(rows: int, columns: int, group: int, channels: int) -> torch.Tensor:
+    """(rows * columns, channels): group, row, column of every token; zeros behind."""
+    ids = torch.zeros(rows, columns, channels)
+    ids[..., 0] = group
+    ids[..., 1] += torch.arange(rows)[:, None]
+    ids[..., 2] += torch.arange(columns)
+    return ids.reshape(-1, channels)
+
+
+def flux_inputs(random, rows, columns, text, batch, references=()):
+    sizes = [(rows, columns), *references]
+    return {
+        "hidden_states": random(batch, sum(h * w for h, w in sizes), 4),
+        "encoder_hidden_states": random(batch, text, TEXT_CHANNELS),
+        "pooled_projections": random(batch, 8),
+        "timestep": torch.full((batch,), 0.5),
+        # Kontext: all reference images are one group.
+        "img_ids": torch.cat([raster_ids(h, w, min(i, 1), 3) for i, (h, w) in enumerate(sizes)]),
+        "txt_ids": torch.zeros(text, 3),
+    }
+
+
+def chroma_inputs(random, rows, columns, text, batch, padding=0):
+    inputs = flux_inputs(random, rows, columns, text, batch)
+    del inputs["pooled_projections"]
+    picture = torch.ones(batch, rows * columns, dtype=torch.bool)
+    # Of text and picture together. The pipeline has it in the dtype of the prompt; diffusers then
+    # adds ones and zeros to the scores, which hides nothing.
+    inputs["attention_mask"] = torch.cat(
+        [text_mask(batch, text, padding, torch.bool), picture], dim=1
+    )
+    return inputs
+
+
+def flux2_inputs(random, rows, columns, text, batch, references=()):
+    sizes = [(rows, columns), *references]
+    txt_ids = torch.zeros(text, 4)
+    txt_ids[:, 3] = torch.arange(text)
+    return {
+        "hidden_states": random(batch, sum(h * w for h, w in sizes), 4),
+        "encoder_hidden_states": random(batch, text, TEXT_CHANNELS),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": torch.cat([raster_ids(h, w, 10 * i, 4) for i, (h, w) in enumerate(sizes)]),
+        "txt_ids": txt_ids,
+    }
+
+
+def sd3_inputs(random, rows, columns, text, batch):
+    return {
+        "hidden_states": random(batch, 4, 2 * rows, 2 * columns),
+        "encoder_hidden_states": random(batch, text, TEXT_CHANNELS),
+        "pooled_projections": random(batch, 8),
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+def qwen_image_inputs(random, rows, columns, text, batch, padding=0, references=()):
+    sizes = [(rows, columns), *references]
+    mask = text_mask(batch, text, padding, torch.int64) if padding else None
+    return {
+        "hidden_states": random(batch, sum(h * w for h, w in sizes), 4),
+        "encoder_hidden_states": random(batch, text, TEXT_CHANNELS),
+        "encoder_hidden_states_mask": mask,
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [[(1, h, w) for h, w in sizes]] * batch,
+    }
+
+
+def z_image_inputs(random, rows, columns, text, batch, padding=0):
+    # A caption is padded with tokens everybody sees; only a shorter sequence of a batch is masked.
+    lengths = [text + (Z_IMAGE_LONGER if padding and i == 0 else 0) for i in range(batch)]
+    return {
+        "x": [random(4, 1, 2 * rows, 2 * columns) for _ in range(batch)],
+        "t": torch.full((batch,), 0.5),
+        "cap_feats": [random(length, TEXT_CHANNELS) for length in lengths],
+    }
+
+
+def hunyuan_image_inputs(random, rows, columns, text, batch, padding=0):
+    # The second encoder's text is 3 tokens, of which every sample but the first has none.
+    second = torch.ones(batch, 3, dtype=torch.int64)
+    second[1:] = 0
+    return {
+        "hidden_states": random(batch, 4, rows, columns),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": random(batch, text, TEXT_CHANNELS),
+        "encoder_attention_mask": text_mask(batch, text, padding, torch.int64),
+        "encoder_hidden_states_2": random(batch, 3, TEXT_CHANNELS),
+        "encoder_attention_mask_2": second if padding else torch.ones_like(second),
+    }
+
+
+def cogview4_inputs(random, rows, columns, text, batch):
+    size = torch.tensor([[rows * 16.0, columns * 16.0]] * batch)
+    return {
+        "hidden_states": random(batch, 4, 2 * rows, 2 * columns),
+        "encoder_hidden_states": random(batch, text, TEXT_CHANNELS),
+        "timestep": torch.full((batch,), 500.0),
+        "original_size": size,
+        "target_size": size,
+        "crop_coords": torch.zeros_like(size),
+    }
+
+
+def text_first(image: int, text: int, references: int) -> list[tuple[int, int]]:
+    return [(text + image + references, text)]
+
+
+def image_first(image: int, text: int, references: int) -> list[tuple[int, int]]:
+    return [(image + text, 0)]
+
+
+def padded_to(multiple: int, length: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def z_image_pictures(image: int, text: int, references: int) -> list[tuple[int, int]]:
+    # In the noise refiner alone; with the longest caption of a batch, padded or not.
+    alone = padded_to(Z_IMAGE_MULTIPLE, image)
+    captions = [padded_to(Z_IMAGE_MULTIPLE, length) for length in (text, text + Z_IMAGE_LONGER)]
+    found = [(alone, 0), *((alone + caption, 0) for caption in captions)]
+    # Captions alone are attended over too, and are told apart by their length.
+    assert not {length for length, _ in found} & set(captions), "choose another size"
+    return found
+
+
+SIZES = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
+FLUX_CONFIG = SIZES | {
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "joint_attention_dim": TEXT_CHANNELS,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+FAMILIES = {
+    "flux": TinyFamily(
+        FluxTransformer2DModel,
+        FLUX_CONFIG | {"pooled_projection_dim": 8},
+        flux_inputs,
+        text_first,
+        takes_references=True,
+        guided={"guidance_embeds": True},
+    ),
+    "chroma": TinyFamily(
+        ChromaTransformer2DModel,
+        FLUX_CONFIG
+        | {
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        chroma_inputs,
+        text_first,
+        masks_text=True,
+    ),
+    "flux2": TinyFamily(
+        Flux2Transformer2DModel,
+        FLUX_CONFIG
+        | {
+            "axes_dims_rope": (4, 4, 4, 4),
+            "timestep_guidance_channels": 8,
+            "guidance_embeds": False,
+        },
+        flux2_inputs,
+        text_first,
+        takes_references=True,
+        guided={"guidance_embeds": True},
+    ),
+    "sd3": TinyFamily(
+        SD3Transformer2DModel,
+        SIZES
+        | {
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 3,
+            "joint_attention_dim": TEXT_CHANNELS,
+            "caption_projection_dim": HEADS * HEAD_DIM,
+            "pooled_projection_dim": 8,
+            "pos_embed_max_size": 12,
+            "dual_attention_layers": (0, 1),
+            "qk_norm": "rms_norm",
+        },
+        sd3_inputs,
+        # The second attention of a block with two is over the picture alone.
+        lambda image, text, references: [(image + text, 0), (image, 0)],
+    ),
+    "qwen-image": TinyFamily(
+        QwenImageTransformer2DModel,
+        SIZES
+        | {
+            "in_channels": 4,
+            "out_channels": 1,
+            "num_layers": 2,
+            "joint_attention_dim": TEXT_CHANNELS,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        qwen_image_inputs,
+        text_first,
+        masks_text=True,
+        takes_references=True,
+    ),
+    "z-image": TinyFamily(
+        ZImageTransformer2DModel,
+        {
+            "in_channels": 4,
+            "dim": HEADS * HEAD_DIM,
+            "n_layers": 2,
+            "n_refiner_layers": 2,
+            "n_heads": HEADS,
+            "n_kv_heads": HEADS,
+            "cap_feat_dim": TEXT_CHANNELS,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [256, 16, 16],
+        },
+        z_image_inputs,
+        z_image_pictures,
+        masks_text=True,
+    ),
+    "hunyuan-image": TinyFamily(
+        HunyuanImageTransformer2DModel,
+        SIZES
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "num_refiner_layers": 2,
+            "text_embed_dim": TEXT_CHANNELS,
+            "text_embed_2_dim": TEXT_CHANNELS,
+            "rope_axes_dim": (8, 8),
+        },
+        hunyuan_image_inputs,
+        lambda image, text, references: [(image + text + 3, 0)],
+        masks_text=True,
+        guided={"guidance_embeds": True},
+    ),
+    "cogview4": TinyFamily(
+        CogView4Transformer2DModel,
+        SIZES
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "text_embed_dim": TEXT_CHANNELS,
+            "time_embed_dim": 16,
+            "condition_dim": 8,
+            "sample_size": 16,
+            "rope_axes_dim": (16, 16),
+        },
+        cogview4_inputs,
+        text_first,
+    ),
+}

@@ -1,0 +1,260 @@
+"""A stock pipeline of each family, of tiny random parts. Prompts may be any words."""
+
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .models import TEXT_CHANNELS, make_model
+
+WORDS = ("a", "small", "red", "house", "by", "the", "sea")
+VOCABULARY = {word: index for index, word in enumerate(("<pad>", "<eos>", "<unk>", *WORDS))}
+# Messages one after the other; what they say is text, or a list of texts.
+CHAT = """{% for message in messages %}{% if message.content is string %}{{ message.content }}
+{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %} {% endfor %}"""
+
+# Of transformers' language models.
+LANGUAGE = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": TEXT_CHANNELS,
+    "intermediate_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+VISION = {"hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "depth": 1}
+
+
+def make_pipeline(name: str) -> Any:
+    """The stock text-to-image pipeline of a family of `FAMILIES`."""
+    cls, parts, _ = PIPELINES[name]
+    torch.manual_seed(0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = cls(transformer=make_model(name), scheduler=scheduler, **parts())
+    if name in ("qwen-image", "hunyuan-image"):
+        pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "a small {}", 2
+        pipe.tokenizer_max_length = pipe.tokenizer_2_max_length = 12
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_options(name: str) -> dict[str, Any]:
+    """What a call of `make_pipeline(name)` needs besides prompts and size, for guidance too."""
+    options: dict[str, Any] = {"max_sequence_length": 12}
+    if name == "flux2":
+        options["text_encoder_out_layers"] = (1,)
+    elif name == "qwen-image":
+        options |= {"true_cfg_scale": 4.0, "negative_prompt": ["a house", "sea"]}
+    elif name == "hunyuan-image":
+        options = {"negative_prompt": ["a house", "sea"]}
+    elif name == "cogview4":
+        options["negative_prompt"] = ["a house", "sea"]
+    return options
+
+
+def draw(pipe: Any, name: str, rows: int = 4, columns: int = 6, **options: Any) -> torch.Tensor:
+    """Two pictures of two steps and of two prompts, (2, height, width, 3), from a fixed seed.
+
+    Args:
+        rows, columns: even, in tokens.
+    """
+    side = PIPELINES[name][2]
+    return torch.from_numpy(
+        pipe(
+            prompt=["a red house", "the small house by the sea"],
+            height=side * rows,
+            width=side * columns,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+            **call_options(name) | options,
+        ).images
+    )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=8,
+        chat_template=CHAT,
+    )
+
+
+def make_clip(cls: type, hidden_size: int = 8) -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=hidden_size,
+        projection_dim=hidden_size,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    return cls(config).eval()
+
+
+def make_t5() -> transformers.T5EncoderModel:
+    config = transformers.T5Config(
+        vocab_size=len(VOCABULARY),
+        d_model=TEXT_CHANNELS,
+        d_kv=4,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def make_qwen_vl() -> transformers.Qwen2_5_VLForConditionalGeneration:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=LANGUAGE | {"rope_parameters": rope},
+        vision_config=VISION | {"out_hidden_size": TEXT_CHANNELS},
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def make_mistral() -> transformers.Mistral3ForConditionalGeneration:
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**LANGUAGE),
+        vision_config=transformers.PixtralVisionConfig(
+            hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ),
+    )
+    return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+
+def make_autoencoder(
+    cls: type = diffusers.AutoencoderKL, channels: int = 1, blocks: int = 2, **config: Any
+) -> Any:
+    """An autoencoder that reduces by 2^(blocks - 1)."""
+    return cls(
+        block_out_channels=(4,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **config,
+    ).eval()
+
+
+def flux_parts() -> dict[str, Any]:
+    return {
+        "vae": make_autoencoder(shift_factor=0.0),
+        "text_encoder": make_clip(transformers.CLIPTextModel),
+        "tokenizer": make_tokenizer(),
+        "text_encoder_2": make_t5(),
+        "tokenizer_2": make_tokenizer(),
+    }
+
+
+def chroma_parts() -> dict[str, Any]:
+    return {
+        "vae": make_autoencoder(shift_factor=0.0),
+        "text_encoder": make_t5(),
+        "tokenizer": make_tokenizer(),
+    }
+
+
+def flux2_parts() -> dict[str, Any]:
+    return {
+        "vae": make_autoencoder(diffusers.AutoencoderKLFlux2),
+        "text_encoder": make_mistral(),
+        "tokenizer": make_tokenizer(),
+    }
+
+
+def sd3_parts() -> dict[str, Any]:
+    return {
+        "vae": make_autoencoder(channels=4, shift_factor=0.0),
+        "text_encoder": make_clip(transformers.CLIPTextModelWithProjection, 4),
+        "tokenizer": make_tokenizer(),
+        "text_encoder_2": make_clip(transformers.CLIPTextModelWithProjection, 4),
+        "tokenizer_2": make_tokenizer(),
+        "text_encoder_3": make_t5(),
+        "tokenizer_3": make_tokenizer(),
+    }
+
+
+def qwen_image_parts() -> dict[str, Any]:
+    return {
+        "vae": diffusers.AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=1,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0],
+            latents_std=[1.0],
+        ).eval(),
+        "text_encoder": make_qwen_vl(),
+        "tokenizer": make_tokenizer(),
+    }
+
+
+def z_image_parts() -> dict[str, Any]:
+    return {
+        "vae": make_autoencoder(channels=4, shift_factor=0.0),
+        "text_encoder": transformers.Qwen3Model(transformers.Qwen3Config(**LANGUAGE)).eval(),
+        "tokenizer": make_tokenizer(),
+    }
+
+
+def hunyuan_image_parts() -> dict[str, Any]:
+    return {
+        "vae": diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            spatial_compression_ratio=2,
+            sample_size=32,
+            scaling_factor=1.0,
+        ).eval(),
+        "text_encoder": make_qwen_vl(),
+        "tokenizer": make_tokenizer(),
+        "text_encoder_2": make_t5(),
+        "tokenizer_2": make_tokenizer(),
+        "guider": diffusers.AdaptiveProjectedMixGuidance(),
+    }
+
+
+def cogview4_parts() -> dict[str, Any]:
+    return {
+        # The pipeline takes multiples of 16 pixels only.
+        "vae": make_autoencoder(channels=4, blocks=4),
+        "text_encoder": transformers.GlmModel(transformers.GlmConfig(**LANGUAGE)).eval(),
+        "tokenizer": make_tokenizer(),
+    }
+
+
+# Class, its parts besides transformer and scheduler, and the side of a token in pixels.
+PIPELINES = {
+    "flux": (diffusers.FluxPipeline, flux_parts, 4),
+    "chroma": (diffusers.ChromaPipeline, chroma_parts, 4),
+    "flux2": (diffusers.Flux2Pipeline, flux2_parts, 4),
+    "sd3": (diffusers.StableDiffusion3Pipeline, sd3_parts, 4),
+    "qwen-image": (diffusers.QwenImagePipeline, qwen_image_parts, 4),
+    "z-image": (diffusers.ZImagePipeline, z_image_parts, 4),
+    "hunyuan-image": (diffusers.HunyuanImagePipeline, hunyuan_image_parts, 2),
+    "cogview4": (diffusers.CogView4Pipeline, cogview4_parts, 16),
+}
