@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,8 @@ class CLEARProcessor(nn.Module):
         ValueError: a setting out of its range, an unknown `impl`, or "triton" where it cannot run.
     """
 
+    # Whether image tokens attend to their disc alone (see `FullTwoPositionProcessor`).
+    local = True
     spatial_weight: nn.Parameter | None
     # diffusers sets these on any processor; see `_refuse_foreign_settings`.
     _attention_backend = None
@@ -168,15 +171,26 @@ class CLEARProcessor(nn.Module):
             )
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
+        share, whole_rotary = self.tracker.share, rotary
+        if share is not None:
+            sequence += share.elsewhere
         window, valid_text = None, None
         if torch.compiler.is_compiling():
+            if share is not None:
+                raise RuntimeError(
+                    "CLEARProcessor: torch.compile does not work with patch parallelism; leave the "
+                    "model uncompiled."
+                )
             layout, window = self.tracker.compiled()
         else:
             layout, valid_text = self._find_forward(sequence, text_length, rotary)
+        if share is not None:
+            layout, rotary = share.layout, share.own_rotary(rotary)
         stream = layout if text_length is None else layout.image_only
         hidden_states = stream.to_local(hidden_states)
         if rotary is not None and layout.reference_length:
             rotary = tuple(layout.to_local(table[None])[0] for table in rotary)
+        halo = None if share is None else share.send(attn, hidden_states)
 
         query, key, value, text_query, text_key, text_value = _get_qkv_projections(
             attn, hidden_states, encoder_hidden_states
@@ -184,8 +198,9 @@ class CLEARProcessor(nn.Module):
         # -1 takes up the heads: under tensor parallelism a rank holds only some of them.
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
         beside = None if branch is None else branch(query)
-        text_norms = None, None
-        if attn.added_kv_proj_dim is not None:
+        if attn.added_kv_proj_dim is None:
+            text_query, text_key, text_norms = None, None, (None, None)
+        else:
             text_query, text_key, text_value = (
                 x.unflatten(-1, (-1, attn.head_dim)) for x in (text_query, text_key, text_value)
             )
@@ -201,8 +216,20 @@ class CLEARProcessor(nn.Module):
         query = norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0])
         key = norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1])
 
-        out = self._local((query, key, value), layout, valid_text, window, far).flatten(2, 3)
-        out = out.to(query.dtype)
+        if share is None:
+            out = self._local((query, key, value), layout, valid_text, window, far)
+        else:
+            out = share.attend(
+                halo,
+                (query, key, value),
+                far,
+                key_value=functools.partial(_key_value, attn),
+                rotary=whole_rotary,
+                scale=self._scale(sequence, query.shape[-1]),
+                spatial_weight=self._pooling_weights(query.device),
+                impl=self.impl,
+            )
+        out = out.flatten(2, 3).to(query.dtype)
         del query, key, value, far  # three tensors of the sequence's size, before the projections
         if encoder_hidden_states is None:
             return layout.to_layer(out)
@@ -321,6 +348,18 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
                 "sequence without regard to the token grid."
             )
+
+
+def _key_value(
+    attn: Any, hidden_states: torch.Tensor, rotary: Rotary | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value, (batch, tokens, heads, head_dim), of image tokens alone."""
+    if attn.fused_projections:
+        _, key, value, *_ = _get_qkv_projections(attn, hidden_states)
+    else:
+        key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+    key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (key, value))
+    return norm_and_rotate(key, attn.norm_k, rotary), value
 
 
 def _tokens(sequence: int, text_length: int | None) -> str:

@@ -50,30 +50,6 @@ def attend(
     return out.to(lse.dtype), lse
 
 
-def attend_all(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query over all keys, in linear memory on CPUs and CUDA devices.
-
-    Args:
-        query: (batch, queries, heads, head_dim); key, value: (batch, keys, heads, head_dim).
-
-    Returns:
-        out (batch, queries, heads, head_dim) and lse (batch, queries, heads), float32 or wider.
-    """
-    wide = compute_dtype(query.dtype, query.device)
-    query, key, value = (tensor.transpose(1, 2).to(wide) for tensor in (query, key, value))
-    if query.device.type == "cuda" and wide != torch.float64:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, scale=scale
-        )
-        lse = lse[..., : query.shape[2]]  # it is padded to whole tiles
-        out = out.to(lse.dtype)
-    else:
-        out, lse = attend(query, key, value, scale)
-    return out.transpose(1, 2), lse.transpose(1, 2)
-
-
 def attend_backward(
     grad: torch.Tensor,
     query: torch.Tensor,

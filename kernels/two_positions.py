@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 
 from .attention import local_attention
+from .dense import dense_attention
 from .merge import merge_
-from .partial import attend_all
 from .pooling import pool_tokens
 from .window import Window
 
@@ -72,10 +72,11 @@ def two_position_attention(
         )
     if far_key.shape[1]:
         image = image.to(lse.dtype)
-        merge_(image, lse, *attend_all(query[:, text:], far_key, far_value, scale))
+        others = dense_attention(query[:, text:], far_key, far_value, scale=scale, impl=impl)
+        merge_(image, lse, *others)
     if not text:
         return image.to(value.dtype)
-    text_out, _ = attend_all(query[:, :text], key, value, scale)
+    text_out, _ = dense_attention(query[:, :text], key, value, scale=scale, impl=impl)
     return torch.cat([text_out.to(value.dtype), image.to(value.dtype)], dim=1)
 
 

@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def runs_clear(model: nn.Module) -> bool:
-    """Whether any attention layer of a FLUX transformer has a `CLEARProcessor`."""
-    layers = attention_layers(model).values()
-    return any(isinstance(attn.processor, CLEARProcessor) for attn in layers)
+    """Whether any attention layer of a FLUX transformer has local attention."""
+    processors = [attn.processor for attn in attention_layers(model).values()]
+    return any(isinstance(one, CLEARProcessor) and one.local for one in processors)
 
 
 def pools_keys(model: nn.Module) -> bool:

@@ -21,6 +21,8 @@ from clear_dit.tracker import WindowTracker
 class FullTwoPositionProcessor(LayerProcessor):
     """Full attention; image tokens nearer than the radius see each other's true distance."""
 
+    local = False
+
     def _attention(
         self,
         tensors: Projected,
