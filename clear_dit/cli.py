@@ -13,6 +13,7 @@ import typer
 
 from .distillation.commands import distill, sample
 from .errors import RequestError, first_line, is_out_of_memory
+from .render.commands import render
 
 app = typer.Typer(
     help="CLEAR: high-resolution images from diffusion transformers, in time linear in the pixels.",
@@ -253,6 +254,7 @@ def doctor(as_json: Json = False) -> None:
         print(report(found))
 
 
+app.command()(render)
 app.command()(sample)
 app.command()(distill)
 
