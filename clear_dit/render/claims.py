@@ -57,7 +57,11 @@ class Claims:
         try:
             yield last
         finally:
-            self._file.close()
+            self.close()
+
+    def close(self) -> None:
+        """Give everything up."""
+        self._file.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:

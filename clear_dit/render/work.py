@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import __version__
-from ..errors import RequestError, first_line
+from ..errors import RequestError
 from ..painter import Painter
 from .claims import Claims
 from .jobs import Job
 from .launch import Launch
 from .manifest import DONE, FAILED, REMOVED, WAITING, Entry, Manifest, entry_of
-from .pictures import complete_sidecar, finished, write_sidecar
+from .painting import failed, paint_job, painted_before
+from .pictures import complete_sidecar, finished
 from .progress import Progress
 from .stopping import Stop
 
-logger = logging.getLogger(__name__)
-
 # Seconds between two looks at what other processes do.
 POLL = 0.5
-# What a job's settings or the machine's limits lead to; anything else is a fault of the program.
-_EXPECTED = (RequestError, OSError, FloatingPointError, MemoryError)
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Work:
@@ -172,52 +162,25 @@ class Work:
             self._hear()  # its owner may have settled it just before
             if job.name not in self.pending:
                 return
-            try:
-                # Or was killed before it could say so.
-                settings = finished(self._folder, job)
-            except RequestError as error:
-                self._fail(job, error)
-                return
-            if settings is not None:
-                more = complete_sidecar(self._folder, job, settings)
-                self._say(job, DONE, **more)
-                return
-            if self._painter is None:
-                r = job.request
-                self._painter = self._make_painter(r.model, r.dtype, r.device)
-            if not self._stop.asked:
-                self._paint(self._painter, job)
+            entry = painted_before(self._folder, job)  # or was killed before it could say so
+            if entry is None:
+                if self._painter is None:
+                    r = job.request
+                    self._painter = self._make_painter(r.model, r.dtype, r.device)
+                if self._stop.asked:
+                    return
+                entry = self._paint(self._painter, job)
+            self._manifest.add(entry)
+            self._settle(job, entry["status"])
 
-    def _paint(self, painter: Painter, job: Job) -> None:
-        notes = {"id": job.name, "job": job.identity}
+    def _paint(self, painter: Painter, job: Job) -> Entry:
         try:
-            result = painter.paint(
-                job.request, self._folder / job.picture, on_step=self._progress.step, notes=notes
-            )
-        except Exception as error:
-            self._fail(job, error)
-            if isinstance(error, torch.AcceleratorError):
-                raise OSError(f"{job.name}: the device failed: {first_line(error)}") from error
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _DISK_IS_FULL:
-                raise
-            return
-        self.painted += 1
-        more = {key: result[key] for key in ("seconds", "peak_memory_mb")}
-        settings = asdict(job.request) | {"version": __version__, "impl": result["impl"]} | notes
-        write_sidecar(self._folder, job, settings, **more)
-        self._say(job, DONE, seconds=result["seconds"]["total"])
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        reason = first_line(error)
-        unexpected = not isinstance(error, _EXPECTED)
-        if unexpected:
-            reason = f"{type(error).__name__}: {reason}"
-        logger.error("%s (line %d) failed: %s", job.name, job.line, reason, exc_info=unexpected)
-        self._say(job, FAILED, error=reason)
-
-    def _say(self, job: Job, status: str, **more: Any) -> None:
-        self._manifest.add(entry_of(job, status, **more))
-        self._settle(job, status)
+            entry = paint_job(painter, self._folder, job, self._progress.step)
+        except OSError as error:
+            self._manifest.add(failed(job, error))
+            raise
+        self.painted += entry["status"] == DONE
+        return entry
 
     def _settle(self, job: Job, status: str) -> None:
         del self.pending[job.name]

@@ -1,4 +1,4 @@
-"""Forty jobs of the demo, killed again and again: every picture once, as if nothing had happened."""
+"""Forty jobs of the demo, killed again and again: every picture once, as if never killed."""
 
 import json
 import random

@@ -133,8 +133,8 @@ def test_a_torn_line_does_not_hide_the_next(tmp_path):
     assert manifest.path.read_bytes().count(b"\n") == 2
 
 
-def test_one_signal_finishes_the_picture_and_two_stop_now(paint, fake_painter, tmp_path, fork):
-    log = tmp_path / "log"
+def test_one_signal_finishes_the_picture_and_two_stop_now(paint, fake_painter, tmp_path):
+    log, handler = tmp_path / "log", signal.getsignal(signal.SIGINT)
 
     def send(*delays):
         def work():
@@ -159,7 +159,7 @@ def test_one_signal_finishes_the_picture_and_two_stop_now(paint, fake_painter, t
         paint(A, B, painter=fake_painter(seconds=30, log=log))
     thread.join()
     assert sorted(statuses(tmp_path).values()) == ["done", "waiting"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_watches_for_whole_lines(paint, tmp_path, caplog):
