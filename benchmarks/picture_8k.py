@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from clear_dit.bench.denoise import bench_denoise, step_flops
-from clear_dit.generate import two_passes
+from clear_dit.denoising import two_passes
 from clear_dit.models import TOKEN_PIXELS, load_pipeline, model_defaults
 from clear_dit.pipelines.resolution import applied
 from clear_dit.pipelines.schedule import sigmas_for
