@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from clear_dit.errors import first_line
 
 from .rank_watch import SILENCE_LIMIT, Member, Watch
+from .team import Team
 
 # Dimensions of the mesh: passes of guidance, and bands of rows.
 GUIDANCE, PATCH = "guidance", "patch"
@@ -142,19 +142,6 @@ def check_bands(patches: int, rows: int) -> None:
         )
 
 
-def gather(value: Any) -> list[Any]:
-    """What each rank gives, by rank, as JSON gives it back; all ranks must call this."""
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)]))
-    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-    padded[: len(data)] = data
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    pairs = zip(parts, sizes, strict=True)
-    return [json.loads(bytes(part[: int(size)].numpy())) for part, size in pairs]
-
-
 def agree(members: Sequence[Member], facts: Mapping[str, str]) -> None:
     """Refuse ranks that would not paint the same picture; all ranks must call this.
 
@@ -165,7 +152,7 @@ def agree(members: Sequence[Member], facts: Mapping[str, str]) -> None:
     Raises:
         ValueError: they differ, on every rank; what differs and on which ranks is named.
     """
-    everywhere = gather(dict(facts))
+    everywhere = Team(dist.group.WORLD).gather(dict(facts))
     first = everywhere[0]
     differences = [
         f"{member} has {name} {_shown(other.get(name))}, rank 0 has {_shown(first.get(name))}"
@@ -234,7 +221,7 @@ def _meeting(rank: int) -> tuple[list[Member], Callable[[], dict[int, Connection
     if rank == 0:
         listener = Listener(("127.0.0.1" if one_node else "", 0), backlog=128, authkey=key.encode())
         here |= {"port": listener.address[1], "key": key}
-    everyone = gather(here)
+    everyone = Team(dist.group.WORLD).gather(here)
     members = [Member(**other["member"]) for other in everyone]
 
     def connect() -> dict[int, Connection]:

@@ -1,0 +1,128 @@
+"""What the ranks of a test do, in processes of their own, forked from a server (see `run_ranks`).
+
+Torch's threads do not survive a fork, so that this imports what is slow and computes nothing.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from clear_dit.models import DEMO
+from clear_dit.pipelines.autoencoder import decode, decode_rows, encode
+from clear_dit.pipelines.ranks import agree, start_ranks
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["support.rank_tasks"])
+
+
+def run_ranks(task, world, folder, *arguments):
+    """Run `task(ranks, *arguments)` on some gloo ranks; their statuses and what they said.
+
+    A rank that has not ended after 60 s is killed, and its status is None.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        PROCESSES.Process(target=_rank, args=(rank, world, port, folder, task, arguments))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 60
+    statuses = []
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+        statuses.append(process.exitcode)
+    for process in processes:
+        process.kill()
+        process.join()
+    return statuses, [(folder / f"rank-{rank}.txt").read_text() for rank in range(world)]
+
+
+def _rank(rank, world, port, folder, task, arguments):
+    sys.stdout = sys.stderr = (folder / f"rank-{rank}.txt").open("w")
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    with start_ranks("cpu", silence_limit=4, hang_limit=2) as ranks:
+        task(ranks, *arguments)
+    print("finished")
+
+
+def fail(ranks, how, who):
+    """Exchange something a few times; then one rank fails in one of several ways."""
+    progress = ranks.watch.progress
+    progress.begin("step 3 of 20")
+    tensor = torch.ones(3)
+    for step in range(24):
+        time.sleep(0.05)
+        if step == 22 and ranks.rank == who:
+            match how:
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "hanging":
+                    time.sleep(1000)
+                case "out of memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+        progress.waiting = True
+        dist.all_reduce(tensor)
+        progress.waiting = False
+        progress.count += 1
+
+
+def disagree(ranks):
+    """Different adapters, and another version on one rank."""
+    facts = {"seed": "7", "torch": "2.13", "model": f"digest of adapter {ranks.rank % 2}"}
+    if ranks.rank == 2:
+        facts["torch"] = "2.12"
+    agree(ranks.members, facts)
+
+
+def make_autoencoder(kind):
+    """The demo's own, or FLUX's with fewer channels and random weights."""
+    if kind == "demo":
+        return AutoencoderTiny.from_pretrained(DEMO / "vae", use_safetensors=True).eval()
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def code(ranks, cases, folder):
+    """Decode and encode, the tiles shared by all ranks, and keep what came out.
+
+    cases: (kind, latents, tile_pixels) each.
+    """
+    group = dist.group.WORLD
+    found = []
+    for kind, latents, tile in cases:
+        vae = make_autoencoder(kind)
+        strips = list(decode_rows(vae, latents, tile_pixels=tile, group=group))
+        picture = decode(vae, latents, tile_pixels=tile, group=group)
+        found.append((strips, picture, encode(vae, picture, tile_pixels=tile, group=group)))
+    torch.save(found, folder / f"coded-{ranks.rank}.pt")
