@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -157,11 +158,21 @@ class CLEARProcessor(nn.Module):
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
         compiling = torch.compiler.is_compiling()
+        share, whole_rotary = self.tracker.share, rotary
+        if share is not None:
+            sequence += share.elsewhere
         if compiling:
+            if share is not None:
+                raise RuntimeError(
+                    "CLEARProcessor: torch.compile does not work with patch parallelism; leave the "
+                    "model uncompiled."
+                )
             layout, window = self.tracker.compiled()
         else:
             layout = self._find_layout(sequence, text_length, rotary)
             window = self.tracker.window(layout)
+        if share is not None:
+            layout, rotary = share.layout, share.own_rotary(rotary)
         if layout.reference_length:
             # Local attention wants what everyone sees first. Order means nothing to the rest.
             start = layout.text_length if text_length is None else 0
@@ -172,6 +183,7 @@ class CLEARProcessor(nn.Module):
                     for table in rotary
                 )
                 rotary = cos, sin
+        halo = None if share is None else share.send(attn, hidden_states)
 
         query, key, value, text_query, text_key, text_value = _get_qkv_projections(
             attn, hidden_states, encoder_hidden_states
@@ -190,15 +202,18 @@ class CLEARProcessor(nn.Module):
             key = norm_and_rotate(key, attn.norm_k, rotary, text_key, attn.norm_added_k)
             value = torch.cat([text_value, value], dim=1)
 
-        out = local_attention(
-            query,
-            key,
-            value,
-            window,
-            scale=self._scale(sequence, query.shape[-1]),
-            spatial_weight=self._pooling_weights(query.device),
-            impl=self.tracker.impl if compiling else self.impl,
-        )
+        settings: dict[str, Any] = {
+            "scale": self._scale(sequence, query.shape[-1]),
+            "spatial_weight": self._pooling_weights(query.device),
+            "impl": self.tracker.impl if compiling else self.impl,
+        }
+        if share is None:
+            out = local_attention(query, key, value, window, **settings)
+        else:
+            key_value = functools.partial(_key_value, attn)
+            out = share.attend(
+                halo, query, key, value, key_value=key_value, rotary=whole_rotary, **settings
+            )
         assert isinstance(out, torch.Tensor)
         out = out.flatten(2, 3).to(query.dtype)
         del query, key, value  # three tensors of the sequence's size, before the projections
@@ -268,6 +283,18 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
                 "sequence without regard to the token grid."
             )
+
+
+def _key_value(
+    attn: Any, hidden_states: torch.Tensor, rotary: Rotary | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value, (batch, tokens, heads, head_dim), of image tokens alone."""
+    if attn.fused_projections:
+        _, key, value, *_ = _get_qkv_projections(attn, hidden_states)
+    else:
+        key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+    key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (key, value))
+    return norm_and_rotate(key, attn.norm_k, rotary), value
 
 
 def _swap(tokens: torch.Tensor, start: int, length: int) -> torch.Tensor:

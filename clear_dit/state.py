@@ -60,7 +60,8 @@ class ClearState:
     def attach(cls, model: nn.Module) -> ClearState:
         """A new state on a model that has none."""
         state = cls()
-        state._handle = model.register_forward_pre_hook(state, with_kwargs=True)
+        # First of all hooks: others may take a part of the tokens away (patch parallelism).
+        state._handle = model.register_forward_pre_hook(state, with_kwargs=True, prepend=True)
         return state
 
     def detach(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,6 +25,10 @@ class WindowTracker:
     table that every layer of one forward receives. Windows are remembered, so that what an
     implementation keeps on a `Window` serves all layers and steps; rotary tables are held by weak
     reference only.
+
+    Attributes:
+        share: where several processes share the picture of the forward under way, a
+            `pipelines.patch_attention.SharedPicture`; else None.
     """
 
     def __init__(self, radius: int, down_factor: int) -> None:
@@ -33,6 +38,7 @@ class WindowTracker:
 
     def _reset(self) -> None:
         self.announced: Layout | None = None
+        self.share: Any = None
         self.impl = "auto"
         self._is_news = False
         self._windows: OrderedDict[Layout, Window] = OrderedDict()

@@ -118,20 +118,25 @@ def check_inputs(
             "local_attention: query must be (batch, sequence, heads, head_dim), "
             f"got {query.ndim} dimensions {tuple(query.shape)}."
         )
+    whole = window.query_rows is None
     for name, tensor in (("key", key), ("value", value)):
         for what in ("shape", "dtype", "device"):
-            if getattr(tensor, what) != getattr(query, what):
+            expected = getattr(query, what)
+            if what == "shape" and not whole:
+                expected = torch.Size([query.shape[0], window.sequence_length, *query.shape[2:]])
+            if getattr(tensor, what) != expected:
                 raise ValueError(
                     f"local_attention: {name} must have query's {what} "
-                    f"{_plain(getattr(query, what))}, got {_plain(getattr(tensor, what))}."
+                    f"{_plain(expected)}, got {_plain(getattr(tensor, what))}."
                 )
     if not query.is_floating_point():
         raise ValueError(f"local_attention: query must be floating point, got {query.dtype}.")
-    if query.shape[1] != window.sequence_length:
+    if query.shape[1] != window.query_length:
+        queries = "" if whole else f", of which the rows {window.query_rows} are queries"
         raise ValueError(
             f"local_attention: the sequence has {query.shape[1]} tokens, but the window says "
             f"{window.text_length} text + {window.height} x {window.width} image = "
-            f"{window.sequence_length}."
+            f"{window.sequence_length}{queries}."
         )
     if spatial_weight is None:
         return
@@ -166,7 +171,7 @@ def local_attention(
     Args:
         q, k, v: query, key, value: (batch, text + image, heads, head_dim), float16, bfloat16,
             float32 or float64, any strides; text tokens first, image tokens in raster order;
-            QK-norm and RoPE applied.
+            QK-norm and RoPE applied. With `window.query_rows` the queries are those rows' alone.
         window: the geometry, in tokens.
         scale: factor on query times key; default head_dim^-0.5.
         spatial_weight: weights of the pooling cell, (1, 1, 1, f, 1, f, 1) or (f, f) with
@@ -182,13 +187,18 @@ def local_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that differ, a sequence that contradicts the window,
-            an unknown `impl`, or an explicit `impl` that cannot run here.
+            an unknown `impl`, an explicit `impl` that cannot run here, or gradients with
+            `window.query_rows`, which has no backward pass.
     """
     check_inputs(q, k, v, window, spatial_weight)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, spatial_weight)
     )
+    if needs_grad and window.query_rows is not None:
+        raise ValueError(
+            "local_attention: a window with query_rows has no backward pass; use torch.no_grad()."
+        )
     name = select_impl(impl, q, needs_grad, return_lse)
     out, lse = _RUN[name](
         q,

@@ -87,8 +87,9 @@ def block_mask(window: Window, device: torch.device) -> BlockMask:
 
 def _make_block_mask(window: Window, device: torch.device) -> BlockMask:
     """One row of blocks at a time, and of the image keys only the rows within reach."""
-    queries, keys = window.sequence_length, window.sequence_length + window.pooled_length
-    mask_mod = _mask_mod(window)
+    queries, keys = window.query_length, window.sequence_length + window.pooled_length
+    skipped = window.text_length + window.query_rows[0] * window.width if window.query_rows else 0
+    mask_mod = _mask_mod(window, skipped)
     key_index = torch.arange(keys, device=device)
     block_count = -(-keys // BLOCK)
     # Counted per block: a last short block is full when all the keys it has are seen.
@@ -96,7 +97,8 @@ def _make_block_mask(window: Window, device: torch.device) -> BlockMask:
     partial, full = [], []
     for start in range(0, queries, BLOCK):
         query_index = torch.arange(start, min(start + BLOCK, queries), device=device)
-        reachable = _reachable_keys(window, start, start + len(query_index) - 1, key_index)
+        first = skipped + start
+        reachable = _reachable_keys(window, first, first + len(query_index) - 1, key_index)
         seen = mask_mod(0, 0, query_index[:, None], reachable[None, :]).sum(dim=0)
         counts = torch.zeros(block_count, dtype=seen.dtype, device=device)
         counts.index_add_(0, reachable // BLOCK, seen)
@@ -131,7 +133,8 @@ def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return counts[None, None], indices.to(torch.int32)[None, None]
 
 
-def _mask_mod(window: Window):
+def _mask_mod(window: Window, skipped: int):
+    """skipped: tokens before the first query."""
     text, end, width, radius2 = (
         window.text_length,
         window.sequence_length,
@@ -140,6 +143,7 @@ def _mask_mod(window: Window):
     )
 
     def mask_mod(batch, head, query, key):
+        query = query + skipped
         query_token, key_token = query - text, key - text
         dy = query_token // width - key_token // width
         dx = query_token % width - key_token % width

@@ -15,12 +15,17 @@ from torch.utils.flop_counter import register_flop_formula
 from .pooling import pool_tokens
 from .window import Window
 
-# (query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale) ->
-# (out, lse), and the same after (grad, ...) with out and lse after pooled_value -> five gradients.
+# (query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale,
+# query_start, query_stop) -> (out, lse); the last two are the rows of image queries. And the same up
+# to scale after (grad, ...) with out and lse after pooled_value -> five gradients, for all rows.
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Backward = Callable[
     ..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 ]
+
+
+# Arguments of a forward that are no tensors.
+GEOMETRY = 7
 
 
 def attention_op(name: str, forward: Forward, backward: Backward) -> Forward:
@@ -38,7 +43,7 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Forward:
 
     def run_backward(ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None) -> tuple:
         grads = backward_op(grad, *ctx.saved_tensors, *ctx.geometry)
-        return *grads, *(None for _ in ctx.geometry)
+        return *grads, *(None for _ in range(GEOMETRY))
 
     op.register_autograd(run_backward, setup_context=_save)
     operators = torch.ops.clear_dit
@@ -65,6 +70,7 @@ def run_attention_op(
     return op(
         query, key, value, pooled_key, pooled_value,
         window.height, window.width, window.text_length, window.disc_radius, scale,
+        *window.image_query_rows,
     )  # fmt: skip
 
 
@@ -73,7 +79,7 @@ def channels_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _fake(query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale):
+def _fake(query, *rest):
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     return (
         torch.empty_like(query, memory_format=torch.contiguous_format),
@@ -91,20 +97,22 @@ def _fake_backward(grad, query, key, value, pooled_key, pooled_value, *rest):
 
 def _save(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], *output)
-    ctx.geometry = inputs[5:]
+    ctx.geometry = inputs[5:10]
 
 
-def _product_flops(query, pooled, height, width, text_length, radius) -> int:
+def _product_flops(query, pooled, window: Window) -> int:
     """FLOPs of one of attention's products: 2 per attended pair and channel, exact pairs."""
     batch, _, heads, head_dim = query
-    pairs = Window(height, width, text_length, radius).attended_pairs()
-    return 2 * batch * heads * head_dim * (pairs + height * width * pooled[1])
+    image_queries = window.query_length - window.text_query_length
+    pairs = window.attended_pairs() + image_queries * pooled[1]
+    return 2 * batch * heads * head_dim * pairs
 
 
-def _flops(query, key, value, pooled_key, pooled_value, height, width, text, radius, *rest, **_):
-    return 2 * _product_flops(query, pooled_key, height, width, text, radius)
+def _flops(query, key, value, pooled_key, pooled_value, *geometry, **_):
+    rows = None if query[1] == key[1] else geometry[-2:]
+    return 2 * _product_flops(query, pooled_key, Window(*geometry[:4], query_rows=rows))
 
 
 def _backward_flops(grad, query, key, value, pooled_key, pooled_value, out, lse, *geometry, **_):
     # The scores again, then the gradients of probability, value, query and key.
-    return 5 * _product_flops(query, pooled_key, *geometry[:4])
+    return 5 * _product_flops(query, pooled_key, Window(*geometry[:4]))

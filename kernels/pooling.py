@@ -28,25 +28,45 @@ def pool_tokens(
     Returns:
         (batch, pooled, heads, head_dim), in the dtype of `tokens`; summed in float32 or wider.
     """
+    image = tokens[:, window.text_length :]
+    return pool_rows(image, window, spatial_weight, range(window.height)).to(tokens.dtype)
+
+
+def pool_rows(
+    image: torch.Tensor, window: Window, spatial_weight: torch.Tensor | None, rows: range
+) -> torch.Tensor:
+    """What some rows of the picture contribute to its cells: parts of a cell add up.
+
+    Args:
+        image: (batch, rows * width, heads, head_dim), the tokens of these rows.
+        window, spatial_weight: as in `pool_tokens`, of the whole picture.
+        rows: which they are.
+
+    Returns:
+        (batch, cells, heads, head_dim) in float32 or wider, for the rows of cells from
+        rows.start // down_factor to the one that has the last row.
+    """
     factor = window.down_factor
-    rows, columns = math.ceil(window.height / factor), math.ceil(window.width / factor)
-    batch, _, heads, head_dim = tokens.shape
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    columns = math.ceil(window.width / factor)
+    first, last = rows.start // factor, math.ceil(rows.stop / factor)
+    batch, _, heads, head_dim = image.shape
+    dtype = torch.promote_types(image.dtype, torch.float32)
     if spatial_weight is None:
-        weight = torch.full((factor, factor), factor**-2, dtype=dtype, device=tokens.device)
+        weight = torch.full((factor, factor), factor**-2, dtype=dtype, device=image.device)
     else:
         weight = spatial_weight.reshape(factor, factor).to(dtype)
 
-    image = tokens[:, window.text_length :].unflatten(1, (window.height, window.width))
-    pad_rows, pad_columns = rows * factor - window.height, columns * factor - window.width
-    if pad_rows or pad_columns:
-        image = F.pad(image, (0, 0, 0, 0, 0, pad_columns, 0, pad_rows))
-    cells = image.reshape(batch, rows, factor, columns, factor, heads, head_dim).to(dtype)
+    image = image.unflatten(1, (len(rows), window.width))
+    above, below = rows.start - first * factor, last * factor - rows.stop
+    pad_columns = columns * factor - window.width
+    if above or below or pad_columns:
+        image = F.pad(image, (0, 0, 0, 0, 0, pad_columns, above, below))
+    cells = image.reshape(batch, last - first, factor, columns, factor, heads, head_dim).to(dtype)
     pooled = torch.einsum("brycxhd,yx->brchd", cells, weight)
 
-    last_row, last_column = factor - pad_rows, factor - pad_columns
-    share = torch.ones(rows, columns, dtype=dtype, device=tokens.device)
-    share[-1, :] *= factor / last_row
-    share[:, -1] *= factor / last_column
+    share = torch.ones(last - first, columns, dtype=dtype, device=image.device)
+    if last * factor > window.height:
+        share[-1, :] *= factor / (window.height - (last - 1) * factor)
+    share[:, -1] *= factor / (factor - pad_columns)
     pooled = pooled * share[:, :, None, None]
-    return pooled.flatten(1, 2).to(tokens.dtype)
+    return pooled.flatten(1, 2)

@@ -137,6 +137,8 @@ def _forward(
     text_length: int,
     radius: int,
     scale: float,
+    query_start: int,
+    query_stop: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = channels_contiguous(query, key, value)
     pooled_key, pooled_value = channels_contiguous(pooled_key, pooled_value)
@@ -147,22 +149,25 @@ def _forward(
     columns = tile_columns(width, radius)
     masks = _Masks(columns, radius, dtype, query.device)
     key_columns = {"columns": columns.key_width, "padding": columns.padding}
+    text_queries = query.shape[1] - (query_stop - query_start) * width
 
     for item in range(query.shape[0]):
-        text = [tensor[item, :text_length].to(dtype) for tensor in (query, key, value)]
-        q, k, v = (tensor[item, text_length:] for tensor in (query, key, value))
+        lengths = (text_queries, text_length, text_length)
+        text = [x[item, :n].to(dtype) for x, n in zip((query, key, value), lengths, strict=True)]
+        q, k, v = (x[item, n:] for x, n in zip((query, key, value), lengths, strict=True))
         all_key, all_value = (
             _heads_first(torch.cat([part, pooled[item].to(dtype)]))
             for part, pooled in ((text[1], pooled_key), (text[2], pooled_value))
         )
         text_query, text_key, text_value = (_heads_first(part) for part in text)
-        if text_length:
+        if text_queries:
             text_out, text_lse = attend(text_query, text_key, text_value, scale)
 
-        for band in bands(height, radius):
-            own, reach = slice(band.start, band.stop), slice(band.key_start, band.key_stop)
+        for band in bands(height, radius, range(query_start, query_stop)):
+            reach = slice(band.key_start, band.key_stop)
+            own = slice(band.start - query_start, band.stop - query_start)  # rows of queries
             own_tokens = slice(own.start * width, own.stop * width)
-            if text_length:
+            if text_queries:
                 band_key, band_value = (_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
                 merge_(text_out, text_lse, *attend(text_query, band_key, band_value, scale))
 
@@ -187,14 +192,14 @@ def _forward(
                     mask,
                 )
                 merge_(_query_tiles(band_out, tiles), _query_tiles(band_lse, tiles), *parts)
-            image_tokens = slice(text_length + own_tokens.start, text_length + own_tokens.stop)
+            image_tokens = slice(text_queries + own_tokens.start, text_queries + own_tokens.stop)
             for whole, part in ((out, band_out), (lse, band_lse)):
                 target = whole[item, image_tokens].unflatten(0, (-1, width))
                 target.copy_(part[:width].transpose(0, 1))
 
-        if text_length:
-            out[item, :text_length] = _tokens_first(text_out)
-            lse[item, :text_length] = _tokens_first(text_lse)
+        if text_queries:
+            out[item, :text_queries] = _tokens_first(text_out)
+            lse[item, :text_queries] = _tokens_first(text_lse)
     return out, lse
 
 

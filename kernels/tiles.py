@@ -36,11 +36,15 @@ class Band:
         return self.stop - self.start, self.start - self.key_start, self.key_stop - self.key_start
 
 
-def bands(height: int, radius: int) -> Iterator[Band]:
-    """Cut the rows into stretches of TILE_ROWS, the last one shorter if need be."""
+def bands(height: int, radius: int, rows: range | None = None) -> Iterator[Band]:
+    """Cut the rows of queries into stretches of TILE_ROWS, the last one shorter if need be.
+
+    rows: of queries; all where None.
+    """
     reach = radius - 1
-    for start in range(0, height, TILE_ROWS):
-        stop = min(start + TILE_ROWS, height)
+    rows = range(height) if rows is None else rows
+    for start in range(rows.start, rows.stop, TILE_ROWS):
+        stop = min(start + TILE_ROWS, rows.stop)
         yield Band(start, stop, max(0, start - reach), min(height, stop + reach))
 
 

@@ -7,7 +7,7 @@ the image tokens in raster order. Keys may be followed by pooled tokens (see `po
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -27,6 +27,8 @@ class Window:
         text_length: number of text tokens, at least 0.
         radius: radius of the disc, in tokens, at least 1 (1 is the token itself).
         down_factor: side of a pooling cell, in tokens; 1 means no pooled keys.
+        query_rows: None where every token is a query. (start, stop) where only the image tokens of
+            these rows are, and no text: the share of a process that has no more of the picture.
 
     Raises:
         TypeError: a field is not an int.
@@ -38,23 +40,28 @@ class Window:
     text_length: int
     radius: int
     down_factor: int = 1
+    query_rows: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         minimum = {"height": 1, "width": 1, "text_length": 0, "radius": 1, "down_factor": 1}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, least in minimum.items():
+            value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"Window: {field.name} must be an int, got {value!r}.")
-            if value < minimum[field.name]:
-                raise ValueError(
-                    f"Window: {field.name} must be at least {minimum[field.name]} token(s), "
-                    f"got {value}."
-                )
+                raise TypeError(f"Window: {name} must be an int, got {value!r}.")
+            if value < least:
+                raise ValueError(f"Window: {name} must be at least {least} token(s), got {value}.")
         if self.down_factor > 1 and self.down_factor > min(self.height, self.width):
             raise ValueError(
                 f"Window: down_factor must not exceed the token grid ({self.height} x "
                 f"{self.width}), got {self.down_factor}; use a larger picture or down_factor=1."
             )
+        if self.query_rows is not None:
+            start, stop = self.query_rows
+            if not 0 <= start < stop <= self.height:
+                raise ValueError(
+                    f"Window: query_rows must be (start, stop) with 0 <= start < stop <= "
+                    f"{self.height}, got {self.query_rows}."
+                )
 
     def __getstate__(self) -> dict[str, int]:
         # What an implementation remembered on the value (FlexAttention's mask) stays behind.
@@ -72,8 +79,24 @@ class Window:
 
     @property
     def sequence_length(self) -> int:
-        """Number of queries: text and image tokens."""
+        """Number of text and image tokens."""
         return self.text_length + self.image_length
+
+    @property
+    def image_query_rows(self) -> tuple[int, int]:
+        """First row of image queries, and the row after the last."""
+        return (0, self.height) if self.query_rows is None else self.query_rows
+
+    @property
+    def text_query_length(self) -> int:
+        """Number of text tokens that are queries: all, or none with `query_rows`."""
+        return self.text_length if self.query_rows is None else 0
+
+    @property
+    def query_length(self) -> int:
+        """Number of queries, text and image."""
+        start, stop = self.image_query_rows
+        return self.text_query_length + (stop - start) * self.width
 
     @property
     def pooled_length(self) -> int:
@@ -86,8 +109,11 @@ class Window:
         """Dense mask, True where a query attends to a key.
 
         Returns:
-            bool, (text + image, text + image + pooled). Quadratic: for tests and oracles.
+            bool, (queries, text + image + pooled). Quadratic: for tests and oracles.
         """
+        if self.query_rows is not None:
+            start, stop = (self.text_length + row * self.width for row in self.query_rows)
+            return replace(self, query_rows=None).mask(device)[start:stop]
         text, pooled = self.text_length, self.pooled_length
         y = torch.arange(self.height, device=device).repeat_interleave(self.width)
         x = torch.arange(self.width, device=device).repeat(self.height)
@@ -100,21 +126,25 @@ class Window:
         return mask
 
     def disc_pairs(self) -> int:
-        """Number of (image query, image key) pairs inside the disc, over the whole grid."""
+        """Number of (image query, image key) pairs inside the disc."""
         radius = self.disc_radius
         reach = radius - 1
+        start, stop = self.image_query_rows
         pairs = 0
         for dy in range(-min(reach, self.height - 1), min(reach, self.height - 1) + 1):
             # Largest dx with dx^2 + dy^2 < radius^2, within the grid.
             half = min(math.isqrt(radius**2 - dy**2 - 1), self.width - 1)
             columns = (2 * half + 1) * self.width - half * (half + 1)
-            pairs += columns * (self.height - abs(dy))
+            # Rows of queries that have a row dy further down.
+            pairs += columns * max(0, min(stop, self.height - dy) - max(start, -dy))
         return pairs
 
     def attended_pairs(self) -> int:
         """Number of (query, key) pairs: the sum of `mask()`, in closed form."""
-        text, image = self.text_length, self.image_length
-        return text * (text + image) + image * (text + self.pooled_length) + self.disc_pairs()
+        text = self.text_query_length
+        image = self.query_length - text
+        dense = text * self.sequence_length + image * (self.text_length + self.pooled_length)
+        return dense + self.disc_pairs()
 
     def attention_flops(self, heads: int, head_dim: int) -> int:
         """Floating-point operations of one attention layer, batch 1.

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 from .autoencoder_segments import check_autoencoder
+from .patch_parallel import PatchParallel
 from .schedule import check_dynamic_shift
 from .stages import Stage
 
@@ -95,3 +96,39 @@ def check_stages(
             )
     if kept and options["generator"] is None:
         raise ValueError(f"{WHO}: stages_dir needs a generator: other noise is another picture.")
+
+
+def check_shared(
+    patches: PatchParallel,
+    options: dict[str, Any],
+    stages: tuple[Stage, ...],
+    token_pixels: int,
+    stages_dir: Any,
+) -> None:
+    """Refuse what ranks cannot share.
+
+    Args:
+        options: the arguments of `FluxPipeline.__call__`.
+        token_pixels: side of a token.
+
+    Raises:
+        ValueError: full attention, more ranks than rows of tokens, no generator, or stages_dir.
+    """
+    if stages[-1].attention == "full":
+        raise ValueError(
+            f"{WHO}: ranks share a picture by way of local attention, and this pipeline has full "
+            "attention; call apply_clear first."
+        )
+    for stage in stages:
+        if stage.attention == "clear":
+            patches.check(stage.height // token_pixels)
+    if options["generator"] is None and options["latents"] is None:
+        raise ValueError(
+            f"{WHO}: ranks that share a picture must draw the same noise; pass generator="
+            "torch.Generator().manual_seed(...), the same on every rank."
+        )
+    if stages_dir is not None:
+        raise ValueError(
+            f"{WHO}: stages_dir does not work with patch parallelism, where every rank would write "
+            "to the folder; leave it out."
+        )

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, FluxPipelineOutput
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -33,11 +35,12 @@ from clear_dit.plugin import install, transformer_of
 from clear_dit.processor import CLEARProcessor
 from clear_dit.weights import load_clear_weights
 
-from .call_checks import check_options, check_stages
+from .call_checks import check_options, check_shared, check_stages
 from .cascade import Request, pictures_from, run_stages
 from .given_image import enlarged_size, pixels_from
 from .identity import request_identity
 from .memory_need import refuse_too_large
+from .patch_parallel import PatchParallel
 from .resolution import Resolution
 from .stage_attention import can_run_full, runs_clear
 from .stage_files import StageFiles
@@ -109,6 +112,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 )
             self.default_sample_size = native_size // self.vae_scale_factor
         self._stage: Stage | None = None
+        self._patch_parallel: PatchParallel | None = None
         self._interrupt = False
 
     @property
@@ -120,6 +124,11 @@ class CLEARFluxPipeline(FluxPipeline):
     def stage(self) -> Stage | None:
         """The stage that is being painted, for callbacks; None outside of `__call__`."""
         return self._stage
+
+    @property
+    def patch_parallel(self) -> PatchParallel | None:
+        """The ranks that share this pipeline's pictures, see `enable_patch_parallel`."""
+        return self._patch_parallel
 
     @property
     def _token_pixels(self) -> int:
@@ -200,6 +209,10 @@ class CLEARFluxPipeline(FluxPipeline):
             resolution=resolution,
         )
         check_stages(self, options, stages, pixels, stages_dir is not None)
+        ranks = 1
+        if self._patch_parallel is not None:
+            check_shared(self._patch_parallel, options, stages, self._token_pixels, stages_dir)
+            ranks = self._patch_parallel.ranks
         if len(stages) > 1:
             plan = ", ".join(f"{stage.name} ({stage.attention} attention)" for stage in stages)
             logger.info("stages: %s", plan)
@@ -219,15 +232,16 @@ class CLEARFluxPipeline(FluxPipeline):
                 f"{WHO}: {len(options['generator'])} generators for {batch} pictures; give one, or "
                 "one for each."
             )
-        refuse_too_large(self, stages[-1], batch)
+        refuse_too_large(self, stages[-1], batch, ranks)
         text = encode_prompts(self, options)
         callback = options["callback_on_step_end"]
         inputs = options["callback_on_step_end_tensor_inputs"]
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             inputs = callback.tensor_inputs
+        common = text | {name: options[name] for name in SHARED}
         request = Request(
             stages=stages,
-            options=text | {name: options[name] for name in SHARED},
+            options=common,
             batch=batch,
             steps=options["num_inference_steps"] if sigmas is None else len(sigmas),
             sigmas=sigmas,
@@ -244,6 +258,9 @@ class CLEARFluxPipeline(FluxPipeline):
             if stages_dir is not None:
                 kept = StageFiles(Path(stages_dir), stages, request_identity(self, request))
                 files = stack.enter_context(kept.opened())
+            if self._patch_parallel is not None:
+                own = stack.enter_context(self._patch_parallel.one_pass(common))
+                request = replace(request, options=own)
             latents, last = run_stages(self, request, files)
         images = self._finish(latents, last, options["output_type"])
         self.maybe_free_model_hooks()
@@ -282,6 +299,31 @@ class CLEARFluxPipeline(FluxPipeline):
         if isinstance(processor, dict):
             processor = dict(processor)  # diffusers empties it
         self.transformer.set_attn_processor(processor)
+
+    def enable_patch_parallel(self, mesh: DeviceMesh, stale_halos_after: int | None = None) -> None:
+        """Share every picture among the ranks of a mesh; see `pipelines/patch_parallel.py`.
+
+        Every rank calls it, and then the pipeline, with the same arguments and a `generator`;
+        every rank gets the picture. A second call replaces the first.
+
+        Args:
+            mesh: of dimensions "patch" and, optionally, "guidance" (of size 2, where the halves
+                compute one of guidance's two passes each).
+            stale_halos_after: None is exact; see `parallelize`.
+
+        Raises:
+            ValueError: a mesh that does not fit, or a setting out of its range.
+        """
+        patches = PatchParallel(mesh, stale_halos_after)
+        self.disable_patch_parallel()
+        patches.attach(transformer_of(self, WHO))
+        self._patch_parallel = patches
+
+    def disable_patch_parallel(self) -> None:
+        """Paint alone again."""
+        if self._patch_parallel is not None:
+            self._patch_parallel.remove()
+            self._patch_parallel = None
 
     def load_clear_weights(
         self, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any

@@ -14,11 +14,14 @@ from .stages import Stage
 COPIES = 6
 
 
-def refuse_too_large(pipe: Any, stage: Stage, batch: int) -> None:
+def refuse_too_large(pipe: Any, stage: Stage, batch: int, ranks: int = 1) -> None:
     """Refuse a picture whose activations alone exceed the device's memory.
 
     The need is a lower bound: batch * tokens * channels * bytes * `COPIES`, and the decoded
     picture in float32.
+
+    Args:
+        ranks: that share the tokens, each on a device like this one.
 
     Raises:
         ValueError: it does not fit.
@@ -26,7 +29,7 @@ def refuse_too_large(pipe: Any, stage: Stage, batch: int) -> None:
     config = pipe.transformer.config
     tokens = stage.height * stage.width // (2 * pipe.vae_scale_factor) ** 2
     channels = config.num_attention_heads * config.attention_head_dim
-    need = batch * tokens * channels * pipe.transformer.dtype.itemsize * COPIES
+    need = batch * tokens * channels * pipe.transformer.dtype.itemsize * COPIES // ranks
     need += 3 * 4 * stage.height * stage.width
     have = total_memory(pipe._execution_device)
     if need > have:

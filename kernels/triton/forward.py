@@ -120,26 +120,27 @@ def image_forward(
     query_batch, query_token, query_head, key_batch, key_token, key_head,
     value_batch, value_token, value_head,
     heads, head_dim, height, width, text_length, pooled_length,
-    tiles_x, tiles, column_classes, radius2, scale_log2,
+    query_start, query_stop, text_queries, tiles_x, tiles, column_classes, radius2, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr,
     POOLED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per tile, head and batch item.
 
-    query, key, value: (batch, text + image, heads, head_dim) with strides query_batch, query_token,
-    query_head and so on; pooled_key, pooled_value, out, lse: contiguous. image_key, image_value:
+    query: (batch, text_queries + image rows query_start to query_stop, heads, head_dim), key and
+    value: (batch, text + image, heads, head_dim), with strides query_batch, query_token, query_head
+    and so on; pooled_key, pooled_value, out, lse: contiguous. image_key, image_value:
     tensor descriptors where DESCRIPTOR, else pointers to the first image token.
     """
     M: tl.constexpr = R * C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = plane // heads, plane % heads
-    tile_y, tile_x = tile // tiles_x * R, tile % tiles_x * C
+    tile_y, tile_x = query_start + tile // tiles_x * R, tile % tiles_x * C
     own_y, own_x = tile_y + tile_rows(R, C), tile_x + tile_columns(R, C)
-    valid = (own_y < height) & (own_x < width)
+    valid = (own_y < query_stop) & (own_x < width)
     # Beyond the border a token of the border stands in; it is not stored.
-    own_y, own_x = tl.minimum(own_y, height - 1), tl.minimum(own_x, width - 1)
-    tokens = text_length + own_y * width + own_x
+    own_y, own_x = tl.minimum(own_y, query_stop - 1), tl.minimum(own_x, width - 1)
+    tokens = text_queries + (own_y - query_start) * width + own_x
     everything = tl.full([M], True, tl.int1)
 
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
@@ -180,8 +181,8 @@ def image_forward(
         scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
     )  # fmt: skip
 
-    sequence = text_length + height * width
-    row = wide_batch * sequence * heads + head
+    queries = text_queries + (query_stop - query_start) * width
+    row = wide_batch * queries * heads + head
     store_rows(
         out + row * head_dim, heads * head_dim, tokens, valid, acc / row_sum[:, None],
         head_dim, D, EVEN_D,

@@ -60,11 +60,14 @@ class _Reach:
     high: int
 
 
-def _reaches(length: int, tile: int, reach: int) -> list[_Reach]:
-    """What each tile along an axis can see of it."""
+def _reaches(length: int, tile: int, reach: int, owned: range) -> list[_Reach]:
+    """What each tile can see of an axis; tiles cut up the `owned` part of it."""
     return [
-        _Reach(-min(start, reach), min(length - 1 - start, tile - 1 + reach))
-        for start in range(0, length, tile)
+        _Reach(
+            -min(start, reach),
+            min(length - 1 - start, min(tile, owned.stop - start) - 1 + reach),
+        )
+        for start in range(owned.start, owned.stop, tile)
     ]
 
 
@@ -120,13 +123,22 @@ def _inner(
 
 
 @functools.lru_cache(maxsize=64)
-def visits(height: int, width: int, radius: int, tiling: Tiling, device: torch.device) -> Visits:
+def visits(
+    height: int,
+    width: int,
+    radius: int,
+    tiling: Tiling,
+    device: torch.device,
+    rows: tuple[int, int] | None = None,
+) -> Visits:
     """The lists of a grid of height x width tokens for discs of `radius` tokens.
+
+    rows: (start, stop) of those that have owners; all where None.
 
     A pure function of its arguments; remembered, because a model asks once per layer and step.
     """
-    row_reach = _reaches(height, tiling.rows, radius - 1)
-    column_reach = _reaches(width, tiling.columns, radius - 1)
+    row_reach = _reaches(height, tiling.rows, radius - 1, range(*(rows or (0, height))))
+    column_reach = _reaches(width, tiling.columns, radius - 1, range(width))
     row_classes, column_classes = list(dict.fromkeys(row_reach)), list(dict.fromkeys(column_reach))
     ranges = np.zeros((len(row_classes), len(column_classes), 3), dtype=np.int32)
     lists, begin = [], 0

@@ -56,11 +56,17 @@ def image_attention(
     radius: int,
     scale: float,
     config: ForwardConfig,
+    query_rows: tuple[int, int] | None = None,
 ) -> None:
-    """Write the image tokens' part of `out` and `lse`, both contiguous."""
-    batch, _, heads, head_dim = query.shape
+    """Write the image tokens' part of `out` and `lse`, both contiguous.
+
+    query_rows: (start, stop) of the rows that are queries; all where None.
+    """
+    batch, queries, heads, head_dim = query.shape
     tiling = config.tiling
-    found = visits(height, width, radius, tiling, query.device)
+    start, stop = query_rows or (0, height)
+    text_queries = queries - (stop - start) * width
+    found = visits(height, width, radius, tiling, query.device, (start, stop))
     size = channels(head_dim)
     image_key, image_value = key[:, text_length:], value[:, text_length:]
     if config.descriptor:
@@ -75,6 +81,7 @@ def image_attention(
         found.offsets, found.ranges, found.row_class, found.column_class,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         heads, head_dim, height, width, text_length, pooled_key.shape[1],
+        start, stop, text_queries,
         tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius**2, scale * math.log2(math.e),
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
         N=config.dense_keys, **size, EVEN_TEXT=text_length % config.dense_keys == 0,
@@ -98,7 +105,8 @@ def text_attention(
 
     programs: how many the device should have; the keys are split accordingly.
     """
-    batch, sequence, heads, head_dim = query.shape
+    batch, queries, heads, head_dim = query.shape
+    sequence = key.shape[1]
     size = channels(head_dim)
     blocks, planes = triton.cdiv(text_length, config.block), batch * heads
     splits = min(MOST_SPLITS, triton.cdiv(programs, blocks * planes))
@@ -117,6 +125,6 @@ def text_attention(
     rows = batch * text_length * heads
     text_merge[(triton.cdiv(rows, MERGE_ROWS),)](
         part_out, part_lse, out, lse,
-        rows, text_length * heads, sequence * heads, splits, head_dim,
+        rows, text_length * heads, queries * heads, splits, head_dim,
         M=MERGE_ROWS, **size, num_warps=4, **OPTIONS,
     )  # fmt: skip

@@ -33,6 +33,22 @@ def triton_attention(
     return run_attention_op(_op, query, key, value, window, scale, spatial_weight)
 
 
+def triton_dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dense_attention` by the kernel of the text queries."""
+    query, key, value = channels_contiguous(query, key, value)
+    entry_key = table_key(query.device, query.dtype, query.shape[-1])
+    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    with torch.cuda.device_of(query):
+        text_attention(
+            query, key, value, out, lse, query.shape[1], scale,
+            tables.text_config(*entry_key), programs(query.device),
+        )  # fmt: skip
+    return out, lse
+
+
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -44,13 +60,15 @@ def _forward(
     text_length: int,
     radius: int,
     scale: float,
+    query_start: int,
+    query_stop: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = channels_contiguous(query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     entry_key = table_key(query.device, query.dtype, query.shape[-1])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    if text_length:
+    if query.shape[1] > (query_stop - query_start) * width:
         with torch.cuda.device_of(query):
             text_attention(
                 query, key, value, out, lse, text_length, scale,
@@ -59,6 +77,7 @@ def _forward(
     run = partial(
         image_attention, query, key, value, pooled_key, pooled_value, out, lse,
         height, width, text_length, radius, scale,
+        query_rows=(query_start, query_stop),
     )  # fmt: skip
     entries = tables.forward_configs(*entry_key)
     if not all(map(readable_by_descriptor, (key, value))):

@@ -1,0 +1,57 @@
+"""Attention of a few queries over many keys, all of them: what text is given.
+
+Together with the log-sum-exp, which joins it exactly with attention over other keys (merge.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attention import select_impl
+from .merge import merge_
+from .partial import attend, compute_dtype
+
+# Keys taken at a time where scores are stored (no fused attention).
+KEYS = 4096
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query over every key, without gradients.
+
+    Args:
+        query: (batch, queries, heads, head_dim), at least one.
+        key, value: (batch, keys, heads, head_dim), at least one.
+        impl: as in `local_attention`; all but "triton" are PyTorch's own attention here.
+
+    Returns:
+        out, shaped as `query`, and natural-log log-sum-exp (batch, queries, heads), both float32
+        or wider, to be merged.
+
+    Raises:
+        ValueError: unknown `impl`, or an explicit one that cannot run here.
+    """
+    if select_impl(impl, query) == "triton":
+        from .triton.ops import triton_dense_attention
+
+        return triton_dense_attention(query, key, value, scale)
+    dtype = compute_dtype(query.dtype, query.device)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # heads first
+    query = query.to(dtype)
+    out = lse = None
+    for some_keys, some_values in zip(key.split(KEYS, 2), value.split(KEYS, 2), strict=True):
+        part, part_lse = attend(query, some_keys.to(dtype), some_values.to(dtype), scale)
+        if out is None or lse is None:
+            wide = torch.promote_types(dtype, torch.float32)
+            out, lse = part.to(wide), part_lse.to(wide)
+        else:
+            merge_(out, lse, part, part_lse)
+    assert out is not None
+    assert lse is not None
+    return out.transpose(1, 2), lse.transpose(1, 2)
