@@ -107,38 +107,52 @@ def generate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Device = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun: patch, the ranks share the picture's rows; guidance, and each "
+            "half computes one of guidance's two passes."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG or TIFF to write.")] = Path("clear-dit.png"),
     as_json: Json = False,
 ) -> None:
     """Paint one picture."""
     from .generate import generate as run
-    from .generate import make_request
+    from .generate import joined_ranks, make_request
 
-    request = make_request(
-        prompt,
-        model,
-        height=height,
-        width=width,
-        radius=radius,
-        down_factor=down_factor,
-        weights=weights,
-        attention=attention,
-        impl=impl,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        image=image,
-        strength=None if strength is None else _numbers("strength", strength),
-        low_resolution_guidance=low_resolution_guidance,
-        stages_dir=stages_dir,
-        dtype=dtype,
-        device=device,
-    )
-    try:
-        result = run(request, out)
-    except KeyboardInterrupt:
-        kept = "the same command goes on" if stages_dir else "--stages-dir would have kept stages"
-        _fail(f"interrupted; {kept}.", 130)
+    with joined_ranks(parallel, device) as ranks:
+        if ranks is not None and not ranks.is_first:
+            logging.getLogger("clear_dit").setLevel(logging.ERROR)
+        request = make_request(
+            prompt,
+            model,
+            height=height,
+            width=width,
+            radius=radius,
+            down_factor=down_factor,
+            weights=weights,
+            attention=attention,
+            impl=impl,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            image=image,
+            strength=None if strength is None else _numbers("strength", strength),
+            low_resolution_guidance=low_resolution_guidance,
+            stages_dir=stages_dir,
+            dtype=dtype,
+            device=device if ranks is None else str(ranks.device),
+        )
+        try:
+            result = run(request, out, ranks=ranks)
+        except KeyboardInterrupt:
+            kept = (
+                "the same command goes on" if stages_dir else "--stages-dir would have kept stages"
+            )
+            _fail(f"interrupted; {kept}.", 130)
+    if ranks is not None and not ranks.is_first:
+        return
     if as_json:
         _print_json(result)
     else:

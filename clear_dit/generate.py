@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
     from .pipelines.flux import CLEARFluxPipeline
+    from .pipelines.ranks import Ranks
 
+# How ranks share a picture: its rows; and the passes of guidance, too, each on half of the ranks.
+PARALLEL = ("patch", "guidance")
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"
 
@@ -178,36 +182,81 @@ class Timer:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
 
-def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict[str, Any]:
+@contextmanager
+def joined_ranks(parallel: str | None, device: str | None) -> Iterator[Ranks | None]:
+    """The ranks that paint a picture together; None for this process alone.
+
+    Args:
+        parallel: one of PARALLEL, or None.
+        device: "cuda" or "cpu", see `start_ranks`.
+
+    Raises:
+        RequestError: an unknown choice, none under torchrun, or see `start_ranks`.
+    """
+    if parallel is None:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise RequestError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: every rank would paint the same; add "
+                "--parallel patch, or start without torchrun."
+            )
+        yield None
+        return
+    if parallel not in PARALLEL:
+        raise RequestError(f"--parallel must be {' or '.join(PARALLEL)}, got {parallel!r}.")
+    from .pipelines.ranks import start_ranks
+
+    with ExitStack() as stack:
+        try:
+            started = start_ranks(device, guidance=2 if parallel == "guidance" else 1)
+            ranks = stack.enter_context(started)
+        except ValueError as error:
+            raise RequestError(f"--parallel {parallel}: {error}") from error
+        yield ranks
+
+
+def generate(
+    request: GenerateRequest, out: Path, progress: bool = True, ranks: Ranks | None = None
+) -> dict[str, Any]:
     """Paint the picture of a request and write it.
 
     Args:
         request: what to paint.
         out: the PNG or TIFF to write; its settings stand in it.
         progress: show a progress bar on standard error.
+        ranks: that share the work, all with this request but for its device; the first writes and
+            shows the bar.
 
     Returns:
         out, height, width (pixels), tokens (of the picture), impl (the attention that ran: an
         implementation of local attention, or "full"), weights (the name of the CLEAR weights, None
-        for the model's own), seconds {total, text, denoise, decode}, peak_memory_mb.
+        for the model's own), ranks (their number), seconds {total, text, denoise, decode},
+        peak_memory_mb (of this process).
 
     Raises:
         RequestError: a bad request, before any work.
         OSError: the picture cannot be written; nothing is left under its name.
     """
-    check_writable(out, PICTURE_SUFFIXES)
+    writes = ranks is None or ranks.is_first
+    if ranks is not None:
+        _check_shared(request, ranks)
+    if writes:
+        check_writable(out, PICTURE_SUFFIXES)
     device, dtype = find_device(request.device), find_dtype(request.dtype)
     reset_peak(device)
     start = time.perf_counter()
-    pipe = load_pipeline(request.model, dtype, device)
+    pipe = load_pipeline(request.model, dtype, device, text_encoders=writes)
     weights = _find_weights(request)
     impl = _set_attention(pipe, request, weights)
-    pipe.set_progress_bar_config(disable=not progress, desc="denoising")
+    if ranks is not None:
+        pipe.enable_patch_parallel(ranks.mesh)
+        ranks.follow(pipe)
+    pipe.set_progress_bar_config(disable=not (progress and writes), desc="denoising")
     timer = Timer({})
-    latents = _paint(pipe, request, device, timer)
-    settings = asdict(request) | {"version": __version__, "impl": impl}
+    latents = _paint(pipe, request, device, timer, ranks)
+    count = 1 if ranks is None else len(ranks.members)
+    settings = asdict(request) | {"version": __version__, "impl": impl, "ranks": count}
     with timer.measure("decode", device):
-        _write(pipe, latents, request, out, settings)
+        _write(pipe, latents, request, out, settings, ranks)
     return {
         "out": str(out),
         "height": request.height,
@@ -215,9 +264,25 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
         "tokens": request.height * request.width // TOKEN_PIXELS**2,
         "impl": impl,
         "weights": weights and Path(weights).name,
+        "ranks": count,
         "seconds": {"total": round(time.perf_counter() - start, 3), **timer.seconds},
         "peak_memory_mb": round(peak_mb(device), 1),
     }
+
+
+def _check_shared(request: GenerateRequest, ranks: Ranks) -> None:
+    """Refuse a request that ranks cannot share, or that is not the same on all."""
+    from .pipelines.patch_bands import Bands
+    from .pipelines.rank_agreement import agree
+
+    facts = {name: repr(value) for name, value in asdict(request).items() if name != "device"}
+    try:
+        agree(ranks.team, facts)
+        Bands(request.height // TOKEN_PIXELS, ranks.mesh.size(-1), 0, 0)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    if request.attention == "full":
+        raise RequestError("--parallel shares rows by local attention; leave --attention full out.")
 
 
 def _set_attention(pipe: CLEARFluxPipeline, request: GenerateRequest, weights: str | None) -> str:
@@ -259,12 +324,17 @@ def _find_weights(request: GenerateRequest) -> str | None:
 
 
 def _paint(
-    pipe: CLEARFluxPipeline, request: GenerateRequest, device: torch.device, timer: Timer
+    pipe: CLEARFluxPipeline,
+    request: GenerateRequest,
+    device: torch.device,
+    timer: Timer,
+    ranks: Ranks | None,
 ) -> torch.Tensor:
     """Text and denoising one after the other, each timed; packed latents."""
     with timer.measure("text", device):
-        text = encode(pipe, [request.prompt])
-        empty = encode(pipe, [""]) if two_passes(pipe, request.guidance) else None
+        text = _encode_once(pipe, request.prompt, ranks)
+        guided = two_passes(pipe, request.guidance)
+        empty = _encode_once(pipe, "", ranks) if guided else None
     stages: dict[str, Any] = {
         "low_resolution_guidance": request.low_resolution_guidance,
         "stages_dir": request.stages_dir,
@@ -291,19 +361,45 @@ def _paint(
             raise RequestError(str(error)) from error
 
 
+def _encode_once(pipe: CLEARFluxPipeline, prompt: str, ranks: Ranks | None) -> Text:
+    """A prompt's embeddings; of several ranks the first has the encoders, and sends."""
+    if ranks is None or ranks.is_first:
+        text = encode(pipe, [prompt])
+    else:
+        config = pipe.transformer.config
+        text = (
+            torch.empty(1, text_length(pipe), config.joint_attention_dim),
+            torch.empty(1, config.pooled_projection_dim),
+        )
+    embeds, pooled = (part.to(pipe.device, pipe.dtype).contiguous() for part in text)
+    if ranks is not None:
+        ranks.team.broadcast(embeds, 0)
+        ranks.team.broadcast(pooled, 0)
+    return embeds, pooled
+
+
 def _write(
     pipe: CLEARFluxPipeline,
     latents: torch.Tensor,
     request: GenerateRequest,
     out: Path,
     settings: dict[str, Any],
+    ranks: Ranks | None,
 ) -> None:
     """Decode and write a picture strip by strip."""
     from .pipelines.autoencoder import decode_rows
     from .pipelines.picture_files import save_rows
+    from .pipelines.rank_watch import Progress, until_failure
 
     height, width = request.height, request.width
-    strips = decode_rows(pipe.vae, unpack(pipe, latents, height, width))
+    group = None if ranks is None else ranks.team.group
+    strips = decode_rows(pipe.vae, unpack(pipe, latents, height, width), group=group)
+    if ranks is not None:
+        ranks.watch.progress = Progress("decoding")
+        if not ranks.is_first:
+            list(strips)  # there are none: it computes what it sends to the first
+            return
+        strips = until_failure(strips, ranks.watch)
     try:
         save_rows(strips, out, height=height, width=width, settings=settings)
     except OSError as error:

@@ -75,7 +75,7 @@ def decode(
     tile_pixels: int | None = None,
     group: ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """The picture of `decode_rows`, (1, 3, factor * height, factor * width), whole on every rank."""
+    """The picture of `decode_rows`, (1, 3, factor * height, factor * width), on all ranks."""
     stages, tile = _plan_decoding(vae, latents, tile_pixels)
     with loaded(vae) as device:
         return _last_tiles(stages, latents, tile, device, vae.dtype, Team(group)).together()
@@ -191,7 +191,7 @@ class _Tiles:
             return
         sent: Work | None = None
         for box in self._team.share(self._boxes):
-            tile = self._tile(box)
+            tile = self._tile(box).contiguous()
             if sent is not None:
                 sent.wait()
             sent = self._team.send(tile, 0)
@@ -212,7 +212,7 @@ class _Tiles:
     def together(self) -> torch.Tensor:
         """The whole output, (1, channels, height, width), where the picture is, on every rank."""
         own = map(self._tile, self._team.share(self._boxes))
-        tiles = own if self._team.size == 1 else self._to_all(list(own))
+        tiles = own if self._team.size == 1 else self._to_all([tile.contiguous() for tile in own])
         return self._filled(self._boxes, tiles)[None]
 
     def _to_all(self, own: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -245,7 +245,7 @@ class _Tiles:
         with SharedGroupNorm(self._moments) if len(self._boxes) > 1 else nullcontext():
             tile = run_tile(self._segments, self._picture, box)[0]
         _check_output(tile)
-        return tile.contiguous()
+        return tile
 
 
 def _check_output(tile: torch.Tensor) -> None:

@@ -41,6 +41,7 @@ from .given_image import enlarged_size, pixels_from
 from .identity import request_identity
 from .memory_need import refuse_too_large
 from .patch_parallel import PatchParallel
+from .rank_agreement import check_agreement
 from .resolution import Resolution
 from .stage_attention import can_run_full, runs_clear
 from .stage_files import StageFiles
@@ -183,7 +184,7 @@ class CLEARFluxPipeline(FluxPipeline):
             "latent": packed, (batch, tokens, channels).
 
         Raises:
-            ValueError: a bad request, before any work.
+            ValueError: a bad request, before any work; or ranks that do not agree on one.
             FloatingPointError: latents are NaN or infinite; stage and step are named.
         """
         given = _PARENT.bind(self, *args, **kwargs)
@@ -259,6 +260,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 kept = StageFiles(Path(stages_dir), stages, request_identity(self, request))
                 files = stack.enter_context(kept.opened())
             if self._patch_parallel is not None:
+                check_agreement(self, request, self._patch_parallel.groups)
                 own = stack.enter_context(self._patch_parallel.one_pass(common))
                 request = replace(request, options=own)
             latents, last = run_stages(self, request, files)

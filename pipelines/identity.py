@@ -20,16 +20,15 @@ def request_identity(pipe: Any, request: Request) -> dict[str, str]:
     Raises:
         ValueError: a setting of which it cannot be told whether it is the same as another.
     """
-    assert request.generator is not None
     generators = request.generator if isinstance(request.generator, list) else [request.generator]
-    states = [generator.get_state() for generator in generators]
+    states = [None if generator is None else generator.get_state() for generator in generators]
     text = {name: value for name, value in request.options.items() if "prompt" in name}
     others = {name: value for name, value in request.options.items() if "prompt" not in name}
     try:
         settings = digest([others, request.steps, request.sigmas, request.guidance_weight])
     except TypeError as error:
         raise ValueError(
-            f"CLEARFluxPipeline: stages_dir: {error}; leave stages_dir out."
+            f"CLEARFluxPipeline: {error}; leave it out, or stages_dir and patch parallelism."
         ) from error
     return {
         "prompt": digest(text),

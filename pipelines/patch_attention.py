@@ -17,7 +17,7 @@ from clear_dit.kernels.pooling import pool_rows
 from clear_dit.kernels.window import Window
 from clear_dit.norm_rope import Rotary
 
-from .patch_bands import Bands, Piece
+from .patch_bands import Bands, Piece, common
 from .patch_exchange import Gathered, HaloRows, MergedText, Traffic
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]

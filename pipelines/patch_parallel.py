@@ -1,10 +1,10 @@
 """One picture on many GPUs, exactly: every rank holds a band of its rows.
 
-    mesh = start_ranks()
-    pipe = CLEARFluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)
-    pipe.to(device), apply_clear(pipe, radius=16), pipe.enable_patch_parallel(mesh)
-    generator = torch.Generator().manual_seed(0)
-    image = pipe("a fox", height=8192, width=8192, generator=generator).images[0]
+    with start_ranks() as ranks:
+        pipe = CLEARFluxPipeline.from_pretrained(...).to(ranks.device)
+        apply_clear(pipe, radius=16), pipe.enable_patch_parallel(ranks.mesh), ranks.follow(pipe)
+        generator = torch.Generator().manual_seed(0)
+        image = pipe("a fox", height=8192, width=8192, generator=generator).images[0]
 
 Every rank runs this with the same arguments, and gets the same picture: noise is drawn whole from
 the seed, and the latents are whole on every rank between steps. Within the transformer a rank has
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from clear_dit.grid import Layout
@@ -128,6 +129,11 @@ class PatchParallel:
         self._share: SharedPicture | None = None
         self._steps = _Steps()
         self._handles: list[Any] = []
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """Of the ranks that share rows with this one, and of those that share guidance."""
+        return [self.group] + ([] if self.guidance_group is None else [self.guidance_group])
 
     @property
     def ranks(self) -> int:

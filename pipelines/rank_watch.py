@@ -10,32 +10,44 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import socket
 import statistics
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
 
 from clear_dit.errors import first_line
 
-# Seconds between two signs of life.
-BEAT = 1.0
+from .painting_progress import PaintingProgress
+
+Item = TypeVar("Item")
+
+# Seconds between two signs of life, and between two looks for a failure.
+BEAT, _POLL = 1.0, 0.2
 # Without a sign of life for so many seconds a rank counts as lost.
 SILENCE_LIMIT = 20.0
-# Seconds in which other reports of one failure may arrive before the first cause is chosen.
-_SETTLE = 0.5
+# Seconds in which other reports of one failure may arrive before its cause is chosen, and of ranks
+# that get no further, which find out one after the other.
+_SETTLE, _SETTLE_HANG = 0.5, 3.0
 # Seconds a failing run is given to clean up, such as to remove a file half written.
 _GRACE = 5.0
 # A rank hangs that takes so many times longer than usual, but for so many seconds at least; before
 # the usual is known (compilation, first use of a device), so many.
 _HANG_FACTOR, _HANG_LEAST, _HANG_UNKNOWN = 10, 40.0, 1800.0
 _USUAL_FROM = 8
+# Which of several reports is believed to name the cause: an error or a death, then a rank that got
+# no further (of several the one that got least far), then one that only waited for others.
+_CAUSE, _HANGS, _WAITS, _FOLLOWS = range(4)
 # What a failed rank leaves to those who were talking to it.
 _CONNECTION_WORDS = ("connection", "gloo", "nccl")
 
@@ -47,6 +59,11 @@ class Member:
     rank: int
     host: str
     pid: int
+
+    @classmethod
+    def here(cls) -> Member:
+        """This process, once it has joined the others."""
+        return cls(dist.get_rank(), socket.gethostname(), os.getpid())
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, process {self.pid})"
@@ -64,20 +81,22 @@ class Failure:
 class Progress:
     """How far a rank is, written by its work and read by its watch.
 
-    Attributes:
+    Args:
         where: what it is doing, such as "step 3 of 20".
+
+    Attributes:
         count: of what it has done; any unit that takes about equally long.
         waiting: whether it waits for other ranks.
     """
 
-    def __init__(self) -> None:
-        self.begin("the start")
-
-    def begin(self, where: str | Callable[[], str]) -> None:
-        """Another part of the work, whose steps take another time."""
-        self.where = where if callable(where) else lambda: where
+    def __init__(self, where: str) -> None:
+        self._where = where
         self.count = 0
         self.waiting = False
+
+    def where(self) -> str:
+        """What this rank is doing."""
+        return self._where
 
 
 class HangDetector:
@@ -127,7 +146,7 @@ class Watch:
         silence_limit, hang_limit: in seconds, see SILENCE_LIMIT and `HangDetector`.
 
     Attributes:
-        progress: of this rank.
+        progress: of this rank; may be replaced.
         failure: of the run, once it is known.
     """
 
@@ -139,7 +158,7 @@ class Watch:
         silence_limit: float,
         hang_limit: float | None,
     ) -> None:
-        self.progress = Progress()
+        self.progress: Progress | PaintingProgress = Progress("the start")
         self.failure: Failure | None = None
         self._members = members
         self._rank = rank
@@ -149,7 +168,7 @@ class Watch:
         self._connections: dict[int, Connection] = {rank: from_main}
         self._wheres = ["the start"] * len(members)
         self._heard: dict[int, float] = {}
-        self._suspects: list[tuple[bool, Failure]] = []
+        self._suspects: list[tuple[list[int], Failure]] = []
         self._decide_at = float("inf")
         self._done: set[int] = set()
         self._reported: Failure | None = None
@@ -168,7 +187,7 @@ class Watch:
 
     def finish(self) -> None:
         """Wait until all ranks have finished; a failure until then ends the process."""
-        self.progress.begin("the end")
+        self.progress = Progress("the end")
         self._send(self._to_thread, {"kind": "done"})
         self._over.wait()
         if self.failure is not None:
@@ -181,8 +200,8 @@ class Watch:
         """
         own = Failure(self._rank, self.progress.where(), _reason(error))
         self._reported = own
-        message = {"kind": "failure", "follows": _follows(error), **asdict(own)}
-        self._send(self._to_thread, message)
+        order = [_FOLLOWS if _follows(error) else _CAUSE]
+        self._send(self._to_thread, {"kind": "failure", "order": order, **asdict(own)})
         if not self._over.wait(_GRACE) or self.failure in (None, own):
             return
         same = self.failure is not None and self.failure.reason == own.reason
@@ -217,7 +236,8 @@ class Watch:
         if stuck is not None:
             waits = " (it waits for others)" if self.progress.waiting else ""
             reason = f"no progress for {stuck:.0f} s{waits}, in {_main_thread()}"
-            self._suspect(Failure(self._rank, where, reason), self.progress.waiting)
+            order = [_WAITS if self.progress.waiting else _HANGS, self.progress.count]
+            self._suspect(Failure(self._rank, where, reason), order)
 
     def _receive(self, rank: int, connection: Connection) -> None:
         try:
@@ -227,15 +247,15 @@ class Watch:
             self._heard.pop(rank, None)
             # One that reported a failure, or was told of one, may go.
             if all(suspect.rank != rank for _, suspect in self._suspects):
-                self._suspect(Failure(rank, self._wheres[rank], "its process ended"), False)
+                self._suspect(Failure(rank, self._wheres[rank], "its process ended"), [_CAUSE])
             return
         self._heard[rank] = time.monotonic()
         match message.pop("kind"):
             case "beat":
                 self._wheres[rank] = message["where"]
             case "failure":
-                follows = message.pop("follows")
-                self._suspect(Failure(**message), follows)
+                order = message.pop("order")
+                self._suspect(Failure(**message), order)
             case "verdict":
                 self._decide(Failure(**message))
             case "done":
@@ -255,16 +275,18 @@ class Watch:
             if rank != self._rank and silent > self._silence_limit:
                 del self._heard[rank]
                 reason = f"no sign of life for {silent:.0f} s (stopped, or its host is unreachable)"
-                self._suspect(Failure(rank, self._wheres[rank], reason), False)
+                self._suspect(Failure(rank, self._wheres[rank], reason), [_CAUSE])
 
-    def _suspect(self, failure: Failure, follows: bool) -> None:
-        """Note a failure; rank 0 hears of it, unless it is lost itself."""
-        self._suspects.append((follows, failure))
-        wait_for = _SETTLE
+    def _suspect(self, failure: Failure, order: list[int]) -> None:
+        """Note a failure; rank 0 hears of it and decides, unless it is lost itself."""
+        if any(suspect == failure for _, suspect in self._suspects):
+            return
+        self._suspects.append((order, failure))
+        settle = _SETTLE_HANG if order[0] in (_HANGS, _WAITS) else _SETTLE
         if self._rank and failure.rank == self._rank:
-            self._to_others({"kind": "failure", "follows": follows, **asdict(failure)})
-            wait_for = 4 * _SETTLE
-        self._decide_at = min(self._decide_at, time.monotonic() + wait_for)
+            self._to_others({"kind": "failure", "order": order, **asdict(failure)})
+            settle += 2 * _SETTLE
+        self._decide_at = min(self._decide_at, time.monotonic() + settle)
 
     def _decide(self, failure: Failure) -> None:
         if self._rank == 0:
@@ -295,6 +317,38 @@ class Watch:
     def _send(connection: Connection, message: Mapping[str, Any]) -> None:
         with suppress(OSError):  # receiving finds out
             connection.send_bytes(json.dumps(message).encode())
+
+
+def until_failure(items: Iterable[Item], watch: Watch) -> Iterator[Item]:
+    """The same items, made in a thread: a wait for a rank that failed does not hold up the end.
+
+    Raises:
+        RuntimeError: a rank has failed.
+    """
+    made: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=1)
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put((True, item))
+            made.put((False, None))
+        except BaseException as error:
+            made.put((False, error))
+
+    threading.Thread(target=make, daemon=True).start()
+    while True:
+        if watch.failure is not None:
+            raise RuntimeError("another rank has failed")
+        try:
+            is_item, value = made.get(timeout=_POLL)
+        except queue.Empty:
+            continue
+        if is_item:
+            yield value
+        elif value is None:
+            return
+        else:
+            raise value
 
 
 def _end_process(status: int) -> NoReturn:

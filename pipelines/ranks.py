@@ -4,7 +4,9 @@ Started by torchrun, or by anything that sets its variables, on one node or many
 
     with start_ranks() as ranks:
         pipe = CLEARFluxPipeline.from_pretrained(...).to(ranks.device)
-        ...
+        apply_clear(pipe, radius=16), pipe.enable_patch_parallel(ranks.mesh), ranks.follow(pipe)
+        image = pipe("a fox", generator=torch.Generator().manual_seed(0)).images[0]
+        image.save("fox.png") if ranks.is_first else None
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import json
 import os
 import secrets
 import signal
-import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +29,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from clear_dit.errors import first_line
 
+from .painting_progress import PaintingProgress
 from .rank_watch import SILENCE_LIMIT, Member, Watch
 from .team import Team
+
+if TYPE_CHECKING:
+    from .flux import CLEARFluxPipeline
 
 # Dimensions of the mesh: passes of guidance, and bands of rows.
 GUIDANCE, PATCH = "guidance", "patch"
@@ -54,6 +60,15 @@ class Ranks:
     mesh: DeviceMesh
     device: torch.device
     watch: Watch
+
+    def follow(self, pipe: CLEARFluxPipeline) -> None:
+        """Have the watch say which step a failure came in, and find a rank that hangs in one."""
+        self.watch.progress = PaintingProgress(pipe)
+
+    @property
+    def team(self) -> Team:
+        """All ranks."""
+        return Team(dist.group.WORLD)
 
     @property
     def is_first(self) -> bool:
@@ -125,54 +140,6 @@ def start_ranks(
     dist.destroy_process_group()
 
 
-def check_bands(patches: int, rows: int) -> None:
-    """Refuse more bands than a picture has rows of tokens.
-
-    Args:
-        patches: ranks among which the rows are shared out.
-        rows: of the picture, in tokens.
-
-    Raises:
-        ValueError: there are more ranks than rows.
-    """
-    if patches > rows:
-        raise ValueError(
-            f"patch parallel: {patches} ranks cannot share {rows} rows of tokens; start at most "
-            f"{rows}, or paint a taller picture."
-        )
-
-
-def agree(members: Sequence[Member], facts: Mapping[str, str]) -> None:
-    """Refuse ranks that would not paint the same picture; all ranks must call this.
-
-    Args:
-        members: of the run.
-        facts: what must be the same: names people know, to values or digests.
-
-    Raises:
-        ValueError: they differ, on every rank; what differs and on which ranks is named.
-    """
-    everywhere = Team(dist.group.WORLD).gather(dict(facts))
-    first = everywhere[0]
-    differences = [
-        f"{member} has {name} {_shown(other.get(name))}, rank 0 has {_shown(first.get(name))}"
-        for member, other in zip(members, everywhere, strict=True)
-        for name in sorted(first.keys() | other.keys())
-        if other.get(name) != first.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"the ranks do not agree: {'; '.join(differences)}. Start all with the same command, "
-            "packages and files."
-        )
-
-
-def _shown(value: str | None) -> str:
-    if value is None:
-        return "none"
-    return value if len(value) <= 60 else f"{value[:57]}..."
-
-
 def _place() -> tuple[int, int, int]:
     """Rank, number of ranks, and rank on this node."""
     missing = [name for name in VARIABLES if not os.environ.get(name)]
@@ -213,7 +180,7 @@ def _own_device(kind: str, local: int) -> torch.device:
 
 def _meeting(rank: int) -> tuple[list[Member], Callable[[], dict[int, Connection]]]:
     """The members of the run, and a function that connects their watches with rank 0's."""
-    here = {"member": asdict(Member(rank, socket.gethostname(), os.getpid()))}
+    here: dict[str, Any] = {"member": asdict(Member.here())}
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     address = "127.0.0.1" if one_node else os.environ["MASTER_ADDR"]
     key = secrets.token_hex(16)

@@ -16,7 +16,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from clear_dit.models import DEMO
 from clear_dit.pipelines.autoencoder import decode, decode_rows, encode
-from clear_dit.pipelines.ranks import agree, start_ranks
+from clear_dit.pipelines.rank_agreement import agree
+from clear_dit.pipelines.rank_watch import Progress
+from clear_dit.pipelines.ranks import start_ranks
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["support.rank_tasks"])
@@ -25,7 +27,7 @@ PROCESSES.set_forkserver_preload(["support.rank_tasks"])
 def run_ranks(task, world, folder, *arguments):
     """Run `task(ranks, *arguments)` on some gloo ranks; their statuses and what they said.
 
-    A rank that has not ended after 60 s is killed, and its status is None.
+    A rank that has not ended after 120 s is killed, and its status is None.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,7 +38,7 @@ def run_ranks(task, world, folder, *arguments):
     ]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     statuses = []
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
@@ -58,15 +60,14 @@ def _rank(rank, world, port, folder, task, arguments):
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    with start_ranks("cpu", silence_limit=4, hang_limit=2) as ranks:
+    with start_ranks("cpu", silence_limit=8, hang_limit=5) as ranks:
         task(ranks, *arguments)
     print("finished")
 
 
 def fail(ranks, how, who):
     """Exchange something a few times; then one rank fails in one of several ways."""
-    progress = ranks.watch.progress
-    progress.begin("step 3 of 20")
+    progress = ranks.watch.progress = Progress("step 3 of 20")
     tensor = torch.ones(3)
     for step in range(24):
         time.sleep(0.05)
@@ -91,7 +92,7 @@ def disagree(ranks):
     facts = {"seed": "7", "torch": "2.13", "model": f"digest of adapter {ranks.rank % 2}"}
     if ranks.rank == 2:
         facts["torch"] = "2.12"
-    agree(ranks.members, facts)
+    agree(ranks.team, facts)
 
 
 def make_autoencoder(kind):
