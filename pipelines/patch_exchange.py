@@ -30,23 +30,44 @@ class Traffic:
             once a forward, not per layer).
         layers: number of attention layers computed.
         waiting: whether this process waits for what others send.
-        waited: seconds it has, where they are the host's: on a GPU the device waits, not the host.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
     layers: int = 0
     waiting: bool = False
-    waited: float = 0.0
+    _waited: float = 0.0
+    _stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
 
     @contextmanager
     def wait(self) -> Iterator[None]:
         """Around every wait."""
+        events = None
+        if self._stalls is not None:
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
         self.waiting, start = True, time.perf_counter()
         try:
             yield
         finally:
             self.waiting = False
-            self.waited += time.perf_counter() - start
+            self._waited += time.perf_counter() - start
+            if self._stalls is not None and events is not None:
+                events[1].record()
+                self._stalls.append(events)
+
+    def time_waits(self, device: torch.device) -> None:
+        """Have `seconds_waited` measure a CUDA device, which waits without its host."""
+        if device.type == "cuda":
+            self._stalls = []
+
+    def seconds_waited(self) -> float:
+        """Seconds in which this rank, or its device (see `time_waits`), waited for others so far.
+
+        Synchronise the device first.
+        """
+        if self._stalls is None:
+            return self._waited
+        return sum(start.elapsed_time(end) for start, end in self._stalls) / 1e3
 
     def per_layer(self, *kinds: str) -> float:
         """Bytes sent per attention layer, of some kinds, or of all that layers send."""

@@ -52,7 +52,7 @@ def bench_denoise(
         return transformer(**inputs, return_dict=False)[0]
 
     # Correct first: past the diagonal, local attention is full attention.
-    small = _inputs(pipe, CHECK_ROWS, CHECK_COLUMNS, text_tokens)
+    small = step_inputs(pipe, CHECK_ROWS, CHECK_COLUMNS, text_tokens)
     apply_clear(pipe, radius=CHECK_ROWS + CHECK_COLUMNS, impl=name)
     wide = step(transformer.attn_processors, small)
     apply_clear(pipe, radius=radius, impl=name)
@@ -60,7 +60,7 @@ def bench_denoise(
     full = step(stock, small)
     error = float((wide - full).float().norm() / full.float().norm())
 
-    inputs = _inputs(pipe, rows, columns, text_tokens)
+    inputs = step_inputs(pipe, rows, columns, text_tokens)
     runs = {"full": partial(step, stock, inputs), "clear": partial(step, local, inputs)}
     window = Window(rows, columns, text_tokens, radius)
     layers = config.num_layers + config.num_single_layers
@@ -93,7 +93,10 @@ def bench_denoise(
     }
 
 
-def _inputs(pipe: Any, rows: int, columns: int, text_length: int) -> dict[str, torch.Tensor | None]:
+def step_inputs(
+    pipe: Any, rows: int, columns: int, text_length: int
+) -> dict[str, torch.Tensor | None]:
+    """What a transformer is given in a step: random latents and text; sizes in tokens."""
     config, dtype, device = pipe.transformer.config, pipe.transformer.dtype, pipe.device
     generator = torch.Generator().manual_seed(0)
 

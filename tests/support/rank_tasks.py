@@ -3,6 +3,7 @@
 Torch's threads do not survive a fork, so that this imports what is slow and computes nothing.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -14,11 +15,26 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from clear_dit.generate import generate, make_request
 from clear_dit.models import DEMO
+from clear_dit.pipelines import autoencoder
 from clear_dit.pipelines.autoencoder import decode, decode_rows, encode
+from clear_dit.pipelines.patch_exchange import HaloRows
 from clear_dit.pipelines.rank_agreement import agree
 from clear_dit.pipelines.rank_watch import Progress
 from clear_dit.pipelines.ranks import start_ranks
+from clear_dit.pipelines.team import Team
+
+PICTURE = {
+    "prompt": "a red circle",
+    "height": 256,
+    "width": 256,
+    "radius": 4,
+    "weights": "none",
+    "steps": 3,
+    "seed": 3,
+    "device": "cpu",
+}
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["support.rank_tasks"])
@@ -93,6 +109,25 @@ def disagree(ranks):
     if ranks.rank == 2:
         facts["torch"] = "2.12"
     agree(ranks.team, facts)
+
+
+def paint(ranks, out, dies):
+    """Paint a small picture by tiles of 64 pixels; rank 1 may die in a step or in decoding."""
+    autoencoder.TILE_PIXELS = 64
+    if ranks.rank == 1 and dies is not None:
+        where, name, after = {
+            "step": (HaloRows, "wait", 40),
+            "decoding": (Team, "send", 2),
+        }[dies]
+        original, calls = getattr(where, name), itertools.count()
+
+        def last_call(*arguments):
+            if next(calls) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments)
+
+        setattr(where, name, last_call)
+    generate(make_request(**PICTURE), out, progress=False, ranks=ranks)
 
 
 def make_autoencoder(kind):
