@@ -38,10 +38,9 @@ from clear_dit.weights import load_clear_weights
 from .call_checks import check_options, check_shared, check_stages
 from .cascade import Request, pictures_from, run_stages
 from .given_image import enlarged_size, pixels_from
-from .identity import request_identity
+from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
 from .patch_parallel import PatchParallel
-from .rank_agreement import check_agreement
 from .resolution import Resolution
 from .stage_attention import can_run_full, runs_clear
 from .stage_files import StageFiles

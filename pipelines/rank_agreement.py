@@ -6,35 +6,10 @@ would notice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-import torch.distributed as dist
-
-from clear_dit.distillation.identity import versions
-
-from .cascade import Request
-from .identity import request_identity
 from .rank_watch import Member
 from .team import Team
-
-
-def check_agreement(pipe: Any, request: Request, groups: Iterable[dist.ProcessGroup]) -> None:
-    """Refuse a request that is not the same on all ranks; all must call this.
-
-    Compared are versions, sizes, prompts, seeds, settings and a sample of every weight.
-
-    Args:
-        request: as all ranks should have it.
-        groups: this rank's in each dimension of the mesh.
-
-    Raises:
-        ValueError: on every rank; what differs and on which ranks is named.
-    """
-    stages = {"size or stages": "; ".join(stage.name for stage in request.stages)}
-    facts = versions() | stages | request_identity(pipe, request)
-    for group in groups:
-        agree(Team(group), facts)
 
 
 def agree(team: Team, facts: Mapping[str, str]) -> None:
