@@ -16,8 +16,8 @@ from .pooling import pool_tokens
 from .window import Window
 
 # (query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale,
-# query_start, query_stop) -> (out, lse); the last two are the rows of image queries. And the same up
-# to scale after (grad, ...) with out and lse after pooled_value -> five gradients, for all rows.
+# query_start, query_stop) -> (out, lse); the last two are the rows of image queries. And the same,
+# up to scale, after (grad, ...) with out and lse after pooled_value -> five gradients, of all rows.
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Backward = Callable[
     ..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -109,8 +109,10 @@ def _product_flops(query, pooled, window: Window) -> int:
 
 
 def _flops(query, key, value, pooled_key, pooled_value, *geometry, **_):
-    rows = None if query[1] == key[1] else geometry[-2:]
-    return 2 * _product_flops(query, pooled_key, Window(*geometry[:4], query_rows=rows))
+    height, width, text_length, radius, _, *rows = geometry
+    query_rows = None if query[1] == key[1] else (rows[0], rows[1])
+    window = Window(height, width, text_length, radius, query_rows=query_rows)
+    return 2 * _product_flops(query, pooled_key, window)
 
 
 def _backward_flops(grad, query, key, value, pooled_key, pooled_value, out, lse, *geometry, **_):

@@ -74,11 +74,9 @@ class SharedPicture:
 
     def own_part(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, image + references, ...) without the image tokens of other ranks."""
-        start, stop = (
-            row * self.whole.columns for row in (self.bands.own.start, self.bands.own.stop)
-        )
-        references = tokens[:, self.whole.image_length :]
-        return torch.cat([tokens[:, start:stop], references], dim=1)
+        own, columns = self.bands.own, self.whole.columns
+        image = tokens[:, own.start * columns : own.stop * columns]
+        return torch.cat([image, tokens[:, self.whole.image_length :]], dim=1)
 
     def whole_picture(self, tokens: torch.Tensor) -> torch.Tensor:
         """The reverse of `own_part`, on every rank."""
@@ -188,9 +186,11 @@ class SharedPicture:
             rows = range(piece.queries.start - own.start, piece.queries.stop - own.start)
             columns = self.whole.columns
             part = slice(text + rows.start * columns, text + rows.stop * columns)
-            out[:, part] = local_attention(
+            attended = local_attention(
                 query[:, part], keys, values, self._window(piece), scale=scale, impl=impl
             )
+            assert isinstance(attended, torch.Tensor)
+            out[:, part] = attended
 
         inside = self.bands.interior
         if inside is not None:

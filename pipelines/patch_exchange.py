@@ -158,7 +158,7 @@ class MergedText:
             self._work.wait()
         return self._sums[..., :-1] / self._sums[..., -1:]
 
-    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp) -> dist.Work:
+    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> dist.Work:
         ranks = self._group.size()
         self._traffic.sent["text"] += 2 * (ranks - 1) * tensor.nbytes // ranks
         return dist.all_reduce(tensor, operation, group=self._group, async_op=True)

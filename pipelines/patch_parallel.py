@@ -1,10 +1,10 @@
 """One picture on many GPUs, exactly: every rank holds a band of its rows.
 
     with start_ranks() as ranks:
-        pipe = CLEARFluxPipeline.from_pretrained(...).to(ranks.device)
-        apply_clear(pipe, radius=16), pipe.enable_patch_parallel(ranks.mesh), ranks.follow(pipe)
-        generator = torch.Generator().manual_seed(0)
-        image = pipe("a fox", height=8192, width=8192, generator=generator).images[0]
+        pipe = CLEARFluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev").to(ranks.device)
+        apply_clear(pipe, radius=16)
+        pipe.enable_patch_parallel(ranks.mesh)
+        image = pipe("a fox", height=8192, width=8192, generator=torch.Generator().manual_seed(0))
 
 Every rank runs this with the same arguments, and gets the same picture: noise is drawn whole from
 the seed, and the latents are whole on every rank between steps. Within the transformer a rank has
@@ -31,7 +31,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from clear_dit.grid import Layout
 from clear_dit.plugin import transformer_of
-from clear_dit.state import ClearState
+from clear_dit.processor import CLEARProcessor
+from clear_dit.state import ClearState, attention_layers
 
 from .patch_attention import SharedPicture
 from .patch_bands import Bands
@@ -70,7 +71,8 @@ def parallelize(
         ValueError: CLEAR is not applied, a mesh that does not fit, or a setting out of its range.
     """
     model = transformer_of(pipe_or_model, "parallelize")
-    if not runs_clear(model):
+    clear = ClearState.on(model)
+    if clear is None or clear.tracker is None:
         raise ValueError(
             f"{WHO}: the picture is shared by way of local attention, and the transformer has "
             "full attention; call apply_clear first."
@@ -198,19 +200,22 @@ class PatchParallel:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Take this rank's band of the transformer's inputs."""
         signature = inspect.signature(type(model).forward)
-        given = signature.bind(model, *args, **kwargs).arguments
+        given = signature.bind_partial(model, *args, **kwargs).arguments
         clear = ClearState.on(model)
         self._share = None
         if clear is not None and clear.tracker is not None:
             if runs_clear(model):
+                _refuse_other_processors(model)
                 self._share = self._shared(clear)
                 self._announce_step(given["timestep"])
             clear.tracker.share = self._share
         share = self._share
+        if share is not None and torch.is_grad_enabled():
+            raise ValueError(f"{WHO} has no backward pass; use torch.no_grad().")
         self._decisions.follow(model, None if share is None else share.layout.image_length)
         if share is None:
             return None
-        changed = {"hidden_states": share.own_part(given["hidden_states"])}
+        changed: dict[str, Any] = {"hidden_states": share.own_part(given["hidden_states"])}
         for name in CONTROL:
             if given.get(name) is not None:
                 changed[name] = [share.own_part(sample) for sample in given[name]]
@@ -257,6 +262,15 @@ class PatchParallel:
             both = Gathered(sample, self.guidance_group, self.traffic, "guidance").wait()
             sample = both[1] + self._guidance_scale * (both[0] - both[1])
         return (sample, *output[1:]) if is_tuple else type(output)(sample=sample)
+
+
+def _refuse_other_processors(model: nn.Module) -> None:
+    for name, attn in attention_layers(model).items():
+        if not isinstance(attn.processor, CLEARProcessor):
+            raise ValueError(
+                f"{WHO}: {name} has a {type(attn.processor).__name__}, which would see this rank's "
+                "rows only; call apply_clear again, or remove_clear for full attention everywhere."
+            )
 
 
 class _Steps:

@@ -3,10 +3,11 @@
 Started by torchrun, or by anything that sets its variables, on one node or many:
 
     with start_ranks() as ranks:
-        pipe = CLEARFluxPipeline.from_pretrained(...).to(ranks.device)
-        apply_clear(pipe, radius=16), pipe.enable_patch_parallel(ranks.mesh), ranks.follow(pipe)
-        image = pipe("a fox", generator=torch.Generator().manual_seed(0)).images[0]
-        image.save("fox.png") if ranks.is_first else None
+        pipe = CLEARFluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev").to(ranks.device)
+        apply_clear(pipe, radius=16)
+        pipe.enable_patch_parallel(ranks.mesh)
+        ranks.follow(pipe)
+        image = pipe("a fox", height=8192, width=8192, generator=torch.Generator().manual_seed(0))
 """
 
 from __future__ import annotations

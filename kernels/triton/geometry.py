@@ -129,15 +129,15 @@ def visits(
     radius: int,
     tiling: Tiling,
     device: torch.device,
-    rows: tuple[int, int] | None = None,
+    owner_rows: tuple[int, int] | None = None,
 ) -> Visits:
     """The lists of a grid of height x width tokens for discs of `radius` tokens.
 
-    rows: (start, stop) of those that have owners; all where None.
+    owner_rows: (start, stop) of the rows that owners take up; all where None.
 
     A pure function of its arguments; remembered, because a model asks once per layer and step.
     """
-    row_reach = _reaches(height, tiling.rows, radius - 1, range(*(rows or (0, height))))
+    row_reach = _reaches(height, tiling.rows, radius - 1, range(*(owner_rows or (0, height))))
     column_reach = _reaches(width, tiling.columns, radius - 1, range(width))
     row_classes, column_classes = list(dict.fromkeys(row_reach)), list(dict.fromkeys(column_reach))
     ranges = np.zeros((len(row_classes), len(column_classes), 3), dtype=np.int32)
