@@ -1,9 +1,12 @@
 """Formulas of what ranks send, against exchanges that are played through and counted."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
+from support import rank_tasks
 from typer.testing import CliRunner
 
 from clear_dit.bench.parallel_bytes import FLOAT32, Layer, halo_bytes, ring_bytes, ulysses_bytes
@@ -108,8 +111,30 @@ def test_a_plan_of_the_demo():
     assert two["efficiency"] == pytest.approx(alone["seconds"] / 2 / two["seconds"])
     assert ring["mb_per_layer"] > two["mb_per_layer"]
     assert rows["ulysses", 2]["seconds"] is None  # 3 heads
-    faster = plan_parallel("demo", [2048], 8, Rates(tflops=0.1, gbps=2, latency=5))
-    assert faster["rows"][1]["communication_seconds"] == two["communication_seconds"] / 2
+    # Six layers of five messages one after the other, then half of the picture's 64 channels.
+    sent = 6 * two["mb_per_layer"] * 1e6 + 128 * 128 * 64 * 2 / 2
+    assert two["communication_seconds"] == pytest.approx(sent / 1e9 + 6 * 5 * 10e-6)
+
+
+def test_a_measured_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    statuses, said = rank_tasks.run_ranks(rank_tasks.bench, 3, tmp_path, tmp_path)
+    assert statuses == [0] * 3, said
+    found = [json.loads((tmp_path / f"bench-{rank}.json").read_text()) for rank in range(3)]
+    assert found[0] == found[1] == found[2]
+    result = found[0]
+    assert result["correct"]
+    assert result["max_error"] < 1e-5
+    # The one in the middle has two neighbours: two rows of 8 tokens to each, and the text.
+    layer = Layer(16, 8, 64, 3, 3, 64, 4)
+    middle = result["rows"][1]["mb_per_layer"] * 1e6
+    assert middle == pytest.approx(halo_bytes(layer, 3), rel=0.01)
+    assert result["rows"][0]["mb_per_layer"] < result["rows"][1]["mb_per_layer"]
+    for row in result["rows"]:
+        assert 0 < row["compute_seconds"] < row["seconds"]
+        assert 0 < row["communication_seconds"] < row["seconds"]
+    assert result["speedup"] == pytest.approx(3 * result["efficiency"])
+    assert all(rate > 0 for rate in result["rates"].values())
 
 
 def test_the_command(monkeypatch):

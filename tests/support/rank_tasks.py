@@ -4,6 +4,7 @@ Torch's threads do not survive a fork, so that this imports what is slow and com
 """
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from clear_dit.bench.parallel import measure
 from clear_dit.generate import generate, make_request
 from clear_dit.models import DEMO
 from clear_dit.pipelines import autoencoder
@@ -40,10 +42,10 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["support.rank_tasks"])
 
 
-def run_ranks(task, world, folder, *arguments):
+def run_ranks(task, world, folder, *arguments, stays=None):
     """Run `task(ranks, *arguments)` on some gloo ranks; their statuses and what they said.
 
-    A rank that has not ended after 120 s is killed, and its status is None.
+    A rank that has not ended after 120 s, or the one that `stays`, is killed; its status is None.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,8 +58,10 @@ def run_ranks(task, world, folder, *arguments):
         process.start()
     deadline = time.monotonic() + 120
     statuses = []
+    for rank, process in enumerate(processes):
+        if rank != stays:
+            process.join(max(0, deadline - time.monotonic()))
     for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
         statuses.append(process.exitcode)
     for process in processes:
         process.kill()
@@ -128,6 +132,12 @@ def paint(ranks, out, dies):
 
         setattr(where, name, last_call)
     generate(make_request(**PICTURE), out, progress=False, ranks=ranks)
+
+
+def bench(ranks, folder):
+    """Measure a small step; what is found on each rank."""
+    found = measure("demo", 256, 128, 3, "tiled", torch.float32, ranks, 2)
+    (folder / f"bench-{ranks.rank}.json").write_text(json.dumps(found))
 
 
 def make_autoencoder(kind):
