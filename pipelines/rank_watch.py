@@ -224,7 +224,7 @@ class Watch:
                 assert isinstance(connection, Connection)
                 self._receive(rank_of[connection], connection)
             self._look_for_silence()
-            if time.monotonic() >= self._decide_at:
+            if self.failure is None and time.monotonic() >= self._decide_at:
                 self._decide(min(self._suspects, key=lambda suspect: suspect[0])[1])
         if self.failure is not None:
             self._stop(self.failure)

@@ -182,12 +182,14 @@ def _own_device(kind: str, local: int) -> torch.device:
 def _meeting(rank: int) -> tuple[list[Member], Callable[[], dict[int, Connection]]]:
     """The members of the run, and a function that connects their watches with rank 0's."""
     here: dict[str, Any] = {"member": asdict(Member.here())}
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    address = "127.0.0.1" if one_node else os.environ["MASTER_ADDR"]
+    address = os.environ["MASTER_ADDR"]
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        address = "127.0.0.1"  # one node: nothing needs to be reached from elsewhere
     key = secrets.token_hex(16)
     listener = None
     if rank == 0:
-        listener = Listener(("127.0.0.1" if one_node else "", 0), backlog=128, authkey=key.encode())
+        local = address in ("127.0.0.1", "localhost")
+        listener = Listener((address if local else "", 0), backlog=128, authkey=key.encode())
         here |= {"port": listener.address[1], "key": key}
     everyone = Team(dist.group.WORLD).gather(here)
     members = [Member(**other["member"]) for other in everyone]

@@ -57,12 +57,10 @@ def run_ranks(task, world, folder, *arguments, stays=None):
     for process in processes:
         process.start()
     deadline = time.monotonic() + 120
-    statuses = []
     for rank, process in enumerate(processes):
         if rank != stays:
             process.join(max(0, deadline - time.monotonic()))
-    for process in processes:
-        statuses.append(process.exitcode)
+    statuses = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
         process.join()
