@@ -63,6 +63,17 @@ def test_what_differs_is_named_with_its_rank(tmp_path):
     assert "seed" not in told[0]
 
 
+def test_other_adapters_and_seeds_are_found_before_the_first_step(tmp_path):
+    statuses, said = run_ranks(rank_tasks.paint_with_other_adapters, 2, tmp_path)
+    assert 0 not in statuses
+    told = next(text for text in said if "the ranks do not agree" in text)
+    assert re.search(r"rank 1 \(.+\) has seed \w+, rank 0", told)
+    assert re.search(r"rank 1 \(.+\) has transformer weights or adapter \w+, rank 0", told)
+    # All else is the same.
+    assert told.count("rank 1 (") == 2
+    assert "step" not in told
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from clear_dit import apply_clear
+from clear_dit.adapters import known_weights
 from clear_dit.bench.parallel import measure
 from clear_dit.generate import generate, make_request
-from clear_dit.models import DEMO
+from clear_dit.models import DEMO, load_pipeline
 from clear_dit.pipelines import autoencoder
 from clear_dit.pipelines.autoencoder import decode, decode_rows, encode
 from clear_dit.pipelines.patch_exchange import HaloRows
@@ -130,6 +132,15 @@ def paint(ranks, out, dies):
 
         setattr(where, name, last_call)
     generate(make_request(**PICTURE), out, progress=False, ranks=ranks)
+
+
+def paint_with_other_adapters(ranks):
+    """What the second rank has was tuned for the window; it has another seed, too."""
+    pipe = load_pipeline("demo", torch.float32, ranks.device)
+    apply_clear(pipe, radius=4, weights=known_weights("demo", 4, 1) if ranks.rank else None)
+    pipe.enable_patch_parallel(ranks.mesh)
+    generator = torch.Generator().manual_seed(ranks.rank)
+    pipe("a red circle", height=128, width=128, generator=generator)
 
 
 def bench(ranks, folder):
