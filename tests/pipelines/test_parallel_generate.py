@@ -39,7 +39,7 @@ def test_torchrun_paints_the_picture_of_one_process(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     # One rank speaks.

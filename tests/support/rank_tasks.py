@@ -120,7 +120,7 @@ def paint(ranks, out, dies):
     autoencoder.TILE_PIXELS = 64
     if ranks.rank == 1 and dies is not None:
         where, name, after = {
-            "step": (HaloRows, "wait", 40),
+            "step": (HaloRows, "wait", 20),
             "decoding": (Team, "send", 2),
         }[dies]
         original, calls = getattr(where, name), itertools.count()
