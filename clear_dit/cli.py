@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -107,38 +108,53 @@ def generate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Device = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun: patch, the ranks share the picture's rows; guidance, and each "
+            "half computes one of guidance's two passes."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG or TIFF to write.")] = Path("clear-dit.png"),
     as_json: Json = False,
 ) -> None:
     """Paint one picture."""
     from .generate import generate as run
     from .generate import make_request
+    from .sharing import joined_ranks
 
-    request = make_request(
-        prompt,
-        model,
-        height=height,
-        width=width,
-        radius=radius,
-        down_factor=down_factor,
-        weights=weights,
-        attention=attention,
-        impl=impl,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        image=image,
-        strength=None if strength is None else _numbers("strength", strength),
-        low_resolution_guidance=low_resolution_guidance,
-        stages_dir=stages_dir,
-        dtype=dtype,
-        device=device,
-    )
-    try:
-        result = run(request, out)
-    except KeyboardInterrupt:
-        kept = "the same command goes on" if stages_dir else "--stages-dir would have kept stages"
-        _fail(f"interrupted; {kept}.", 130)
+    with joined_ranks(parallel, device) as ranks:
+        if ranks is not None and not ranks.is_first:
+            logging.getLogger("clear_dit").setLevel(logging.ERROR)
+        request = make_request(
+            prompt,
+            model,
+            height=height,
+            width=width,
+            radius=radius,
+            down_factor=down_factor,
+            weights=weights,
+            attention=attention,
+            impl=impl,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            image=image,
+            strength=None if strength is None else _numbers("strength", strength),
+            low_resolution_guidance=low_resolution_guidance,
+            stages_dir=stages_dir,
+            dtype=dtype,
+            device=device if ranks is None else str(ranks.device),
+        )
+        try:
+            result = run(request, out, ranks=ranks)
+        except KeyboardInterrupt:
+            kept = (
+                "the same command goes on" if stages_dir else "--stages-dir would have kept stages"
+            )
+            _fail(f"interrupted; {kept}.", 130)
+    if ranks is not None and not ranks.is_first:
+        return
     if as_json:
         _print_json(result)
     else:
@@ -414,6 +430,70 @@ def bench_plan(
     print(report(result))
     if as_json:
         _print_json(result)
+
+
+@bench.command("parallel")
+def bench_parallel(
+    model: Annotated[
+        str, typer.Option(help="Under torchrun, measured: demo, a folder or a hub repository.")
+    ] = "demo",
+    height: Height = 2048,
+    width: Width = 2048,
+    radius: Radius = 8,
+    impl: Impl = "auto",
+    dtype: Dtype = "float32",
+    device: Device = None,
+    repeats: Repeats = 3,
+    plan_model: Annotated[
+        str, typer.Option(help="Planned: flux-dev, flux-schnell, demo, or a folder.")
+    ] = "flux-dev",
+    sides: Annotated[
+        str, typer.Option(help="Planned: sides in pixels, with commas.")
+    ] = "8192,16384",
+    plan_radius: Annotated[int, typer.Option(help="Planned: radius, in tokens.")] = 16,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="TFLOP/s of a rank; default measured, or 400.")
+    ] = None,
+    gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s a rank sends; default measured, or 200.")
+    ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(min=0, help="Microseconds a message; default measured, or 20."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """One picture on many GPUs: measured under torchrun, planned for up to 64 from rates."""
+    from .bench.parallel import measure
+    from .bench.parallel import report as measured_report
+    from .bench.parallel_plan import ASSUMED, Rates, plan_parallel
+    from .bench.parallel_plan import report as plan_report
+    from .checks import find_dtype, find_window
+    from .sharing import joined_ranks
+
+    find_window(height, width, radius)
+    found: dict[str, Any] = {}
+    under_torchrun = "WORLD_SIZE" in os.environ
+    with joined_ranks("patch" if under_torchrun else None, device) as ranks:
+        rates = asdict(ASSUMED)
+        if ranks is not None:
+            measured = measure(
+                model, height, width, radius, impl, find_dtype(dtype), ranks, repeats
+            )
+            if not ranks.is_first:
+                return
+            found["measured"] = measured
+            rates = measured["rates"]
+            print(measured_report(measured), end="\n\n")
+        given = {"tflops": tflops, "gbps": gbps, "latency": latency}
+        rates |= {name: value for name, value in given.items() if value is not None}
+        numbers = [int(side) for side in _numbers("sides", sides)]
+        found["plan"] = plan_parallel(plan_model, numbers, plan_radius, Rates(**rates))
+        print(plan_report(found["plan"]))
+    if as_json:
+        _print_json(found)
+    if "measured" in found and not found["measured"]["correct"]:
+        raise typer.Exit(1)
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

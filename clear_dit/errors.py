@@ -10,7 +10,7 @@ class RequestError(ValueError):
     """
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapters import AUTO
 from .checks import find_device, find_dtype, find_impl, find_window
@@ -15,6 +15,10 @@ from .models import TOKEN_PIXELS, ModelDefaults, model_defaults, model_path
 from .output import PICTURE_SUFFIXES, check_writable
 from .painter import Painter
 from .picture_input import read_picture
+from .sharing import check_shared
+
+if TYPE_CHECKING:
+    from .pipelines.ranks import Ranks
 
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"
@@ -156,13 +160,17 @@ def _enlarged_size(settings: dict[str, Any]) -> tuple[int, int]:
         raise RequestError(str(error)) from error
 
 
-def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict[str, Any]:
+def generate(
+    request: GenerateRequest, out: Path, progress: bool = True, ranks: Ranks | None = None
+) -> dict[str, Any]:
     """Load the model of a request, paint it and write the picture.
 
     Args:
         request: what to paint.
         out: the PNG or TIFF to write; its settings stand in it.
         progress: show a progress bar on standard error.
+        ranks: that share the work, all with this request but for its device; the first writes and
+            shows the bar.
 
     Returns:
         What `Painter.paint` returns, with the loading in seconds' total and in peak_memory_mb.
@@ -172,11 +180,14 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
         MemoryError: there is not enough for this picture.
         OSError: the picture cannot be written; nothing is left under its name.
     """
-    check_writable(out, PICTURE_SUFFIXES)
+    if ranks is not None:
+        check_shared(request, ranks)
+    if ranks is None or ranks.is_first:
+        check_writable(out, PICTURE_SUFFIXES)
     device = find_device(request.device)
     reset_peak(device)
     start = time.perf_counter()
-    painter = Painter(request.model, request.dtype, request.device)
+    painter = Painter(request.model, request.dtype, request.device, ranks)
     load_peak = round(peak_mb(device), 1)
     result = painter.paint(request, out, progress=progress)
     result["seconds"]["total"] = round(time.perf_counter() - start, 3)

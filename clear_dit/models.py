@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 TOKEN_PIXELS = 16
 
 # What a pipeline has besides its transformer and scheduler.
-OTHER_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+OTHER_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "vae")
 
 DEMO = Path(__file__).parent / "assets" / "demo"
 
@@ -128,7 +129,11 @@ def text_length(pipe: FluxPipeline) -> int:
 
 
 def load_pipeline(
-    model: str, dtype: torch.dtype, device: torch.device, only_transformer: bool = False
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    only_transformer: bool = False,
+    text_encoders: bool = True,
 ) -> CLEARFluxPipeline:
     """A FLUX pipeline, ready on a device; without text encoders and autoencoder if asked.
 
@@ -144,6 +149,8 @@ def load_pipeline(
             options: dict[str, Any] = {"dtype" if renamed else "torch_dtype": dtype}
             if only_transformer:
                 options |= dict.fromkeys(OTHER_PARTS)
+            if not text_encoders:
+                options |= dict.fromkeys(TEXT_ENCODERS)
             if model == "demo":
                 options["native_size"] = DEMO_DEFAULTS.size
             pipe = CLEARFluxPipeline.from_pretrained(path, use_safetensors=True, **options)

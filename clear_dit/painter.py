@@ -16,16 +16,18 @@ import torch
 from . import __version__
 from .adapters import AUTO, known_weights
 from .checks import find_device, find_dtype, find_impl
-from .denoising import denoise, encode, two_passes, unpack
+from .denoising import denoise, two_passes, unpack
 from .errors import RequestError, first_line, is_out_of_memory
 from .memory import peak_mb, reset_peak
 from .models import TOKEN_PIXELS, load_pipeline
 from .output import PICTURE_SUFFIXES, check_writable
 from .picture_input import read_picture
 from .plugin import apply_clear, remove_clear
+from .sharing import encode_once
 
 if TYPE_CHECKING:
     from .generate import GenerateRequest
+    from .pipelines.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class Painter:
 
     Args:
         model, dtype, device: see `GenerateRequest`; the same for all requests.
+        ranks: that share every picture, each with a painter and the same requests; the first has
+            the text encoders and writes.
 
     Attributes:
         pipe: the pipeline.
@@ -75,10 +79,12 @@ class Painter:
         RequestError: the model cannot be found or read.
     """
 
-    def __init__(self, model: str, dtype: str, device: str) -> None:
+    def __init__(self, model: str, dtype: str, device: str, ranks: Ranks | None = None) -> None:
         self._made_for = {"model": model, "dtype": dtype, "device": device}
         self.device = find_device(device)
-        self.pipe = load_pipeline(model, find_dtype(dtype), self.device)
+        self._ranks = ranks
+        self._writes = ranks is None or ranks.is_first
+        self.pipe = load_pipeline(model, find_dtype(dtype), self.device, text_encoders=self._writes)
         # What `_set_attention` was last asked for, and what it said; None for the stock model.
         self._attention: tuple[Any, ...] | None = None
         self._told: set[str] = set()
@@ -107,8 +113,8 @@ class Painter:
         Returns:
             out, height, width (pixels), tokens (of the picture), impl (the attention that ran: an
             implementation of local attention, or "full"), weights (the name of the CLEAR weights,
-            None for the model's own), seconds {total, text, denoise, decode}, peak_memory_mb (of
-            this picture).
+            None for the model's own), ranks (their number), seconds {total, text, denoise, decode},
+            peak_memory_mb (of this picture, in this process).
 
         Raises:
             Stopped: `should_stop` returned True.
@@ -123,17 +129,24 @@ class Painter:
                     f"Painter: {name} is {value!r} here, and the request says "
                     f"{getattr(request, name)!r}; make another Painter for it."
                 )
-        check_writable(out, PICTURE_SUFFIXES)
+        if self._writes:
+            check_writable(out, PICTURE_SUFFIXES)
         reset_peak(self.device)
+        ranks = 1 if self._ranks is None else len(self._ranks.members)
         timer = Timer({})
         failure = None
         try:
             with timer.measure("total", self.device):
                 weights, impl = self._set_attention(request)
-                self.pipe.set_progress_bar_config(disable=not progress, desc="denoising")
+                if self._ranks is not None:
+                    self.pipe.enable_patch_parallel(self._ranks.mesh)
+                    self._ranks.follow(self.pipe)
+                shown = progress and self._writes
+                self.pipe.set_progress_bar_config(disable=not shown, desc="denoising")
                 watch = _Watch(on_step, should_stop)
                 latents = self._denoise(request, watch, timer)
-                settings = asdict(request) | {"version": __version__, "impl": impl, **(notes or {})}
+                settings = asdict(request) | {"version": __version__, "impl": impl, "ranks": ranks}
+                settings |= notes or {}
                 with timer.measure("decode", self.device):
                     self._write(latents, request, out, settings, watch)
         except (MemoryError, RuntimeError) as error:
@@ -154,6 +167,7 @@ class Painter:
             "tokens": request.height * request.width // TOKEN_PIXELS**2,
             "impl": impl,
             "weights": weights and Path(weights).name,
+            "ranks": ranks,
             "seconds": timer.seconds,
             "peak_memory_mb": round(peak_mb(self.device), 1),
         }
@@ -215,8 +229,9 @@ class Painter:
         """Text and denoising one after the other, each timed; packed latents."""
         pipe = self.pipe
         with timer.measure("text", self.device):
-            text = encode(pipe, [request.prompt])
-            empty = encode(pipe, [""]) if two_passes(pipe, request.guidance) else None
+            text = encode_once(pipe, request.prompt, self._ranks)
+            guided = two_passes(pipe, request.guidance)
+            empty = encode_once(pipe, "", self._ranks) if guided else None
         stages: dict[str, Any] = {
             "low_resolution_guidance": request.low_resolution_guidance,
             "stages_dir": request.stages_dir,
@@ -257,9 +272,17 @@ class Painter:
         """Decode and write a picture strip by strip."""
         from .pipelines.autoencoder import decode_rows
         from .pipelines.picture_files import save_rows
+        from .pipelines.rank_watch import Progress, until_failure
 
         height, width = request.height, request.width
-        strips = decode_rows(self.pipe.vae, unpack(self.pipe, latents, height, width))
+        group = None if self._ranks is None else self._ranks.team.group
+        strips = decode_rows(self.pipe.vae, unpack(self.pipe, latents, height, width), group=group)
+        if self._ranks is not None:
+            self._ranks.watch.progress = Progress("decoding")
+            if not self._writes:
+                list(strips)  # there are none: it computes what it sends to the first
+                return
+            strips = until_failure(strips, self._ranks.watch)
         try:
             save_rows(watch.each(strips), out, height=height, width=width, settings=settings)
         except OSError as error:

@@ -2,21 +2,25 @@
 
 Tiles are computed with all the surroundings they depend on (`tiles.py`) and share the statistics of
 the whole picture (`group_norm.py`), so that they fit without blending: the result is that of the
-autoencoder run at once, but for rounding. One thing is an approximation, of pictures with more
+autoencoder run at once, but for rounding. Several processes can share them out, which changes
+nothing: bit for bit the same comes out. One thing is an approximation, of pictures with more
 pixels than 1024 x 1024: an AutoencoderKL's attention, quadratic in the pixels, looks a fixed
 distance around (`autoencoder_segments.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup, Work
 
 from .autoencoder_segments import decoder_stages, encoder_stages, side_factor
 from .group_norm import SharedGroupNorm, measure
 from .offloading import loaded
+from .team import Team
 from .tiles import Box, Segment, output_box, run_tile, side_before, tile_rows, whole
 
 # FLUX's decoder takes about 4 GB for a tile of 1024 x 1024 pixels in float32.
@@ -24,7 +28,13 @@ TILE_PIXELS = 1024
 
 
 @torch.no_grad()
-def encode(vae: Any, pixels: torch.Tensor, *, tile_pixels: int | None = None) -> torch.Tensor:
+def encode(
+    vae: Any,
+    pixels: torch.Tensor,
+    *,
+    tile_pixels: int | None = None,
+    group: ProcessGroup | None = None,
+) -> torch.Tensor:
     """A picture's latents as the transformer takes them: shifted and scaled, not packed.
 
     Args:
@@ -33,6 +43,7 @@ def encode(vae: Any, pixels: torch.Tensor, *, tile_pixels: int | None = None) ->
             factor, which is 8 for FLUX.
         tile_pixels: side of a tile, in pixels, a multiple of the factor; default: one tile for as
             many pixels as 1024 x 1024 has, else tiles of 1024.
+        group: the ranks that share out the tiles; each is given all pixels and gets all latents.
 
     Returns:
         (1, channels, height / factor, width / factor) in the autoencoder's dtype, on the device of
@@ -53,19 +64,29 @@ def encode(vae: Any, pixels: torch.Tensor, *, tile_pixels: int | None = None) ->
     tile = _tile_side("encode", tile_pixels, factor, height, width) // factor
     stages = encoder_stages(vae, height // factor, width // factor)
     with loaded(vae) as device:
-        return _last_tiles(stages, pixels, tile, device, vae.dtype).together()
+        return _last_tiles(stages, pixels, tile, device, vae.dtype, Team(group)).together()
 
 
 @torch.no_grad()
-def decode(vae: Any, latents: torch.Tensor, *, tile_pixels: int | None = None) -> torch.Tensor:
-    """The whole picture of `decode_rows`, (1, 3, factor * height, factor * width)."""
+def decode(
+    vae: Any,
+    latents: torch.Tensor,
+    *,
+    tile_pixels: int | None = None,
+    group: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The picture of `decode_rows`, (1, 3, factor * height, factor * width), on all ranks."""
     stages, tile = _plan_decoding(vae, latents, tile_pixels)
     with loaded(vae) as device:
-        return _last_tiles(stages, latents, tile, device, vae.dtype).together()
+        return _last_tiles(stages, latents, tile, device, vae.dtype, Team(group)).together()
 
 
 def decode_rows(
-    vae: Any, latents: torch.Tensor, *, tile_pixels: int | None = None
+    vae: Any,
+    latents: torch.Tensor,
+    *,
+    tile_pixels: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Iterator[torch.Tensor]:
     """A picture from latents, strip by strip, in memory that hardly grows with the picture.
 
@@ -75,6 +96,8 @@ def decode_rows(
             unpacked.
         tile_pixels: side of a tile, in pixels, a multiple of the autoencoder's factor (8 for
             FLUX); default: one tile for as many pixels as 1024 x 1024 has, else tiles of 1024.
+        group: the ranks that share out the tiles; each is given all latents. All must iterate: the
+            first one gets the strips, the others nothing.
 
     Returns:
         Strips (3, rows, factor * width) from top to bottom, in [-1, 1] but for overshoot (not
@@ -85,15 +108,15 @@ def decode_rows(
         ValueError: another autoencoder, shape or tile, or latents that are not finite; at once.
         FloatingPointError: the autoencoder's output is not finite, on the way.
     """
-    return _decode_rows(vae, latents, *_plan_decoding(vae, latents, tile_pixels))
+    return _decode_rows(vae, latents, *_plan_decoding(vae, latents, tile_pixels), Team(group))
 
 
 @torch.no_grad()
 def _decode_rows(
-    vae: Any, latents: torch.Tensor, stages: Sequence[Sequence[Segment]], tile: int
+    vae: Any, latents: torch.Tensor, stages: Sequence[Sequence[Segment]], tile: int, team: Team
 ) -> Iterator[torch.Tensor]:
     with loaded(vae) as device:
-        yield from _last_tiles(stages, latents, tile, device, vae.dtype).strips()
+        yield from _last_tiles(stages, latents, tile, device, vae.dtype, team).strips()
 
 
 def _plan_decoding(
@@ -112,6 +135,7 @@ def _last_tiles(
     tile: int,
     device: torch.device,
     dtype: torch.dtype,
+    team: Team,
 ) -> _Tiles:
     """The last of some networks in a row; what those before it make is held whole.
 
@@ -120,8 +144,8 @@ def _last_tiles(
     for index, segments in enumerate(stages[:-1]):
         after = [segment for stage in stages[index + 1 :] for segment in stage]
         side = side_before(after, tile)
-        picture = _Tiles(segments, picture, side, device, dtype).together()
-    return _Tiles(stages[-1], picture, tile, device, dtype)
+        picture = _Tiles(segments, picture, side, device, dtype, team).together()
+    return _Tiles(stages[-1], picture, tile, device, dtype, team)
 
 
 class _Tiles:
@@ -132,6 +156,7 @@ class _Tiles:
         picture: its input, (1, channels, height, width), on any device.
         tile: side of a tile, in output pixels.
         device, dtype: of the network.
+        team: the ranks that share out the tiles.
     """
 
     def __init__(
@@ -141,28 +166,74 @@ class _Tiles:
         tile: int,
         device: torch.device,
         dtype: torch.dtype,
+        team: Team,
     ) -> None:
         self._segments = [Segment(lambda x: x.to(device, dtype)), *segments]
         self._picture = picture
+        self._device, self._dtype, self._team = device, dtype, team
         self._rows = list(tile_rows(output_box(segments, whole(picture)), tile))
-        self._alone = len(self._rows) == len(self._rows[0]) == 1
-        self._moments = [] if self._alone else measure(self._segments, picture, tile)
+        self._boxes = [box for row in self._rows for box in row]
+        self._owner = {box: team.owner(index) for index, box in enumerate(self._boxes)}
+        alone = len(self._boxes) == 1
+        self._moments = [] if alone else measure(self._segments, picture, tile, team)
 
     def strips(self) -> Iterator[torch.Tensor]:
-        """(channels, rows, width) of one row of tiles after the other, where the picture is."""
-        return (self._filled(row) for row in self._rows)
+        """(channels, rows, width) of one row of tiles after the other, where the picture is.
+
+        On the first rank; the others compute and send their tiles.
+        """
+        if self._team.rank == 0:
+            channels = 0
+            for row in self._rows:
+                strip = self._filled(row, self._to_first(row, channels))
+                channels = len(strip)
+                yield strip
+            return
+        sent: Work | None = None
+        for box in self._team.share(self._boxes):
+            tile = self._tile(box).contiguous()
+            if sent is not None:
+                sent.wait()
+            sent = self._team.send(tile, 0)
+        if sent is not None:
+            sent.wait()
+
+    def _to_first(self, boxes: Sequence[Box], channels: int) -> Iterator[torch.Tensor]:
+        """Tiles on the first rank, one after the other; `channels` unless the first is its own."""
+        for box in boxes:
+            if self._owner[box] == 0:
+                tile = self._tile(box)
+            else:
+                tile = self._empty(channels, box)
+                self._team.receive(tile, self._owner[box])
+            channels = len(tile)
+            yield tile
 
     def together(self) -> torch.Tensor:
-        """The whole output, (1, channels, height, width), where the picture is."""
-        return self._filled([box for row in self._rows for box in row])[None]
+        """The whole output, (1, channels, height, width), where the picture is, on every rank."""
+        own = map(self._tile, self._team.share(self._boxes))
+        tiles = own if self._team.size == 1 else self._to_all([tile.contiguous() for tile in own])
+        return self._filled(self._boxes, tiles)[None]
 
-    def _filled(self, boxes: Sequence[Box]) -> torch.Tensor:
+    def _to_all(self, own: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        channels = max(self._team.gather(len(own[0]) if own else 0))
+        waiting = iter(own)
+        for box, owner in self._owner.items():
+            mine = owner == self._team.rank
+            tile = next(waiting) if mine else self._empty(channels, box)
+            self._team.broadcast(tile, owner)
+            yield tile
+
+    def _empty(self, channels: int, box: Box) -> torch.Tensor:
+        shape = (channels, box.bottom - box.top, box.right - box.left)
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def _filled(self, boxes: Sequence[Box], tiles: Iterable[torch.Tensor]) -> torch.Tensor:
         """The rectangle that some tiles fill, from its first to its last, in raster order."""
         first, last = boxes[0], boxes[-1]
         part = Box(first.top, last.bottom, first.left, last.right)
         out: torch.Tensor | None = None
-        for box in boxes:
-            tile = self._tile(box)
+        for box, tile in zip(boxes, tiles, strict=True):
             if out is None:
                 shape = (len(tile), part.bottom - part.top, part.right - part.left)
                 out = tile.new_empty(shape, device=self._picture.device)
@@ -171,11 +242,8 @@ class _Tiles:
         return out
 
     def _tile(self, box: Box) -> torch.Tensor:
-        if self._alone:
+        with SharedGroupNorm(self._moments) if len(self._boxes) > 1 else nullcontext():
             tile = run_tile(self._segments, self._picture, box)[0]
-        else:
-            with SharedGroupNorm(self._moments):
-                tile = run_tile(self._segments, self._picture, box)[0]
         _check_output(tile)
         return tile
 

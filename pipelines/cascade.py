@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.utils.torch_utils import randn_tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import interpolate
 
 from clear_dit.plugin import transformer_of
@@ -127,7 +128,8 @@ def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None
 
 def pictures_from(pipe: Any, latents: torch.Tensor, stage: Stage) -> Iterator[torch.Tensor]:
     """Decoded one by one, (1, 3, height, width) in [-1, 1]."""
-    return (decode(pipe.vae, one) for one in _unpack(pipe, latents, stage).split(1))
+    latents = _unpack(pipe, latents, stage)
+    return (decode(pipe.vae, one, group=_tile_group(pipe)) for one in latents.split(1))
 
 
 def _paint(pipe: Any, request: Request, stage: Stage) -> torch.Tensor:
@@ -155,7 +157,8 @@ def _repaint(
     encoded, enlargement = [], 1.0
     for pixels in pictures:
         enlargement = max(stage.height / pixels.shape[-2], stage.width / pixels.shape[-1])
-        encoded.append(encode(pipe.vae, _enlarge(pixels, stage)).to(pipe._execution_device))
+        enlarged = encode(pipe.vae, _enlarge(pixels, stage), group=_tile_group(pipe))
+        encoded.append(enlarged.to(pipe._execution_device))
     reference = torch.cat(encoded).float()
     reference = reference.expand(request.batch, *reference.shape[1:])
     dtype = request.options["prompt_embeds"].dtype
@@ -223,6 +226,11 @@ def _denoise(
         **request.options,
         **arguments,
     )[0]
+
+
+def _tile_group(pipe: Any) -> ProcessGroup | None:
+    """The ranks that share out the autoencoder's tiles."""
+    return None if pipe.patch_parallel is None else pipe.patch_parallel.group
 
 
 def _enlarge(pixels: torch.Tensor, stage: Stage) -> torch.Tensor:

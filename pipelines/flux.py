@@ -38,7 +38,7 @@ from clear_dit.weights import load_clear_weights
 from .call_checks import check_options, check_shared, check_stages
 from .cascade import Request, pictures_from, run_stages
 from .given_image import enlarged_size, pixels_from
-from .identity import request_identity
+from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
 from .patch_parallel import PatchParallel
 from .resolution import Resolution
@@ -189,7 +189,7 @@ class CLEARFluxPipeline(FluxPipeline):
             "latent": packed, (batch, tokens, channels).
 
         Raises:
-            ValueError: a bad request, before any work.
+            ValueError: a bad request, before any work; or ranks that do not agree on one.
             FloatingPointError: latents are NaN or infinite; stage and step are named.
         """
         given = _PARENT.bind(self, *args, **kwargs)
@@ -266,6 +266,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 kept = StageFiles(Path(stages_dir), stages, request_identity(self, request))
                 files = stack.enter_context(kept.opened())
             if self._patch_parallel is not None:
+                check_agreement(self, request, self._patch_parallel.groups)
                 own = stack.enter_context(self._patch_parallel.one_pass(common))
                 request = replace(request, options=own)
             latents, last = run_stages(self, request, files)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .team import Team
 from .tiles import Box, Segment, output_box, run_tile, side_before, tile_rows, whole
 
 # Channels whose float32 copy is made at once for their statistics.
@@ -115,15 +117,19 @@ class SharedGroupNorm(TorchFunctionMode):
         )
 
 
-def measure(segments: Sequence[Segment], picture: torch.Tensor, tile: int) -> list[Moments]:
+def measure(
+    segments: Sequence[Segment], picture: torch.Tensor, tile: int, team: Team
+) -> list[Moments]:
     """The statistics of every group norm of a network over the whole of a picture, exactly.
 
-    One pass over all tiles for each layer, as far into the network as that layer.
+    One pass over all tiles for each layer, as far into the network as that layer. The tiles are
+    merged in the same order however many ranks share them out: the result is the same bit for bit.
 
     Args:
         segments: the network.
         picture: its whole input, (1, channels, height, width).
         tile: side of a tile, in output pixels.
+        team: the ranks that share out the tiles.
     """
     found: list[Moments] = []
     for index, segment in enumerate(segments):
@@ -131,7 +137,7 @@ def measure(segments: Sequence[Segment], picture: torch.Tensor, tile: int) -> li
         limit = output_box(before, whole(picture))
         side = side_before(segments[index:], tile)
         for _ in range(segment.norms):
-            found.append(_measure_next(before, segment, picture, limit, side, found))
+            found.append(_measure_next(before, segment, picture, limit, side, found, team))
     return found
 
 
@@ -142,15 +148,24 @@ def _measure_next(
     limit: Box,
     side: int,
     found: Sequence[Moments],
+    team: Team,
 ) -> Moments:
-    total: Moments | None = None
-    for row in tile_rows(limit, side):
-        for core in row:
-            given = core.grown(segment.reach, segment.down, limit)
-            try:
-                with SharedGroupNorm(found, core.within(given)):
-                    segment.run(run_tile(before, picture, given))
-            except _Reached as reached:
-                total = reached.moments if total is None else total.merged(reached.moments)
-    assert total is not None
-    return total
+    cores = [core for row in tile_rows(limit, side) for core in row]
+    own: list[tuple[int, list[float], list[float]]] = []
+    for core in team.share(cores):
+        given = core.grown(segment.reach, segment.down, limit)
+        try:
+            with SharedGroupNorm(found, core.within(given)):
+                segment.run(run_tile(before, picture, given))
+        except _Reached as reached:
+            part = reached.moments
+            own.append((part.count, part.mean.tolist(), part.variance.tolist()))
+    parts = [
+        Moments(
+            count,
+            torch.tensor(mean, dtype=torch.float64),
+            torch.tensor(variance, dtype=torch.float64),
+        )
+        for count, mean, variance in team.in_order(own, len(cores))
+    ]
+    return reduce(Moments.merged, parts)

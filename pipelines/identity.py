@@ -1,14 +1,20 @@
-"""Telling requests and pipelines apart: whether stages in a folder belong to those at hand."""
+"""Telling requests and pipelines apart: whether stages in a folder, or other ranks, have those."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+
+from clear_dit.distillation.identity import versions
 
 from .cascade import Request
+from .rank_agreement import agree
 from .stage_files import digest
+from .team import Team
 
 # Of every parameter; other weights and adapters change them.
 VALUES = 16
@@ -20,16 +26,15 @@ def request_identity(pipe: Any, request: Request) -> dict[str, str]:
     Raises:
         ValueError: a setting of which it cannot be told whether it is the same as another.
     """
-    assert request.generator is not None
     generators = request.generator if isinstance(request.generator, list) else [request.generator]
-    states = [generator.get_state() for generator in generators]
+    states = [None if generator is None else generator.get_state() for generator in generators]
     text = {name: value for name, value in request.options.items() if "prompt" in name}
     others = {name: value for name, value in request.options.items() if "prompt" not in name}
     try:
         settings = digest([others, request.steps, request.sigmas, request.guidance_weight])
     except TypeError as error:
         raise ValueError(
-            f"CLEARFluxPipeline: stages_dir: {error}; leave stages_dir out."
+            f"CLEARFluxPipeline: {error}; leave it out, or stages_dir and patch parallelism."
         ) from error
     return {
         "prompt": digest(text),
@@ -40,18 +45,42 @@ def request_identity(pipe: Any, request: Request) -> dict[str, str]:
     }
 
 
+def check_agreement(pipe: Any, request: Request, groups: Iterable[ProcessGroup]) -> None:
+    """Refuse a request that is not the same on all ranks; all must call this.
+
+    Compared are versions, sizes, prompts, seeds, settings and a sample of every weight.
+
+    Args:
+        request: as all ranks should have it.
+        groups: this rank's in each dimension of the mesh.
+
+    Raises:
+        ValueError: on every rank; what differs and on which ranks is named.
+    """
+    facts = versions() | {"size or stages": ", ".join(stage.name for stage in request.stages)}
+    facts |= request_identity(pipe, request)
+    del facts["model"]
+    facts |= {name: digest(part) for name, part in _parts(pipe).items()}
+    for group in groups:
+        agree(Team(group), facts)
+
+
 def pipeline_digest(pipe: Any) -> str:
     """A digest of what paints: transformer, its attention, autoencoder and scheduler."""
+    return digest(list(_parts(pipe).values()))
+
+
+def _parts(pipe: Any) -> dict[str, Any]:
     processors = pipe.transformer.attn_processors
-    return digest(
-        [
-            {name: repr(processor).split(" at 0x")[0] for name, processor in processors.items()},
-            {name: str(value) for name, value in pipe.scheduler.config.items()},
-            _scales(pipe.transformer),
-            _model(pipe.transformer),
-            _model(pipe.vae),
-        ]
-    )
+    return {
+        "attention": {
+            name: repr(processor).split(" at 0x")[0] for name, processor in processors.items()
+        },
+        "scheduler": {name: str(value) for name, value in pipe.scheduler.config.items()},
+        "strength of adapters": _scales(pipe.transformer),
+        "transformer weights or adapter": _model(pipe.transformer),
+        "autoencoder": _model(pipe.vae),
+    }
 
 
 def _scales(model: nn.Module) -> Any:

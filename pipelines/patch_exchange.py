@@ -6,7 +6,10 @@ computes. Tensors of one kind have one shape on all ranks, or shapes that every 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,10 +29,45 @@ class Traffic:
         sent: bytes by kind: "halo", "text", "pooled", "picture" and "guidance" (the latter two
             once a forward, not per layer).
         layers: number of attention layers computed.
+        waiting: whether this process waits for what others send.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
     layers: int = 0
+    waiting: bool = False
+    _waited: float = 0.0
+    _stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """Around every wait."""
+        events = None
+        if self._stalls is not None:
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
+        self.waiting, start = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waiting = False
+            self._waited += time.perf_counter() - start
+            if self._stalls is not None and events is not None:
+                events[1].record()
+                self._stalls.append(events)
+
+    def time_waits(self, device: torch.device) -> None:
+        """Have `seconds_waited` measure a CUDA device, which waits without its host."""
+        if device.type == "cuda":
+            self._stalls = []
+
+    def seconds_waited(self) -> float:
+        """Seconds in which this rank, or its device (see `time_waits`), waited for others so far.
+
+        Synchronise the device first.
+        """
+        if self._stalls is None:
+            return self._waited
+        return sum(start.elapsed_time(end) for start, end in self._stalls) / 1e3
 
     def per_layer(self, *kinds: str) -> float:
         """Bytes sent per attention layer, of some kinds, or of all that layers send."""
@@ -76,12 +114,14 @@ class HaloRows:
             for operation, parts in ((dist.isend, self._outgoing), (dist.irecv, self._incoming))
             for rank, part in parts
         ]
+        self._traffic = traffic
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> torch.Tensor:
         """(batch, halo rows * width, channels): the rows above, then those below."""
-        for work in self._works:
-            work.wait()
+        with self._traffic.wait():
+            for work in self._works:
+                work.wait()
         self._works, self._outgoing = [], []
         return torch.cat([part for _, part in self._incoming], dim=1).flatten(1, 2)
 
@@ -108,14 +148,16 @@ class MergedText:
 
     def start_sum(self) -> None:
         """The second half: wait for the maximum and start the sums."""
-        self._work.wait()
+        with self._traffic.wait():
+            self._work.wait()
         weight = torch.exp(self._lse - self._largest).unsqueeze(-1)
         self._sums = torch.cat([self._out * weight, weight], dim=-1)
         self._work = self._reduce(self._sums, dist.ReduceOp.SUM)
 
     def wait(self) -> torch.Tensor:
         """(batch, text, heads, head_dim) over the keys of all ranks."""
-        self._work.wait()
+        with self._traffic.wait():
+            self._work.wait()
         return self._sums[..., :-1] / self._sums[..., -1:]
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> dist.Work:
@@ -133,10 +175,12 @@ class Gathered:
         tensor = tensor.contiguous()
         ranks = group.size()
         traffic.sent[kind] += (ranks - 1) * tensor.nbytes
+        self._traffic = traffic
         self._parts = [torch.empty_like(tensor) for _ in range(ranks)]
         self._work = dist.all_gather(self._parts, tensor, group=group, async_op=True)
 
     def wait(self) -> list[torch.Tensor]:
         """The tensors, by rank."""
-        self._work.wait()
+        with self._traffic.wait():
+            self._work.wait()
         return self._parts

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from clear_dit.layout import Layout
@@ -131,6 +132,11 @@ class PatchParallel:
         self._share: SharedPicture | None = None
         self._steps = _Steps()
         self._handles: list[Any] = []
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """Of the ranks that share rows with this one, and of those that share guidance."""
+        return [self.group] + ([] if self.guidance_group is None else [self.guidance_group])
 
     @property
     def ranks(self) -> int:

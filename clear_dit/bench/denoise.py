@@ -51,7 +51,7 @@ def bench_denoise(
         return transformer(**inputs, return_dict=False)[0]
 
     # Correct first: past the diagonal, local attention is full attention.
-    small = _inputs(pipe, CHECK_ROWS, CHECK_COLUMNS, text_tokens)
+    small = step_inputs(pipe, CHECK_ROWS, CHECK_COLUMNS, text_tokens)
     apply_clear(pipe, radius=CHECK_ROWS + CHECK_COLUMNS, impl=name)
     wide = step(transformer.attn_processors, small)
     apply_clear(pipe, radius=radius, impl=name)
@@ -59,7 +59,7 @@ def bench_denoise(
     full = step(stock, small)
     error = float((wide - full).float().norm() / full.float().norm())
 
-    inputs = _inputs(pipe, rows, columns, text_tokens)
+    inputs = step_inputs(pipe, rows, columns, text_tokens)
     runs = {"full": partial(step, stock, inputs), "clear": partial(step, local, inputs)}
     flops = step_flops(pipe, rows, columns, radius)
     seconds = time_in_turn(runs, repeats, device)
@@ -95,7 +95,7 @@ def step_flops(pipe: Any, rows: int, columns: int, radius: int) -> dict[str, int
     window = Window(rows, columns, text_tokens, radius)
     layers = config.num_layers + config.num_single_layers
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    linear = _linear_flops(pipe.transformer, _inputs(pipe, rows, columns, text_tokens, "meta"))
+    linear = _linear_flops(pipe.transformer, step_inputs(pipe, rows, columns, text_tokens, "meta"))
     dense_pairs = window.sequence_length**2
     return {
         "full": linear + layers * 4 * dense_pairs * heads * head_dim,
@@ -103,10 +103,13 @@ def step_flops(pipe: Any, rows: int, columns: int, radius: int) -> dict[str, int
     }
 
 
-def _inputs(
+def step_inputs(
     pipe: Any, rows: int, columns: int, text_length: int, device: torch.device | str | None = None
 ) -> dict[str, torch.Tensor | None]:
-    """What the transformer takes, on its device or another: "meta" has no numbers."""
+    """What a transformer is given in a step: random latents and text; sizes in tokens.
+
+    On the pipeline's device or another: "meta" has no numbers.
+    """
     config, dtype = pipe.transformer.config, pipe.transformer.dtype
     device = pipe.device if device is None else device
     generator = torch.Generator().manual_seed(0)

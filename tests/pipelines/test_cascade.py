@@ -434,7 +434,7 @@ def test_stages_dir_must_be_a_folder(pipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"stages_dir: cannot write in the folder"):
         paint(pipe, stages_dir=tmp_path / "file")
-    with pytest.raises(ValueError, match=r"stages_dir: cannot tell whether a .* is the same"):
+    with pytest.raises(ValueError, match=r"cannot tell whether a .* is the same"):
         paint(pipe, stages_dir=tmp_path, joint_attention_kwargs={"mask": object()})
 
 

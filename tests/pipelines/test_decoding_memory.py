@@ -46,7 +46,7 @@ def test_streamed_into_a_file(tmp_path):
 def test_of_flux_at_4096_pixels_against_2048(monkeypatch):
     """FLUX's own autoencoder, its operations not computed but for their sizes."""
 
-    def statistics(segments, picture, tile):  # measuring takes no more than decoding
+    def statistics(segments, picture, tile, team):  # measuring takes no more than decoding
         count = sum(segment.norms for segment in segments)
         return [Moments(1, torch.zeros(32), torch.ones(32))] * count
 

@@ -1,0 +1,165 @@
+"""A denoising step whose picture ranks share, measured: computing, waiting for others, bytes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ..checks import find_impl
+from ..kernels.window import Window
+from ..models import TOKEN_PIXELS, load_pipeline, text_length
+from ..plugin import apply_clear
+from .attention import TOLERANCE
+from .denoise import step_inputs
+from .plan import count_flops
+from .timing import hardware, table
+
+if TYPE_CHECKING:
+    from ..pipelines.ranks import Ranks
+
+# Size and number of the messages whose rate is measured, and number of those of one byte.
+_LARGE, _LARGE_COUNT, _SMALL_COUNT = 2**25, 4, 50
+
+
+def measure(
+    model: str,
+    height: int,
+    width: int,
+    radius: int,
+    impl: str,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    repeats: int,
+) -> dict[str, Any]:
+    """Check, then time one forward pass of the transformer: on the first rank, then shared by all.
+
+    Args:
+        height, width: in pixels; radius in tokens.
+        ranks: all of which call this.
+
+    Returns:
+        On every rank: rows with rank, seconds, compute_seconds, communication_seconds (what is not
+        hidden behind computing), mb_per_layer; alone_seconds; `efficiency`, of all ranks against
+        one; `rates`, see `Rates`; `correct`.
+    """
+    device = ranks.device
+    name = find_impl(impl, dtype, device)
+    pipe = load_pipeline(model, dtype, device, text_encoders=False)
+    apply_clear(pipe, radius=radius, impl=name)
+    rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
+    inputs = step_inputs(pipe, rows, columns, text_length(pipe))
+
+    @torch.no_grad()
+    def step() -> torch.Tensor:
+        out = pipe.transformer(**inputs, return_dict=False)[0]
+        _synchronize(device)
+        return out
+
+    alone, expected = 0.0, None
+    if ranks.is_first:
+        expected = step()
+        alone = statistics.median(_seconds(step) for _ in range(repeats))
+    ranks.team.gather(None)  # the others wait
+    pipe.enable_patch_parallel(ranks.mesh)
+    assert pipe.patch_parallel is not None
+    traffic = pipe.patch_parallel.traffic
+    shared = step()
+    error = 0.0
+    if expected is not None:
+        error = float((shared - expected).float().norm() / expected.float().norm())
+    traffic.time_waits(device)
+    times, waits = [], []
+    for _ in range(repeats):
+        ranks.team.gather(None)
+        before = traffic.seconds_waited()
+        times.append(_seconds(step))
+        waits.append(traffic.seconds_waited() - before)
+    row = {
+        "rank": ranks.rank,
+        "seconds": statistics.median(times),
+        "compute_seconds": statistics.median(
+            total - wait for total, wait in zip(times, waits, strict=True)
+        ),
+        "communication_seconds": statistics.median(waits),
+        "mb_per_layer": traffic.per_layer() / 1e6,
+    }
+    everyone = ranks.team.gather([row, alone, error, _link(ranks)])
+    seconds = max(row["seconds"] for row, *_ in everyone)
+    alone, error = everyone[0][1], everyone[0][2]
+    gbps, latency = (statistics.median(link[n] for *_, link in everyone) for n in (0, 1))
+    config = {"_class_name": "FluxTransformer2DModel", **pipe.transformer.config}
+    window = Window(rows, columns, text_length(pipe), radius)
+    tflop = count_flops(config, window)["rows"][1]["total_tflop"]
+    return {
+        "rows": [row for row, *_ in everyone],
+        "alone_seconds": alone,
+        "speedup": alone / seconds,
+        "efficiency": alone / seconds / len(everyone),
+        "rates": {"tflops": tflop / alone, "gbps": gbps, "latency": latency},
+        "model": model,
+        "height": height,
+        "width": width,
+        "radius": radius,
+        "impl": name,
+        "max_error": error,
+        "correct": error <= TOLERANCE[dtype],
+        "dtype": str(dtype).removeprefix("torch."),
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+    }
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _link(ranks: Ranks) -> tuple[float, float]:
+    """GB/s of large messages and microseconds of small ones, both ways at once, between pairs."""
+    count = len(ranks.members)
+    partner = ranks.rank ^ 1
+    if partner == count:  # of an odd number the last is left over
+        partner = ranks.rank
+    found = []
+    for size, repeats in ((1, _SMALL_COUNT), (_LARGE, _LARGE_COUNT)):
+        outgoing = torch.zeros(size, dtype=torch.uint8, device=ranks.device)
+        incoming = torch.empty_like(outgoing)
+        for number in range(repeats + 1):
+            if number == 1:  # warm
+                _synchronize(ranks.device)
+                start = time.perf_counter()
+            if partner != ranks.rank:
+                operations = [
+                    dist.P2POp(dist.isend, outgoing, partner),
+                    dist.P2POp(dist.irecv, incoming, partner),
+                ]
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
+        _synchronize(ranks.device)
+        found.append((time.perf_counter() - start) / repeats)
+    return _LARGE / found[1] / 1e9, found[0] * 1e6
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table of a measurement."""
+    if not result["correct"]:
+        return f"WRONG results, relative error {result['max_error']:.1e}"
+    rates = result["rates"]
+    return (
+        f"{result['model']}, {result['height']} x {result['width']} px, radius {result['radius']} "
+        f"tokens, {result['dtype']}, {result['hardware']}\n{table(result['rows'])}\n"
+        f"{result['speedup']:.2f} times as fast as one rank ({result['alone_seconds']:.4g} s), "
+        f"efficiency {result['efficiency']:.1%}; a rank does {rates['tflops']:.3g} TFLOP/s, "
+        f"{rates['gbps']:.3g} GB/s, {rates['latency']:.3g} microseconds a message"
+    )

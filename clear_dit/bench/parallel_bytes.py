@@ -1,0 +1,79 @@
+"""Bytes a rank sends in one attention layer, by the way in which ranks share a picture.
+
+One forward pass at batch 1, of the rank that sends most. Of a collective, what a rank must send at
+least: in an all-to-all everything but its own part, in an all-reduce 2 (ranks - 1) / ranks of the
+tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention layer of a picture.
+
+    Attributes:
+        rows, columns: of the picture, in tokens.
+        text_length: text tokens.
+        radius: of CLEAR's window, in tokens.
+        heads, head_dim: the layer's input has heads * head_dim channels.
+        itemsize: bytes of a number.
+    """
+
+    rows: int
+    columns: int
+    text_length: int
+    radius: int
+    heads: int
+    head_dim: int
+    itemsize: int
+
+    @property
+    def tokens(self) -> int:
+        """Of text and picture."""
+        return self.text_length + self.rows * self.columns
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token, as query, key, value or the layer's input."""
+        return self.heads * self.head_dim * self.itemsize
+
+
+def halo_bytes(layer: Layer, ranks: int) -> int:
+    """Patch parallelism: the rows of the layer's input that other bands' discs reach, and the text.
+
+    No rank sends more rows than 2 (radius - 1), however many there are. The outputs of text queries
+    are merged by an all-reduce of their log-sum-exp and one of the weighted sums, in float32.
+    """
+    from ..pipelines.patch_bands import Bands
+
+    reach = min(layer.radius, layer.rows + layer.columns) - 1
+    rows = max(
+        sum(len(part) for _, part in Bands(layer.rows, ranks, rank, reach).sends)
+        for rank in range(ranks)
+    )
+    merged = layer.text_length * layer.heads * (1 + layer.head_dim + 1) * FLOAT32
+    return rows * layer.columns * layer.token_bytes + 2 * (ranks - 1) * merged // ranks
+
+
+def ulysses_bytes(layer: Layer, ranks: int) -> int | None:
+    """DeepSpeed-Ulysses: all-to-alls of query, key, value and output, between tokens and heads.
+
+    Section 3.2 of arXiv 2309.14509: 4 N h / P for N tokens of h channels on P ranks; without the
+    part that stays, (P - 1) / P of it. None where the heads do not divide among the ranks.
+    """
+    if layer.heads % ranks:
+        return None
+    return 4 * layer.tokens * layer.token_bytes * (ranks - 1) // ranks**2
+
+
+def ring_bytes(layer: Layer, ranks: int) -> int:
+    """Ring attention: every rank's keys and values go round, past all the others.
+
+    Section 3 of arXiv 2310.01889: a block of keys and one of values are passed on ranks - 1 times.
+    """
+    return 2 * layer.tokens * layer.token_bytes * (ranks - 1) // ranks

@@ -1,0 +1,197 @@
+"""What sharing a picture among 2 to 64 ranks will take, from rates, by three ways of sharing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, log2
+from typing import Any
+
+from ..checks import find_window
+from ..kernels.window import Window
+from .configurations import find_configuration
+from .parallel_bytes import Layer, halo_bytes, ring_bytes, ulysses_bytes
+from .plan import count_flops
+from .timing import table
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+BFLOAT16 = 2
+# Numbers that the transformer makes of an image token, which all ranks gather once a step.
+OUTPUT_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank does.
+
+    Attributes:
+        tflops: 10^12 floating-point operations a second.
+        gbps: 10^9 bytes a second that it sends.
+        latency: microseconds that a message takes besides.
+    """
+
+    tflops: float
+    gbps: float
+    latency: float
+
+
+# About what an H100 reaches in bfloat16, and NVLink between eight of them.
+ASSUMED = Rates(tflops=400, gbps=200, latency=20)
+
+
+def plan_parallel(model: str, sides: Sequence[int], radius: int, rates: Rates) -> dict[str, Any]:
+    """Bytes, seconds a step and efficiency, with CLEAR's attention in bfloat16.
+
+    Seconds are those of the products' FLOPs and of the messages one after the other, nothing of it
+    hidden; `overlapped_seconds` the longer of both, as if everything were. Patch parallelism
+    computes the text on every rank, and keys and values of the halo twice; that is counted. To
+    Ulysses and ring attention, which know no windows, the same sparse attention is granted.
+
+    Args:
+        model: a name or a folder, see `find_configuration`.
+        sides: of square pictures, in pixels.
+        radius: in tokens.
+
+    Returns:
+        rows with side (pixels), ranks, way ("halo", "ulysses", "ring"), mb_per_layer,
+        compute_seconds, communication_seconds, seconds, overlapped_seconds, efficiency; those that
+        do not exist are None; `rates`, `model`, `radius`.
+
+    Raises:
+        RequestError: an unknown model, a side or a radius out of its range.
+    """
+    configuration = find_configuration(model)
+    rows: list[dict[str, Any]] = []
+    for side in sides:
+        window = find_window(side, side, radius, 1, configuration.text_length)
+        costs = _Costs.of(configuration.transformer, window)
+        alone = costs.flops_alone / (rates.tflops * 1e12)
+        for ranks in RANKS:
+            if ranks <= window.height:
+                rows += [
+                    {"side": side, "ranks": ranks, **row}
+                    for row in _ways(costs, ranks, rates, alone)
+                ]
+    return {"rows": rows, "rates": asdict(rates), "model": model, "radius": radius}
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Of one forward pass: layers, and FLOPs linear in the tokens."""
+
+    window: Window
+    layer: Layer
+    layers: int
+    linear_fixed: float
+    linear_per_token: float
+
+    @classmethod
+    def of(cls, config: dict[str, Any], window: Window) -> _Costs:
+        # The matrix products are a line in the number of image tokens: two pictures tell it.
+        small, large = (
+            count_flops(config, Window(rows, 8, window.text_length, window.radius))
+            for rows in (8, 16)
+        )
+        linear = [found["rows"][0]["linear_tflop"] * 1e12 for found in (small, large)]
+        slope = (linear[1] - linear[0]) / 64
+        return cls(
+            window=window,
+            layer=Layer(
+                window.height,
+                window.width,
+                window.text_length,
+                window.radius,
+                small["heads"],
+                small["head_dim"],
+                BFLOAT16,
+            ),
+            layers=small["layers"],
+            linear_fixed=linear[0] - 64 * slope,
+            linear_per_token=slope,
+        )
+
+    @property
+    def channels(self) -> int:
+        return self.layer.heads * self.layer.head_dim
+
+    @property
+    def flops_alone(self) -> float:
+        attention = self.window.attention_flops(self.layer.heads, self.layer.head_dim)
+        linear = self.linear_fixed + self.linear_per_token * self.window.image_length
+        return linear + self.layers * attention
+
+    def flops_of_band(self, ranks: int) -> float:
+        """Of the largest band, with its halo's keys and values."""
+        window, text = self.window, self.window.text_length
+        rows = ceil(window.height / ranks)
+        image = rows * window.width
+        halo_rows = min(2 * (window.disc_radius - 1), window.height - rows)
+        pairs = text * (text + image) + text * image + window.disc_pairs() * rows / window.height
+        halo = 2 * 2 * self.channels**2 * halo_rows * window.width
+        return (
+            self.linear_fixed
+            + self.linear_per_token * image
+            + self.layers * (4 * pairs * self.channels + halo)
+        )
+
+
+def _ways(costs: _Costs, ranks: int, rates: Rates, alone: float) -> list[dict[str, Any]]:
+    shared = costs.flops_alone / ranks
+    ways: list[tuple[str, int | None, float, float]] = [
+        # Two all-reduces of the text, in a tree, after the halo.
+        ("halo", halo_bytes(costs.layer, ranks), costs.flops_of_band(ranks), 1 + 4 * log2(ranks)),
+        ("ulysses", ulysses_bytes(costs.layer, ranks), shared, 4),
+        ("ring", ring_bytes(costs.layer, ranks), shared, ranks - 1),
+    ]
+    if ranks == 1:
+        ways = [("one rank", 0, shared, 0)]
+    gathered = costs.window.image_length * OUTPUT_CHANNELS * BFLOAT16 * (ranks - 1) // ranks
+    rows = []
+    for way, sent, flops, messages in ways:
+        row: dict[str, Any] = {"way": way, "mb_per_layer": None if sent is None else sent / 1e6}
+        if sent is None:
+            names = ("compute_seconds", "communication_seconds", "seconds", "overlapped_seconds")
+            rows.append(row | dict.fromkeys((*names, "efficiency")))
+            continue
+        compute = flops / (rates.tflops * 1e12)
+        sending = (costs.layers * sent + gathered) / (rates.gbps * 1e9)
+        sending += costs.layers * messages * rates.latency / 1e6
+        rows.append(
+            row
+            | {
+                "compute_seconds": compute,
+                "communication_seconds": sending,
+                "seconds": compute + sending,
+                "overlapped_seconds": max(compute, sending),
+                "efficiency": alone / ranks / (compute + sending),
+            }
+        )
+    return rows
+
+
+def report(result: dict[str, Any]) -> str:
+    """The tables of a plan, one for each size."""
+    rates = result["rates"]
+    parts = [
+        f"{result['model']}, CLEAR with radius {result['radius']} tokens, bfloat16, batch 1, one "
+        f"forward pass;\neach rank {rates['tflops']:.4g} TFLOP/s, {rates['gbps']:.4g} GB/s, "
+        f"{rates['latency']:.3g} microseconds a message"
+    ]
+    for side in dict.fromkeys(row["side"] for row in result["rows"]):
+        rows = [
+            {
+                "ranks": row["ranks"],
+                "way": row["way"],
+                "MB sent a layer": row["mb_per_layer"],
+                "compute s": row["compute_seconds"],
+                "messages s": row["communication_seconds"],
+                "step s": row["seconds"],
+                "overlapped s": row["overlapped_seconds"],
+                "efficiency": row["efficiency"],
+            }
+            for row in result["rows"]
+            if row["side"] == side
+        ]
+        parts.append(f"\n{side} x {side} px\n{table(rows)}")
+    parts.append("\n-: Ulysses gives every rank whole heads; they do not divide.")
+    return "\n".join(parts)

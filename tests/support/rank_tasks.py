@@ -1,0 +1,183 @@
+"""What the ranks of a test do, in processes of their own, forked from a server (see `run_ranks`).
+
+Torch's threads do not survive a fork, so that this imports what is slow and computes nothing.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from clear_dit import apply_clear
+from clear_dit.adapters import known_weights
+from clear_dit.bench.parallel import measure
+from clear_dit.generate import generate, make_request
+from clear_dit.models import DEMO, load_pipeline
+from clear_dit.pipelines import autoencoder
+from clear_dit.pipelines.autoencoder import decode, decode_rows, encode
+from clear_dit.pipelines.patch_exchange import HaloRows
+from clear_dit.pipelines.rank_agreement import agree
+from clear_dit.pipelines.rank_watch import Progress
+from clear_dit.pipelines.ranks import start_ranks
+from clear_dit.pipelines.team import Team
+
+PICTURE = {
+    "prompt": "a red circle",
+    "height": 256,
+    "width": 256,
+    "radius": 4,
+    "weights": "none",
+    "steps": 3,
+    "seed": 3,
+    "device": "cpu",
+}
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["support.rank_tasks"])
+
+
+def run_ranks(task, world, folder, *arguments, stays=None):
+    """Run `task(ranks, *arguments)` on some gloo ranks; their statuses and what they said.
+
+    A rank that has not ended after 120 s, or the one that `stays`, is killed; its status is None.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        PROCESSES.Process(target=_rank, args=(rank, world, port, folder, task, arguments))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 120
+    for rank, process in enumerate(processes):
+        if rank != stays:
+            process.join(max(0, deadline - time.monotonic()))
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return statuses, [(folder / f"rank-{rank}.txt").read_text() for rank in range(world)]
+
+
+def _rank(rank, world, port, folder, task, arguments):
+    sys.stdout = sys.stderr = (folder / f"rank-{rank}.txt").open("w")
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    with start_ranks("cpu", silence_limit=8, hang_limit=5) as ranks:
+        task(ranks, *arguments)
+    print("finished")
+
+
+def fail(ranks, how, who):
+    """Exchange something a few times; then one rank fails in one of several ways."""
+    progress = ranks.watch.progress = Progress("step 3 of 20")
+    tensor = torch.ones(3)
+    for step in range(24):
+        time.sleep(0.05)
+        if step == 22 and ranks.rank == who:
+            match how:
+                case "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "hanging":
+                    time.sleep(1000)
+                case "out of memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+        progress.waiting = True
+        dist.all_reduce(tensor)
+        progress.waiting = False
+        progress.count += 1
+
+
+def disagree(ranks):
+    """Different adapters, and another version on one rank."""
+    facts = {"seed": "7", "torch": "2.13", "model": f"digest of adapter {ranks.rank % 2}"}
+    if ranks.rank == 2:
+        facts["torch"] = "2.12"
+    agree(ranks.team, facts)
+
+
+def paint(ranks, out, dies):
+    """Paint a small picture by tiles of 64 pixels; rank 1 may die in a step or in decoding."""
+    autoencoder.TILE_PIXELS = 64
+    if ranks.rank == 1 and dies is not None:
+        where, name, after = {
+            "step": (HaloRows, "wait", 20),
+            "decoding": (Team, "send", 2),
+        }[dies]
+        original, calls = getattr(where, name), itertools.count()
+
+        def last_call(*arguments):
+            if next(calls) == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments)
+
+        setattr(where, name, last_call)
+    generate(make_request(**PICTURE), out, progress=False, ranks=ranks)
+
+
+def paint_with_other_adapters(ranks):
+    """What the second rank has was tuned for the window; it has another seed, too."""
+    pipe = load_pipeline("demo", torch.float32, ranks.device)
+    apply_clear(pipe, radius=4, weights=known_weights("demo", 4, 1) if ranks.rank else None)
+    pipe.enable_patch_parallel(ranks.mesh)
+    generator = torch.Generator().manual_seed(ranks.rank)
+    pipe("a red circle", height=128, width=128, generator=generator)
+
+
+def bench(ranks, folder):
+    """Measure a small step; what is found on each rank."""
+    found = measure("demo", 256, 128, 3, "tiled", torch.float32, ranks, 2)
+    (folder / f"bench-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def make_autoencoder(kind):
+    """The demo's own, or FLUX's with fewer channels and random weights."""
+    if kind == "demo":
+        return AutoencoderTiny.from_pretrained(DEMO / "vae", use_safetensors=True).eval()
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def code(ranks, cases, folder):
+    """Decode and encode, the tiles shared by all ranks, and keep what came out.
+
+    cases: (kind, latents, tile_pixels) each.
+    """
+    group = dist.group.WORLD
+    found = []
+    for kind, latents, tile in cases:
+        vae = make_autoencoder(kind)
+        strips = list(decode_rows(vae, latents, tile_pixels=tile, group=group))
+        picture = decode(vae, latents, tile_pixels=tile, group=group)
+        found.append((strips, picture, encode(vae, picture, tile_pixels=tile, group=group)))
+    torch.save(found, folder / f"coded-{ranks.rank}.pt")
