@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="one rank and several, in turn")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as in the ranks
 
     from clear_dit.bench.timing import hardware
 

@@ -71,7 +71,9 @@ class Traffic:
 
     def per_layer(self, *kinds: str) -> float:
         """Bytes sent per attention layer, of some kinds, or of all that layers send."""
-        return sum(self.sent[kind] for kind in kinds or ("halo", "text", "pooled")) / self.layers
+        return sum(self.sent[kind] for kind in kinds or ("halo", "text", "pooled")) / max(
+            self.layers, 1
+        )
 
 
 class HaloRows:

@@ -18,6 +18,7 @@ Stages with full attention (the first of a cascade, at the native size) run whol
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -214,6 +215,7 @@ class PatchParallel:
             raise ValueError(f"{WHO} has no backward pass; use torch.no_grad().")
         self._decisions.follow(model, None if share is None else share.layout.image_length)
         if share is None:
+            _announce_whole()
             return None
         changed: dict[str, Any] = {"hidden_states": share.own_part(given["hidden_states"])}
         for name in CONTROL:
@@ -262,6 +264,11 @@ class PatchParallel:
             both = Gathered(sample, self.guidance_group, self.traffic, "guidance").wait()
             sample = both[1] + self._guidance_scale * (both[0] - both[1])
         return (sample, *output[1:]) if is_tuple else type(output)(sample=sample)
+
+
+@functools.cache
+def _announce_whole() -> None:
+    logger.info("full attention is not shared: every rank computes the whole picture")
 
 
 def _refuse_other_processors(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from support.agreement import inputs, problem
 from support.triton_mode import interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
+from clear_dit.kernels import dense
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.flex import flex_attention
 from clear_dit.kernels.window import Window
@@ -59,7 +60,9 @@ if interpreted:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_rows_get_what_they_get_with_all(impl, grid):
     whole = GRIDS[grid]
-    case = problem(whole, batch=2 if impl != "triton" else 1, heads=2, head_dim=16)
+    case = problem(
+        whole, batch=1 if impl == "triton" else 2, heads=1 if impl == "triton" else 2, head_dim=16
+    )
     dtype = torch.float16 if impl == "triton" else torch.float32
     query, key, value, weight, _ = inputs(**case, dtype=dtype)
     out, lse = by_name("reference")(query, key, value, whole, 0.3, weight)
@@ -89,6 +92,26 @@ def test_flops_are_those_of_the_rows():
         assert counter.get_total_flops() == window.attention_flops(2, 16)
         total += window.attended_pairs()
     assert total == whole.attended_pairs() - 4 * whole.sequence_length
+
+
+@pytest.mark.parametrize("impl", ["tiled", *(["triton"] if interpreted else [])])
+def test_dense_attention_of_few_queries_over_many_keys(impl, monkeypatch):
+    monkeypatch.setattr(dense, "KEYS", 16)
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float16 if impl == "triton" else torch.float32
+    query = torch.randn(2, 5, 2, 16, generator=generator).to(dtype)
+    key, value = torch.randn(2, 2, 37, 2, 16, generator=generator).to(dtype)
+    if impl == "triton":
+        from clear_dit.kernels.triton.ops import triton_dense_attention
+
+        out, lse = triton_dense_attention(query, key, value, 0.3)
+    else:
+        out, lse = dense.dense_attention(query, key, value, scale=0.3, impl=impl)
+    scores = torch.einsum("bqhd,bkhd->bqhk", query.float(), key.float()) * 0.3
+    expected = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(dim=-1), value.float())
+    tolerance = 2e-3 if impl == "triton" else 1e-5
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, scores.logsumexp(dim=-1), rtol=tolerance, atol=tolerance)
 
 
 def test_what_is_refused():

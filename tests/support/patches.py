@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from clear_dit import CLEARFluxPipeline, apply_clear, remove_clear
 from clear_dit.adapters import known_weights
-from clear_dit.models import DEMO
+from clear_dit.models import DEMO, quiet_libraries
 from clear_dit.pipelines import patch_attention
 from clear_dit.pipelines.patch_exchange import MergedText
 from clear_dit.pipelines.patch_parallel import parallelize
@@ -24,7 +24,10 @@ LIKE_256, LIKE_384, ODD = (16, 16), (24, 16), (17, 13)  # tokens
 
 
 class AveragedText(MergedText):
-    """The paper's approximation: the mean of the ranks' outputs for the text."""
+    """The paper's approximation: the mean of the ranks' outputs for the text.
+
+    In the paper every rank's text sees the text, too; here the first rank's does.
+    """
 
     def __init__(self, out, lse, group, traffic):
         super().__init__(out, torch.zeros_like(lse), group, traffic)
@@ -43,6 +46,7 @@ def denoise(
     stale=None,
     references=0,
     text=5,
+    controlled=False,
 ):
     """Final latents of a tiny random FLUX model after a few Euler steps, and the handle's traffic.
 
@@ -50,6 +54,9 @@ def denoise(
         mesh: None for one process.
         prepare: done to the model before.
         passes: forwards of a step; they have other texts.
+        stale: `stale_halos_after`.
+        references: tokens of a reference image.
+        controlled: whether a ControlNet adds to every block.
     """
     model = make_transformer()
     for name, parameter in model.named_parameters():  # attention that matters, and chooses
@@ -71,6 +78,10 @@ def denoise(
     beside = torch.randn(batch, references, 4, generator=torch.Generator().manual_seed(8))
     ids = torch.zeros(references, 3)
     ids[:, 0], ids[:, 2] = 1, torch.arange(references)
+    if controlled:
+        generator = torch.Generator().manual_seed(9)
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            given[0][name] = list(torch.randn(2, *latents.shape[:2], 32, generator=generator))
     for one in given:
         one["img_ids"] = torch.cat([one["img_ids"], ids])
     sigmas = torch.linspace(1, 0, STEPS + 1)
@@ -105,8 +116,8 @@ def cache(threshold):
     return lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=threshold))
 
 
-# The middle one skips some steps and not others; test_the_cache_acts_in_between says so.
-SKIPS_SOME = 0.25
+# Skips some steps and not others; test_the_cache_acts_in_between says so.
+SKIPS_SOME = 0.6
 
 CASES = {
     "16 x 16, radius 2": {"radius": 2},
@@ -122,12 +133,16 @@ CASES = {
     "pooled with interior rows": {"grid": (60, 5), "down_factor": 4, "radius": 3},
     "two passes": {"passes": 2, "grid": ODD},
     "LoRA": {"prepare": add_lora},
+    "cache, some skipped": {"prepare": cache(SKIPS_SOME), "grid": ODD},
+}
+# For three ranks only, of which one has two neighbours.
+OTHERS = {
     "fused projections": {"prepare": fuse},
     "reference image": {"references": 6, "grid": ODD},
+    "ControlNet": {"controlled": True, "grid": ODD},
     "implementation": {"impl": "reference", "grid": ODD},
     "no text": {"text": 0, "grid": ODD},
     "cache, none skipped": {"prepare": cache(0.0)},
-    "cache, some skipped": {"prepare": cache(SKIPS_SOME), "grid": ODD},
     "cache, all skipped": {"prepare": cache(10.0), "references": 6, "passes": 2},
 }
 
@@ -135,7 +150,8 @@ CASES = {
 @functools.cache
 def demo():
     """The demo pipeline, with a first stage of a cascade at 256 px."""
-    pipe = CLEARFluxPipeline.from_pretrained(DEMO, use_safetensors=True, native_size=256)
+    with quiet_libraries():
+        pipe = CLEARFluxPipeline.from_pretrained(DEMO, use_safetensors=True, native_size=256)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -169,14 +185,24 @@ def paint(mesh, height=256, width=256, radius=4, adapted=False, stale=None, **op
         pipe.disable_patch_parallel()
 
 
-PICTURES = {
-    "256 x 256 px": {},
-    "384 x 256 px": {"height": 384, "radius": 3},
+PICTURES = {"256 x 256 px": {}, "384 x 256 px": {"height": 384, "radius": 3}}
+# For two and three ranks.
+CASCADE = {
     "a cascade to 400 x 272 px": {
         **{"height": 400, "width": 272, "cascade": True, "low_resolution_guidance": 1.0},
         **{"radius": 8, "adapted": True},
     },
 }
+
+
+def cases(world):
+    """Arguments of `denoise` that this number of ranks is tried with, by name."""
+    return CASES | OTHERS if world == 3 else CASES
+
+
+def pictures(world):
+    """The same, of `paint`."""
+    return PICTURES | CASCADE if world < 4 else PICTURES
 
 
 def make_mesh(patch, guidance=None):
@@ -193,15 +219,15 @@ def averaged(run, mesh):
 
 def all_cases(mesh, world):
     """Latents and traffic of every case, by name."""
-    found = {name: denoise(mesh, **case) for name, case in CASES.items()}
-    found["averaged"] = averaged(partial(denoise, grid=ODD), mesh)
-    found["demo averaged"] = averaged(paint, mesh), None
-    found["demo stale"] = paint(mesh, stale=2), None
+    found = {name: denoise(mesh, **case) for name, case in cases(world).items()}
+    found["averaged"] = averaged(partial(denoise, **CASES["24 x 16, radius 4"]), mesh)
     found["stale after all steps"] = denoise(mesh, stale=STEPS, **CASES["two passes"])
     found["stale"] = denoise(mesh, stale=2, **CASES["two passes"])
-    for name, picture in PICTURES.items():
+    for name, picture in pictures(world).items():
         found[name] = paint(mesh, **picture), None
     if world == 2:
+        found["demo averaged"] = averaged(paint, mesh), None
+        found["demo stale"] = paint(mesh, stale=2), None
         found["guidance ranks"] = paint(make_mesh(1, guidance=2)), None
     if world == 4:
         found["guidance ranks"] = paint(make_mesh(2, guidance=2)), None
