@@ -158,7 +158,7 @@ class Watch:
         silence_limit: float,
         hang_limit: float | None,
     ) -> None:
-        self.progress: Progress | PaintingProgress = Progress("the start")
+        self._progress: Progress | PaintingProgress = Progress("the start")
         self.failure: Failure | None = None
         self._members = members
         self._rank = rank
@@ -175,6 +175,15 @@ class Watch:
         self._connected, self._over = threading.Event(), threading.Event()
         thread = threading.Thread(target=self._run, args=(connect,), daemon=True)
         thread.start()
+
+    @property
+    def progress(self) -> Progress | PaintingProgress:
+        return self._progress
+
+    @progress.setter
+    def progress(self, progress: Progress | PaintingProgress) -> None:
+        self._progress = progress
+        self._send(self._to_thread, {"kind": "progress"})  # others hear of it at once
 
     @property
     def reporting(self) -> bool:
@@ -251,6 +260,8 @@ class Watch:
             return
         self._heard[rank] = time.monotonic()
         match message.pop("kind"):
+            case "progress":
+                self._beat()
             case "beat":
                 self._wheres[rank] = message["where"]
             case "failure":
