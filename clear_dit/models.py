@@ -75,15 +75,32 @@ def model_path(model: str) -> str:
 
 def _check_folder(folder: Path) -> None:
     try:
-        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        index = json.loads((folder / "model_index.json").read_text())
+        name = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"--model: {folder} is not a pipeline in diffusers format (no valid model_index.json)."
         ) from error
     if "Flux" not in str(name) or str(name).startswith("Flux2"):
         raise RequestError(
-            f"--model: {folder} holds a {name}; only FLUX.1 pipelines are supported."
+            f"--model: {folder} holds a {name}; only FLUX.1 pipelines are supported"
+            f"{_what_is(index.get('transformer'))}."
         )
+
+
+def _what_is(transformer: Any) -> str:
+    """For messages: what works with the transformer an index names, [library, class]; or nothing.
+
+    Imports nothing of torch or diffusers for a pipeline no family of the table is in.
+    """
+    from .families.table import named_family
+
+    name = transformer[-1] if isinstance(transformer, list) and transformer else None
+    family = named_family(name) if isinstance(name, str) else None
+    if family is None:
+        return ""
+    why = "; ".join(f"{feature}: {why}" for feature, why in family.unsupported.items())
+    return f". In Python, apply_clear works on {family.title} ({why})"
 
 
 def model_defaults(model: str) -> ModelDefaults:

@@ -137,15 +137,21 @@ def _remove(model: nn.Module) -> bool:
     return removed
 
 
-def transformer_of(pipe_or_model: Any, who: str) -> nn.Module:
+def transformer_of(pipe_or_model: Any, who: str, feature: str | None = None) -> nn.Module:
     """The transformer of a pipeline, or the model itself, without torch.compile's wrapper.
 
+    Args:
+        who: asks, for messages.
+        feature: of `FEATURES`, that the model's family must be for.
+
     Raises:
-        ValueError: the class is not supported.
+        ValueError: the class, or the feature for its family, is not supported.
     """
     model = _unwrapped(getattr(pipe_or_model, "transformer", pipe_or_model))
     if not is_transformer(model):
-        raise _unsupported(model, who)
+        raise _unsupported(model, who, known_models(controlnets=False))
+    if feature is not None:
+        family_of(model).require(feature, who)
     return model
 
 
@@ -158,7 +164,7 @@ def models_of(pipe_or_model: Any, who: str) -> list[nn.Module]:
     for model in getattr(pipe_or_model, "nets", [pipe_or_model]):  # several ControlNets
         model = _unwrapped(model)
         if model is not None and find_family(model) is None:
-            raise _unsupported(model, who)
+            raise _unsupported(model, who, known_models())
         found += [] if model is None else [model]
     return found
 
@@ -167,21 +173,25 @@ def _unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def _unsupported(model: Any, who: str) -> ValueError:
+def _unsupported(model: Any, who: str, known: str) -> ValueError:
     return ValueError(
-        f"{who}: supported models are {known_models()}, alone or in a pipeline; got "
-        f"{type(model).__name__}."
+        f"{who}: supported models are {known}, alone or in a pipeline; got {type(model).__name__}."
     )
 
 
 def _refuse_layers(model: nn.Module) -> None:
-    """Refuse layers whose processor the family has no replacement for.
+    """Refuse layers whose processor the family has no replacement for, or cannot serve.
 
     Raises:
         ValueError: the layer, what it has and what is known.
     """
     family = family_of(model)
     for name, attn in family.layers(model).items():
+        if getattr(attn, "fused_projections", False) and not family.serves_fused:
+            raise ValueError(
+                f"apply_clear: {name} has fused projections, which CLEAR does not serve in "
+                f"{family.title}; call unfuse_qkv_projections() first."
+            )
         processor = type(attn.processor).__name__
         if isinstance(attn.processor, CLEARProcessor) or processor in family.processors:
             continue

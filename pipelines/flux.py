@@ -185,7 +185,7 @@ class CLEARFluxPipeline(FluxPipeline):
         height, width = self._size(options["height"], options["width"], image_size)
         check_options(self, options, height, width, low_resolution_guidance)
         embeds, sigmas = options["prompt_embeds"], options["sigmas"]
-        model = transformer_of(self, WHO)
+        model = transformer_of(self, WHO, "cascade")
         stages = plan_stages(
             height,
             width,

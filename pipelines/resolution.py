@@ -157,7 +157,7 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
         ValueError: an unsupported transformer, or positions or a scheduler somebody else replaced
             by what cannot be extended. Nothing is changed then.
     """
-    model = transformer_of(pipe, "applied")
+    model = transformer_of(pipe, "applied", "cascade")
     scheduler, positions = pipe.scheduler, model.pos_embed
     new_scheduler = scheduler
     if resolution.shift is not None:

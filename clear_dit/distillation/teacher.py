@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..plugin import attention_layers
+from ..families.table import family_of
 from ..processor import FluxAttnProcessor, Rotary
 
 # The name under which an attention layer keeps its frozen copies, so that they move, and are
@@ -74,8 +74,10 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, stock: Any = None) -> None:
+        family = family_of(model)
+        family.require("distil", "Teacher")
         stock = FluxAttnProcessor() if stock is None else stock
-        self.layers = attention_layers(model)
+        self.layers = family.layers(model)
         self.students = {name: attn.processor for name, attn in self.layers.items()}
         self.processors = {
             name: TeacherProcessor(_projections(attn), stock) for name, attn in self.layers.items()

@@ -16,7 +16,7 @@ from .. import __version__
 from ..checks import find_impl
 from ..errors import RequestError, first_line
 from ..generate import Text, decode, denoise, encode, two_passes
-from ..plugin import apply_clear, remove_clear
+from ..plugin import apply_clear, remove_clear, transformer_of
 from ..processor import CLEARProcessor
 from ..weights import open_checked
 from .pictures import PictureSet
@@ -66,6 +66,7 @@ def attention_of(pipe: FluxPipeline, variant: Variant) -> Iterator[str]:
     Yields:
         The implementation that runs: "full" or one of local attention.
     """
+    transformer_of(pipe, "evaluate", "evaluate")
     if variant.radius is None:
         yield "full"
         return

@@ -41,7 +41,6 @@ class Family:
         name: in commands and file names, such as "flux2".
         title: for people, such as "FLUX.2 (dev, klein)".
         transformer: class name of the transformer in diffusers.
-        others: class names of models with the same layers over the same tokens: ControlNets.
         stacks: attributes of the model that hold its blocks; a block's attention layers are its
             children with `set_processor`.
         processors: class name of a stock processor to CLEAR's that takes its place.
@@ -70,7 +69,6 @@ class Family:
     heads: str
     positions: str
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    others: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
     serves_fused: bool = False

@@ -32,7 +32,6 @@ FAMILY = Family(
     name="flux1",
     title="FLUX.1 (dev, schnell, Kontext, Fill)",
     transformer="FluxTransformer2DModel",
-    others=("FluxControlNetModel",),
     stacks=("transformer_blocks", "single_transformer_blocks"),
     processors={
         "FluxAttnProcessor": LayerProcessor,

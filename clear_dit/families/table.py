@@ -21,9 +21,13 @@ MODELS = {
 }
 
 
-def known_models() -> str:
-    """The classes, for messages."""
-    *names, last = MODELS
+# Those of them that run beside a transformer, over the same tokens.
+CONTROLNETS = ("FluxControlNetModel",)
+
+
+def known_models(controlnets: bool = True) -> str:
+    """The classes, for messages; with or without ControlNets."""
+    *names, last = (name for name in MODELS if controlnets or name not in CONTROLNETS)
     return f"{', '.join(names)} and {last}"
 
 
@@ -33,14 +37,14 @@ def all_families() -> list[Family]:
 
 
 def find_family(model: Any) -> Family | None:
-    """The family of a model, None if it is not one of diffusers' that CLEAR knows.
+    """The family of a model, None if it is not one of diffusers' that CLEAR knows."""
+    name = _known_class(model)
+    return None if name is None else named_family(name)
 
-    Wrappers that make a subclass (FSDP) do not hide the model's class.
-    """
-    for cls in type(model).__mro__:
-        if cls.__name__ in MODELS and cls.__module__.startswith("diffusers."):
-            return _load(MODELS[cls.__name__])
-    return None
+
+def named_family(class_name: str) -> Family | None:
+    """The family of a class in diffusers, by the class's name."""
+    return _load(MODELS[class_name]) if class_name in MODELS else None
 
 
 def family_of(model: Any) -> Family:
@@ -52,15 +56,21 @@ def family_of(model: Any) -> Family:
 
 def is_transformer(model: Any) -> bool:
     """Whether a model is a family's transformer, and not a ControlNet."""
-    family = find_family(model)
-    return family is not None and any(
-        cls.__name__ == family.transformer for cls in type(model).__mro__
-    )
+    name = _known_class(model)
+    return name is not None and name not in CONTROLNETS
 
 
 def attention_layers(model: Any) -> dict[str, Any]:
     """The attention layers of a supported model by name, such as "transformer_blocks.0.attn"."""
     return family_of(model).layers(model)
+
+
+def _known_class(model: Any) -> str | None:
+    """The name of a model's class. Wrappers that make a subclass of it (FSDP) do not hide it."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in MODELS and cls.__module__.startswith("diffusers."):
+            return cls.__name__
+    return None
 
 
 def _load(file: str) -> Family:

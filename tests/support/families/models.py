@@ -138,10 +138,11 @@ def flux_inputs(random, rows, columns, text, batch, references=()):
 def chroma_inputs(random, rows, columns, text, batch, padding=0):
     inputs = flux_inputs(random, rows, columns, text, batch)
     del inputs["pooled_projections"]
-    picture = torch.ones(batch, rows * columns)
-    # As the pipeline has it: of text and picture together, in the dtype of the prompt.
+    picture = torch.ones(batch, rows * columns, dtype=torch.bool)
+    # Of text and picture together. The pipeline has it in the dtype of the prompt; diffusers then
+    # adds ones and zeros to the scores, which hides nothing.
     inputs["attention_mask"] = torch.cat(
-        [text_mask(batch, text, padding, torch.float32), picture], dim=1
+        [text_mask(batch, text, padding, torch.bool), picture], dim=1
     )
     return inputs
 

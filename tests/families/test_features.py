@@ -1,0 +1,60 @@
+"""Distillation, evaluation and the cascade say which family they are not for."""
+
+import json
+
+import pytest
+from support.families.models import make_model
+from support.families.pipelines import make_pipeline
+
+from clear_dit import apply_clear
+from clear_dit.distillation.student import lora_config
+from clear_dit.distillation.teacher import Teacher
+from clear_dit.errors import RequestError
+from clear_dit.evaluation.painting import attention_of
+from clear_dit.evaluation.request import Variant
+from clear_dit.models import model_path
+from clear_dit.pipelines.resolution import Resolution, applied
+
+
+def test_distillation():
+    model = make_model("flux2")
+    apply_clear(model)
+    with pytest.raises(ValueError, match=r"^Teacher: distil does not work with FLUX\.2"):
+        Teacher(model)
+
+
+def test_what_is_trained_comes_from_the_table():
+    pytest.importorskip("peft")
+    targets = set(lora_config(make_model("flux2"), rank=2).target_modules)
+    double = {f"transformer_blocks.0.attn.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert double | {"single_transformer_blocks.1.attn.to_qkv_mlp_proj"} < targets
+    assert len(targets) == 2 * 4 + 2
+
+
+def test_cascade_and_evaluation():
+    pipe = make_pipeline("chroma")
+    with (
+        pytest.raises(ValueError, match="^applied: cascade does not work with Chroma: "),
+        applied(pipe, Resolution()),
+    ):
+        pass
+    variant = Variant("full", None)
+    with (
+        pytest.raises(ValueError, match="^evaluate: evaluate does not work with Chroma: "),
+        attention_of(pipe, variant),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("transformer", "known"),
+    [
+        ("QwenImageTransformer2DModel", r"\. In Python, apply_clear works on Qwen-Image .*cascade:"),
+        ("UNet2DConditionModel", r"supported\.$"),
+    ],
+)
+def test_command_line(tmp_path, transformer, known):
+    index = {"_class_name": "SomePipeline", "transformer": ["diffusers", transformer]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(RequestError, match=f"holds a SomePipeline; only FLUX.1 .*{known}"):
+        model_path(str(tmp_path))
