@@ -239,7 +239,8 @@ def _replacement(family: Family, old: Any) -> Any:
 
 def _settle(weight: nn.Parameter, attn: Any, trained: nn.Parameter | None) -> None:
     """New pooling weights where the layer's are, with the values the layer has already."""
-    like = next(attn.to_q.parameters()) if attn.norm_q is None else attn.norm_q.weight
+    norm = getattr(attn.norm_q, "weight", None)  # CogView4's norms have none
+    like = next(attn.to_q.parameters()) if norm is None else norm
     # On the meta device under sequential offloading.
     weight.data = weight.data.to(device=None if like.is_meta else like.device, dtype=like.dtype)
     if trained is not None and trained.shape == weight.shape:

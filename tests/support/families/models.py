@@ -20,9 +20,10 @@ from diffusers import (
 )
 
 HEADS, HEAD_DIM, TEXT_CHANNELS = 2, 16, 8
-# Z-Image pads pictures and captions to a multiple of this; and how much longer one caption is.
+# Z-Image pads pictures and captions to a multiple of this. Captions are longer than is asked for,
+# one of them still longer where they differ: so that no length is that of a picture, too.
 Z_IMAGE_MULTIPLE = 32
-Z_IMAGE_LONGER = 3 * Z_IMAGE_MULTIPLE
+Z_IMAGE_LONGER, Z_IMAGE_LONGEST = 2 * Z_IMAGE_MULTIPLE, 5 * Z_IMAGE_MULTIPLE
 
 
 class TinyFamily(NamedTuple):
@@ -182,11 +183,11 @@ def qwen_image_inputs(random, rows, columns, text, batch, padding=0, references=
 
 def z_image_inputs(random, rows, columns, text, batch, padding=0):
     # A caption is padded with tokens everybody sees; only a shorter sequence of a batch is masked.
-    lengths = [text + (Z_IMAGE_LONGER if padding and i == 0 else 0) for i in range(batch)]
+    extra = [Z_IMAGE_LONGEST if padding and i == 0 else Z_IMAGE_LONGER for i in range(batch)]
     return {
         "x": [random(4, 1, 2 * rows, 2 * columns) for _ in range(batch)],
         "t": torch.full((batch,), 0.5),
-        "cap_feats": [random(length, TEXT_CHANNELS) for length in lengths],
+        "cap_feats": [random(text + more, TEXT_CHANNELS) for more in extra],
     }
 
 
@@ -231,7 +232,9 @@ def padded_to(multiple: int, length: int) -> int:
 def z_image_pictures(image: int, text: int, references: int) -> list[tuple[int, int]]:
     # In the noise refiner alone; with the longest caption of a batch, padded or not.
     alone = padded_to(Z_IMAGE_MULTIPLE, image)
-    captions = [padded_to(Z_IMAGE_MULTIPLE, length) for length in (text, text + Z_IMAGE_LONGER)]
+    captions = [
+        padded_to(Z_IMAGE_MULTIPLE, text + extra) for extra in (Z_IMAGE_LONGER, Z_IMAGE_LONGEST)
+    ]
     found = [(alone, 0), *((alone + caption, 0) for caption in captions)]
     # Captions alone are attended over too, and are told apart by their length.
     assert not {length for length, _ in found} & set(captions), "choose another size"
