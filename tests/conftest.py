@@ -6,6 +6,9 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Triton kernels run in its interpreter; read when Triton is imported (see support/triton_mode.py).
 os.environ["TRITON_INTERPRET"] = "1"
+# Workers share the cores; so do the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
