@@ -137,7 +137,7 @@ class Largest(TorchDispatchMode):
 
 @families
 def test_nothing_is_quadratic(name):
-    side, padded = 48, name in MASKING
+    side, padded = 56, name in MASKING
     model, given = make_model(name), make_inputs(name, side, side, batch=2, padded=padded)
     apply_clear(model, radius=3, impl="tiled")
     with Largest() as largest:

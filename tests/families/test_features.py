@@ -49,7 +49,10 @@ def test_cascade_and_evaluation():
 @pytest.mark.parametrize(
     ("transformer", "known"),
     [
-        ("QwenImageTransformer2DModel", r"\. In Python, apply_clear works on Qwen-Image .*cascade:"),
+        (
+            "QwenImageTransformer2DModel",
+            r"\. In Python, apply_clear works on Qwen-Image .*cascade:",
+        ),
         ("UNet2DConditionModel", r"supported\.$"),
     ],
 )
