@@ -62,6 +62,10 @@ def test_fused_sd3():
     with pytest.raises(ValueError, match=r"blocks\.0\.attn has FusedJointAttnProcessor2_0; in Sta"):
         apply_clear(model)
     assert not any(isinstance(p, CLEARProcessor) for p in model.attn_processors.values())
+    model.unfuse_qkv_projections()
+    apply_clear(model, radius=2)
+    given = make_inputs("sd3", 4, 6)
+    assert_same(run(model, given), expected("sd3", 4, 6, 2))
 
 
 def test_z_images_of_two_kinds():
