@@ -14,11 +14,11 @@ MAX_SIDE = 16384
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_size(name: str, pixels: int) -> None:
+def check_size(name: str, pixels: int, token_pixels: int = TOKEN_PIXELS) -> None:
     """Refuse a side that is not whole tokens, or larger than this program takes."""
-    if pixels < TOKEN_PIXELS or pixels % TOKEN_PIXELS or pixels > MAX_SIDE:
+    if pixels < token_pixels or pixels % token_pixels or pixels > MAX_SIDE:
         raise RequestError(
-            f"--{name} must be a multiple of {TOKEN_PIXELS} from {TOKEN_PIXELS} to {MAX_SIDE} "
+            f"--{name} must be a multiple of {token_pixels} from {token_pixels} to {MAX_SIDE} "
             f"pixels, got {pixels}."
         )
 
@@ -50,14 +50,19 @@ def find_impl(impl: str, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def find_window(
-    height: int, width: int, radius: int, down_factor: int = 1, text_length: int = 0
+    height: int,
+    width: int,
+    radius: int,
+    down_factor: int = 1,
+    text_length: int = 0,
+    token_pixels: int = TOKEN_PIXELS,
 ) -> Window:
-    """The window of a picture of height x width pixels; the rest in tokens."""
-    check_size("height", height)
-    check_size("width", width)
+    """The window of a picture of height x width pixels; token_pixels: side of a token in pixels."""
+    check_size("height", height, token_pixels)
+    check_size("width", width, token_pixels)
     try:
         return Window(
-            height // TOKEN_PIXELS, width // TOKEN_PIXELS, text_length, radius, down_factor
+            height // token_pixels, width // token_pixels, text_length, radius, down_factor
         )
     except ValueError as error:
         raise RequestError(str(error)) from error

@@ -376,7 +376,8 @@ def bench_denoise(
 @bench.command("plan")
 def bench_plan(
     model: Annotated[
-        str, typer.Option(help="flux-dev, flux-schnell, demo, or a folder in diffusers format.")
+        str,
+        typer.Option(help="A published model, such as flux-dev; demo; or a folder of a pipeline."),
     ] = "flux-dev",
     height: Height = 8192,
     width: Width = 8192,

@@ -13,17 +13,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..checks import find_window
+from ..errors import RequestError, first_line
+from ..families.table import family_of
 from ..kernels.window import Window
 from ..norm_rope import HAS_TRITON
-from ..processor import CLEARProcessor
 from .configurations import find_configuration
 from .executed import tile_choices
-from .fake import IMPL, build, defaults, flux_inputs, quiet
+from .fake import build, defaults, quiet
+from .inputs import apply_announced, model_inputs
 from .plan_memory import plan_memory
 from .timing import table
 
-LINEAR_OPS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
-ATTENTION_OP = torch.ops.clear_dit.tiled_attention
+# On the meta device stock attention is two batched products, and nothing else is one.
+ATTENTION_OPS = (torch.ops.clear_dit.tiled_attention, torch.ops.aten.bmm)
+LINEAR_OPS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 OFFLOAD_WORDS = {
     "none": "all parts on the device",
     "model": "one part at a time on the device",
@@ -63,10 +66,13 @@ def plan(
     """
     configuration = find_configuration(model)
     text_length = configuration.text_length if text_length is None else text_length
-    window = find_window(height, width, radius, down_factor, text_length)
+    window = find_window(
+        height, width, radius, down_factor, text_length, configuration.token_pixels
+    )
+    flops = count_flops(configuration.transformer, window)
     memory = plan_memory(configuration, window, dtype, weights_dtype, offload)
     return {
-        **count_flops(configuration.transformer, window),
+        **flops,
         "memory": memory,
         "peak_gib": max(row["total_gib"] for row in memory),
         "tiles": tile_choices(window),
@@ -86,23 +92,30 @@ def plan(
 
 
 def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
-    """FLOPs of a forward pass, full and local."""
+    """FLOPs of a forward pass, full and local.
+
+    Attention over text alone, as some families have it beside that over the picture, is the same in
+    both.
+
+    Raises:
+        RequestError: a size past the model's positions.
+    """
     with defaults(torch.bfloat16, "meta"):
         model = build(config)
-    grid = (window.height, window.width)
-    model.set_attn_processor(CLEARProcessor(window.radius, window.down_factor, IMPL, grid))
-    with FlopCounterMode(display=False) as counter, quiet(), torch.no_grad():
-        model(**flux_inputs(model.config, window, torch.bfloat16, "meta"))
-    config = model.config
-    layers = config["num_layers"] + config["num_single_layers"]
-    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
-
-    counts = dict(counter.get_flop_counts()["Global"])
-    local = counts.pop(ATTENTION_OP)
-    assert set(counts) <= set(LINEAR_OPS), counts
-    assert local == layers * window.attention_flops(heads, head_dim)
-    full = layers * 4 * window.sequence_length**2 * heads * head_dim
-    linear = sum(counts.values())
+    inputs = model_inputs(model, window, torch.bfloat16, "meta")
+    family = family_of(model)
+    # Masks would be read by their values, of which there are none.
+    plain = {name: value for name, value in inputs.items() if "mask" not in name}
+    try:
+        family.read(model, plain, (window.height, window.width))
+    except ValueError as error:
+        raise RequestError(first_line(error)) from error
+    layers = family.layers(model).values()
+    attn = next(iter(layers))
+    linear, full = _count_products(model, inputs)
+    apply_announced(model, window)
+    same, local = _count_products(model, inputs)
+    assert linear == same
     rows = [
         {
             "attention": name,
@@ -110,17 +123,28 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
             "attention_tflop": attention / 1e12,
             "total_tflop": (linear + attention) / 1e12,
             "attention_share": attention / (linear + attention),
-            "attention_gflop_per_layer": attention / layers / 1e9,
+            "attention_gflop_per_layer": attention / len(layers) / 1e9,
         }
         for name, attention in (("full", full), ("clear", local))
     ]
     return {
         "rows": rows,
         "bound": (linear + full) / (linear + local),
-        "layers": layers,
-        "heads": heads,
-        "head_dim": head_dim,
+        "layers": len(layers),
+        "heads": attn.heads,
+        "head_dim": attn.inner_dim // attn.heads,
+        "chunked": family.chunked,
     }
+
+
+def _count_products(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
+    """FLOPs of one forward, those of attention apart: (linear layers, attention)."""
+    with FlopCounterMode(display=False) as counter, quiet(), torch.no_grad():
+        model(**inputs)
+    counts = dict(counter.get_flop_counts()["Global"])
+    attention = sum(counts.pop(op, 0) for op in ATTENTION_OPS)
+    assert set(counts) <= set(LINEAR_OPS), counts
+    return sum(counts.values()), attention
 
 
 def report(result: dict[str, Any]) -> str:
@@ -158,6 +182,7 @@ def report(result: dict[str, Any]) -> str:
     ]
     weights = result["weights_dtype"]
     weights = "" if weights is None else f", the transformer's linear weights in {weights}"
+    chunks = "feed-forward layers in chunks" if result["chunked"] else "feed-forward layers whole"
     fused = "in one kernel" if HAS_TRITON else "step by step, for want of Triton"
     return f"""\
 {result["model"]}, {result["height"]} x {result["width"]} px, {result["dtype"]}{weights}
@@ -172,7 +197,7 @@ End to end, the FLOPs allow CLEAR to be at most {result["bound"]:.2f} times fast
 Peak memory with CLEAR, {OFFLOAD_WORDS[result["offload"]]}:
 {table(memory)}
 Tensors only: on a GPU the workspace of convolutions, products and attention, fragments and
-PyTorch's own few hundred MiB come on top. Denoising: feed-forward layers in chunks, QK-norm and
+PyTorch's own few hundred MiB come on top. Denoising: {chunks}, QK-norm and
 RoPE {fused}. Decoding: the stock autoencoder on one tile and its
 surroundings; not counted is the whole picture, which need not be on the device.
 

@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..chunking import CHUNK_TOKENS, chunk_feed_forward
 from ..errors import RequestError
+from ..families.table import family_of
 from ..kernels.window import Window
 from ..models import TOKEN_PIXELS, quiet_libraries
-from ..processor import CLEARProcessor
-from .configurations import Configuration
 from .eight_bit import DTYPES, use_eight_bit_linears
-from .fake import IMPL, Memory, build, defaults, flux_inputs, measure, quiet, tensor_bytes
+from .fake import Memory, build, defaults, measure, quiet, tensor_bytes
+from .inputs import apply_announced, model_inputs
+from .published import Configuration
 
 OFFLOADS = ("none", "model", "group")
 # Meta tensors take the way of a GPU through diffusers and the processor, QK-norm and RoPE in one
@@ -35,7 +36,12 @@ MEASURED_BLOCKS = 2
 STREAMED_BLOCKS = 2
 # The autoencoder sees a tile of the picture and what lies around it, in pixels.
 TILE_PIXELS, HALO_PIXELS = 1024, 64
-LATENT_PIXELS = 8
+# Stacks of blocks, and what a configuration calls their number.
+COUNTS = {
+    "transformer_blocks": "num_layers",
+    "single_transformer_blocks": "num_single_layers",
+    "layers": "n_layers",
+}
 
 
 def plan_memory(
@@ -71,14 +77,18 @@ def plan_memory(
         for config in configuration.text_encoders
     ]
     transformer = TransformerMemory(configuration.transformer, dtype, weights_dtype)
-    decoding, (tile_height, tile_width) = _measure_decoder(configuration.autoencoder, window, dtype)
+    decoding, (tile_height, tile_width) = _measure_decoder(configuration, window, dtype)
 
     everything = sum(part.weights for part in encoders) + transformer.weights + decoding.weights
     denoising = transformer.streamed_weights if offload == "group" else transformer.weights
     text = max(encoders, key=lambda part: sum(part) if offload != "none" else part.activations)
     stages = [("text encoding", text)]
-    for height, width in cascade_sizes(window, configuration.native_size):
-        size = f"denoising {height * TOKEN_PIXELS} x {width * TOKEN_PIXELS}"
+    sizes = [(window.height, window.width)]
+    if transformer.cascades:
+        sizes = cascade_sizes(window, configuration.native_size)
+    side = configuration.token_pixels
+    for height, width in sizes:
+        size = f"denoising {height * side} x {width * side}"
         down_factor = min(window.down_factor, height, width)
         smaller = Window(height, width, window.text_length, window.radius, down_factor)
         stages.append((size, Memory(denoising, transformer.activations(smaller))))
@@ -119,6 +129,7 @@ class TransformerMemory:
 
     Attributes:
         weights, streamed_weights: in bytes, of all blocks and of two of the larger kind.
+        cascades: whether larger pictures are made from smaller ones.
     """
 
     def __init__(
@@ -128,34 +139,34 @@ class TransformerMemory:
         weights_dtype: str | None,
         chunk_tokens: int | None = CHUNK_TOKENS,
     ) -> None:
-        counts = {  # and diffusers' defaults
-            "num_layers": config.get("num_layers", 19),
-            "num_single_layers": config.get("num_single_layers", 38),
-        }
-        fewer = {name: min(MEASURED_BLOCKS, count) for name, count in counts.items()}
+        counts = {stack: config[key] for stack, key in COUNTS.items() if key in config}
+        fewer = {COUNTS[stack]: min(MEASURED_BLOCKS, n) for stack, n in counts.items()}
         with defaults(dtype, TRANSFORMER_DEVICE):
             self._model = build(config | fewer)
             if weights_dtype is not None:
                 use_eight_bit_linears(self._model, weights_dtype)
         self._dtype = dtype
-        with quiet():
-            chunk_feed_forward(self._model, chunk_tokens)
-        stacks = (self._model.transformer_blocks, self._model.single_transformer_blocks)
-        sizes = [tensor_bytes(stack[0]) if len(stack) else 0 for stack in stacks]
-        outside = tensor_bytes(self._model) - sum(
-            size * count for size, count in zip(sizes, fewer.values(), strict=True)
+        family = family_of(self._model)
+        self.cascades = "cascade" not in family.unsupported
+        if family.chunked:
+            with quiet():
+                chunk_feed_forward(self._model, chunk_tokens)
+        stacks = {stack: list(getattr(self._model, stack)) for stack in counts}
+        first = {
+            stack: tensor_bytes(blocks[0]) if blocks else 0 for stack, blocks in stacks.items()
+        }
+        present = sum(tensor_bytes(block) for blocks in stacks.values() for block in blocks)
+        whole = tensor_bytes(self._model)
+        # Blocks left out are like the first of their kind.
+        self.weights = whole + sum(
+            first[stack] * (count - len(stacks[stack])) for stack, count in counts.items()
         )
-        self.weights = outside + sum(
-            size * count for size, count in zip(sizes, counts.values(), strict=True)
-        )
-        self.streamed_weights = outside + STREAMED_BLOCKS * max(sizes)
+        self.streamed_weights = whole - present + STREAMED_BLOCKS * max(first.values())
 
     def activations(self, window: Window) -> int:
         """The most that is alive in a step besides the weights, in bytes."""
-        grid = (window.height, window.width)
-        processor = CLEARProcessor(window.radius, window.down_factor, IMPL, grid)
-        self._model.set_attn_processor(processor)
-        inputs = flux_inputs(self._model.config, window, self._dtype, TRANSFORMER_DEVICE)
+        apply_announced(self._model, window)
+        inputs = model_inputs(self._model, window, self._dtype, TRANSFORMER_DEVICE)
         return measure(self._model, lambda: self._model(**inputs)).activations
 
 
@@ -169,16 +180,20 @@ def _measure_encoder(config: dict[str, Any], text_length: int, dtype: torch.dtyp
 
 
 def _measure_decoder(
-    config: dict[str, Any], window: Window, dtype: torch.dtype
+    configuration: Configuration, window: Window, dtype: torch.dtype
 ) -> tuple[Memory, tuple[int, int]]:
     """Memory of the stock autoencoder on one tile, whose height and width in pixels come along."""
     with FakeTensorMode():
         with defaults(dtype, OTHERS_DEVICE):
-            model = build(config)
+            model = build(configuration.autoencoder)
         height, width = (
-            min(size * TOKEN_PIXELS, TILE_PIXELS + 2 * HALO_PIXELS)
+            min(size * configuration.token_pixels, TILE_PIXELS + 2 * HALO_PIXELS)
             for size in (window.height, window.width)
         )
-        shape = (1, model.config.latent_channels, height // LATENT_PIXELS, width // LATENT_PIXELS)
+        # Qwen-Image's autoencoder is one of videos.
+        video = hasattr(model.config, "z_dim")
+        channels = model.config.z_dim if video else model.config.latent_channels
+        sides = (size // configuration.latent_pixels for size in (height, width))
+        shape = (1, channels, *((1,) if video else ()), *sides)
         latents = torch.empty(shape, dtype=dtype, device=OTHERS_DEVICE)
         return measure(model, lambda: model.decode(latents)), (height, width)

@@ -20,6 +20,8 @@ from ..distillation.losses import attention_outputs, default_layers, distillatio
 from ..distillation.setup import OPTIMIZER_STATES
 from ..distillation.student import add_lora, freeze_others, trained_parameters
 from ..distillation.teacher import Teacher
+from ..errors import RequestError
+from ..families.table import family_of
 from ..kernels.window import Window
 from ..plugin import attention_layers
 from ..processor import CLEARProcessor
@@ -60,7 +62,8 @@ def plan_training(
         activations), total_gib and fits (one 80 GB GPU); and the setting.
 
     Raises:
-        RequestError: an unknown model, or a size, radius or down_factor out of its range.
+        RequestError: an unknown model or one that is not distilled, or a size, radius or
+            down_factor out of its range.
     """
     configuration = find_configuration(model)
     window = find_window(height, width, radius, down_factor, configuration.text_length)
@@ -102,6 +105,10 @@ def plan_training(
 def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int | None) -> Step:
     with defaults(torch.bfloat16, "meta"):
         model = build(config)
+        try:
+            family_of(model).require("distil", "--train")
+        except ValueError as error:
+            raise RequestError(str(error)) from error
         grid = (window.height, window.width)  # not found from ids, which have no values
         for attn in attention_layers(model).values():
             attn.set_processor(CLEARProcessor(window.radius, window.down_factor, IMPL, grid))

@@ -159,6 +159,14 @@ SD35_LARGE = {
     "dual_attention_layers": [],
     "qk_norm": "rms_norm",
 }
+# https://huggingface.co/stabilityai/stable-diffusion-3.5-medium; as above.
+SD35_MEDIUM = SD35_LARGE | {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+}
 CLIP_L_PROJECTED = CLIP_L | {
     "architectures": ["CLIPTextModelWithProjection"],
     "projection_dim": 768,
@@ -293,6 +301,7 @@ CONFIGURATIONS = {
     "flux2-klein-4b": Configuration(FLUX2_KLEIN_4B, FLUX2_AUTOENCODER, (QWEN3_4B,), 512),
     # CLIP's 77 tokens and T5's 256.
     "sd35-large": Configuration(SD35_LARGE, FLUX_AUTOENCODER, SD35_ENCODERS, 333),
+    "sd35-medium": Configuration(SD35_MEDIUM, FLUX_AUTOENCODER, SD35_ENCODERS, 333),
     "qwen-image": Configuration(QWEN_IMAGE, QWEN_IMAGE_AUTOENCODER, (QWEN25_VL_7B,), 1024),
     "z-image": Configuration(Z_IMAGE, FLUX_AUTOENCODER, (QWEN3_4B,), 512),
     # Of two encoders, 1000 and 128 tokens.

@@ -81,5 +81,7 @@ FAMILY = Family(
     grid_from="the latents' shape",
     heads="38 x 64 (3.5-large), 24 x 64 (3.5-medium, 3-medium)",
     positions="192 tokens a side (3-medium, 3.5-large), 384 (3.5-medium): a table, pos_embed",
+    # diffusers keeps to_q, to_k and to_v beside fused ones, and says so by another processor alone.
+    serves_fused=True,
     unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
 )

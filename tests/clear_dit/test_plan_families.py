@@ -1,0 +1,95 @@
+"""`clear-dit bench plan` of every family's true configuration at 4096 px."""
+
+import pytest
+import torch
+
+from clear_dit import Window
+from clear_dit.bench.fake import build, defaults
+from clear_dit.bench.inputs import INPUTS
+from clear_dit.bench.plan import _count_flops, plan, report
+from clear_dit.bench.plan_training import plan_training
+from clear_dit.bench.published import CONFIGURATIONS
+from clear_dit.errors import RequestError
+from clear_dit.families.table import CONTROLNETS, MODELS
+
+# Parameters of the transformer in millions; layers, heads and head_dim of attention over the
+# picture; layers over the picture alone.
+MODELS_AT_4096 = {
+    "chroma": (8_900, 57, 24, 128, 0),
+    "flux2-dev": (32_223, 56, 48, 128, 0),
+    "flux2-klein-4b": (3_876, 25, 24, 128, 0),
+    "sd35-medium": (2_243, 37, 24, 64, 13),
+    "qwen-image": (20_430, 60, 24, 128, 0),
+    "z-image": (6_155, 32, 30, 128, 2),
+    "hunyuanimage-2.1": (17_426, 60, 28, 128, 0),
+    "cogview4": (6_369, 28, 32, 128, 0),
+}
+
+
+def test_every_family_can_be_planned():
+    assert set(INPUTS) == set(MODELS) - set(CONTROLNETS)
+    planned = {c.transformer["_class_name"] for c in CONFIGURATIONS.values()}
+    assert planned == set(INPUTS)
+
+
+@pytest.mark.parametrize("name", MODELS_AT_4096)
+def test_flops_are_the_windows(name):
+    millions, layers, heads, head_dim, alone = MODELS_AT_4096[name]
+    configuration = CONFIGURATIONS[name]
+    with defaults(torch.bfloat16, "meta"):
+        model = build(configuration.transformer)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+    side, text = 4096 // configuration.token_pixels, configuration.text_length
+    window = Window(side, side, text, 16)
+    result = _count_flops(configuration.transformer, window)
+    assert (result["layers"], result["heads"], result["head_dim"]) == (layers, heads, head_dim)
+    channels = heads * head_dim
+    joint = (layers - alone) * window.attention_flops(heads, head_dim)
+    joint += alone * Window(side, side, 0, 16).attention_flops(heads, head_dim)
+    # Two layers over text alone, which stay as they are.
+    kept = 2 * 4 * text**2 * channels if name in ("z-image", "hunyuanimage-2.1") else 0
+    full, local = result["rows"]
+    assert local["attention_tflop"] == pytest.approx((joint + kept) / 1e12, rel=1e-12)
+    dense = (
+        4
+        * channels
+        * ((layers - alone) * window.sequence_length**2 + alone * window.image_length**2)
+    )
+    assert full["attention_tflop"] == pytest.approx((dense + kept) / 1e12, rel=1e-12)
+    # Two products for each parameter of a linear layer and token; some see text or nothing only.
+    products = 2 * millions * 1e6 * window.sequence_length / 1e12
+    assert 0.3 * products < full["linear_tflop"] < 1.02 * products
+
+
+def test_memory_and_the_report():
+    result = plan("hunyuanimage-2.1", 4096, 4096, 8, 1, None, torch.bfloat16)
+    assert (result["token_rows"], result["token_columns"]) == (128, 128)
+    stages = {row["stage"]: row for row in result["memory"]}
+    assert list(stages) == [
+        "text encoding",
+        "denoising 4096 x 4096",
+        "decoding a tile of 1152 x 1152",
+    ]
+    weights = 2 * (17_425_795_520 + 405_575_491 + 8_292_166_656 + 219_314_944) / 2**30
+    for row in stages.values():
+        assert row["weights_gib"] == pytest.approx(weights, rel=1e-3)
+    sequence = (128 * 128 + 1128) * 28 * 128 * 2 / 2**30
+    denoising = stages["denoising 4096 x 4096"]["activations_gib"]
+    assert 5 * sequence < denoising < 30 * sequence
+    text = report(result)
+    assert "feed-forward layers whole" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_sizes_past_the_positions():
+    with pytest.raises(
+        RequestError, match=r"SD3 model has positions for 192 x 192 tokens, got 256"
+    ):
+        plan("sd35-large", 4096, 4096, 8, 1, None, torch.bfloat16)
+    with pytest.raises(RequestError, match=r"--height must be a multiple of 32 .* got 1040"):
+        plan("hunyuanimage-2.1", 1040, 1024, 8, 1, None, torch.bfloat16)
+
+
+def test_training_is_for_families_that_are_distilled():
+    with pytest.raises(RequestError, match=r"^--train: distil does not work with CogView4"):
+        plan_training("cogview4", 1024, 1024, 8, 1, 1)
