@@ -31,6 +31,7 @@ def test_custom_op_is_well_formed(down_factor):
     pooled = torch.randn(1, window.pooled_length, 1, 16).half().requires_grad_()
     arguments = (query, key, value, pooled, pooled.detach().clone().requires_grad_())
     geometry = (window.height, window.width, window.text_length, window.radius, 0.25)
+    geometry += window.image_query_rows
     torch.library.opcheck(ops._op, (*arguments, *geometry), test_utils=(
         "test_schema", "test_autograd_registration", "test_faketensor",
     ))  # fmt: skip
