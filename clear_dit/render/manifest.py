@@ -112,7 +112,7 @@ class Manifest:
     def compact(self) -> None:
         """One line for each job again, in the order of the job file; when all others are gone."""
         with self._claims.writing():
-            entries = sorted(read_manifest(self.path).values(), key=lambda entry: entry["line"])
+            entries = sorted(read_manifest(self.path).values(), key=_place)
             write_manifest(self.path, entries)
 
 
@@ -129,3 +129,8 @@ def _entries(text: bytes) -> dict[str, Entry]:
         except (ValueError, KeyError, TypeError):
             continue  # empty or torn
     return entries
+
+
+def _place(entry: Entry) -> tuple[int, int]:
+    """Of its job in the job file."""
+    return entry["line"], entry.get("seed", 0)
