@@ -389,7 +389,8 @@ def _write(
     """Decode and write a picture strip by strip."""
     from .pipelines.autoencoder import decode_rows
     from .pipelines.picture_files import save_rows
-    from .pipelines.rank_watch import Progress, until_failure
+    from .pipelines.rank_progress import Progress
+    from .pipelines.rank_watch import until_failure
 
     height, width = request.height, request.width
     group = None if ranks is None else ranks.team.group
