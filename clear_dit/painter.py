@@ -272,7 +272,8 @@ class Painter:
         """Decode and write a picture strip by strip."""
         from .pipelines.autoencoder import decode_rows
         from .pipelines.picture_files import save_rows
-        from .pipelines.rank_watch import Progress, until_failure
+        from .pipelines.rank_progress import Progress
+        from .pipelines.rank_watch import until_failure
 
         height, width = request.height, request.width
         group = None if self._ranks is None else self._ranks.team.group

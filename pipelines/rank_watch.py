@@ -12,11 +12,9 @@ import json
 import os
 import queue
 import socket
-import statistics
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +26,7 @@ import torch.distributed as dist
 
 from clear_dit.errors import first_line
 
-from .painting_progress import PaintingProgress
+from .rank_progress import HangDetector, PaintingProgress, Progress
 
 Item = TypeVar("Item")
 
@@ -41,10 +39,6 @@ SILENCE_LIMIT = 20.0
 _SETTLE, _SETTLE_HANG = 0.5, 3.0
 # Seconds a failing run is given to clean up, such as to remove a file half written.
 _GRACE = 5.0
-# A rank hangs that takes so many times longer than usual, but for so many seconds at least; before
-# the usual is known (compilation, first use of a device), so many.
-_HANG_FACTOR, _HANG_LEAST, _HANG_UNKNOWN = 10, 40.0, 1800.0
-_USUAL_FROM = 8
 # Which of several reports is believed to name the cause: an error or a death, then a rank that got
 # no further (of several the one that got least far), then one that only waited for others.
 _CAUSE, _HANGS, _WAITS, _FOLLOWS = range(4)
@@ -76,63 +70,6 @@ class Failure:
     rank: int
     where: str
     reason: str
-
-
-class Progress:
-    """How far a rank is, written by its work and read by its watch.
-
-    Args:
-        where: what it is doing, such as "step 3 of 20".
-
-    Attributes:
-        count: of what it has done; any unit that takes about equally long.
-        waiting: whether it waits for other ranks.
-    """
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-        self.count = 0
-        self.waiting = False
-
-    def where(self) -> str:
-        """What this rank is doing."""
-        return self._where
-
-
-class HangDetector:
-    """Whether work that goes on in steps of about equal length has stopped.
-
-    Args:
-        limit: seconds without progress that are too many; None to go by what is usual.
-    """
-
-    def __init__(self, limit: float | None) -> None:
-        self._limit = limit
-        self._seconds: deque[float] = deque(maxlen=50)
-        self._count = 0
-        self._since = 0.0
-
-    def overdue(self, count: int, waiting: bool, now: float) -> float | None:
-        """Seconds without progress, if too many; work that has not begun is not judged.
-
-        Args:
-            count: see `Progress`.
-            waiting: then others have the time they may take, too, before this rank is to blame.
-            now: a clock, in seconds.
-        """
-        if count < self._count:
-            self._seconds.clear()
-        elif 0 < self._count < count:
-            self._seconds.append((now - self._since) / (count - self._count))
-        if count != self._count:
-            self._count, self._since = count, now
-        limit = self._limit
-        if limit is None:
-            limit = _HANG_UNKNOWN
-            if len(self._seconds) >= _USUAL_FROM:
-                limit = max(_HANG_LEAST, _HANG_FACTOR * statistics.median(self._seconds))
-        passed = now - self._since
-        return passed if self._count and passed > (1.5 if waiting else 1) * limit else None
 
 
 class Watch:

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from clear_dit.errors import first_line
 
-from .painting_progress import PaintingProgress
+from .rank_progress import PaintingProgress
 from .rank_watch import SILENCE_LIMIT, Member, Watch
 from .team import Team
 

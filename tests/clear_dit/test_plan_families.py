@@ -6,7 +6,7 @@ import torch
 from clear_dit import Window
 from clear_dit.bench.fake import build, defaults
 from clear_dit.bench.inputs import INPUTS
-from clear_dit.bench.plan import _count_flops, plan, report
+from clear_dit.bench.plan import count_flops, plan, report
 from clear_dit.bench.plan_training import plan_training
 from clear_dit.bench.published import CONFIGURATIONS
 from clear_dit.errors import RequestError
@@ -41,7 +41,7 @@ def test_flops_are_the_windows(name):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
     side, text = 4096 // configuration.token_pixels, configuration.text_length
     window = Window(side, side, text, 16)
-    result = _count_flops(configuration.transformer, window)
+    result = count_flops(configuration.transformer, window)
     assert (result["layers"], result["heads"], result["head_dim"]) == (layers, heads, head_dim)
     channels = heads * head_dim
     joint = (layers - alone) * window.attention_flops(heads, head_dim)

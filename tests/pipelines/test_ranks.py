@@ -9,7 +9,7 @@ import torch
 from support import rank_tasks
 from support.rank_tasks import run_ranks
 
-from clear_dit.pipelines.rank_watch import HangDetector
+from clear_dit.pipelines.rank_progress import HangDetector
 from clear_dit.pipelines.ranks import start_ranks
 
 PLACE = {

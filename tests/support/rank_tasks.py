@@ -25,7 +25,7 @@ from clear_dit.pipelines import autoencoder
 from clear_dit.pipelines.autoencoder import decode, decode_rows, encode
 from clear_dit.pipelines.patch_exchange import HaloRows
 from clear_dit.pipelines.rank_agreement import agree
-from clear_dit.pipelines.rank_watch import Progress
+from clear_dit.pipelines.rank_progress import Progress
 from clear_dit.pipelines.ranks import start_ranks
 from clear_dit.pipelines.team import Team
 
