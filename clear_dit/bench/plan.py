@@ -66,7 +66,7 @@ def plan(
     window = find_window(height, width, radius, down_factor, text_length)
     memory = plan_memory(configuration, window, dtype, weights_dtype, offload)
     return {
-        **_count_flops(configuration.transformer, window),
+        **count_flops(configuration.transformer, window),
         "memory": memory,
         "peak_gib": max(row["total_gib"] for row in memory),
         "tiles": tile_choices(window),
@@ -85,7 +85,7 @@ def plan(
     }
 
 
-def _count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
+def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     """FLOPs of a forward pass, full and local."""
     with defaults(torch.bfloat16, "meta"):
         model = build(config)
