@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from .distillation.commands import distill, sample
-from .errors import RequestError, first_line
+from .errors import RequestError, first_line, is_out_of_memory
 
 app = typer.Typer(
     help="CLEAR: high-resolution images from diffusion transformers, in time linear in the pixels.",
@@ -51,8 +51,7 @@ def main() -> None:
     except (OSError, FloatingPointError) as error:
         _fail(error, 1)
     except (MemoryError, RuntimeError) as error:
-        # What PyTorch raises on a CUDA device and on a CPU.
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         _fail(f"out of memory: {first_line(error)}", 1)
 

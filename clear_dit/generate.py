@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from . import __version__
-from .adapters import AUTO, known_weights
+from .adapters import AUTO
 from .checks import find_device, find_dtype, find_impl, find_window
-from .errors import RequestError, first_line
+from .errors import RequestError
 from .memory import peak_mb, reset_peak
-from .models import TOKEN_PIXELS, load_pipeline, model_defaults, model_path, text_length
+from .models import TOKEN_PIXELS, model_defaults, model_path
 from .output import PICTURE_SUFFIXES, check_writable
+from .painter import Painter
 from .picture_input import read_picture
-from .plugin import apply_clear
-
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
-
-    from .pipelines.flux import CLEARFluxPipeline
 
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -163,23 +150,8 @@ def _enlarged_size(settings: dict[str, Any]) -> tuple[int, int]:
         raise RequestError(str(error)) from error
 
 
-@dataclass
-class Timer:
-    """Seconds by stage of the work."""
-
-    seconds: dict[str, float]
-
-    @contextmanager
-    def measure(self, stage: str, device: torch.device) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.seconds[stage] = round(time.perf_counter() - start, 3)
-
-
 def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict[str, Any]:
-    """Paint the picture of a request and write it.
+    """Load the model of a request, paint it and write the picture.
 
     Args:
         request: what to paint.
@@ -187,201 +159,20 @@ def generate(request: GenerateRequest, out: Path, progress: bool = True) -> dict
         progress: show a progress bar on standard error.
 
     Returns:
-        out, height, width (pixels), tokens (of the picture), impl (the attention that ran: an
-        implementation of local attention, or "full"), weights (the name of the CLEAR weights, None
-        for the model's own), seconds {total, text, denoise, decode}, peak_memory_mb.
+        What `Painter.paint` returns, with the loading in seconds' total and in peak_memory_mb.
 
     Raises:
         RequestError: a bad request, before any work.
+        MemoryError: there is not enough for this picture.
         OSError: the picture cannot be written; nothing is left under its name.
     """
     check_writable(out, PICTURE_SUFFIXES)
-    device, dtype = find_device(request.device), find_dtype(request.dtype)
+    device = find_device(request.device)
     reset_peak(device)
     start = time.perf_counter()
-    pipe = load_pipeline(request.model, dtype, device)
-    weights = _find_weights(request)
-    impl = _set_attention(pipe, request, weights)
-    pipe.set_progress_bar_config(disable=not progress, desc="denoising")
-    timer = Timer({})
-    latents = _paint(pipe, request, device, timer)
-    settings = asdict(request) | {"version": __version__, "impl": impl}
-    with timer.measure("decode", device):
-        _write(pipe, latents, request, out, settings)
-    return {
-        "out": str(out),
-        "height": request.height,
-        "width": request.width,
-        "tokens": request.height * request.width // TOKEN_PIXELS**2,
-        "impl": impl,
-        "weights": weights and Path(weights).name,
-        "seconds": {"total": round(time.perf_counter() - start, 3), **timer.seconds},
-        "peak_memory_mb": round(peak_mb(device), 1),
-    }
-
-
-def _set_attention(pipe: CLEARFluxPipeline, request: GenerateRequest, weights: str | None) -> str:
-    if request.attention == "full":
-        return "full"
-    try:
-        apply_clear(
-            pipe,
-            radius=request.radius,
-            down_factor=request.down_factor,
-            weights=weights,
-            impl=request.impl,
-        )
-    except (ValueError, OSError) as error:
-        raise RequestError(str(error)) from error
-    return find_impl(request.impl, pipe.dtype, pipe.device)
-
-
-def _find_weights(request: GenerateRequest) -> str | None:
-    """A request's weights, those known to fit where it says "auto"."""
-    if request.attention == "full":
-        return None
-    if request.weights != AUTO:
-        return request.weights
-    found = known_weights(request.model, request.radius, request.down_factor)
-    pooled = f", down_factor {request.down_factor}" if request.down_factor > 1 else ""
-    setting = f"{request.model}, radius {request.radius}{pooled}"
-    rows, columns = request.height // TOKEN_PIXELS, request.width // TOKEN_PIXELS
-    covers_all = request.radius**2 > (rows - 1) ** 2 + (columns - 1) ** 2
-    if found is None and not covers_all:
-        logger.warning(
-            "no weights are known for %s: the model is not tuned for its window, which changes "
-            "pictures; name weights with --weights (none: go without, quietly)",
-            setting,
-        )
-    elif found is not None:
-        logger.info("weights for %s: %s", setting, Path(found).name)
-    return found
-
-
-def _paint(
-    pipe: CLEARFluxPipeline, request: GenerateRequest, device: torch.device, timer: Timer
-) -> torch.Tensor:
-    """Text and denoising one after the other, each timed; packed latents."""
-    with timer.measure("text", device):
-        text = encode(pipe, [request.prompt])
-        empty = encode(pipe, [""]) if two_passes(pipe, request.guidance) else None
-    stages: dict[str, Any] = {
-        "low_resolution_guidance": request.low_resolution_guidance,
-        "stages_dir": request.stages_dir,
-    }
-    if request.strength is not None:
-        one = len(request.strength) == 1
-        stages["strength"] = request.strength[0] if one else request.strength
-    if request.image is not None:
-        stages["image"] = read_picture(Path(request.image))
-    with timer.measure("denoise", device):
-        try:
-            return denoise(
-                pipe,
-                text,
-                empty,
-                [request.seed],
-                height=request.height,
-                width=request.width,
-                steps=request.steps,
-                guidance=request.guidance,
-                **stages,
-            )
-        except ValueError as error:
-            raise RequestError(str(error)) from error
-
-
-def _write(
-    pipe: CLEARFluxPipeline,
-    latents: torch.Tensor,
-    request: GenerateRequest,
-    out: Path,
-    settings: dict[str, Any],
-) -> None:
-    """Decode and write a picture strip by strip."""
-    from .pipelines.autoencoder import decode_rows
-    from .pipelines.picture_files import save_rows
-
-    height, width = request.height, request.width
-    strips = decode_rows(pipe.vae, unpack(pipe, latents, height, width))
-    try:
-        save_rows(strips, out, height=height, width=width, settings=settings)
-    except OSError as error:
-        reason = error.strerror or first_line(error)
-        raise OSError(f"{out} could not be written ({reason}).") from error
-
-
-# Of some prompts: (batch, text tokens, channels), and pooled (batch, channels).
-Text = tuple[torch.Tensor, torch.Tensor]
-
-
-@torch.no_grad()
-def encode(pipe: FluxPipeline, prompts: list[str]) -> Text:
-    """Prompts as the transformer takes them, padded to `text_length(pipe)`."""
-    embeds, pooled, _ = pipe.encode_prompt(
-        prompt=prompts, prompt_2=None, device=pipe.device, max_sequence_length=text_length(pipe)
-    )
-    return embeds, pooled
-
-
-def two_passes(pipe: FluxPipeline, guidance: float) -> bool:
-    """Whether guidance of this strength takes a second pass, with an empty prompt."""
-    return not pipe.transformer.config.guidance_embeds and guidance > 1
-
-
-def denoise(
-    pipe: FluxPipeline,
-    text: Text,
-    empty: Text | None,
-    seeds: list[int],
-    *,
-    height: int,
-    width: int,
-    steps: int,
-    guidance: float,
-    **stages: Any,
-) -> torch.Tensor:
-    """Final latents, from noise of these seeds, one for each prompt.
-
-    Args:
-        pipe: whose attention is what it is.
-        text: of the prompts, on the pipeline's device.
-        empty: of one empty prompt, where guidance takes two passes (see `two_passes`).
-        seeds: a picture depends on its own seed only, not on the others in the batch.
-        height, width: in pixels.
-        steps, guidance: see `GenerateRequest`.
-        stages: image, strength, low_resolution_guidance and stages_dir, see `CLEARFluxPipeline`.
-
-    Returns:
-        Packed, (batch, tokens, channels), in the pipeline's dtype.
-    """
-    arguments: dict[str, Any] = {"prompt_embeds": text[0], "pooled_prompt_embeds": text[1]}
-    if empty is not None:
-        arguments["negative_prompt_embeds"] = empty[0].expand_as(text[0])
-        arguments["negative_pooled_prompt_embeds"] = empty[1].expand_as(text[1])
-    embedded = bool(pipe.transformer.config.guidance_embeds)
-    return pipe(
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance if embedded else 1.0,
-        true_cfg_scale=1.0 if empty is None else guidance,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        max_sequence_length=text_length(pipe),
-        output_type="latent",
-        **arguments,
-        **stages,
-    ).images
-
-
-def unpack(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Packed latents of a picture of height x width pixels: (batch, channels, rows, columns)."""
-    return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-
-
-def decode(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> Any:
-    """Packed latents (1, tokens, channels) to a PIL image of height x width pixels."""
-    from .pipelines.autoencoder import decode as decode_picture
-
-    pixels = decode_picture(pipe.vae, unpack(pipe, latents, height, width))
-    return pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    painter = Painter(request.model, request.dtype, request.device)
+    load_peak = round(peak_mb(device), 1)
+    result = painter.paint(request, out, progress=progress)
+    result["seconds"]["total"] = round(time.perf_counter() - start, 3)
+    result["peak_memory_mb"] = max(load_peak, result["peak_memory_mb"])
+    return result

@@ -117,11 +117,11 @@ def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None
         if len(stages) > 1:
             description = f"stage {index + 1} of {len(stages)}, {stage.name}"
             pipe._progress_bar_config = bar | {"desc": description}
-        pipe._stage = stage
+        pipe._stage, pipe._stages = stage, stages
         try:
             yield
         finally:
-            pipe._progress_bar_config, pipe._stage = bar, None
+            pipe._progress_bar_config, pipe._stage, pipe._stages = bar, None, ()
 
 
 def pictures_from(pipe: Any, latents: torch.Tensor, stage: Stage) -> Iterator[torch.Tensor]:

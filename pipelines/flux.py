@@ -109,6 +109,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 )
             self.default_sample_size = native_size // self.vae_scale_factor
         self._stage: Stage | None = None
+        self._stages: tuple[Stage, ...] = ()
         self._interrupt = False
 
     @property
@@ -120,6 +121,11 @@ class CLEARFluxPipeline(FluxPipeline):
     def stage(self) -> Stage | None:
         """The stage that is being painted, for callbacks; None outside of `__call__`."""
         return self._stage
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The plan that `stage` is of, for callbacks; empty outside of `__call__`."""
+        return self._stages
 
     @property
     def _token_pixels(self) -> int:

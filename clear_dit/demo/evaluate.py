@@ -28,7 +28,7 @@ from clear_dit.demo.probe import (
     load_probe,
     probe_accuracy,
 )
-from clear_dit.generate import decode, denoise, encode, two_passes
+from clear_dit.denoising import decode, denoise, encode, two_passes
 
 
 def paint(

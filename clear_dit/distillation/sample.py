@@ -16,8 +16,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..checks import check_size, find_device, find_dtype
+from ..denoising import decode
 from ..errors import RequestError
-from ..generate import MAX_STEPS, decode
+from ..generate import MAX_STEPS
 from ..models import load_pipeline, model_defaults, model_path, text_length
 from ..output import save_png
 from ..prompts import read_prompts

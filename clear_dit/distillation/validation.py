@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..generate import decode
+from ..denoising import decode
 from ..models import text_length
 from ..output import save_png
 from ..prompts import read_prompts

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..checks import find_impl
+from ..denoising import Text, decode, denoise, encode, two_passes
 from ..errors import RequestError, first_line
-from ..generate import Text, decode, denoise, encode, two_passes
 from ..plugin import apply_clear, remove_clear
 from ..processor import CLEARProcessor
 from ..weights import open_checked
