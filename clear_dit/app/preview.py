@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # The longer side, in latent pixels; 8 times as many of the picture's.
 MAX_SIDE = 48
-# Of the time, at most one in so many seconds goes into previews.
+# Previews may take one in so many seconds.
 SHARE = 10.0
 
 
@@ -37,15 +37,15 @@ class Previewer:
 
     @torch.no_grad()
     def after(self, step: Step) -> str | None:
-        """A JPEG as a data URL; None where it would cost more than its share of the time."""
+        """A JPEG as a data URL; None after a stage's first step, and where previews would take
+        more than their share of the time.
+        """
         before, self._before = self._before, (step.stage, step.sigma, step.latents.clone())
         start = time.monotonic()
-        if start < self._next:
+        if start < self._next or before is None or before[0] != step.stage:
             return None
-        latents = step.latents
-        if before is not None and before[0] == step.stage and before[1] > step.sigma:
-            direction = (latents - before[2]) / (step.sigma - before[1])
-            latents = latents - step.sigma * direction
+        direction = (step.latents - before[2]) / (step.sigma - before[1])
+        latents = step.latents - step.sigma * direction
         url = self._decode(latents, step.height, step.width)
         now = time.monotonic()
         self._next = now + SHARE * (now - start)

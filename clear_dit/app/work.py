@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..checks import find_window
 from ..denoising import two_passes
+from ..kernels.window import Window
 from ..models import TOKEN_PIXELS, text_length
 
 if TYPE_CHECKING:
@@ -35,19 +35,19 @@ class StageWork:
 
 
 class WorkPlanner:
-    """Plans for the pictures of one pipeline, without touching it again: from any thread.
+    """Plans for the pictures of one pipeline, of which it reads settings only: from any thread.
 
     Args:
         pipe: a `CLEARFluxPipeline`.
     """
 
     def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
         self._config = dict(pipe.transformer.config)
         self._scheduler = copy.deepcopy(pipe.scheduler)
         self._native_size: int = pipe.native_size
         self._text_length = text_length(pipe)
-        self._two_passes = {scale: two_passes(pipe, scale) for scale in (1.0, 2.0)}
-        self._flops_of_pass = lru_cache(maxsize=256)(self._count)
+        self._linear = _linear_flops(self._config, self._text_length)
 
     def plan(
         self, request: GenerateRequest, image_size: tuple[int, int] | None = None
@@ -75,7 +75,7 @@ class WorkPlanner:
             attention="full" if request.attention == "full" else "clear",
             image_size=image_size,
         )
-        passes = 2 if self._two_passes[2.0 if request.guidance > 1 else 1.0] else 1
+        passes = 2 if two_passes(self._pipe, request.guidance) else 1
         planned = []
         for stage in stages:
             steps = request.steps
@@ -85,11 +85,8 @@ class WorkPlanner:
                     scheduler = static_scheduler(scheduler, stage.resolution.shift)
                 size = (stage.height, stage.width)
                 share = {"strength": stage.strength, "token_pixels": TOKEN_PIXELS}
-                steps = (
-                    len(sigmas_for(scheduler, request.steps, *size, **share))
-                    if stage.strength
-                    else 0
-                )
+                of_stage = stage.strength and sigmas_for(scheduler, request.steps, *size, **share)
+                steps = len(of_stage) if of_stage else 0
             of_pass = self._flops_of_pass(
                 stage.height, stage.width, request.radius, request.down_factor, stage.attention
             )
@@ -100,14 +97,28 @@ class WorkPlanner:
             )
         return tuple(planned)
 
-    def _count(
+    def _flops_of_pass(
         self, height: int, width: int, radius: int, down_factor: int, attention: str
     ) -> float:
-        from ..bench.plan import count_flops
+        config = self._config
+        layers = config["num_layers"] + config["num_single_layers"]
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        if attention == "full":
+            tokens = height * width // TOKEN_PIXELS**2 + self._text_length
+            of_layer = 4 * tokens**2 * heads * head_dim
+        else:
+            window = find_window(height, width, radius, down_factor, self._text_length)
+            of_layer = window.attention_flops(heads, head_dim)
+        start, slope = self._linear
+        return start + slope * (height * width // TOKEN_PIXELS**2) + layers * of_layer
 
-        # Of a small stage a pooling cell may be larger than the grid; then full attention runs.
-        down_factor = 1 if attention == "full" else down_factor
-        window = find_window(height, width, radius, down_factor, self._text_length)
-        rows = count_flops(self._config, window)["rows"]
-        total: float = next(row["total_tflop"] for row in rows if row["attention"] == attention)
-        return total * 1e12
+
+def _linear_flops(config: dict[str, Any], text_length: int) -> tuple[float, float]:
+    """Of a pass, besides attention: those without an image token, and those of each."""
+    from ..bench.plan import count_flops
+
+    one, two = (
+        1e12 * count_flops(config, Window(1, tokens, text_length, 1))["rows"][0]["linear_tflop"]
+        for tokens in (1, 2)
+    )
+    return 2 * one - two, two - one
