@@ -92,7 +92,7 @@ class Actions:
 
 def refusal(reason: object) -> gr.Error:
     """What a visitor sees as a message that goes by itself."""
-    return gr.Error(str(reason), duration=12, title="Not possible", print_exception=False)
+    return gr.Error(str(reason), duration=12, print_exception=False)
 
 
 def who_asks(request: gr.Request) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -284,7 +285,9 @@ class Jobs:
             error = first_line(problem).replace("--", "")
             logger.warning("job %s failed: %s", job.id, error)
         except OSError as problem:
-            error = f"The picture could not be written ({problem.strerror or 'disk'})."
+            # Not what it says itself: paths of this machine.
+            reason = os.strerror(problem.errno) if problem.errno else "disk"
+            error = f"The picture could not be written ({reason})."
             logger.exception("job %s failed", job.id)
         except Exception:
             error = "Something went wrong on the server, which has written it down."

@@ -131,7 +131,7 @@ def flops(count: float) -> str:
         if count >= 0.1 * size:
             value = count / size
             return f"{value:,.2f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
-    return f"{count / 1e9:.2f} GFLOP"
+    return f"{count / 1e9:,.0f} GFLOP"
 
 
 def megabytes(count: int) -> str:

@@ -13,12 +13,12 @@ from .actions import Actions, refusal, who_asks
 from .api import add_api
 from .files import STATIC
 from .request import SHAPES, SIDES, Entry, preset_size
-from .settings import MAX_PROMPT, MAX_STEPS
+from .settings import MAX_PROMPT
 from .store import ENDED
 
 CUSTOM = "Custom"
 EXAMPLES = (
-    "a violet tower in the desert at sunset, a golden moon on the right",
+    "a violet tower in the desert at sunset",
     "a blue house in the hills at night",
     "a red balloon over a green island at dawn",
 )
@@ -44,8 +44,8 @@ def make_page(actions: Actions) -> gr.Blocks:
             elem_id="head",
         )
         job = gr.State("")
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2, elem_id="settings"):
+        with gr.Row(elem_id="main"):
+            with gr.Column(elem_id="entry"):
                 prompt = gr.Textbox(
                     label="Prompt",
                     placeholder="What to paint",
@@ -55,6 +55,13 @@ def make_page(actions: Actions) -> gr.Blocks:
                 )
                 generate = gr.Button("Generate", variant="primary", elem_id="generate")
                 cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
+            with gr.Column(elem_id="result"):
+                status = gr.HTML("", elem_id="status")
+                picture = gr.HTML(markup.picture(None), elem_id="picture")
+                with gr.Column(elem_id="history"):
+                    gr.HTML("<h3>Your pictures</h3>")
+                    cards = gr.HTML("", js_on_load=OPEN_CARD, elem_id="cards")
+            with gr.Column(elem_id="settings"):
                 with gr.Row():
                     side = gr.Dropdown(
                         [*sides, (CUSTOM, 0)],
@@ -90,14 +97,14 @@ def make_page(actions: Actions) -> gr.Blocks:
                         min_width=120,
                     )
                 with gr.Row():
-                    steps = gr.Slider(
-                        1, MAX_STEPS, defaults.steps, step=1, label="Steps", elem_id="steps"
+                    steps = gr.Number(
+                        defaults.steps, label="Steps", precision=0, elem_id="steps", min_width=120
                     )
-                    guidance = gr.Slider(1, 10, defaults.guidance, step=0.1, label="Guidance")
+                    guidance = gr.Number(
+                        defaults.guidance, label="Guidance", step=0.5, min_width=120
+                    )
                 with gr.Row():
-                    seed = gr.Number(
-                        0, label="Seed", precision=0, elem_id="seed", min_width=120
-                    )
+                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
                     model = gr.Dropdown(
                         list(settings.models),
                         value=settings.models[0],
@@ -113,12 +120,6 @@ def make_page(actions: Actions) -> gr.Blocks:
                     problem="",
                 )
                 gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples")
-            with gr.Column(scale=4, elem_id="result"):
-                status = gr.HTML("", elem_id="status")
-                picture = gr.HTML(markup.picture(None), elem_id="picture")
-                with gr.Column(elem_id="history"):
-                    gr.HTML("<h3>Your pictures</h3>")
-                    cards = gr.HTML("", js_on_load=OPEN_CARD, elem_id="cards")
 
         entered = [
             *(prompt, width, height, attention, radius, variant, steps, guidance, seed, model)
@@ -136,7 +137,7 @@ def make_page(actions: Actions) -> gr.Blocks:
                 gr.update(visible=painting),
             ]
 
-        def submit(*values: Any, request: gr.Request) -> str:
+        def submit(request: gr.Request, *values: Any) -> str:
             *fields, upload = values
             return actions.submit(Entry(*fields), upload or "", "uploaded", who_asks(request))
 

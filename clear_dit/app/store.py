@@ -135,7 +135,7 @@ class Store:
         folder = self.root / visitor / UPLOADS
         folder.mkdir(parents=True, exist_ok=True)
         kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in kept[: len(kept) - MAX_UPLOADS + 1]:
+        for path in kept[: max(0, len(kept) - MAX_UPLOADS + 1)]:
             path.unlink()
         return folder / new_name()
 
