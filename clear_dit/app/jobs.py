@@ -170,8 +170,8 @@ class Jobs:
             theirs = [job for job in self._active() if job.visitor == visitor]
             if len(theirs) >= MAX_JOBS_OF_VISITOR:
                 raise RequestError(
-                    f"You have {len(theirs)} pictures in the queue, which is as many as one visitor "
-                    "may have; wait for one or cancel it."
+                    f"You have {len(theirs)} pictures in the queue, which is as many as one "
+                    "visitor may have; wait for one or cancel it."
                 )
             if len(self._waiting) >= self._settings.queue_size:
                 raise RequestError(

@@ -22,7 +22,8 @@ EXAMPLES = (
     "a blue house in the hills at night",
     "a red balloon over a green island at dawn",
 )
-UPLOAD = """<label class="upload"><input type="file" accept="image/png,image/jpeg,image/webp" hidden>
+UPLOAD = """<label class="upload">
+<input type="file" accept="image/png,image/jpeg,image/webp" hidden>
 <span class="name">${name || "Choose a picture to enlarge (optional)"}
 <span class="problem">${problem}</span></span>
 ${value ? '<button class="remove" type="button">Remove</button>' : ""}</label>"""
