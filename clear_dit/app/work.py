@@ -79,14 +79,16 @@ class WorkPlanner:
         planned = []
         for stage in stages:
             steps = request.steps
-            if stage.strength is not None:
+            if stage.strength == 0:
+                steps = 0
+            elif stage.strength is not None:
                 scheduler = self._scheduler
                 if stage.resolution.shift is not None:
                     scheduler = static_scheduler(scheduler, stage.resolution.shift)
-                size = (stage.height, stage.width)
-                share = {"strength": stage.strength, "token_pixels": TOKEN_PIXELS}
-                of_stage = stage.strength and sigmas_for(scheduler, request.steps, *size, **share)
-                steps = len(of_stage) if of_stage else 0
+                sigmas = sigmas_for(
+                    scheduler, steps, stage.height, stage.width, strength=stage.strength
+                )
+                steps = len(sigmas)
             of_pass = self._flops_of_pass(
                 stage.height, stage.width, request.radius, request.down_factor, stage.attention
             )
