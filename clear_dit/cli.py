@@ -14,6 +14,7 @@ import typer
 from .app.commands import serve_app
 from .distillation.commands import distill, sample
 from .errors import RequestError, first_line, is_out_of_memory
+from .render.commands import render
 
 app = typer.Typer(
     help="CLEAR: high-resolution images from diffusion transformers, in time linear in the pixels.",
@@ -254,6 +255,7 @@ def doctor(as_json: Json = False) -> None:
         print(report(found))
 
 
+app.command()(render)
 app.command()(sample)
 app.command()(distill)
 app.command("app")(serve_app)

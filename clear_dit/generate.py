@@ -11,7 +11,7 @@ from .adapters import AUTO
 from .checks import find_device, find_dtype, find_impl, find_window
 from .errors import RequestError
 from .memory import peak_mb, reset_peak
-from .models import TOKEN_PIXELS, model_defaults, model_path
+from .models import TOKEN_PIXELS, ModelDefaults, model_defaults, model_path
 from .output import PICTURE_SUFFIXES, check_writable
 from .painter import Painter
 from .picture_input import read_picture
@@ -97,15 +97,21 @@ class GenerateRequest:
             find_impl(self.impl, dtype, device)
 
 
-def make_request(prompt: str, model: str = "demo", **settings: Any) -> GenerateRequest:
+def make_request(
+    prompt: str, model: str = "demo", defaults: ModelDefaults | None = None, **settings: Any
+) -> GenerateRequest:
     """A request in which whatever is None or not named takes the model's default.
 
     Weights are "auto" by default, and "none" stands for the model's own.
 
+    Args:
+        prompt, model, settings: see `GenerateRequest`.
+        defaults: those of the model, for many requests; `model_defaults` finds them where None.
+
     Raises:
         RequestError: see `GenerateRequest`.
     """
-    defaults = model_defaults(model)
+    defaults = defaults or model_defaults(model)
     device = str(find_device(settings.get("device")))
     height, width = defaults.size, defaults.size
     if settings.get("image") is not None:

@@ -37,7 +37,7 @@ def read_prompts(source: str | Path, limit: int | None = None) -> list[str]:
             characters. Says which line.
     """
     path = Path(source)
-    text = _read_text(path)
+    text = read_text(path)
     lines = _LINES[path.suffix.lower()](path, text)
     prompts = [check_prompt(value, f"{path}, line {n}") for n, value in islice(lines, limit)]
     if not prompts:
@@ -72,7 +72,12 @@ def check_prompt(prompt: object, who: str) -> str:
     return prompt
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """What stands in a file of prompts, without a byte order mark.
+
+    Raises:
+        RequestError: it cannot be read, is too large, not UTF-8, or its suffix not in SUFFIXES.
+    """
     if path.suffix.lower() not in SUFFIXES:
         raise RequestError(f"{path}: prompts are read from {', '.join(SUFFIXES)} files.")
     try:
@@ -92,15 +97,16 @@ def _read_text(path: Path) -> str:
         raise RequestError(f"{path}: cannot be read ({first_line(error)}).") from error
 
 
-# Not `splitlines`: it also splits at control characters, which are to be refused.
-def _text_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def text_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers from 1, without those that are empty."""
+    # Not `splitlines`: it also splits at control characters, which are to be refused.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in _text_lines(path, text):
+    for number, line in text_lines(text):
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -132,4 +138,8 @@ def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         raise RequestError(f"{path}, line {reader.line_num}: {first_line(error)}.") from error
 
 
-_LINES = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_lines}
+def _plain_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    return text_lines(text)
+
+
+_LINES = {".txt": _plain_lines, ".jsonl": _json_lines, ".csv": _csv_lines}

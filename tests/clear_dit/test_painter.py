@@ -81,7 +81,7 @@ def test_steps_are_told_with_their_stage(painter, request_of, tmp_path):
         assert len(told) > 1
         assert [one.step for one in told] == list(range(1, told[0].steps + 1))
         sigmas = [one.sigma for one in told]
-        assert 0.5 > sigmas[0]
+        assert sigmas[0] < 0.5
         assert sigmas == sorted(sigmas, reverse=True)
         assert sigmas[-1] == 0
     assert steps[0].latents.shape == (1, 64, painter.pipe.transformer.config.in_channels)

@@ -1,0 +1,1 @@
+"""Many pictures from a file of jobs: validated first, painted one by one, resumed by content."""

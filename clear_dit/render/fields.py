@@ -1,0 +1,153 @@
+"""What a line of a job file may say, with the type each has."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import RequestError
+from ..prompts import check_prompt
+from .names import check_id
+
+MAX_SEEDS = 10_000
+_MAX_TEXT = 4096
+_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
+
+# By field: what it is. "id" is of the picture; "seeds" counts pictures, from "seed" on.
+FIELDS = {
+    "id": "id",
+    "prompt": "prompt",
+    "height": "integer",
+    "width": "integer",
+    "seed": "integer",
+    "seeds": "integer",
+    "steps": "integer",
+    "guidance": "number",
+    "radius": "integer",
+    "down_factor": "integer",
+    "weights": "text",
+    "attention": "text",
+    "image": "text",
+    "strength": "numbers",
+    "low_resolution_guidance": "number",
+}
+
+
+def check_names(names: list[str], what: str) -> None:
+    """Refuse fields that are not known, or twice there.
+
+    Args:
+        names: in their order.
+        what: "key" or "column".
+
+    Raises:
+        RequestError: by name.
+    """
+    for name in names:
+        if name not in FIELDS:
+            raise RequestError(
+                f"there is no {what} {name[:100]!r}; those are: {', '.join(FIELDS)}."
+            )
+    twice = next((name for name in FIELDS if names.count(name) > 1), None)
+    if twice is not None:
+        raise RequestError(f"the {what} {twice!r} is there twice.")
+    if "prompt" not in names:
+        raise RequestError(f"the {what} 'prompt' is missing.")
+
+
+def check_values(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a line, typed; those that are None are left out.
+
+    Raises:
+        RequestError: another type than the field has.
+    """
+    return {
+        name: _CHECKS[FIELDS[name]](name, value)
+        for name, value in entry.items()
+        if value is not None or name == "prompt"
+    }
+
+
+def from_text(name: str, text: str) -> Any:
+    """The value of a cell in a table as JSON would have it; None for an empty one.
+
+    Raises:
+        RequestError: it is not of the field's type.
+    """
+    kind, text = FIELDS[name], text.strip()
+    if not text:
+        return None
+    if kind == "integer":
+        if not _INTEGER.fullmatch(text):
+            raise RequestError(f"{name} must be an integer, got {text[:100]!r}.")
+        return int(text)
+    if kind == "number":
+        return _number_from(name, text)
+    if kind == "numbers":
+        return [_number_from(name, part) for part in text.split(",")]
+    return text
+
+
+def _number_from(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"{name} must be a number, got {text[:100]!r}.") from None
+
+
+def _id(name: str, value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)[:200]
+    return check_id(_text(name, value))
+
+
+def _prompt(name: str, value: object) -> str:
+    return check_prompt(value, name)
+
+
+def _integer(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} must be an integer, got {str(value)[:100]!r}.")
+    if abs(value) >= 2**63:
+        raise RequestError(f"{name} must be below 2^63.")
+    if name == "seeds" and not 1 <= value <= MAX_SEEDS:
+        raise RequestError(f"seeds must be from 1 to {MAX_SEEDS}, got {value}.")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a number, got {str(value)[:100]!r}.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise RequestError(f"{name} is too large.") from None
+
+
+def _numbers(name: str, value: object) -> tuple[float, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not 1 <= len(values) <= 100:
+        raise RequestError(f"{name} must be a number or a list of some.")
+    return tuple(_number(name, one) for one in values)
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise RequestError(f"{name} must be text, got {str(value)[:100]!r}.")
+    if len(value) > _MAX_TEXT:
+        raise RequestError(f"{name} may have {_MAX_TEXT} characters, got {len(value)}.")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        raise RequestError(f"{name} has control characters: {value[:100]!r}.")
+    return value
+
+
+_CHECKS = {
+    "id": _id,
+    "prompt": _prompt,
+    "integer": _integer,
+    "number": _number,
+    "numbers": _numbers,
+    "text": _text,
+}

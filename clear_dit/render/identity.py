@@ -1,0 +1,68 @@
+"""What a picture depends on, as one digest: by it a job is known again in any line of any file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from ..generate import GenerateRequest
+from ..models import model_path
+
+# Where and with what help a picture is painted, not which picture it is.
+_ELSEWHERE = ("device", "stages_dir")
+_MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
+# Of a large file: its beginning, which in safetensors names all tensors, and samples of the rest.
+_WHOLE, _SAMPLES, _SAMPLE = 2**20, 64, 4096
+
+
+def identity(request: GenerateRequest, model: str, weights: str, image: str) -> str:
+    """A digest of a request, of 32 characters.
+
+    Args:
+        request: what to paint.
+        model, weights, image: digests of what its settings of these names stand for.
+    """
+    content = {name: value for name, value in asdict(request).items() if name not in _ELSEWHERE}
+    content |= {"model": model, "weights": weights, "image": image}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def model_digest(model: str) -> str:
+    """Of the files of a local model; a hub repository is known by its name alone.
+
+    Raises:
+        RequestError: see `model_path`.
+        OSError: a file cannot be read.
+    """
+    folder = Path(model_path(model))
+    if not folder.is_dir():
+        return model
+    files = sorted(p for p in folder.rglob("*") if p.suffix in _MODEL_FILES and p.is_file())
+    return files_digest(files, folder)
+
+
+def files_digest(files: Iterable[Path], folder: Path | None = None) -> str:
+    """A digest of files: of all in the small ones, of size, beginning and samples in large ones.
+
+    Args:
+        files: what to read.
+        folder: names below it count; None for contents alone.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    sha = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        name = path.relative_to(folder).as_posix() if folder is not None else ""
+        sha.update(f"{name} {size}\n".encode())
+        with path.open("rb") as file:
+            sha.update(file.read(_WHOLE))
+            if size > _WHOLE:
+                for index in range(1, _SAMPLES + 1):
+                    file.seek(max((size - _SAMPLE) * index // _SAMPLES, 0))
+                    sha.update(file.read(_SAMPLE))
+    return sha.hexdigest()

@@ -1,0 +1,164 @@
+"""`clear-dit render`: a file of jobs to a folder of pictures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..checks import find_device
+from ..errors import RequestError
+from ..output import TEMPORARY_PREFIX
+from ..painter import Painter
+from .claims import Claims
+from .jobs import Job, JobReader, refusal
+from .launch import Launch
+from .manifest import DONE, FAILED, FILE, Manifest
+from .progress import Progress
+from .stopping import Stop, stop_by_signal
+from .work import POLL, Work
+
+logger = logging.getLogger(__name__)
+
+
+def render(
+    path: Path,
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    watch: bool = False,
+    progress: bool = True,
+    make_painter: Callable[[str, str, str], Painter] = Painter,
+) -> dict[str, Any]:
+    """Paint every job of a file that is not painted yet.
+
+    Everything is validated first. Each picture appears whole, with its settings in it and in
+    NAME.json beside it; manifest.jsonl says what became of every job (see `read_manifest`). A job
+    is known again by its content: a picture that is there and tells the same settings is not
+    painted again, wherever its line stands now. Any number of processes, on one machine or on
+    several that share the folder, paint together; none does what another does.
+
+    Args:
+        path: a .jsonl, .csv or .txt file, see `JobReader`.
+        out: a folder, made if it is not there.
+        settings: what a line does not say, see `JobReader`.
+        watch: go on with lines that are written later, until asked to end.
+        progress: show a bar on standard error.
+        make_painter: of model, dtype and device.
+
+    Returns:
+        out, jobs, done, failed, waiting (numbers of pictures), painted (by this process), seconds,
+        stopped (whether a signal ended it).
+
+    Raises:
+        RequestError: a bad file or setting, before any work; all lines that are wrong are named.
+        OSError: the disk is full or the device broken; the same call goes on.
+        KeyboardInterrupt: a second signal.
+    """
+    start = time.monotonic()
+    launch = Launch.from_environment()
+    settings = {**settings, "device": str(find_device(launch.device(settings.get("device"))))}
+    file = _JobFile(path, settings, watch)
+    jobs, errors = file.read()
+    if errors:
+        raise refusal(path, errors)
+    if not jobs and not watch:
+        raise RequestError(f"{path}: there is no job in it; write a prompt on each line.")
+    if path.resolve() == (out / FILE).resolve():
+        raise RequestError(f"{path} is the manifest of {out}; give the jobs another name.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--out: there can be no folder {out} ({error.strerror}).") from error
+    bar = Progress(progress and launch.rank == 0)
+    claims = Claims(out)
+    manifest = Manifest(out, claims)
+    try:
+        with stop_by_signal() as stop, logging_redirect_tqdm():
+            work = Work(out, claims, manifest, make_painter, stop, bar, launch)
+            with claims.arriving() as alone:
+                if alone:
+                    _remove_unfinished(out)
+                errors = work.take(jobs, alone)
+            if errors:
+                raise refusal(path, errors)
+            _run(work, file, watch, stop)
+    finally:
+        bar.close()
+        with claims.leaving() as last:
+            if last and manifest.path.exists():
+                manifest.compact()
+                _remove_unfinished(out)
+    results = list(work.settled.values())
+    return {
+        "out": str(out),
+        "jobs": len(results) + len(work.pending),
+        "done": results.count(DONE),
+        "failed": results.count(FAILED),
+        "waiting": len(work.pending),
+        "painted": work.painted,
+        "seconds": round(time.monotonic() - start, 3),
+        "stopped": stop.asked,
+    }
+
+
+def _run(work: Work, file: _JobFile, watch: bool, stop: Stop) -> None:
+    while True:
+        work.run(until=file.changed if watch else lambda: False)
+        if not watch or stop.asked:
+            return
+        if file.changed():
+            file.tell(_taken_again(work, file))
+        else:
+            stop.sleep(POLL)
+
+
+def _taken_again(work: Work, file: _JobFile) -> list[str]:
+    """Take the jobs that the file has now; what is wrong with it."""
+    try:
+        jobs, errors = file.read()
+    except RequestError as error:  # such as a file that is being replaced
+        return [str(error)]
+    return errors + work.take(jobs, alone=False)
+
+
+class _JobFile:
+    """A job file that may change."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], watch: bool) -> None:
+        self._path, self._watch = path, watch
+        self._reader = JobReader(settings, path.parent)
+        self._state = self._look()
+        self._told: set[str] = set()
+
+    def read(self) -> tuple[list[Job], list[str]]:
+        self._state = self._look()
+        return self._reader.read(self._path, growing=self._watch)
+
+    def changed(self) -> bool:
+        """Whether it is another file than when it was last read."""
+        return self._look() != self._state
+
+    def tell(self, errors: list[str]) -> None:
+        """Say once what is wrong with it."""
+        for error in errors:
+            if error not in self._told:
+                self._told.add(error)
+                logger.error("%s, %s", self._path, error)
+
+    def _look(self) -> tuple[int, ...] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _remove_unfinished(out: Path) -> None:
+    """What killed processes left half-written."""
+    for left in out.glob(f"{TEMPORARY_PREFIX}*"):
+        left.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""Rendering without a pipeline: a painter that draws what a request says."""
+
+import hashlib
+import multiprocessing
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from clear_dit import __version__
+from clear_dit.pipelines.picture_files import save_rows
+
+
+class FakePainter:
+    """Paints noise that depends on the request, as `Painter` would.
+
+    Args:
+        seconds: that a picture takes.
+        fail: prompts to errors.
+        log: a file that gets a line for every picture that is begun.
+    """
+
+    def __init__(self, seconds=0.0, fail=None, log=None):
+        self.seconds, self.fail, self.log = seconds, fail or {}, log
+
+    def __call__(self, model, dtype, device):
+        return self
+
+    def paint(self, request, out, *, on_step=None, should_stop=None, notes=None, progress=False):
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(f"{out.name}\n")
+        time.sleep(self.seconds)
+        if request.prompt in self.fail:
+            raise self.fail[request.prompt]
+        digest = hashlib.sha256(repr(request).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        strip = torch.rand(3, request.height, request.width, generator=generator) * 2 - 1
+        settings = asdict(request) | {"version": __version__, "impl": "fake"} | notes
+        save_rows([strip], out, height=request.height, width=request.width, settings=settings)
+        return {"impl": "fake", "seconds": {"total": self.seconds}, "peak_memory_mb": 1.0}
+
+
+@pytest.fixture
+def fake_painter():
+    """The class."""
+    return FakePainter
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch without a pool of threads, which a forked process would wait for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fork(one_thread):
+    """A function that runs another one in a forked process, and returns that; killed at the end."""
+    context = multiprocessing.get_context("fork")
+    started = []
+
+    def start(function, *args, **kwargs):
+        process = context.Process(target=function, args=args, kwargs=kwargs)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()

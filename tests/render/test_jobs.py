@@ -1,0 +1,291 @@
+"""Job files: what is taken, what is refused and by which name."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clear_dit.adapters import known_weights
+from clear_dit.errors import RequestError
+from clear_dit.render.jobs import JobReader, read_jobs
+from clear_dit.render.run import render
+
+FLAGS = {"height": 64, "width": 64, "steps": 2, "radius": 2, "device": "cpu"}
+
+
+def jsonl(path, *lines):
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def refusal(path, **flags):
+    with pytest.raises(RequestError) as told:
+        read_jobs(path, FLAGS | flags)
+    return str(told.value)
+
+
+def test_a_line_says_what_differs_from_the_flags(tmp_path):
+    line = {
+        "prompt": "a red house",
+        "id": "house",
+        "height": 96,
+        "seed": 7,
+        "guidance": 1,
+        "radius": 4,
+        "weights": "none",
+        "attention": "clear",
+        "strength": [0.5, 0.25],
+        "steps": None,
+    }
+    (job,) = read_jobs(jsonl(tmp_path / "jobs.jsonl", line), FLAGS)
+    request = job.request
+    assert (job.name, job.picture, job.sidecar, job.line) == ("house", "house.png", "house.json", 1)
+    assert (request.height, request.width, request.steps, request.seed) == (96, 64, 2, 7)
+    assert (request.guidance, request.radius, request.weights) == (1.0, 4, None)
+    assert request.strength == (0.5, 0.25)
+
+
+def test_three_formats_are_the_same_jobs(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa red house\r\n\r\n  a blue house \r\n".encode())
+    table = "\ufeffprompt,radius\r\na red house,2\r\na blue house,\r\n"
+    (tmp_path / "a.csv").write_bytes(table.encode())
+    jsonl(tmp_path / "a.jsonl", {"prompt": "a red house"}, {"prompt": "a blue house", "radius": 2})
+    read = [read_jobs(tmp_path / f"a.{kind}", FLAGS) for kind in ("txt", "csv", "jsonl")]
+    assert len({tuple((job.name, job.identity) for job in jobs) for jobs in read}) == 1
+    assert [job.line for job in read[0]] == [1, 3]
+    assert [job.line for job in read[1]] == [2, 3]
+
+
+def test_seeds_are_pictures_of_their_own(tmp_path):
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "a house", "seeds": 3, "seed": 5, "id": "h"},
+        {"prompt": "a cat", "seeds": 1},
+        {"prompt": "a dog"},
+    )
+    jobs = read_jobs(path, FLAGS | {"seeds": 2})
+    assert [job.name for job in jobs[:3]] == ["h-5", "h-6", "h-7"]
+    assert [job.request.seed for job in jobs] == [5, 6, 7, 0, 0, 1]
+
+
+def test_identity_is_the_content_and_not_the_place(tmp_path):
+    lines = [{"prompt": "a house", "id": "a"}, {"prompt": "a cat", "radius": 3}]
+    first = read_jobs(jsonl(tmp_path / "a.jsonl", *lines), FLAGS)
+    second = read_jobs(jsonl(tmp_path / "b.jsonl", *lines[::-1]), FLAGS)
+    assert {(j.name, j.identity) for j in first} == {(j.name, j.identity) for j in second}
+    changed = {"steps": 3, "guidance": 3.0, "seed": 1, "radius": 4, "height": 80}
+    for name, value in changed.items():
+        other = read_jobs(tmp_path / "a.jsonl", FLAGS | {name: value})
+        assert other[0].identity != first[0].identity, name
+
+
+def test_identity_knows_the_contents_of_pictures_and_weights(tmp_path, demo_weights):
+    (tmp_path / "w.safetensors").write_bytes(demo_weights.read_bytes())
+    line = {"prompt": "a house", "image": "in.png", "weights": "w.safetensors", "radius": 4}
+    path = jsonl(tmp_path / "a.jsonl", line | {"height": 128, "width": 128})
+    identities = set()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "in.png")
+        (job,) = read_jobs(path, FLAGS)
+        identities.add(job.identity)
+    (tmp_path / "w.safetensors").write_bytes(demo_weights.read_bytes()[:-1] + b"x")
+    identities.add(read_jobs(path, FLAGS)[0].identity)
+    assert len(identities) == 3
+    assert job.request.image == str(tmp_path / "in.png")
+
+
+@pytest.fixture
+def demo_weights():
+    return Path(known_weights("demo", 4, 1))
+
+
+def test_the_same_line_twice_is_one_job(tmp_path):
+    (tmp_path / "a.txt").write_text("a house\na cat\na house\n")
+    assert [job.line for job in read_jobs(tmp_path / "a.txt", FLAGS)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("nope", "line 1: not JSON (Expecting value"),
+        ("[1]", "line 1: must be an object"),
+        ("[" * 100_000, "line 1: not JSON"),
+        ('{"prompt": 3}', "prompt: a prompt must be text, got int"),
+        ('{"prompt": " "}', "the prompt is empty"),
+        ('{"prompt": "a\\u0000"}', "control character U+0000"),
+        ('{"prompt": "\\ud800"}', "control character U+D800"),
+        ('{"radius": 3}', "the key 'prompt' is missing"),
+        ('{"prompt": "a", "promt": 1}', "there is no key 'promt'"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": "a", "radius": true}', "radius must be an integer, got 'True'"),
+        ('{"prompt": "a", "steps": "4"}', "steps must be an integer, got '4'"),
+        ('{"prompt": "a", "steps": 4.0}', "steps must be an integer"),
+        ('{"prompt": "a", "steps": 0}', "--steps must be from 1 to 1000, got 0"),
+        ('{"prompt": "a", "seed": -1}', "--seed must be from 0"),
+        (f'{{"prompt": "a", "seed": {10**30}}}', "seed must be below 2^63"),
+        ('{"prompt": "a", "seed": %s}' % ("9" * 5000), "line 1: not JSON"),
+        (f'{{"prompt": "a", "seed": {2**63 - 1}, "seeds": 2}}', "--seed must be"),
+        ('{"prompt": "a", "seeds": 0}', "seeds must be from 1 to 10000, got 0"),
+        ('{"prompt": "a", "guidance": NaN}', "--guidance must be from 0 to 100, got nan"),
+        ('{"prompt": "a", "guidance": 1e999}', "--guidance must be"),
+        (f'{{"prompt": "a", "guidance": {10**400}}}', "guidance is too large"),
+        ('{"prompt": "a", "strength": {}}', "strength must be a number or a list"),
+        ('{"prompt": "a", "height": 20}', "--height must be a multiple of 16"),
+        ('{"prompt": "a", "width": 32768}', "--width must be a multiple of 16 from 16 to 16384"),
+        ('{"prompt": "a", "attention": "some"}', "--attention must be clear or full"),
+        ('{"prompt": "a", "image": "nowhere.png"}', "nowhere.png cannot be read"),
+        ('{"prompt": "a", "image": "\\u0000"}', "image has control characters"),
+        ('{"prompt": "a", "weights": "./no.safetensors"}', "there is no file or folder"),
+        ('{"prompt": "a", "id": ""}', "id must be text"),
+        ('{"prompt": "a", "id": true}', "id must be text"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, told):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    text = refusal(tmp_path / "a.jsonl")
+    assert f"{tmp_path / 'a.jsonl'}: 1 line cannot be painted:" in text
+    assert told in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../a", "a/b", "/etc/passwd", "..", ".hidden", "a\\b", "C:a", "con", "NUL.x", "a.", "é"),
+        *("a" * 101, "a b", "a\n", "-a", "\u202ea"),
+    ],
+)
+def test_ids_cannot_leave_the_folder(tmp_path, name):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "a", "id": name})
+    assert "an id names the picture's file" in refusal(path) or "control characters" in refusal(
+        path
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (
+            [{"id": "a", "prompt": "x"}, {"id": "A", "prompt": "y"}],
+            "line 2: the id 'A' is that of",
+        ),
+        ([{"id": "a", "prompt": "x"}] * 2, "line 2: the id 'a' is that of line 1 too"),
+        (
+            [{"id": "a-1", "prompt": "x"}, {"id": "a", "prompt": "x", "seeds": 2}],
+            "the id 'a-1'",
+        ),
+    ],
+)
+def test_two_lines_with_one_id_are_refused(tmp_path, lines, told):
+    assert told in refusal(jsonl(tmp_path / "a.jsonl", *lines))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("size\n3\n", "line 1: there is no column 'size'"),
+        ("radius\n3\n", "line 1: the column 'prompt' is missing"),
+        ("prompt,prompt\na,b\n", "line 1: the column 'prompt' is there twice"),
+        ("prompt,steps\na,x\n", "line 2: steps must be an integer, got 'x'"),
+        ("prompt,steps\na,1_0\n", "line 2: steps must be an integer, got '1_0'"),
+        ("prompt,guidance\na,\nb,x\n", "line 3: guidance must be a number, got 'x'"),
+        ("prompt,steps\na\n", "line 2: has 1 cells, and the first line names 2 columns"),
+        ('prompt,steps\n"a\nb",0\n', "line 2: prompt: the prompt has the control character U+000A"),
+        ('prompt\n"a" b\n', "line 2: ',' expected after '\"'; the lines after it are not read"),
+    ],
+)
+def test_bad_tables_are_named(tmp_path, text, told):
+    (tmp_path / "a.csv").write_text(text)
+    assert told in refusal(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+@pytest.mark.parametrize("text", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
+def test_a_file_without_jobs_is_refused(tmp_path, kind, text):
+    (tmp_path / f"a.{kind}").write_bytes(text)
+    assert "there is no job in it" in refusal(tmp_path / f"a.{kind}") or kind == "csv"
+
+
+def test_many_errors_are_counted(tmp_path):
+    jsonl(tmp_path / "a.jsonl", *({"prompt": "a", "steps": 0} for _ in range(50)))
+    text = refusal(tmp_path / "a.jsonl")
+    assert "50 lines cannot be painted" in text
+    assert text.count("\n") == 21
+    assert text.endswith("and 30 more")
+
+
+def test_ten_thousand_lines_are_read_and_bounded(tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "a.jsonl", *({"prompt": "a house", "seed": n} for n in range(10_000)))
+    start = time.process_time()
+    jobs = read_jobs(path, FLAGS)
+    assert time.process_time() - start < 20
+    assert len({job.name for job in jobs}) == 10_000
+    monkeypatch.setattr("clear_dit.render.jobs.MAX_JOBS", 9_999)
+    assert "at most 9,999 pictures" in refusal(path)
+
+
+def test_flags_are_refused_before_the_file_is_read(tmp_path):
+    with pytest.raises(RequestError, match=r"^--steps must be from 1 to 1000, got 0"):
+        read_jobs(tmp_path / "not there.txt", FLAGS | {"steps": 0})
+
+
+GOOD = [
+    b'{"prompt": "a red house", "id": "one", "seeds": 2}\n{"prompt": "a cat", "radius": 4}\n',
+    b'\xef\xbb\xbfprompt,id,steps,strength\r\n"a, house",h1,2,"0.5,0.25"\r\na cat,,,\r\n',
+    b"a red house\na cat\n",
+]
+PARTS = [b"../x", b"\x00", b'"', b"\n", b"\xff", b"1e999", b"-1", b"{", b"[", b",", b"NaN", b"null"]
+PARTS += [b'"id": "/tmp/x",', b'"id": "..",', b"\xe2\x80\xa8", b"\\ud800", b"9" * 30, b"\r", b"con"]
+EDITS = st.lists(
+    st.tuples(
+        st.integers(0, 200), st.integers(0, 12), st.sampled_from(PARTS) | st.binary(max_size=4)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    """A folder, in which only "out" may change, and readers made once."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    return folder, JobReader(FLAGS | {"weights": "none"}, folder)
+
+
+@settings(
+    max_examples=1000,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(kind=st.sampled_from([0, 1, 2]), edits=EDITS)
+def test_mutated_files_are_refused_or_painted_inside_the_folder(
+    fuzzed, fake_painter, monkeypatch, kind, edits
+):
+    folder, reader = fuzzed
+    monkeypatch.setattr("clear_dit.render.run.JobReader", lambda *_: reader)
+    monkeypatch.setattr("clear_dit.weights.huggingface_hub.hf_hub_download", _no_network)
+    monkeypatch.setattr("clear_dit.output.os.fsync", lambda _: None)  # a thousand times
+    data = bytearray(GOOD[kind])
+    for at, length, part in edits:
+        data[at : at + length] = part
+    path = folder / ("a.jsonl", "a.csv", "a.txt")[kind]
+    path.write_bytes(data)
+    try:
+        jobs, errors = reader.read(path)
+    except RequestError:
+        jobs, errors = [], ["the file"]
+    if not errors and jobs and sum(job.request.height * job.request.width for job in jobs) < 10**6:
+        result = render(path, folder / "out", {}, progress=False, make_painter=fake_painter())
+        assert result["done"] == result["jobs"] == len(jobs)
+        assert all((folder / "out" / job.picture).is_file() for job in jobs)
+    expected = {"a.jsonl", "a.csv", "a.txt", "out"}
+    assert {entry.name for entry in folder.iterdir()} <= expected
+    assert all(entry.is_file() for entry in (folder / "out").glob("*"))
+
+
+def _no_network(*args, **kwargs):
+    raise OSError("no network")

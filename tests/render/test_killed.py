@@ -1,0 +1,158 @@
+"""Forty jobs of the demo, killed again and again: every picture once, as if never killed."""
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clear_dit.painter import Painter
+from clear_dit.render.manifest import read_manifest
+from clear_dit.render.run import render
+
+FLAGS = {"steps": 1, "radius": 2, "weights": "none", "device": "cpu"}
+SIZES = [(64, 64), (64, 96), (96, 64), (80, 80), (64, 128)]
+JOBS = 40
+
+
+@pytest.fixture(scope="module")
+def painter():
+    """Loaded once; every forked process has it."""
+    loaded = Painter("demo", "float32", "cpu")
+    return lambda *_: loaded
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """Three of four have an id; some switch the attention or the weights."""
+    path = tmp_path / "jobs.jsonl"
+    with path.open("w") as file:
+        for number in range(JOBS):
+            height, width = SIZES[number % len(SIZES)]
+            line = {"prompt": f"a house, number {number}", "height": height, "width": width}
+            if number % 4:
+                line |= {"id": f"house-{number}", "seed": number}
+            if number % 7 == 0:
+                line |= {"radius": 4, "weights": "auto"}
+            if number % 11 == 0:
+                line |= {"attention": "full"}
+            file.write(f"{json.dumps(line)}\n")
+    return path
+
+
+def pictures(folder):
+    """By name; what is half-written has a name that begins with a dot."""
+    return {path.name: np.array(Image.open(path)) for path in folder.glob("[!.]*.png")}
+
+
+def assert_same(folder, expected):
+    found = pictures(folder)
+    assert found.keys() == expected.keys()
+    for name, pixels in expected.items():
+        np.testing.assert_array_equal(found[name], pixels)
+
+
+def assert_true_so_far(folder):
+    """Nothing is called done that is not there, and there is nothing but whole pictures."""
+    entries = read_manifest(folder / "manifest.jsonl")
+    found = pictures(folder)  # reads every pixel
+    assert {entry["picture"] for entry in entries.values() if entry["status"] == "done"} <= set(
+        found
+    )
+    assert all(entry["status"] in ("done", "waiting") for entry in entries.values())
+    return len(found)
+
+
+def assert_complete(folder):
+    """One line and one sidecar for each job, and nothing else."""
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    assert len(lines) == JOBS
+    assert all(line["status"] == "done" for line in lines)
+    assert [line["line"] for line in lines] == list(range(1, JOBS + 1))
+    names = {name for line in lines for name in (line["picture"], f"{line['id']}.json")}
+    assert {path.name for path in folder.iterdir()} == names | {"manifest.jsonl", ".claims"}
+    for line in lines:
+        assert json.loads((folder / f"{line['id']}.json").read_text())["job"] == line["job"]
+
+
+def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, painter, jobs, tmp_path):
+    def paint(out):
+        return render(jobs, out, FLAGS, progress=False, make_painter=painter)
+
+    begin = time.monotonic()
+    assert paint(tmp_path / "whole")["painted"] == JOBS
+    seconds = time.monotonic() - begin
+    expected = pictures(tmp_path / "whole")
+    assert len(expected) == JOBS
+
+    chance, out, alone = random.Random(7), tmp_path / "killed", []
+    for _ in range(5):
+        before = len(pictures(out))
+        process = fork(paint, out)
+        process.join(timeout=chance.uniform(0.05, 0.25) * seconds)
+        process.kill()
+        process.join()
+        if (out / "manifest.jsonl").exists():
+            alone.append(assert_true_so_far(out) - before)
+    assert sum(alone) > 0
+    result = paint(out)
+    assert result["painted"] == JOBS - sum(alone)
+    assert_same(out, expected)
+    assert_complete(out)
+
+    # Two processes, of which one is killed at work, and then two that come to the end.
+    shared = tmp_path / "shared"
+    first, second = fork(paint, shared), fork(paint, shared)
+    first.join(timeout=0.4 * seconds)
+    first.kill()
+    second.join(timeout=600)
+    assert second.exitcode == 0
+    assert_same(shared, expected)
+    assert_complete(shared)
+
+
+def test_two_processes_paint_every_picture_once(fork, fake_painter, jobs, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    painter = fake_painter(seconds=0.02, log=log)
+    processes = [
+        fork(render, jobs, out, FLAGS, progress=False, make_painter=painter) for _ in range(3)
+    ]
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    begun = log.read_text().split()
+    assert len(begun) == len(set(begun)) == JOBS
+    assert_complete(out)
+
+
+def test_a_dead_owners_job_is_taken_over(fork, fake_painter, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("a house\n")
+    out, log = tmp_path / "out", tmp_path / "log"
+    slow, quick = fake_painter(seconds=600, log=log), fake_painter(log=log)
+    owner = fork(render, jobs, out, FLAGS, progress=False, make_painter=slow)
+    while not log.exists():
+        time.sleep(0.02)
+    other = fork(render, jobs, out, FLAGS, progress=False, make_painter=quick)
+    other.join(timeout=1.5)
+    assert other.is_alive()  # it waits for the owner
+    assert len(log.read_text().split()) == 1
+    owner.kill()
+    other.join(timeout=120)
+    assert other.exitcode == 0
+    (entry,) = read_manifest(out / "manifest.jsonl").values()
+    assert entry["status"] == "done"
+
+
+def test_another_render_may_not_take_an_id_that_is_at_work(fork, fake_painter, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    for name, prompt in (("a", "a house"), ("b", "a cat")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt, "id": "x"}) + "\n")
+    painter = fake_painter(seconds=600, log=log)
+    fork(render, tmp_path / "a.jsonl", out, FLAGS, progress=False, make_painter=painter)
+    while not log.exists():
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="line 1: the id 'x' is that of another job, at which"):
+        render(tmp_path / "b.jsonl", out, FLAGS, progress=False, make_painter=painter)

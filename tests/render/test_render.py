@@ -1,0 +1,246 @@
+"""The loop: failures, resuming, changed files, signals, watching, and the command."""
+
+import errno
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from clear_dit import cli
+from clear_dit.errors import RequestError
+from clear_dit.render.claims import Claims
+from clear_dit.render.launch import Launch
+from clear_dit.render.manifest import Manifest, read_manifest
+from clear_dit.render.run import render
+
+FLAGS = {"height": 32, "width": 32, "steps": 1, "radius": 2, "weights": "none", "device": "cpu"}
+
+
+@pytest.fixture
+def paint(tmp_path, fake_painter):
+    """Renders lines into tmp_path/out."""
+
+    def run(*lines, painter=None, **options):
+        path = tmp_path / "jobs.jsonl"
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        flags = FLAGS | options.pop("flags", {})
+        painter = painter or fake_painter()
+        return render(
+            path, tmp_path / "out", flags, progress=False, make_painter=painter, **options
+        )
+
+    return run
+
+
+def statuses(folder):
+    entries = read_manifest(folder / "out" / "manifest.jsonl")
+    return {name: entry["status"] for name, entry in entries.items()}
+
+
+A, B, C = ({"prompt": f"a {name}", "id": name} for name in ("house", "cat", "tree"))
+
+
+def test_goes_on_after_a_failure_and_tries_it_again(paint, fake_painter, tmp_path, caplog):
+    failing = fake_painter(fail={"a cat": MemoryError("too large"), "a tree": KeyError("bug")})
+    result = paint(A, B, C, painter=failing)
+    assert (result["done"], result["failed"], result["waiting"]) == (1, 2, 0)
+    entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
+    assert entries["cat"]["error"] == "too large"
+    assert entries["tree"]["error"] == "KeyError: 'bug'"
+    assert "cat (line 2) failed: too large" in caplog.text
+    result = paint(A, B, C)
+    assert (result["done"], result["painted"]) == (3, 2)
+    assert "error" not in read_manifest(tmp_path / "out" / "manifest.jsonl")["cat"]
+
+
+def test_a_full_disk_ends_the_run(paint, fake_painter, tmp_path):
+    full = OSError("house.png could not be written (No space left on device).")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        paint(A, B, painter=fake_painter(fail={"a house": full}))
+    assert statuses(tmp_path) == {"house": "failed", "cat": "waiting"}
+
+
+def test_jobs_are_known_by_their_content(paint, tmp_path):
+    assert paint(A, B)["painted"] == 2
+    assert paint(C, B, A)["painted"] == 1  # another order, one more
+    assert paint(B, flags={"seed": 1})["painted"] == 1  # the same id, another picture
+    assert statuses(tmp_path) == {"cat": "done"}
+    assert (tmp_path / "out" / "house.png").is_file()  # of a line that is no longer there
+    assert paint(A, B)["painted"] == 1
+    result = paint(A, B)
+    assert (result["painted"], result["done"]) == (0, 2)
+
+
+def test_what_a_killed_process_left_is_repaired(paint, tmp_path):
+    paint(A, B)
+    out = tmp_path / "out"
+    before = json.loads((out / "cat.json").read_text())
+    (out / "house.json").unlink()
+    (out / "cat.json").write_text('{"job": "another"}')
+    (out / ".clear-dit-abc.png").write_bytes(b"half")
+    manifest = (out / "manifest.jsonl").read_bytes()
+    (out / "manifest.jsonl").write_bytes(manifest[:-20])
+    assert paint(A, B)["painted"] == 0
+    assert json.loads((out / "cat.json").read_text())["job"] == before["job"]
+    assert (out / "house.json").is_file()
+    assert not (out / ".clear-dit-abc.png").exists()
+    assert statuses(tmp_path) == {"house": "done", "cat": "done"}
+
+
+def test_a_picture_that_is_cut_off_is_painted_again(paint, tmp_path):
+    paint(A)
+    picture = tmp_path / "out" / "house.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-30])
+    assert paint(A)["painted"] == 1
+    assert picture.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"mine", None])
+def test_somebody_elses_file_is_not_replaced(paint, tmp_path, content):
+    picture = tmp_path / "out" / "house.png"
+    picture.parent.mkdir()
+    if content is None:
+        picture.mkdir()
+    else:
+        picture.write_bytes(content)
+    with pytest.raises(RequestError, match=r"line 1: there is a .*house.png that no render wrote"):
+        paint(A, B)
+    assert not (tmp_path / "out" / "cat.png").exists()
+    assert content is None or picture.read_bytes() == content
+
+
+def test_a_torn_line_does_not_hide_the_next(tmp_path):
+    claims = Claims(tmp_path)
+    manifest = Manifest(tmp_path, claims)
+    manifest.begin([{"id": "a", "line": 1, "status": "waiting"}])
+    with manifest.path.open("ab") as file:
+        file.write(b'{"id": "a", "status": "do')
+    assert manifest.news() == {"a": {"id": "a", "line": 1, "status": "waiting"}}
+    manifest.add({"id": "a", "line": 1, "status": "failed"}, {"id": "b", "line": 2, "status": "x"})
+    assert {name: entry["status"] for name, entry in manifest.news().items()} == {
+        "a": "failed",
+        "b": "x",
+    }
+    assert manifest.news() == {}
+    with claims.leaving() as last:
+        assert last
+        manifest.compact()
+    assert manifest.path.read_bytes().count(b"\n") == 2
+
+
+def test_one_signal_finishes_the_picture_and_two_stop_now(paint, fake_painter, tmp_path):
+    log, handler = tmp_path / "log", signal.getsignal(signal.SIGINT)
+
+    def send(*delays):
+        def work():
+            while not log.exists():
+                time.sleep(0.01)
+            for delay in delays:
+                time.sleep(delay)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    thread = send(0)
+    result = paint(A, B, painter=fake_painter(seconds=0.4, log=log))
+    thread.join()
+    assert (result["done"], result["waiting"], result["stopped"]) == (1, 1, True)
+    assert sorted(statuses(tmp_path).values()) == ["done", "waiting"]
+    log.unlink()
+    thread = send(0, 0.6)
+    with pytest.raises(KeyboardInterrupt):
+        paint(A, B, painter=fake_painter(seconds=30, log=log))
+    thread.join()
+    assert sorted(statuses(tmp_path).values()) == ["done", "waiting"]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_watches_for_whole_lines(paint, tmp_path, caplog):
+    path, out = tmp_path / "jobs.jsonl", tmp_path / "out"
+
+    def until(name):
+        while not (out / f"{name}.png").exists():
+            time.sleep(0.05)
+
+    def write():
+        until("house")
+        with path.open("a") as file:
+            file.write(json.dumps(B) + "\nnonsense\n" + json.dumps(C)[:20])
+            file.flush()
+            until("cat")
+            file.write(json.dumps(C)[20:] + "\n")
+        until("tree")
+        path.write_text(json.dumps(B) + "\n" + json.dumps(A | {"seed": 3}) + "\n")
+        while b'"seed": 3' not in (out / "house.json").read_bytes():
+            time.sleep(0.05)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    result = paint(A, watch=True)
+    thread.join()
+    assert (result["done"], result["painted"], result["waiting"]) == (2, 4, 0)
+    assert caplog.text.count("line 3: not JSON") == 1
+    assert statuses(tmp_path) == {"cat": "done", "house": "done"}
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["clear-dit", "render", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_status:
+        cli.main()
+    return exit_status.value.code or 0
+
+
+def test_the_command_paints_with_the_demo(monkeypatch, tmp_path, capsys):
+    (tmp_path / "jobs.txt").write_text("a red house\n")
+    arguments = [tmp_path / "jobs.txt", "--out", tmp_path / "out", "--seeds", 2, "--json"]
+    for name in ("height", "width"):
+        arguments += [f"--{name}", 64]
+    arguments += ["--steps", 1, "--radius", 4, "--device", "cpu"]
+    assert run(monkeypatch, *arguments) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert (result["jobs"], result["done"], result["painted"]) == (2, 2, 2)
+    assert "2 of 2 pictures 100%" in captured.err
+    for sidecar in (tmp_path / "out").glob("*.json"):
+        assert json.loads(sidecar.read_text())["weights"] == "auto"
+    assert len(list((tmp_path / "out").glob("a-red-house-*.png"))) == 2
+
+
+def test_the_command_tells_by_its_status(monkeypatch, tmp_path, capsys, fake_painter):
+    (tmp_path / "jobs.txt").write_text("a house\n\x07\n")
+    arguments = (tmp_path / "jobs.txt", "--out", tmp_path / "out", "--steps", 1, "--device", "cpu")
+    assert run(monkeypatch, *arguments) == 2
+    assert "line 2: prompt: the prompt has the control character U+0007" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "jobs.txt").write_text("a house\n")
+    result = {"done": 0, "failed": 1, "waiting": 0, "jobs": 1, "painted": 0, "seconds": 1.0}
+    monkeypatch.setattr("clear_dit.render.run.render", lambda *_, **__: result)
+    assert run(monkeypatch, *arguments) == 1
+    result |= {"waiting": 1}
+    assert run(monkeypatch, *arguments) == 130
+    assert run(monkeypatch, *arguments, "--seeds", 0) == 2
+
+
+def test_processes_of_a_launcher_take_the_gpu_of_their_rank(monkeypatch):
+    assert Launch.from_environment() == Launch(0, 1, 0)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    launch = Launch.from_environment()
+    assert launch == Launch(5, 8, 1)
+    assert launch.device(None) is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert launch.device(None) == launch.device("cuda") == "cuda:1"
+    assert launch.device("cpu") == "cpu"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(RequestError, match="process 1 of this machine has no GPU: there are 1"):
+        launch.device(None)
