@@ -127,13 +127,20 @@ def make_page(actions: Actions) -> gr.Blocks:
         ]
         shown = [status, picture, cards, generate, cancel]
 
-        def show(who: str, found: markup.Status | None) -> list[Any]:
-            """Values of `shown`."""
+        def show(
+            who: str, found: markup.Status | None, before: markup.Status | None = None
+        ) -> list[Any]:
+            """Values of `shown`; what is as it was before is not sent again."""
+            new, old = found or {}, before or {"state": ""}
+            same_state = new.get("state") == old["state"]
+            same_picture = same_state and new.get("preview") == old.get("preview")
             painting = found is not None and found["state"] not in ENDED
             return [
                 markup.status(found),
-                markup.picture(found),
-                markup.history(actions.store.history(who), actions.jobs.active(who)),
+                gr.skip() if same_picture else markup.picture(found),
+                gr.skip()
+                if same_state
+                else markup.history(actions.store.history(who), actions.jobs.active(who)),
                 gr.update(visible=not painting),
                 gr.update(visible=painting),
             ]
@@ -147,8 +154,10 @@ def make_page(actions: Actions) -> gr.Blocks:
             if not name:
                 yield show(who, None)
                 return
+            before = None
             async for found in actions.follow(name, who):
-                yield show(who, found)
+                yield show(who, found, before)
+                before = found
                 if found["state"] == "failed":
                     gr.Warning(found["error"] or "", duration=12, title="Failed")
 

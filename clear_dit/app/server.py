@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 # Before Gradio is imported: it reports to its makers otherwise.
@@ -27,8 +29,15 @@ logger = logging.getLogger(__name__)
 
 
 def make_application(settings: Settings, store: Store, jobs: Jobs) -> Any:
-    """Everything that is served, as an ASGI application."""
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    """Everything that is served, as an ASGI application; when it is shut down, jobs are ended."""
+
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        yield
+        # Here, as uvicorn ends the process by the signal it got.
+        jobs.stop()
+
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     api.include_router(make_router(store))
     page = make_page(Actions(settings, store, jobs))
     gr.mount_gradio_app(
@@ -76,9 +85,9 @@ def serve(settings: Settings) -> None:
         device = str(find_device(settings.device))
         dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
         jobs.start(settings.models[0], dtype, device)
-        try:
-            application = make_application(settings, store, jobs)
-            print(f"clear-dit app: http://{settings.host}:{settings.port}", flush=True)
+        application = make_application(settings, store, jobs)
+        print(f"clear-dit app: http://{settings.host}:{settings.port}", flush=True)
+        with suppress(KeyboardInterrupt):
             uvicorn.run(
                 application,
                 host=settings.host,
@@ -86,5 +95,3 @@ def serve(settings: Settings) -> None:
                 log_level="warning",
                 timeout_graceful_shutdown=3,
             )
-        finally:
-            jobs.stop()
