@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from .app.commands import serve_app
 from .distillation.commands import distill, sample
 from .errors import RequestError, first_line, is_out_of_memory
 from .render.commands import render
@@ -273,6 +274,7 @@ def doctor(as_json: Json = False) -> None:
 app.command()(render)
 app.command()(sample)
 app.command()(distill)
+app.command("app")(serve_app)
 
 
 @bench.command("attention")

@@ -1,0 +1,62 @@
+"""The command `clear-dit app`; its work is imported when it runs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import RequestError
+
+
+def serve_app(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="demo (the default), a folder in diffusers format, or a hub repository; "
+            "repeatable: the first is loaded at once, visitors choose."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    auth: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME:PASSWORD that may come in; repeatable.",
+            envvar="CLEAR_DIT_AUTH",
+            show_envvar=True,
+        ),
+    ] = None,
+    max_pixels: Annotated[int, typer.Option(help="Of a picture, width times height.")] = 8192**2,
+    queue_size: Annotated[int, typer.Option(help="Pictures that may wait.")] = 16,
+    keep_days: Annotated[float, typer.Option(help="Pictures older than this are removed.")] = 7.0,
+    out: Annotated[Path, typer.Option(help="The folder for pictures; made if missing.")] = Path(
+        "clear-dit-app"
+    ),
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")
+    ] = None,
+) -> None:
+    """Serve the web page."""
+    from .settings import Settings, parse_auth
+
+    settings = Settings(
+        models=tuple(model or ["demo"]),
+        out=out,
+        host=host,
+        port=port,
+        auth=tuple(map(parse_auth, auth or [])),
+        max_pixels=max_pixels,
+        queue_size=queue_size,
+        keep_days=keep_days,
+        dtype=dtype,
+        device=device,
+    )
+    if find_spec("gradio") is None:
+        raise RequestError("the web page needs Gradio: pip install 'clear-dit[app]'.")
+    from .server import serve
+
+    serve(settings)

@@ -1,0 +1,212 @@
+"""The page: what stands where, and which action a button has."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from ..models import TOKEN_PIXELS, model_defaults
+from . import markup
+from .actions import Actions, refusal, who_asks
+from .api import add_api
+from .files import STATIC
+from .request import SHAPES, SIDES, Entry, preset_size
+from .settings import MAX_PROMPT
+from .store import ENDED
+
+CUSTOM = "Custom"
+EXAMPLES = (
+    "a violet tower in the desert at sunset",
+    "a blue house in the hills at night",
+    "a red balloon over a green island at dawn",
+)
+UPLOAD = """<label class="upload">
+<input type="file" accept="image/png,image/jpeg,image/webp" hidden>
+<span class="name">${name || "Choose a picture to enlarge (optional)"}
+<span class="problem">${problem}</span></span>
+${value ? '<button class="remove" type="button">Remove</button>' : ""}</label>"""
+OPEN_CARD = """element.addEventListener("click", (event) => {
+  const card = event.target.closest("[data-job]");
+  if (card) trigger("select", { job: card.dataset.job });
+});"""
+
+
+def make_page(actions: Actions) -> gr.Blocks:
+    """The page of a server."""
+    settings = actions.settings
+    defaults = model_defaults(settings.models[0])
+    sides = [(_side_name(side), side) for side in SIDES if side * side <= settings.max_pixels]
+    with gr.Blocks(title="clear-dit", analytics_enabled=False) as page:
+        gr.HTML(
+            "<h1>clear-dit</h1><p>Pictures of any size from FLUX, in time linear in their pixels."
+            "</p>",
+            elem_id="head",
+        )
+        job = gr.State("")
+        with gr.Row(elem_id="main"):
+            with gr.Column(elem_id="entry"):
+                prompt = gr.Textbox(
+                    label="Prompt",
+                    placeholder="What to paint",
+                    lines=3,
+                    max_length=MAX_PROMPT,
+                    elem_id="prompt",
+                )
+                generate = gr.Button("Generate", variant="primary", elem_id="generate")
+                cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
+            with gr.Column(elem_id="result"):
+                status = gr.HTML("", elem_id="status")
+                picture = gr.HTML(markup.picture(None), elem_id="picture")
+                with gr.Column(elem_id="history"):
+                    gr.HTML("<h3>Your pictures</h3>")
+                    cards = gr.HTML("", js_on_load=OPEN_CARD, elem_id="cards")
+            with gr.Column(elem_id="settings"):
+                with gr.Row():
+                    side = gr.Dropdown(
+                        [*sides, (CUSTOM, 0)],
+                        value=defaults.size,
+                        label="Size",
+                        elem_id="side",
+                        min_width=120,
+                    )
+                    shape = gr.Dropdown(
+                        list(SHAPES), value=next(iter(SHAPES)), label="Shape", min_width=120
+                    )
+                with gr.Row():
+                    size = {"step": TOKEN_PIXELS, "precision": 0, "min_width": 120}
+                    width = gr.Number(defaults.size, label="Width, px", elem_id="width", **size)
+                    height = gr.Number(defaults.size, label="Height, px", elem_id="height", **size)
+                attention = gr.Radio(
+                    [("CLEAR", "clear"), ("Full", "full"), ("Both, to compare", "both")],
+                    value="clear",
+                    label="Attention",
+                    elem_id="attention",
+                )
+                with gr.Row():
+                    radius = gr.Dropdown(
+                        [(f"{value} tokens", value) for value in (4, 8, 16, 32)],
+                        value=defaults.radius,
+                        label="Radius",
+                        min_width=120,
+                    )
+                    variant = gr.Dropdown(
+                        [("Local only", 1), ("Pooled by 2", 2), ("Pooled by 4", 4)],
+                        value=1,
+                        label="Variant",
+                        min_width=120,
+                    )
+                with gr.Row():
+                    steps = gr.Number(
+                        defaults.steps, label="Steps", precision=0, elem_id="steps", min_width=120
+                    )
+                    guidance = gr.Number(
+                        defaults.guidance, label="Guidance", step=0.5, min_width=120
+                    )
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
+                    model = gr.Dropdown(
+                        list(settings.models),
+                        value=settings.models[0],
+                        label="Model",
+                        min_width=120,
+                    )
+                image = gr.HTML(
+                    "",
+                    html_template=UPLOAD,
+                    js_on_load=(STATIC / "upload.js").read_text(),
+                    elem_id="image",
+                    name="",
+                    problem="",
+                )
+                gr.Examples([[text] for text in EXAMPLES], [prompt], label="Examples")
+
+        entered = [
+            *(prompt, width, height, attention, radius, variant, steps, guidance, seed, model)
+        ]
+        shown = [status, picture, cards, generate, cancel]
+
+        def show(
+            who: str, found: markup.Status | None, before: markup.Status | None = None
+        ) -> list[Any]:
+            """Values of `shown`; what is as it was before is not sent again."""
+            new, old = found or {}, before or {"state": ""}
+            same_state = new.get("state") == old["state"]
+            same_picture = same_state and new.get("preview") == old.get("preview")
+            painting = found is not None and found["state"] not in ENDED
+            return [
+                markup.status(found),
+                gr.skip() if same_picture else markup.picture(found),
+                gr.skip()
+                if same_state
+                else markup.history(actions.store.history(who), actions.jobs.active(who)),
+                gr.update(visible=not painting),
+                gr.update(visible=painting),
+            ]
+
+        def submit(request: gr.Request, *values: Any) -> str:
+            *fields, upload = values
+            return actions.submit(Entry(*fields), upload or "", "uploaded", who_asks(request))
+
+        async def follow(name: str, request: gr.Request) -> AsyncIterator[list[Any]]:
+            who = who_asks(request)
+            if not name:
+                yield show(who, None)
+                return
+            before = None
+            async for found in actions.follow(name, who):
+                yield show(who, found, before)
+                before = found
+                if found["state"] == "failed":
+                    gr.Warning(found["error"] or "", duration=12, title="Failed")
+
+        def restore(request: gr.Request) -> str:
+            active = actions.jobs.active(who_asks(request))
+            return active[0]["id"] if active else ""
+
+        def stop(name: str, request: gr.Request) -> None:
+            actions.jobs.cancel(who_asks(request), name)
+
+        def open_card(event: gr.EventData, request: gr.Request) -> str:
+            name = str(event._data.get("job", ""))
+            if actions.jobs.status(who_asks(request), name) is None:
+                raise refusal("There is no such picture of yours; it may have been removed.")
+            return name
+
+        def resize(side: int, shape: str) -> tuple[Any, Any]:
+            return preset_size(side, shape) if side else (gr.skip(), gr.skip())
+
+        def enlarge(upload: str, request: gr.Request) -> tuple[Any, Any, Any]:
+            size = actions.enlarged(upload, who_asks(request)) if upload else None
+            return (gr.skip(),) * 3 if size is None else (*size, 0)
+
+        def suit(model: str) -> tuple[Any, ...]:
+            its = model_defaults(model)
+            return its.size, its.size, its.size, its.radius, its.steps, its.guidance
+
+        quiet: dict[str, Any] = {
+            "show_progress": "hidden",
+            "api_visibility": "private",
+            "concurrency_limit": None,
+        }
+        following = {"fn": follow, "inputs": job, "outputs": shown, **quiet}
+        gr.on([generate.click, prompt.submit], submit, [*entered, image], job, **quiet).success(
+            **following
+        )
+        page.load(restore, None, job, **quiet).then(**following)
+        cards.select(open_card, None, job, **quiet).success(**following)
+        cancel.click(stop, job, None, **quiet)
+        for control in (side, shape):
+            control.input(resize, [side, shape], [width, height], **quiet)
+        for control in (width, height):
+            control.input(lambda: 0, None, side, **quiet)
+        image.change(enlarge, image, [width, height, side], **quiet)
+        model.input(suit, model, [side, width, height, radius, steps, guidance], **quiet)
+        add_api(actions)
+    page.queue(max_size=200, default_concurrency_limit=None)
+    return page
+
+
+def _side_name(side: int) -> str:
+    return f"{side // 1024}K ({side} px)" if side >= 1024 else f"{side} px"

@@ -1,0 +1,87 @@
+"""What the server was started with, and the bounds of what visitors may ask for."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RequestError
+from ..models import model_path
+
+# Of a prompt, in characters: text encoders read some hundred tokens.
+MAX_PROMPT = 2000
+MAX_STEPS = 100
+# Full attention is quadratic: above this many pixels a single job would take the server for hours.
+MAX_FULL_PIXELS = 4096 * 4096
+# Jobs of one visitor that wait or run.
+MAX_JOBS_OF_VISITOR = 3
+# Of an uploaded picture.
+MAX_UPLOAD_BYTES = 64 * 2**20
+MAX_UPLOAD_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Complete and checked.
+
+    Attributes:
+        models: see `GenerateRequest.model`; the first is loaded at once, others when asked for.
+        out: the folder for pictures; nothing outside of it is served.
+        host, port: to listen on.
+        auth: pairs of name and password; none to let everybody in who reaches the port.
+        max_pixels: of a picture.
+        queue_size: jobs that may wait besides the one that runs.
+        keep_days: pictures older than this are removed.
+        dtype, device: see `GenerateRequest`; None for the best.
+
+    Raises:
+        RequestError: the first thing that is wrong.
+    """
+
+    models: tuple[str, ...]
+    out: Path
+    host: str = "127.0.0.1"
+    port: int = 7860
+    auth: tuple[tuple[str, str], ...] = ()
+    max_pixels: int = 8192 * 8192
+    queue_size: int = 16
+    keep_days: float = 7.0
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise RequestError("--model: name at least one.")
+        for model in self.models:
+            model_path(model)
+        if not 0 <= self.port <= 65535:
+            raise RequestError(f"--port must be from 0 to 65535, got {self.port}.")
+        if self.max_pixels < 256 * 256:
+            raise RequestError(f"--max-pixels must be at least 65536, got {self.max_pixels}.")
+        if self.queue_size < 1:
+            raise RequestError(f"--queue-size must be at least 1, got {self.queue_size}.")
+        if not self.keep_days > 0:
+            raise RequestError(f"--keep-days must be over 0, got {self.keep_days:g}.")
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse_auth(text: str) -> tuple[str, str]:
+    """NAME:PASSWORD as a pair.
+
+    Raises:
+        RequestError: no colon, or nothing on a side of it.
+    """
+    name, _, password = text.partition(":")
+    if not name or not password:
+        raise RequestError("--auth must be NAME:PASSWORD.")
+    return name, password

@@ -1,0 +1,33 @@
+"""A browser and a server with the demo pipeline, shared by the tests of this folder."""
+
+import os
+import shutil
+
+import pytest
+from support.app_server import AppServer
+
+# Debian's browser. Where CLEAR_DIT_NEEDS_BROWSER is set, tests fail without it.
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="session")
+def app_server(tmp_path_factory):
+    """With the demo pipeline."""
+    with AppServer(tmp_path_factory.mktemp("app") / "out", "--max-pixels", str(2048**2)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, driven by playwright."""
+    if CHROMIUM is None:
+        assert "CLEAR_DIT_NEEDS_BROWSER" not in os.environ, "there is no chromium"
+        pytest.skip("needs chromium (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield started
+        started.close()

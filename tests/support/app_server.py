@@ -1,0 +1,60 @@
+"""A server of the web page in a process of its own, as `python app.py` starts it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 240
+
+
+class AppServer:
+    """Started by `with`, or `start`; ended by SIGTERM.
+
+    Args:
+        out: the folder for pictures.
+        options: for the command line.
+    """
+
+    def __init__(self, out: Path, *options: str) -> None:
+        self.out, self.options = out, options
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> "AppServer":
+        command = [sys.executable, "app.py", "--port", str(self.port), "--out", str(self.out)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen([*command, *self.options], cwd=ROOT, env=environment)
+        end = time.monotonic() + START_SECONDS
+        while True:
+            assert self.process.poll() is None, "the server has ended"
+            assert time.monotonic() < end, "the server does not answer"
+            try:
+                with urlopen(self.url, timeout=10):
+                    return self
+            except (URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(timeout=60) is not None
+
+    def memory_mb(self) -> float:
+        """Resident, in MiB."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+        raise AssertionError("no VmRSS")
+
+    def __enter__(self) -> "AppServer":
+        return self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
