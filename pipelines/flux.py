@@ -324,7 +324,7 @@ class CLEARFluxPipeline(FluxPipeline):
         """
         patches = PatchParallel(mesh, stale_halos_after)
         self.disable_patch_parallel()
-        patches.attach(transformer_of(self, WHO))
+        patches.attach(transformer_of(self, WHO, "patch-parallel"))
         self._patch_parallel = patches
 
     def disable_patch_parallel(self) -> None:

@@ -71,7 +71,7 @@ def parallelize(
     Raises:
         ValueError: CLEAR is not applied, a mesh that does not fit, or a setting out of its range.
     """
-    model = transformer_of(pipe_or_model, "parallelize")
+    model = transformer_of(pipe_or_model, "parallelize", "patch-parallel")
     clear = ClearState.on(model)
     if clear is None or clear.tracker is None:
         raise ValueError(

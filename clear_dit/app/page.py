@@ -18,9 +18,9 @@ from .store import ENDED
 
 CUSTOM = "Custom"
 EXAMPLES = (
-    "a violet tower in the desert at sunset",
+    "a violet tower in the desert at sunset, a golden moon on the right",
     "a blue house in the hills at night",
-    "a red balloon over a green island at dawn",
+    "a pink balloon by the sea by day, a crimson sun on the left",
 )
 UPLOAD = """<label class="upload">
 <input type="file" accept="image/png,image/jpeg,image/webp" hidden>
@@ -39,6 +39,8 @@ def make_page(actions: Actions) -> gr.Blocks:
     defaults = model_defaults(settings.models[0])
     sides = [(_side_name(side), side) for side in SIDES if side * side <= settings.max_pixels]
     with gr.Blocks(title="clear-dit", analytics_enabled=False) as page:
+        # First: Gradio numbers the names of later functions that are called the same.
+        add_api(actions)
         gr.HTML(
             "<h1>clear-dit</h1><p>Pictures of any size from FLUX, in time linear in their pixels."
             "</p>",
@@ -203,7 +205,6 @@ def make_page(actions: Actions) -> gr.Blocks:
             control.input(lambda: 0, None, side, **quiet)
         image.change(enlarge, image, [width, height, side], **quiet)
         model.input(suit, model, [side, width, height, radius, steps, guidance], **quiet)
-        add_api(actions)
     page.queue(max_size=200, default_concurrency_limit=None)
     return page
 

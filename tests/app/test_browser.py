@@ -135,7 +135,7 @@ def test_history_survives_a_reload_and_a_restart(browser, tmp_path):
     finished(page)
     assert "a violet tower <b>in</b> the desert" in page.inner_text("#status")
     another = next(other := open_page(browser, server))
-    assert "Nothing yet" in another.inner_text("#cards")
+    another.locator("#cards", has_text="Nothing yet").wait_for()
     next(other, None)
     next(opened, None)
     server.stop()
