@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
@@ -17,6 +16,8 @@ from .settings import MAX_PROMPT
 from .store import ENDED
 
 CUSTOM = "Custom"
+# Seconds between two questions of a page whether something is new.
+ASK_EVERY = 0.5
 EXAMPLES = (
     "a violet tower in the desert at sunset, a golden moon on the right",
     "a blue house in the hills at night",
@@ -46,7 +47,7 @@ def make_page(actions: Actions) -> gr.Blocks:
             "</p>",
             elem_id="head",
         )
-        job = gr.State("")
+        job, told = gr.State(""), gr.State(None)
         with gr.Row(elem_id="main"):
             with gr.Column(elem_id="entry"):
                 prompt = gr.Textbox(
@@ -129,17 +130,15 @@ def make_page(actions: Actions) -> gr.Blocks:
         ]
         shown = [status, picture, cards, generate, cancel]
 
-        def show(
-            who: str, found: markup.Status | None, before: markup.Status | None = None
-        ) -> list[Any]:
+        def show(who: str, found: markup.Status, before: markup.Status | None) -> list[Any]:
             """Values of `shown`; what is as it was before is not sent again."""
-            new, old = found or {}, before or {"state": ""}
-            same_state = new.get("state") == old["state"]
-            same_picture = same_state and new.get("preview") == old.get("preview")
-            painting = found is not None and found["state"] not in ENDED
+            known = before if before is not None and before.get("id") == found.get("id") else None
+            same_state = known is not None and found.get("state") == known.get("state")
+            same_picture = same_state and found.get("preview") == (known or {}).get("preview")
+            painting = bool(found) and found["state"] not in ENDED
             return [
-                markup.status(found),
-                gr.skip() if same_picture else markup.picture(found),
+                markup.status(found or None),
+                gr.skip() if same_picture else markup.picture(found or None),
                 gr.skip()
                 if same_state
                 else markup.history(actions.store.history(who), actions.jobs.active(who)),
@@ -151,17 +150,19 @@ def make_page(actions: Actions) -> gr.Blocks:
             *fields, upload = values
             return actions.submit(Entry(*fields), upload or "", "uploaded", who_asks(request))
 
-        async def follow(name: str, request: gr.Request) -> AsyncIterator[list[Any]]:
+        def look(name: str, before: markup.Status | None, request: gr.Request) -> list[Any]:
+            """What is new since the page was last told.
+
+            It asks again and again: that outlasts what a stream does not, such as a phone that
+            slept, a restart of the server, and a minute without news.
+            """
             who = who_asks(request)
-            if not name:
-                yield show(who, None)
-                return
-            before = None
-            async for found in actions.follow(name, who):
-                yield show(who, found, before)
-                before = found
-                if found["state"] == "failed":
-                    gr.Warning(found["error"] or "", duration=12, title="Failed")
+            found = dict((actions.jobs.status(who, name) if name else None) or {})
+            if found == before:
+                return [gr.skip()] * (len(shown) + 1)
+            if found.get("state") == "failed":
+                gr.Warning(found["error"] or "", duration=12, title="Failed")
+            return [*show(who, found, before), found]
 
         def restore(request: gr.Request) -> str:
             active = actions.jobs.active(who_asks(request))
@@ -192,12 +193,13 @@ def make_page(actions: Actions) -> gr.Blocks:
             "api_visibility": "private",
             "concurrency_limit": None,
         }
-        following = {"fn": follow, "inputs": job, "outputs": shown, **quiet}
+        looking = {"fn": look, "inputs": [job, told], "outputs": [*shown, told], **quiet}
         gr.on([generate.click, prompt.submit], submit, [*entered, image], job, **quiet).success(
-            **following
+            **looking
         )
-        page.load(restore, None, job, **quiet).then(**following)
-        cards.select(open_card, None, job, **quiet).success(**following)
+        page.load(restore, None, job, **quiet).then(**looking)
+        gr.Timer(ASK_EVERY).tick(**looking)
+        cards.select(open_card, None, job, **quiet).success(**looking)
         cancel.click(stop, job, None, **quiet)
         for control in (side, shape):
             control.input(resize, [side, shape], [width, height], **quiet)
