@@ -17,7 +17,7 @@ from ..layout import Layout
 from ..plugin import install
 from ..processor import CLEARProcessor
 from ..state import ClearState
-from .fake import IMPL, flux_inputs
+from .fake import IMPL, flux_inputs, quiet
 
 # Of Z-Image's pictures and captions.
 Z_IMAGE_MULTIPLE = 32
@@ -25,7 +25,8 @@ Z_IMAGE_MULTIPLE = 32
 
 def apply_announced(model: nn.Module, window: Window) -> None:
     """CLEAR in every attention layer over the picture, which is told where its tokens are."""
-    install(model, CLEARProcessor(window.radius, window.down_factor, IMPL))
+    with quiet():
+        install(model, CLEARProcessor(window.radius, window.down_factor, IMPL))
     state = ClearState.on(model)
     assert state is not None
     assert state.tracker is not None

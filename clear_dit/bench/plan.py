@@ -21,7 +21,7 @@ from .configurations import find_configuration
 from .executed import tile_choices
 from .fake import build, defaults, quiet
 from .inputs import apply_announced, model_inputs
-from .plan_memory import plan_memory
+from .plan_memory import check_memory_options, plan_memory
 from .timing import table
 
 # On the meta device stock attention is two batched products, and nothing else is one.
@@ -64,6 +64,7 @@ def plan(
         RequestError: an unknown model, weights_dtype or offload, or a size, radius or down_factor
             out of its range.
     """
+    check_memory_options(weights_dtype, offload)
     configuration = find_configuration(model)
     text_length = configuration.text_length if text_length is None else text_length
     window = find_window(
@@ -116,6 +117,9 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     apply_announced(model, window)
     same, local = _count_products(model, inputs)
     assert linear == same
+    # Not attention, but a weighted sum of keys and of values that PyTorch counts as a product.
+    cells = window.pooled_length * window.down_factor**2
+    local -= len(layers) * 4 * cells * attn.inner_dim
     rows = [
         {
             "attention": name,

@@ -44,6 +44,20 @@ COUNTS = {
 }
 
 
+def check_memory_options(weights_dtype: str | None, offload: str) -> None:
+    """Refuse what `plan_memory` does not know.
+
+    Raises:
+        RequestError: an unknown `weights_dtype` or `offload`.
+    """
+    if weights_dtype not in (None, *DTYPES):
+        raise RequestError(
+            f"--weights-dtype must be one of {', '.join(DTYPES)}; got {weights_dtype!r}."
+        )
+    if offload not in OFFLOADS:
+        raise RequestError(f"--offload must be one of {', '.join(OFFLOADS)}; got {offload!r}.")
+
+
 def plan_memory(
     configuration: Configuration,
     window: Window,
@@ -62,16 +76,7 @@ def plan_memory(
 
     Returns:
         rows with stage, weights_gib, activations_gib and total_gib.
-
-    Raises:
-        RequestError: an unknown `weights_dtype` or `offload`.
     """
-    if weights_dtype not in (None, *DTYPES):
-        raise RequestError(
-            f"--weights-dtype must be one of {', '.join(DTYPES)}; got {weights_dtype!r}."
-        )
-    if offload not in OFFLOADS:
-        raise RequestError(f"--offload must be one of {', '.join(OFFLOADS)}; got {offload!r}.")
     encoders = [
         _measure_encoder(config, window.text_length, dtype)
         for config in configuration.text_encoders
@@ -148,9 +153,7 @@ class TransformerMemory:
         self._dtype = dtype
         family = family_of(self._model)
         self.cascades = "cascade" not in family.unsupported
-        if family.chunked:
-            with quiet():
-                chunk_feed_forward(self._model, chunk_tokens)
+        self._chunked, self._chunk_tokens = family.chunked, chunk_tokens
         stacks = {stack: list(getattr(self._model, stack)) for stack in counts}
         first = {
             stack: tensor_bytes(blocks[0]) if blocks else 0 for stack, blocks in stacks.items()
@@ -166,6 +169,9 @@ class TransformerMemory:
     def activations(self, window: Window) -> int:
         """The most that is alive in a step besides the weights, in bytes."""
         apply_announced(self._model, window)
+        if self._chunked:
+            with quiet():
+                chunk_feed_forward(self._model, self._chunk_tokens)
         inputs = model_inputs(self._model, window, self._dtype, TRANSFORMER_DEVICE)
         return measure(self._model, lambda: self._model(**inputs)).activations
 
