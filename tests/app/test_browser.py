@@ -35,7 +35,8 @@ def open_page(browser, server, restarts=False):
     page.wait_for_selector("#generate")
     yield page
     context.close()
-    assert [one for one in wrong if not (restarts and "ERR_CONNECTION_REFUSED" in one)] == []
+    away = re.compile("ERR_CONNECTION_REFUSED|AbortError|Failed to fetch|timed out|Connection")
+    assert [one for one in wrong if not (restarts and away.search(one))] == []
 
 
 def enter(page, prompt, steps=2, size=256):
