@@ -32,6 +32,8 @@ Item = TypeVar("Item")
 
 # Seconds between two signs of life, and between two looks for a failure.
 BEAT, _POLL = 1.0, 0.2
+# Seconds between two looks at a rank's own progress.
+_LOOK = 0.1
 # Without a sign of life for so many seconds a rank counts as lost.
 SILENCE_LIMIT = 20.0
 # Seconds in which other reports of one failure may arrive before its cause is chosen, and of ranks
@@ -161,11 +163,12 @@ class Watch:
         beat_at = 0.0
         while not self._over.is_set() and self.failure is None:
             now = time.monotonic()
-            if now >= beat_at:
+            # What a rank was doing when it died is what it last told.
+            if now >= beat_at or self.progress.where() != self._wheres[self._rank]:
                 self._beat()
                 beat_at = now + BEAT
             rank_of = {connection: rank for rank, connection in self._connections.items()}
-            timeout = max(0.0, min(beat_at, self._decide_at) - now)
+            timeout = max(0.0, min(beat_at, self._decide_at, now + _LOOK) - now)
             for connection in wait(list(rank_of), timeout):
                 assert isinstance(connection, Connection)
                 self._receive(rank_of[connection], connection)
