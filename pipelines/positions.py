@@ -99,7 +99,8 @@ class ExtendedPosEmbed(nn.Module):
         """
         if self.method != "two":
             return self._table(ids)
-        scaled = ids / torch.tensor(self.factors, dtype=ids.dtype, device=ids.device)
+        ids = ids.float()  # a scaled position is no whole number
+        scaled = ids / torch.tensor(self.factors, device=ids.device)
         return *self._table(ids), *self._table(torch.where(ids[:, :1] == 0, scaled, ids))
 
     def _table(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
