@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import time
 
 import numpy as np
@@ -102,13 +103,23 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, painter, jobs,
     assert_same(out, expected)
     assert_complete(out)
 
-    # Two processes, of which one is killed at work, and then two that come to the end.
+    # The same with two processes: at each moment one of them dies, or both, and is started anew.
     shared = tmp_path / "shared"
-    first, second = fork(paint, shared), fork(paint, shared)
-    first.join(timeout=0.4 * seconds)
-    first.kill()
-    second.join(timeout=600)
-    assert second.exitcode == 0
+    pair = [fork(paint, shared), fork(paint, shared)]
+    for _ in range(5):
+        time.sleep(chance.uniform(0.02, 0.09) * seconds)
+        victims = chance.sample(range(2), chance.choice((1, 1, 2)))
+        for one in victims:
+            pair[one].kill()
+        for one in victims:
+            pair[one].join()
+            assert pair[one].exitcode == -signal.SIGKILL  # it was at work
+            if (shared / "manifest.jsonl").exists():
+                assert_true_so_far(shared)
+            pair[one] = fork(paint, shared)
+    for process in pair:
+        process.join(timeout=600)
+    assert [process.exitcode for process in pair] == [0, 0]
     assert_same(shared, expected)
     assert_complete(shared)
 
