@@ -23,6 +23,11 @@ METHODS = ("none", "ntk", "yarn", "interpolation", "two")
 # along a row or column near the border, and 8 to 2 was softer.
 YARN_FAST, YARN_SLOW = 2.0, 0.5
 
+# Tokens that "two" leaves free at both ends of the trained extent. A picture ends at the first and
+# the last trained position; with several tokens as near to them as that, the demo drew lines along
+# the borders (2048 px: the step of brightness there 35 times the usual one, with the margin 2).
+MARGIN = 0.5
+
 # Devices without float64, where diffusers too makes its tables in float32.
 FLOAT32_DEVICES = ("mps", "npu")
 
@@ -41,9 +46,10 @@ class ExtendedPosEmbed(nn.Module):
         "interpolation": all frequencies divided by the factor (arXiv 2306.15595): the grid keeps
             the trained extent.
         "two": the frequencies of the model, and a second table in which the picture's positions
-            are divided by the factors: CLEAR's processors score keys inside the disc by the first
-            and all others by the second (`two_position_attention`); `applied` gives models with
-            stock processors ones that do so too.
+            are divided by the factors, and begin at `MARGIN` on axes whose factor is not 1: CLEAR's
+            processors score keys inside the disc by the first and all others by the second
+            (`two_position_attention`); `applied` gives models with stock processors ones that do so
+            too.
 
     Args:
         theta: base of the model's frequencies.
@@ -100,8 +106,10 @@ class ExtendedPosEmbed(nn.Module):
         if self.method != "two":
             return self._table(ids)
         ids = ids.float()  # a scaled position is no whole number
+        starts = [0.0 if factor == 1 else MARGIN for factor in self.factors]
         scaled = ids / torch.tensor(self.factors, device=ids.device)
-        return *self._table(ids), *self._table(torch.where(ids[:, :1] == 0, scaled, ids))
+        scaled += torch.tensor(starts, device=ids.device)
+        return *self._table(ids), *self._table(torch.where(_of_picture(ids), scaled, ids))
 
     def _table(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.float32 if ids.device.type in FLOAT32_DEVICES else torch.float64
@@ -133,6 +141,17 @@ class ExtendedPosEmbed(nn.Module):
             kept = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
             return kept * frequencies + (1 - kept) * frequencies / factor
         return frequencies
+
+
+def _of_picture(ids: torch.Tensor) -> torch.Tensor:
+    """(text + image, 1): True for tokens of group 0 but text, which is at 0 on every axis.
+
+    So is the picture's first token, which follows on the text.
+    """
+    at_zero = (ids == 0).all(dim=1, keepdim=True).long()
+    text_length = at_zero.cumprod(dim=0).sum() - 1
+    tokens = torch.arange(len(ids), device=ids.device)[:, None]
+    return (ids[:, :1] == 0) & (tokens >= text_length)
 
 
 def check_method(method: str, factors: tuple[float, float]) -> None:

@@ -101,14 +101,18 @@ def test_the_grid_is_found_in_every_table(position_ids, method, factors, axes):
         assert layout_from_rotary(cos, sin, TEXT) == Layout(TEXT, rows, columns)
 
 
-def test_two_positions_are_the_true_and_the_scaled(ids):
+@pytest.mark.parametrize("text", [0, 1, TEXT])
+def test_two_positions_are_the_true_and_the_scaled(position_ids, text):
+    """The picture keeps away from the ends of the trained extent; text stays at its beginning."""
     reference = torch.tensor([[1.0, 4.0, 6.0]])  # of another picture: stays where it is
-    ids = torch.cat([ids, reference])
-    cos, sin, far_cos, far_sin = table(ids, "two", (2.0, 3.0))
+    ids = torch.cat([torch.zeros(text, 3), position_ids(ROWS, COLUMNS), reference])
+    cos, sin, *far = table(ids, "two", (2.0, 3.0))
     assert same((cos, sin), table(ids, "none"))
-    halves = table(ids[:-1], "interpolation", (2.0, 3.0))
-    torch.testing.assert_close((far_cos[:-1], far_sin[:-1]), halves)
-    assert same((far_cos[-1], far_sin[-1]), (cos[-1], sin[-1]))
+    scaled = ids.clone()
+    scaled[text:-1] = ids[text:-1] / torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([0.0, 0.5, 0.5])
+    assert same(far, table(scaled, "none"))
+    scaled[text:-1, 2] = ids[text:-1, 2]  # an axis of the trained extent stays as it is
+    assert same(table(ids, "two", (2.0, 1.0))[2:], table(scaled, "none"))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -72,15 +72,15 @@ def test_other_models_get_the_enlargement(size, factors):
 
 
 def test_other_models_get_two_positions_a_token():
-    """Rows and columns reach from the first to the last trained position."""
+    """Rows and columns fill the trained extent but for half a token at both ends."""
     for local in (False, True):  # full attention and pooled keys have it at the native size
-        assert settings_for(384, 672, 512, local=local) == Resolution("two", (23 / 31, 41 / 31), 32)
-        assert settings_for(256, 384, 512, local=local) == Resolution("two", (15 / 23, 1.0), 32)
-        assert settings_for(512, 16, 512, local=local) == Resolution("two", (1.0, 1 / 31), 32)
-        for square in (16, 256, 512):
+        assert settings_for(384, 672, 512, local=local) == Resolution("two", (23 / 30, 41 / 30), 32)
+        assert settings_for(256, 384, 512, local=local) == Resolution("two", (15 / 22, 1.0), 32)
+        assert settings_for(512, 16, 512, local=local) == Resolution("two", (1.0, 1 / 30), 32)
+        for square in (16, 256, 496, 512):
             assert settings_for(square, square, 512, local=local) == Resolution(trained_side=32)
     found = settings_for(1024, 2048, 512, text_length=64, local=True)
-    assert found == Resolution("two", (63 / 31, 127 / 31), 32, 3.0, 1088)
+    assert found == Resolution("two", (63 / 30, 127 / 30), 32, 3.0, 1088)
     assert settings_for(4096, 2048, local=True) == settings_for(4096, 2048)
 
 
