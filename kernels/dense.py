@@ -1,11 +1,15 @@
 """Attention of a few queries over many keys, all of them: what text is given.
 
-Together with the log-sum-exp, which joins it exactly with attention over other keys (merge.py).
+Together with the log-sum-exp, which joins it exactly with attention over other keys (merge.py). An
+opaque operator, as the other kernels with loops of their own are (opaque.py).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from .attention import select_impl
 from .merge import merge_
@@ -37,7 +41,13 @@ def dense_attention(
     Raises:
         ValueError: unknown `impl`, or an explicit one that cannot run here.
     """
-    if select_impl(impl, query) == "triton":
+    return _op(query, key, value, scale, select_impl(impl, query) == "triton")
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, by_triton: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if by_triton:
         from .triton.ops import triton_dense_attention
 
         return triton_dense_attention(query, key, value, scale)
@@ -54,4 +64,19 @@ def dense_attention(
             merge_(out, lse, part, part_lse)
     assert out is not None
     assert lse is not None
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    return out.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+_op = torch.library.custom_op("clear_dit::dense_attention", _forward, mutates_args=())
+
+
+@_op.register_fake
+def _fake(query, key, value, scale, by_triton):
+    out = query.new_empty(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    return out, out.new_empty(query.shape[:-1])
+
+
+@register_flop_formula(torch.ops.clear_dit.dense_attention)
+def _flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    batch, queries, heads, head_dim = query
+    return 4 * batch * queries * key[1] * heads * head_dim
