@@ -7,11 +7,13 @@ the image tokens in raster order. Keys may be followed by pooled tokens (see `po
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True)
@@ -128,24 +130,34 @@ class Window:
         """Place of the first token of `local_references` in the sequence; behind the text."""
         return self.text_length - sum(rows * columns for rows, columns in self.local_references)
 
-    # Windows derived from this one are made once, for what an implementation remembers on them.
-
-    @cached_property
+    @property
     def image_only(self) -> Window:
-        """The picture's disc, without text and pooled keys."""
-        return Window(self.height, self.width, 0, self.radius)
+        """The picture's disc, without text and pooled keys; always the same object."""
+        return self._once("_image_only", lambda: Window(self.height, self.width, 0, self.radius))
 
-    @cached_property
+    @property
     def image_queries(self) -> Window:
-        """The same keys, seen by the picture's tokens alone."""
-        return replace(self, query_rows=self.image_query_rows, local_references=())
-
-    @cached_property
-    def reference_windows(self) -> tuple[Window, ...]:
-        """The disc within each of `local_references`."""
-        return tuple(
-            Window(rows, columns, 0, self.radius) for rows, columns in self.local_references
+        """The same keys, seen by the picture's tokens alone; always the same object."""
+        return self._once(
+            "_image_queries",
+            lambda: replace(self, query_rows=self.image_query_rows, local_references=()),
         )
+
+    @property
+    def reference_windows(self) -> tuple[Window, ...]:
+        """The disc within each of `local_references`; always the same objects."""
+        sizes, radius = self.local_references, self.radius
+        return self._once(
+            "_reference_windows", lambda: tuple(Window(*size, 0, radius) for size in sizes)
+        )
+
+    def _once(self, name: str, make: Callable[[], Derived]) -> Derived:
+        """What is derived from the value, remembered for what implementations remember on it."""
+        if torch.compiler.is_compiling():  # the value itself may live in the trace alone
+            return make()
+        if name not in self.__dict__:
+            self.__dict__[name] = make()
+        return self.__dict__[name]
 
     def mask(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Dense mask, True where a query attends to a key.
