@@ -3,15 +3,20 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import FluxKontextPipeline
 from PIL import Image
 from support.families.models import FAMILIES, make_inputs, make_model, run
 from support.families.oracle import FAR, dense_masks, expected, local_mask
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clear_dit import CLEARProcessor, apply_clear
 from clear_dit.families.table import all_families
 from clear_dit.grid import reference_grids
 from clear_dit.layout import Layout
+from clear_dit.pipelines.patch_parallel import parallelize
+from clear_dit.pipelines.positions import ExtendedPosEmbed
 
 EDITING = [name for name, tiny in FAMILIES.items() if tiny.takes_references]
 families = pytest.mark.parametrize("name", EDITING)
@@ -142,8 +147,9 @@ def test_kontext_pipeline(tiny_pipeline):
     assert np.abs(dense - oracle).max() > 1e-4
 
 
-def test_another_size_compiles_nothing(name="flux"):
+def test_another_size_compiles_nothing():
     """As long as there are as many references; no two lengths here are alike, which would count."""
+    name = "flux"
     model = local(make_model(name))
     model.transformer_blocks[0].compile(fullgraph=True, dynamic=True, backend="eager")
     for call, (rows, columns, *references) in enumerate(
@@ -196,6 +202,28 @@ def test_training_is_refused(name):
     model, given = local(make_model(name)), make_inputs(name, 4, 6, references=TWO)
     with pytest.raises(ValueError, match=r"no backward pass; .* or references='dense'"):
         model(**given)
+
+
+def test_two_positions_are_refused():
+    model, given = local(make_model("flux")), make_inputs("flux", 4, 6, references=TWO)
+    model.pos_embed = ExtendedPosEmbed(10000, (4, 6, 6), "two", (2.0, 2.0))
+    with pytest.raises(ValueError, match=r"do not go with two positions .* rope \"yarn\""):
+        run(model, given)
+    model.pos_embed = ExtendedPosEmbed(10000, (4, 6, 6), "yarn", (2.0, 2.0), 2)
+    found = run(model, given)
+    model.set_attn_processor(CLEARProcessor(radius=2, references="local"))
+    assert_same(run(model, given), found)
+
+
+def test_patch_parallelism_is_refused():
+    model, given = local(make_model("flux")), make_inputs("flux", 4, 6, references=TWO)
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        parallelize(model, init_device_mesh("cpu", (2,), mesh_dim_names=("patch",)))
+        with pytest.raises(ValueError, match=r"^patch parallel does not share .* references='dense'\.$"):
+            run(model, given)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_grids_of_reference_images():
