@@ -32,8 +32,8 @@ def attention_with_local_references(
 
     Text is dense attention; the picture is local attention over all keys, pooled ones included. A
     reference image is local attention within itself, merged with dense attention over all other
-    keys. It sees no pooled keys and has none of its own: as text, and its discs are not so few of
-    its tokens that a coarse view were missed.
+    keys. It sees no pooled keys, as text does not, and has none of its own: what lies outside its
+    discs reaches it by way of text and picture, which it sees in full.
 
     Args:
         query, key, value, window, scale, spatial_weight, impl: as in `local_attention`; checked.
