@@ -63,6 +63,9 @@ class WindowTracker:
 
     def window(self, layout: Layout) -> Window:
         """The window for a layout: always the same object while it is in use."""
+        if torch.compiler.is_compiling() and self.impl in CUSTOM_OPS:
+            # To look it up would make constants of numbers that are symbolic, see `compiled`.
+            return layout.window(self.radius, self.down_factor)
         if layout not in self._windows:
             self._windows[layout] = layout.window(self.radius, self.down_factor)
         self._windows.move_to_end(layout)
@@ -103,7 +106,7 @@ class WindowTracker:
         text, rows, columns, references, *local = (size - 2 for size in self._sizes.shape)
         local_references = tuple(zip(local[::2], local[1::2], strict=True))
         layout = Layout(text, rows, columns, references, layout.image_first, local_references)
-        return layout, layout.window(self.radius, self.down_factor)
+        return layout, self.window(layout)
 
     def find(
         self,

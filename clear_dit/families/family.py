@@ -58,6 +58,7 @@ class Family:
         unsupported: feature of `FEATURES` to why the family is not for it.
         serves_fused: whether the processors work on layers with fused projections.
         chunked: whether `chunk_feed_forward` knows the blocks.
+        repeated_blocks: whether diffusers' `compile_repeated_blocks` knows them.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Family:
     unsupported: Mapping[str, str] = field(default_factory=dict)
     serves_fused: bool = False
     chunked: bool = False
+    repeated_blocks: bool = True
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """The attention layers CLEAR runs in, by name: "transformer_blocks.0.attn"."""

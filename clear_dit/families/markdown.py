@@ -24,6 +24,7 @@ BESIDES = (
     "family",
     "tuned, and held by CLEAR weights",
     "layers left as they are",
+    "torch.compile",
     "supported besides",
     "why not the rest",
 )
@@ -57,6 +58,7 @@ def _besides(family: Family) -> tuple[str, ...]:
         family.title,
         _code(family.tuned),
         "; ".join(kept) or "none",
+        "`compile_repeated_blocks`" if family.repeated_blocks else "`compile` of each block",
         ", ".join(supported) or "nothing",
         "; ".join(reasons) or "-",
     )
