@@ -10,9 +10,10 @@ from support.families.models import FAMILIES, make_inputs, make_model, run
 from support.families.oracle import FAR, dense_masks, expected, local_mask
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
 
 from clear_dit import CLEARProcessor, apply_clear
-from clear_dit.families.table import all_families
+from clear_dit.families.table import all_families, family_of
 from clear_dit.grid import reference_grids
 from clear_dit.layout import Layout
 from clear_dit.pipelines.patch_parallel import parallelize
@@ -198,6 +199,19 @@ def test_refused_references():
 
 
 @families
+def test_flops_are_the_windows(name):
+    model, given = local(make_model(name), impl="tiled"), make_inputs(name, 4, 6, references=TWO)
+    with FlopCounterMode(display=False) as counter:
+        run(model, given)
+    counts, operators = counter.get_flop_counts()["Global"], torch.ops.clear_dit
+    attention = counts[operators.tiled_attention] + counts[operators.dense_attention]
+    window = Layout(5, 4, 6, 24, local_references=TWO).window(2, 1)
+    assert attention == len(family_of(model).layers(model)) * window.attention_flops(2, 16)
+    dense = Layout(5, 4, 6, 24).window(2, 1)
+    assert window.attended_pairs() < dense.attended_pairs()
+
+
+@families
 def test_training_is_refused(name):
     model, given = local(make_model(name)), make_inputs(name, 4, 6, references=TWO)
     with pytest.raises(ValueError, match=r"no backward pass; .* or references='dense'"):
@@ -220,7 +234,7 @@ def test_patch_parallelism_is_refused():
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         parallelize(model, init_device_mesh("cpu", (2,), mesh_dim_names=("patch",)))
-        with pytest.raises(ValueError, match=r"^patch parallel does not share .* 'dense'"):
+        with pytest.raises(ValueError, match=r"^patch parallel does not share .*='dense'"):
             run(model, given)
     finally:
         dist.destroy_process_group()
