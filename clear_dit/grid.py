@@ -65,7 +65,10 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
 
 
 def layout_from_rotary(
-    cos: torch.Tensor, sin: torch.Tensor, text_length: int | None = None
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    text_length: int | None = None,
+    local_references: bool = False,
 ) -> Layout:
     """The layout that a rotary table describes.
 
@@ -74,9 +77,11 @@ def layout_from_rotary(
             the group's first.
         text_length: number of text tokens, where it is known. Otherwise it is inferred: text tokens
             all have one position, and the picture's first token may have the same one.
+        local_references: whether the layout shall have the grids of reference images.
 
     Raises:
-        ValueError: the picture's tokens are not one raster, or the text length is ambiguous.
+        ValueError: the picture's tokens are not one raster, or the text length is ambiguous; see
+            also `reference_grids`.
     """
     angles = torch.atan2(sin[:, ::2].float(), cos[:, ::2].float())
     before = text_length or 0
@@ -89,7 +94,11 @@ def layout_from_rotary(
             f"CLEAR: cannot tell {references} tokens of reference images from further rows of a "
             f"picture of {layout.columns} columns. Use apply_clear, which reads the position ids."
         )
-    return layout._replace(reference_length=references)
+    layout = layout._replace(reference_length=references)
+    if local_references:
+        grids = reference_grids(angles[first_group:], period=2 * math.pi)
+        layout = layout._replace(local_references=grids)
+    return layout
 
 
 def _layout_from_angles(angles: torch.Tensor, text_length: int | None) -> Layout:
@@ -112,6 +121,36 @@ def _layout_from_angles(angles: torch.Tensor, text_length: int | None) -> Layout
             f"tokens have the same position). {REMEDY}"
         )
     return found[0]
+
+
+def reference_grids(
+    positions: torch.Tensor, period: float | None = None
+) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of every reference image.
+
+    One begins where the group is another one, and where the first position of a group comes again.
+
+    Args:
+        positions: (tokens, channels), float: what marks the place of each token of reference
+            images, the group first.
+        period: as in `find_grid`.
+
+    Raises:
+        ValueError: the tokens of an image are not one raster.
+    """
+    group, grids = positions[:, 0], []
+    changes = (group[1:] != group[:-1]).nonzero().flatten() + 1
+    for tokens in positions.tensor_split(changes.cpu()):
+        again = (tokens[1:] == tokens[:1]).all(dim=1).nonzero().flatten() + 1
+        for image in tokens.tensor_split(again.cpu()):
+            try:
+                grids += [find_grid(image, period)] if len(image) else []
+            except ValueError:
+                raise ValueError(
+                    f"CLEAR: {len(image)} tokens of a reference image are not in raster order, so "
+                    "that it has no disc within itself; use references='dense'."
+                ) from None
+    return tuple(grids)
 
 
 def _picture_length(group: torch.Tensor) -> int:

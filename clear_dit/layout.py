@@ -23,6 +23,8 @@ class Layout(NamedTuple):
             right behind the picture. They are treated as text is.
         image_first: whether a layer with one sequence has picture and references before the text.
             Layers that get image and text apart are the same either way.
+        local_references: (rows, columns) of every reference image, where they are local within
+            themselves; else empty.
     """
 
     text_length: int
@@ -30,6 +32,7 @@ class Layout(NamedTuple):
     columns: int
     reference_length: int = 0
     image_first: bool = False
+    local_references: tuple[tuple[int, int], ...] = ()
 
     @property
     def image_length(self) -> int:
@@ -55,11 +58,15 @@ class Layout(NamedTuple):
     def window(self, radius: int, down_factor: int) -> Window:
         """Who attends to whom once the reference images are moved behind the text.
 
-        They are treated as text is: seen by every query, and seeing everything. An edit may move
-        things further than the disc reaches; and they do not grow with the picture.
+        They are treated as text is: seen by every query, and seeing everything, but maybe (see
+        `local_references`) of themselves only the disc. An edit may move things further than the
+        disc reaches; and they do not grow with the picture.
         """
         text = self.text_length + self.reference_length
-        return Window(self.rows, self.columns, text, radius, down_factor)
+        return Window(
+            self.rows, self.columns, text, radius, down_factor,
+            local_references=self.local_references,
+        )  # fmt: skip
 
     def to_local(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, ...) in a layer's order as local attention takes it.

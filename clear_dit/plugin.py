@@ -13,6 +13,7 @@ from torch import nn
 from .chunking import chunk_feed_forward, is_chunked
 from .families.family import Family
 from .families.table import (
+    all_families,
     attention_layers,
     family_of,
     find_family,
@@ -57,6 +58,7 @@ def apply_clear(
     weights: str | os.PathLike[str] | None = None,
     impl: str = "auto",
     proportional_base: int | None = None,
+    references: str = "dense",
 ) -> tuple[Applied, ...]:
     """Replace the attention of every layer of a model by CLEAR's local attention.
 
@@ -76,6 +78,9 @@ def apply_clear(
             leaves the model's weights as they are.
         impl: one of `auto, triton, flex, tiled, reference`.
         proportional_base: see `CLEARProcessor`.
+        references: "dense" or "local": whether reference images (FLUX.1-Kontext, FLUX.2,
+            Qwen-Image-Edit) attend to all of themselves or, like the picture, to their discs; see
+            `CLEARProcessor`.
 
     Returns:
         What was done to the transformer and to every ControlNet; the log says it too, at INFO.
@@ -86,11 +91,16 @@ def apply_clear(
         OSError: the weights cannot be found.
     """
     settings = CLEARProcessor(
-        radius=radius, down_factor=down_factor, impl=impl, proportional_base=proportional_base
+        radius=radius,
+        down_factor=down_factor,
+        impl=impl,
+        proportional_base=proportional_base,
+        references=references,
     )
     models = models_of(pipe_or_model, "apply_clear")
     for model in models:
         _refuse_layers(model)
+        _refuse_references(model, settings)
     if weights is None:
         return tuple(install(model, settings) for model in models)
     from .weights import find_weights, load_checked, open_checked
@@ -198,6 +208,21 @@ def _refuse_layers(model: nn.Module) -> None:
         raise ValueError(
             f"apply_clear: {name} has {processor}; in {family.title} CLEAR takes the place of "
             f"{' or '.join(family.processors)}. Put that back first."
+        )
+
+
+def _refuse_references(model: nn.Module, settings: CLEARProcessor) -> None:
+    """Refuse an option for reference images in a family that has none.
+
+    Raises:
+        ValueError: the family, and those that have them.
+    """
+    family = family_of(model)
+    if settings.references == "local" and family.reference_grids is None:
+        have = ", ".join(other.title for other in all_families() if other.reference_grids)
+        raise ValueError(
+            f"apply_clear: references='local' is for {have}; {family.title} has no reference "
+            "images. Leave it out."
         )
 
 

@@ -26,6 +26,9 @@ _get_qkv_projections, FluxAttention, FluxAttnProcessor = names_from(
     "FluxAttnProcessor",
 )
 
+# How reference images attend within themselves.
+REFERENCES = ("dense", "local")
+
 
 class CLEARProcessor(nn.Module):
     """Attention processor for the double and single blocks of FLUX.1 (arXiv 2412.16112).
@@ -35,7 +38,8 @@ class CLEARProcessor(nn.Module):
     `apply_clear` gives every layer a processor of its own, which `down_factor` > 1 needs (a layer
     has its own weights), and torch.compile and IP-adapters too.
 
-    Tokens of reference images (FLUX.1-Kontext) are seen by every query and see everything, as text.
+    Tokens of reference images (FLUX.1-Kontext) are seen by every query and see everything, as text;
+    with references="local" they see of their own image only the disc.
 
     Args:
         radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1.
@@ -45,6 +49,10 @@ class CLEARProcessor(nn.Module):
         proportional_base: number of tokens (text + image) the model was trained at, 4608 for FLUX
             at 1024 px. Scores are then scaled by sqrt(log_base(tokens) / head_dim), which keeps
             their entropy at higher resolutions (arXiv 2306.08645); by head_dim^-0.5 where None.
+        references: "dense", or "local": a token of a reference image attends within its own image
+            to the disc of `radius` tokens alone, on that image's grid, which takes time linear in
+            its tokens. To all else it attends in full, as in "dense", and there are no pooled keys
+            of it. For inference; not with two positions a token, nor shared by several ranks.
 
     Attributes:
         spatial_weight: (1, 1, 1, f, 1, f, 1), the pooling weights; None if f = down_factor is 1.
@@ -67,6 +75,7 @@ class CLEARProcessor(nn.Module):
         impl: str = "auto",
         grid: tuple[int, int] | None = None,
         proportional_base: int | None = None,
+        references: str = "dense",
     ) -> None:
         super().__init__()
         _check_integer("radius", radius, 1)
@@ -92,11 +101,21 @@ class CLEARProcessor(nn.Module):
             grid = (grid[0], grid[1])
         if proportional_base is not None:
             _check_integer("proportional_base", proportional_base, 2)
+        if references not in REFERENCES:
+            raise ValueError(
+                f"CLEARProcessor: references must be {' or '.join(REFERENCES)}, got {references!r}."
+            )
+        if grid is not None and references == "local":
+            raise ValueError(
+                "CLEARProcessor: references='local' needs the grids of the reference images, which "
+                "are found with the picture's; leave grid out."
+            )
         self.radius = radius
         self.down_factor = down_factor
         self.impl = impl
         self.grid = grid
         self.proportional_base = proportional_base
+        self.references = references
         self.tracker = WindowTracker(radius, down_factor)
         if down_factor > 1:
             shape = (1, 1, 1, down_factor, 1, down_factor, 1)
@@ -107,7 +126,7 @@ class CLEARProcessor(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        names = ("radius", "down_factor", "impl", "grid", "proportional_base")
+        names = ("radius", "down_factor", "impl", "grid", "proportional_base", "references")
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
@@ -321,7 +340,7 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: without image_rotary_emb the token grid cannot be found; pass "
                 "CLEARProcessor(grid=(rows, columns))."
             )
-        forward = self.tracker.find(rotary, text_length)
+        forward = self.tracker.find(rotary, text_length, self.references == "local")
         layout = forward.layout
         if layout.sequence_length != sequence or text_length not in (None, layout.text_length):
             raise ValueError(

@@ -120,12 +120,16 @@ class ClearState:
         assert self.tracker is not None
         signature = inspect.signature(type(model).forward)
         given = signature.bind_partial(model, *args, **kwargs).arguments
-        grid = next(iter(self.installed.values())).grid
-        reading = family_of(model).read(model, given, grid)
+        settings, family = next(iter(self.installed.values())), family_of(model)
+        reading = family.read(model, given, settings.grid)
         if reading is None:
             return None
+        layout = reading.layout
+        if settings.references == "local" and family.reference_grids and layout.reference_length:
+            grids = family.reference_grids(given, layout)
+            layout = layout._replace(local_references=grids)
         impl = self._chosen_impl(reading.like)
-        self.tracker.announce(reading.layout, impl, valid_text(reading.text_mask))
+        self.tracker.announce(layout, impl, valid_text(reading.text_mask))
         if not reading.changes:
             return None
         bound = signature.bind(model, *args, **kwargs)

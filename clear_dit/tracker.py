@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,9 @@ class WindowTracker:
 
     def window(self, layout: Layout) -> Window:
         """The window for a layout: always the same object while it is in use."""
+        if torch.compiler.is_compiling() and self.impl in CUSTOM_OPS:
+            # To look it up would make constants of numbers that are symbolic, see `compiled`.
+            return layout.window(self.radius, self.down_factor)
         if layout not in self._windows:
             self._windows[layout] = layout.window(self.radius, self.down_factor)
         self._windows.move_to_end(layout)
@@ -75,7 +79,9 @@ class WindowTracker:
         self.impl = impl
         self._is_news = True
         self._announced_window = self.window(layout)
-        self._sizes = torch.empty([size + 2 for size in layout[:-1]], device="meta")
+        sizes = [layout.text_length, layout.rows, layout.columns, layout.reference_length]
+        sizes += chain(*layout.local_references)
+        self._sizes = torch.empty([size + 2 for size in sizes], device="meta")
 
     def compiled(self) -> tuple[Layout, Window]:
         """Layout and window of the forward under way, for code that torch.compile traces.
@@ -97,15 +103,24 @@ class WindowTracker:
         layout = self.announced.layout
         if self.impl not in CUSTOM_OPS:
             return layout, self._announced_window
-        text, rows, columns, references = (size - 2 for size in self._sizes.shape)
-        layout = Layout(text, rows, columns, references, layout.image_first)
-        return layout, layout.window(self.radius, self.down_factor)
+        text, rows, columns, references, *local = (size - 2 for size in self._sizes.shape)
+        local_references = tuple(zip(local[::2], local[1::2], strict=True))
+        layout = Layout(text, rows, columns, references, layout.image_first, local_references)
+        return layout, self.window(layout)
 
-    def find(self, rotary: tuple[torch.Tensor, ...], text_length: int | None) -> Forward:
+    def find(
+        self,
+        rotary: tuple[torch.Tensor, ...],
+        text_length: int | None,
+        local_references: bool = False,
+    ) -> Forward:
         """The forward that this rotary table belongs to.
 
         A table seen before keeps its layout: gradient checkpointing runs a layer again when other
         forwards may have gone by.
+
+        Args:
+            rotary: cos, sin, ...; see `layout_from_rotary` for these and the others.
         """
         cos, sin = rotary[:2]
         forward = self._by_rotary.get(cos)
@@ -114,7 +129,8 @@ class WindowTracker:
                 forward = self.announced
                 self._is_news = False
             else:
-                forward = Forward(layout_from_rotary(cos, sin, text_length))
+                layout = layout_from_rotary(cos, sin, text_length, local_references)
+                forward = Forward(layout)
             self._by_rotary[cos] = forward
         return forward
 

@@ -188,7 +188,7 @@ def local_attention(
     Raises:
         ValueError: shapes, dtypes or devices that differ, a sequence that contradicts the window,
             an unknown `impl`, an explicit `impl` that cannot run here, or gradients with
-            `window.query_rows`, which has no backward pass.
+            `window.query_rows` or `window.local_references`, which have no backward pass.
     """
     check_inputs(q, k, v, window, spatial_weight)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -199,6 +199,18 @@ def local_attention(
         raise ValueError(
             "local_attention: a window with query_rows has no backward pass; use torch.no_grad()."
         )
+    if needs_grad and window.local_references:
+        raise ValueError(
+            "local_attention: reference images that are local within themselves have no backward "
+            "pass; use torch.no_grad(), or references='dense'."
+        )
+    if window.local_references and impl != "reference":
+        from .reference_images import attention_with_local_references  # which calls this for parts
+
+        out, lse = attention_with_local_references(
+            q, k, v, window, scale=scale, spatial_weight=spatial_weight, impl=impl
+        )
+        return (out, lse) if return_lse else out
     name = select_impl(impl, q, needs_grad, return_lse)
     out, lse = _RUN[name](
         q,

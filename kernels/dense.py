@@ -1,18 +1,23 @@
-"""Attention of a few queries over many keys, all of them: what text is given.
+"""Attention of queries over all of many keys: what text is given, and reference images.
 
-Together with the log-sum-exp, which joins it exactly with attention over other keys (merge.py).
+Together with the log-sum-exp, which joins it exactly with attention over other keys (merge.py). An
+opaque operator, as the other kernels with loops of their own are (opaque.py).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from .attention import select_impl
 from .merge import merge_
 from .partial import attend, compute_dtype
 
-# Keys taken at a time where scores are stored (no fused attention).
+# Keys and queries taken at a time: where there is no fused attention, scores are stored.
 KEYS = 4096
+QUERIES = 1024
 
 
 def dense_attention(
@@ -37,21 +42,40 @@ def dense_attention(
     Raises:
         ValueError: unknown `impl`, or an explicit one that cannot run here.
     """
-    if select_impl(impl, query) == "triton":
+    return _op(query, key, value, scale, select_impl(impl, query) == "triton")
+
+
+def _forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, by_triton: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if by_triton:
         from .triton.ops import triton_dense_attention
 
         return triton_dense_attention(query, key, value, scale)
     dtype = compute_dtype(query.dtype, query.device)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # heads first
-    query = query.to(dtype)
-    out = lse = None
-    for some_keys, some_values in zip(key.split(KEYS, 2), value.split(KEYS, 2), strict=True):
-        part, part_lse = attend(query, some_keys.to(dtype), some_values.to(dtype), scale)
-        if out is None or lse is None:
-            wide = torch.promote_types(dtype, torch.float32)
-            out, lse = part.to(wide), part_lse.to(wide)
-        else:
-            merge_(out, lse, part, part_lse)
-    assert out is not None
-    assert lse is not None
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    wide = torch.promote_types(dtype, torch.float32)
+    outs, lses = [], []
+    for queries in query.to(dtype).split(QUERIES, 2):
+        out = queries.new_zeros(queries.shape, dtype=wide)
+        lse = out.new_full(out.shape[:-1], float("-inf"))
+        for keys, values in zip(key.split(KEYS, 2), value.split(KEYS, 2), strict=True):
+            merge_(out, lse, *attend(queries, keys.to(dtype), values.to(dtype), scale))
+        outs.append(out.transpose(1, 2))
+        lses.append(lse.transpose(1, 2))
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+
+
+_op = torch.library.custom_op("clear_dit::dense_attention", _forward, mutates_args=())
+
+
+@_op.register_fake
+def _fake(query, key, value, scale, by_triton):
+    out = query.new_empty(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    return out, out.new_empty(query.shape[:-1])
+
+
+@register_flop_formula(torch.ops.clear_dit.dense_attention)
+def _flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    batch, queries, heads, head_dim = query
+    return 4 * batch * queries * key[1] * heads * head_dim

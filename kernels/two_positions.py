@@ -47,9 +47,14 @@ def two_position_attention(
         The attention output, shape and dtype of `value`.
 
     Raises:
-        ValueError: gradients are asked for, which no merged part carries; what `local_attention`
-            refuses.
+        ValueError: gradients are asked for, which no merged part carries; a window with
+            `local_references`; what `local_attention` refuses.
     """
+    if window.local_references:
+        raise ValueError(
+            "two_position_attention: reference images that are local within themselves do not go "
+            "with two positions a token; use references='dense', or rope \"yarn\"."
+        )
     tensors = (*near, *far, value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(
@@ -59,9 +64,8 @@ def two_position_attention(
     text = window.text_length
     scale = value.shape[-1] ** -0.5 if scale is None else float(scale)
     query, key = far
-    picture = Window(window.height, window.width, 0, window.radius)
     image, lse = local_attention(
-        near[0][:, text:], near[1][:, text:], value[:, text:], picture,
+        near[0][:, text:], near[1][:, text:], value[:, text:], window.image_only,
         scale=scale, impl=impl, return_lse=True,
     )  # fmt: skip
     far_key, far_value = key[:, :text], value[:, :text]

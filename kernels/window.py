@@ -7,9 +7,13 @@ the image tokens in raster order. Keys may be followed by pooled tokens (see `po
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class Window:
       (y - y')^2 + (x - x')^2 < radius^2 (strict; nothing beyond the border), all text keys and,
       with `down_factor` > 1, all pooled keys.
     - A text query sees all text keys and all image keys, but no pooled key.
+    - With `local_references`, a token of such a reference image sees of its own image the tokens of
+      its disc only; everything else as a text query does.
 
     Attributes:
         height: rows of the image's token grid, at least 1.
@@ -29,10 +35,13 @@ class Window:
         down_factor: side of a pooling cell, in tokens; 1 means no pooled keys.
         query_rows: None where every token is a query. (start, stop) where only the image tokens of
             these rows are, and no text: the share of a process that has no more of the picture.
+        local_references: (rows, columns) of reference images that are local within themselves. They
+            are the last of the `text_length` tokens, in this order, each in raster order.
 
     Raises:
-        TypeError: a field is not an int.
-        ValueError: a field is out of its range, or a pooling cell is larger than the grid.
+        TypeError: a size is not an int.
+        ValueError: a field is out of its range, a pooling cell is larger than the grid, or the
+            reference images are not among the text or come with `query_rows`.
     """
 
     height: int
@@ -41,15 +50,12 @@ class Window:
     radius: int
     down_factor: int = 1
     query_rows: tuple[int, int] | None = None
+    local_references: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         minimum = {"height": 1, "width": 1, "text_length": 0, "radius": 1, "down_factor": 1}
         for name, least in minimum.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"Window: {name} must be an int, got {value!r}.")
-            if value < least:
-                raise ValueError(f"Window: {name} must be at least {least} token(s), got {value}.")
+            _check_size(name, getattr(self, name), least)
         if self.down_factor > 1 and self.down_factor > min(self.height, self.width):
             raise ValueError(
                 f"Window: down_factor must not exceed the token grid ({self.height} x "
@@ -62,9 +68,23 @@ class Window:
                     f"Window: query_rows must be (start, stop) with 0 <= start < stop <= "
                     f"{self.height}, got {self.query_rows}."
                 )
+        if self.local_references:
+            self._check_references()
 
-    def __getstate__(self) -> dict[str, int]:
-        # What an implementation remembered on the value (FlexAttention's mask) stays behind.
+    def _check_references(self) -> None:
+        for rows, columns in self.local_references:
+            _check_size("rows of local_references", rows, 1)
+            _check_size("columns of local_references", columns, 1)
+        if self.references_start < 0:
+            raise ValueError(
+                f"Window: local_references {self.local_references} must be among the "
+                f"{self.text_length} tokens of text_length."
+            )
+        if self.query_rows is not None:
+            raise ValueError("Window: local_references and query_rows exclude each other.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was remembered on the value (FlexAttention's mask, derived windows) stays behind.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -105,6 +125,40 @@ class Window:
             return 0
         return math.ceil(self.height / self.down_factor) * math.ceil(self.width / self.down_factor)
 
+    @property
+    def references_start(self) -> int:
+        """Place of the first token of `local_references` in the sequence; behind the text."""
+        return self.text_length - sum(rows * columns for rows, columns in self.local_references)
+
+    @property
+    def image_only(self) -> Window:
+        """The picture's disc, without text and pooled keys; always the same object."""
+        return self._once("_image_only", lambda: Window(self.height, self.width, 0, self.radius))
+
+    @property
+    def image_queries(self) -> Window:
+        """The same keys, seen by the picture's tokens alone; always the same object."""
+        return self._once(
+            "_image_queries",
+            lambda: replace(self, query_rows=self.image_query_rows, local_references=()),
+        )
+
+    @property
+    def reference_windows(self) -> tuple[Window, ...]:
+        """The disc within each of `local_references`; always the same objects."""
+        sizes, radius = self.local_references, self.radius
+        return self._once(
+            "_reference_windows", lambda: tuple(Window(*size, 0, radius) for size in sizes)
+        )
+
+    def _once(self, name: str, make: Callable[[], Derived]) -> Derived:
+        """What is derived from the value, remembered for what implementations remember on it."""
+        if torch.compiler.is_compiling():  # the value itself may live in the trace alone
+            return make()
+        if name not in self.__dict__:
+            self.__dict__[name] = make()
+        return self.__dict__[name]
+
     def mask(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Dense mask, True where a query attends to a key.
 
@@ -123,6 +177,11 @@ class Window:
         )
         mask[text:, text : self.sequence_length] = distance2 < self.disc_radius**2
         mask[:text, self.sequence_length :] = False
+        start = self.references_start
+        for own in self.reference_windows:
+            stop = start + own.image_length
+            mask[start:stop, start:stop] = own.mask(device)
+            start = stop
         return mask
 
     def disc_pairs(self) -> int:
@@ -144,7 +203,8 @@ class Window:
         text = self.text_query_length
         image = self.query_length - text
         dense = text * self.sequence_length + image * (self.text_length + self.pooled_length)
-        return dense + self.disc_pairs()
+        unseen = sum(own.image_length**2 - own.disc_pairs() for own in self.reference_windows)
+        return dense - unseen + self.disc_pairs()
 
     def attention_flops(self, heads: int, head_dim: int) -> int:
         """Floating-point operations of one attention layer, batch 1.
@@ -153,3 +213,10 @@ class Window:
         product of probability and value (as the paper's table 2 counts; softmax not counted).
         """
         return 4 * self.attended_pairs() * heads * head_dim
+
+
+def _check_size(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"Window: {name} must be an int, got {value!r}.")
+    if value < least:
+        raise ValueError(f"Window: {name} must be at least {least} token(s), got {value}.")

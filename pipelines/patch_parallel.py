@@ -229,6 +229,11 @@ class PatchParallel:
         assert tracker is not None
         assert tracker.announced is not None  # ClearState's hook came first
         layout = tracker.announced.layout
+        if layout.local_references:
+            raise ValueError(
+                f"{WHO} does not share reference images that are local within themselves; call "
+                "apply_clear with references='dense'."
+            )
         key = (layout, tracker.radius, tracker.down_factor)
         if key not in self._shares:
             for share in self._shares.values():

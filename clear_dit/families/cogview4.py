@@ -96,5 +96,6 @@ FAMILY = Family(
     grid_from="the latents' shape",
     heads="32 x 128",
     positions="256 tokens a side: beyond, neighbours share positions",
+    repeated_blocks=False,
     unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
 )

@@ -46,6 +46,8 @@ class Family:
         processors: class name of a stock processor to CLEAR's that takes its place.
         read: (model, the forward's arguments by name, explicit grid) to what they say; None where
             arguments are missing, of which the model itself complains.
+        reference_grids: (the forward's arguments by name, their layout) to rows and columns of
+            every reference image; None where the family has none.
         order: of the tokens in a layer with one sequence.
         grid_from: where rows and columns are found.
         heads: heads x channels of the published models.
@@ -56,6 +58,7 @@ class Family:
         unsupported: feature of `FEATURES` to why the family is not for it.
         serves_fused: whether the processors work on layers with fused projections.
         chunked: whether `chunk_feed_forward` knows the blocks.
+        repeated_blocks: whether diffusers' `compile_repeated_blocks` knows them.
     """
 
     name: str
@@ -68,11 +71,15 @@ class Family:
     grid_from: str
     heads: str
     positions: str
+    reference_grids: Callable[[Mapping[str, Any], Layout], tuple[tuple[int, int], ...]] | None = (
+        None
+    )
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     kept: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
     serves_fused: bool = False
     chunked: bool = False
+    repeated_blocks: bool = True
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """The attention layers CLEAR runs in, by name: "transformer_blocks.0.attn"."""

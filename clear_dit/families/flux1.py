@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..grid import layout_from_ids, unrounded_ids
+from ..grid import layout_from_ids, reference_grids, unrounded_ids
 from ..ip_adapter import LayerProcessor
 from ..layout import Layout
 from .family import Family, Reading, check_image_length
@@ -28,6 +28,13 @@ def read_ids(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None)
     return Reading(layout, latents, changes={} if exact is None else {"img_ids": exact})
 
 
+def grids_from_ids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int, int], ...]:
+    """`Family.reference_grids` where the forward gets `img_ids`."""
+    img_ids = given["img_ids"]
+    img_ids = img_ids[0] if img_ids.ndim == 3 else img_ids
+    return reference_grids(img_ids[layout.image_length :].float())
+
+
 FAMILY = Family(
     name="flux1",
     title="FLUX.1 (dev, schnell, Kontext, Fill)",
@@ -38,6 +45,7 @@ FAMILY = Family(
         "FluxIPAdapterAttnProcessor": LayerProcessor,
     },
     read=read_ids,
+    reference_grids=grids_from_ids,
     order="text, picture, references",
     grid_from="img_ids, or the rotary table",
     heads="24 x 128",

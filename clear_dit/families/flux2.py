@@ -14,7 +14,7 @@ import torch
 from ..compat import names_from
 from ..norm_rope import Rotary, norm_and_rotate
 from .family import Family, Reading, only
-from .flux1 import read_ids
+from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor
 
 (_get_qkv_projections,) = names_from(
@@ -111,6 +111,7 @@ FAMILY = Family(
         "Flux2KVParallelSelfAttnProcessor": Flux2ParallelProcessor,
     },
     read=_read,
+    reference_grids=grids_from_ids,
     order="text, picture, references",
     grid_from="img_ids (four numbers: group, row, column, text position)",
     heads="48 x 128 (dev), 24 x 128 (klein 4B), 32 x 128 (klein 9B)",

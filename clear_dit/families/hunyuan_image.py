@@ -53,9 +53,8 @@ class HunyuanImageProcessor(JointProcessor):
                 (encoder_hidden_states, text_linears),
             )
         )
-        query, key = (
-            norm_and_rotate(image[i], norms[i], rotary, text[i], text_norms[i]) for i in range(2)
-        )
+        query = norm_and_rotate(image[0], norms[0], rotary, text[0], text_norms[0])
+        key = norm_and_rotate(image[1], norms[1], rotary, text[1], text_norms[1])
         value = torch.cat([text[2], image[2]], dim=1)
         del image, text
         out = self.attend_joint((query, key, value), layout, valid_text, window)

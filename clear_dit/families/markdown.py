@@ -15,6 +15,7 @@ ATTENTION = (
     "class in diffusers",
     "processors replaced",
     "order of tokens",
+    "reference images",
     "grid from",
     "heads x channels",
     "largest size",
@@ -23,6 +24,7 @@ BESIDES = (
     "family",
     "tuned, and held by CLEAR weights",
     "layers left as they are",
+    "torch.compile",
     "supported besides",
     "why not the rest",
 )
@@ -41,6 +43,7 @@ def _attention(family: Family) -> tuple[str, ...]:
         _code([family.transformer]),
         _code(family.processors),
         family.order,
+        "none" if family.reference_grids is None else "dense to all, or local within themselves",
         family.grid_from,
         family.heads,
         family.positions,
@@ -55,6 +58,7 @@ def _besides(family: Family) -> tuple[str, ...]:
         family.title,
         _code(family.tuned),
         "; ".join(kept) or "none",
+        "`compile_repeated_blocks`" if family.repeated_blocks else "`compile` of each block",
         ", ".join(supported) or "nothing",
         "; ".join(reasons) or "-",
     )

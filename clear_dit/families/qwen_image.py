@@ -84,9 +84,8 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
             "CLEAR: Qwen-Image-Layered is not supported: it makes several pictures at once, one "
             "behind the other, and CLEAR's window is one picture's."
         )
-    first = shapes[0] if isinstance(shapes, list) else shapes
-    pictures = first if isinstance(first, list) else [first]
-    if isinstance(shapes, list) and any(other != first for other in shapes):
+    pictures = _pictures(given)
+    if isinstance(shapes, list) and any(other != shapes[0] for other in shapes):
         raise ValueError(
             f"CLEAR: all pictures of a batch must have one size, got img_shapes={shapes}."
         )
@@ -111,6 +110,24 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     return Reading(layout, latents, mask, changes)
 
 
+def _pictures(given: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """(frames, rows, columns) of the picture and the reference images; of the batch's first."""
+    shapes = given["img_shapes"]
+    first = shapes[0] if isinstance(shapes, list) else shapes
+    return first if isinstance(first, list) else [first]
+
+
+def _reference_grids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int, int], ...]:
+    """`Family.reference_grids`."""
+    _, *references = _pictures(given)
+    if any(frames != 1 for frames, _, _ in references):
+        raise ValueError(
+            "CLEAR: references='local' is for reference images of one frame, got img_shapes="
+            f"{given['img_shapes']}; use references='dense'."
+        )
+    return tuple((rows, columns) for _, rows, columns in references)
+
+
 def _check_positions(model: Any, pictures: list[tuple[int, int, int]], text_length: int) -> None:
     """The model's table of positions is finite, and slices of it past its end are just shorter."""
     limit = len(model.pos_embed.pos_freqs)
@@ -132,6 +149,7 @@ FAMILY = Family(
     stacks=("transformer_blocks",),
     processors={"QwenDoubleStreamAttnProcessor2_0": QwenProcessor},
     read=_read,
+    reference_grids=_reference_grids,
     order="text, picture, references",
     grid_from="img_shapes",
     heads="24 x 128",

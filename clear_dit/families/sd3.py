@@ -83,5 +83,6 @@ FAMILY = Family(
     positions="192 tokens a side (3-medium, 3.5-large), 384 (3.5-medium): a table, pos_embed",
     # diffusers keeps to_q, to_k and to_v beside fused ones, and says so by another processor alone.
     serves_fused=True,
+    repeated_blocks=False,
     unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
 )

@@ -87,6 +87,23 @@ def test_equal_positions_are_local_attention(window):
     torch.testing.assert_close(out, expected)
 
 
+def test_the_pictures_own_window_is_made_once(monkeypatch):
+    """What FlexAttention remembers on it then serves every layer and step."""
+    seen = []
+
+    def spy(query, key, value, window, **options):
+        seen.append(window)
+        return local_attention(query, key, value, window, **options)
+
+    monkeypatch.setattr(two_positions, "local_attention", spy)
+    window = WINDOWS[1]
+    near, far, value, weight = inputs(window, torch.float32)
+    for _ in range(2):
+        two_position_attention(near, far, value, window, spatial_weight=weight)
+    assert seen == [Window(9, 13, 0, 3)] * 2
+    assert seen[0] is seen[1]
+
+
 def test_gradients_are_refused():
     near, far, value, _ = inputs(WINDOWS[0], torch.float32)
     value.requires_grad_()
