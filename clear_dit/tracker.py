@@ -81,14 +81,16 @@ class WindowTracker:
         self._announced_window = self.window(layout)
         sizes = [layout.text_length, layout.rows, layout.columns, layout.reference_length]
         sizes += chain(*layout.local_references)
-        self._sizes = torch.empty([size + 2 for size in sizes], device="meta")
+        self._sizes = [
+            torch.empty(_apart(place) + size, device="meta") for place, size in enumerate(sizes)
+        ]
 
     def compiled(self) -> tuple[Layout, Window]:
         """Layout and window of the forward under way, for code that torch.compile traces.
 
         Implementations that are custom ops take their numbers as arguments. They are then read from
-        the shape of a tensor: such numbers the compiler keeps symbolic (unless 0 or 1), and a new
-        resolution does not compile the model again.
+        the lengths of tensors, one each: such numbers the compiler keeps symbolic, unless 0 or 1 or
+        equal to another (see `_apart`), and a new resolution does not compile the model again.
         """
         if self.announced is None:
             raise RuntimeError(
@@ -103,7 +105,9 @@ class WindowTracker:
         layout = self.announced.layout
         if self.impl not in CUSTOM_OPS:
             return layout, self._announced_window
-        text, rows, columns, references, *local = (size - 2 for size in self._sizes.shape)
+        text, rows, columns, references, *local = (
+            tensor.shape[0] - _apart(place) for place, tensor in enumerate(self._sizes)
+        )
         local_references = tuple(zip(local[::2], local[1::2], strict=True))
         layout = Layout(text, rows, columns, references, layout.image_first, local_references)
         return layout, self.window(layout)
@@ -155,3 +159,8 @@ class WindowTracker:
             if key is not None:
                 self._by_rotary[key] = forward
         return forward
+
+
+def _apart(place: int) -> int:
+    """What is added to a number before it becomes a length: none is 0 or 1, no two are equal."""
+    return (place + 1) << 32

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .attention import select_impl
 from .merge import merge_
+from .opaque import channels_contiguous
 from .partial import attend, compute_dtype
 
 # Keys and queries taken at a time: where there is no fused attention, scores are stored.
@@ -53,17 +54,16 @@ def _forward(
 
         return triton_dense_attention(query, key, value, scale)
     dtype = compute_dtype(query.dtype, query.device)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # heads first
-    wide = torch.promote_types(dtype, torch.float32)
-    outs, lses = [], []
-    for queries in query.to(dtype).split(QUERIES, 2):
-        out = queries.new_zeros(queries.shape, dtype=wide)
-        lse = out.new_full(out.shape[:-1], float("-inf"))
+    out = query.new_zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    lse = out.new_full(out.shape[:-1], float("-inf"))
+    heads_first = (x.transpose(1, 2) for x in channels_contiguous(query, key, value))
+    query, key, value = heads_first
+    blocks = (x.split(QUERIES, 2) for x in (query, out.transpose(1, 2), lse.transpose(1, 2)))
+    for queries, part_out, part_lse in zip(*blocks, strict=True):
+        queries = queries.to(dtype)
         for keys, values in zip(key.split(KEYS, 2), value.split(KEYS, 2), strict=True):
-            merge_(out, lse, *attend(queries, keys.to(dtype), values.to(dtype), scale))
-        outs.append(out.transpose(1, 2))
-        lses.append(lse.transpose(1, 2))
-    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+            merge_(part_out, part_lse, *attend(queries, keys.to(dtype), values.to(dtype), scale))
+    return out, lse
 
 
 _op = torch.library.custom_op("clear_dit::dense_attention", _forward, mutates_args=())

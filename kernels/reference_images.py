@@ -1,4 +1,4 @@
-"""Attention where reference images are local within themselves, linear in their tokens too.
+"""Attention where reference images are local within themselves, linear in the tokens of each too.
 
 Reference images (FLUX.1-Kontext, FLUX.2, Qwen-Image-Edit) stand beside the picture in the sequence
 and by default are treated as text is, which makes their own part quadratic. CLEAR has no word on

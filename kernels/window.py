@@ -39,7 +39,7 @@ class Window:
             are the last of the `text_length` tokens, in this order, each in raster order.
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or local_references no tuple of pairs.
         ValueError: a field is out of its range, a pooling cell is larger than the grid, or the
             reference images are not among the text or come with `query_rows`.
     """
@@ -68,16 +68,23 @@ class Window:
                     f"Window: query_rows must be (start, stop) with 0 <= start < stop <= "
                     f"{self.height}, got {self.query_rows}."
                 )
-        if self.local_references:
+        if self.local_references != ():
             self._check_references()
 
     def _check_references(self) -> None:
-        for rows, columns in self.local_references:
+        images = self.local_references
+        if not isinstance(images, tuple) or not all(
+            isinstance(size, tuple) and len(size) == 2 for size in images
+        ):
+            raise TypeError(
+                f"Window: local_references must be a tuple of (rows, columns), got {images!r}."
+            )
+        for rows, columns in images:
             _check_size("rows of local_references", rows, 1)
             _check_size("columns of local_references", columns, 1)
         if self.references_start < 0:
             raise ValueError(
-                f"Window: local_references {self.local_references} must be among the "
+                f"Window: local_references {images} must be among the "
                 f"{self.text_length} tokens of text_length."
             )
         if self.query_rows is not None:

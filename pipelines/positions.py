@@ -55,7 +55,8 @@ class ExtendedPosEmbed(nn.Module):
         theta: base of the model's frequencies.
         axes_dim: channels of the three axes: group, row, column.
         method: one of the above.
-        factors: for rows and for columns: current extent / trained extent, or what "ntk" multiplies
+        factors: for rows and for columns: current extent / trained extent (for "two" from first
+            to last token, and the latter without a `MARGIN` at both ends), or what "ntk" multiplies
             theta by; below 1 positions are spread. The group axis, 0 for all tokens of
             text-to-image, stays as it is.
         trained_side: extent the model was trained at, in tokens; only "yarn" needs it.

