@@ -92,8 +92,8 @@ def report(found: dict[str, Any]) -> str:
         ]
         if device == "cpu":
             reason = found["compiled_tiled"]
-            path = "its compiled kernel" if reason is None else "PyTorch's operators, slower"
-            lines.append(f"  tiled runs on {path}{'' if reason is None else ': it ' + reason}")
+            path = f"PyTorch's operators, slower: its kernel {reason}"
+            lines.append(f"  tiled runs on {path if reason else 'its compiled kernel'}")
     lines += ["", "extras (pip install 'clear-dit[EXTRA]'):"]
     for extra, packages in found["extras"].items():
         parts = [f"{name} {version or 'missing'}" for name, version in packages.items()]

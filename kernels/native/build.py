@@ -50,19 +50,26 @@ def load(source: Path, definitions: Sequence[str] = ()) -> ctypes.CDLL:
     if found is None:
         raise BuildError("needs a C++ compiler ($CXX, c++, g++ or clang++), and there is none")
     command = [*found, *FLAGS, *(f"-D{each}" for each in definitions)]
+    try:
+        return _load(command, source)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"could not be compiled: {error}") from error
+
+
+def _load(command: list[str], source: Path) -> ctypes.CDLL:
     machine = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     text = b"\0".join([source.read_bytes(), repr(command).encode(), machine])
     name = f"{source.stem}-{hashlib.sha256(text).hexdigest()[:32]}.so"
     folder = _cache_folder()
-    if folder is None:
-        with tempfile.TemporaryDirectory() as work:  # a loaded library needs its file no more
-            return _open(_compile(command, source, Path(work) / name))
-    library = folder / name
-    if not library.exists():
-        # Next to where it goes: then a rename puts it there whole, whoever else does the same.
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            _compile(command, source, Path(work) / name).replace(library)
-    return _open(library)
+    if folder is not None and (folder / name).exists():
+        return ctypes.CDLL(str(folder / name))
+    # In the folder itself: then a rename puts it there whole, whoever else does the same.
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        library = Path(work) / name
+        _run([*command, str(source), "-o", str(library)])
+        if folder is not None:
+            library = library.replace(folder / name)
+        return ctypes.CDLL(str(library))  # once loaded, it needs its file no more
 
 
 def _cache_folder() -> Path | None:
@@ -78,25 +85,10 @@ def _cache_folder() -> Path | None:
     return folder if own and os.access(folder, os.W_OK) else None
 
 
-def _compile(command: list[str], source: Path, library: Path) -> Path:
-    _run([*command, str(source), "-o", str(library)])
-    return library
-
-
 def _run(command: list[str]) -> bytes:
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"could not be compiled: {error}") from error
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         said = next((line for line in lines if "error" in line), lines[-1] if lines else "nothing")
         raise BuildError(f"could not be compiled: {command[0]} says: {said}")
     return done.stdout
-
-
-def _open(library: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise BuildError(f"could not be loaded: {error}") from error

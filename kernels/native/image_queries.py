@@ -43,18 +43,23 @@ class _Problem(ctypes.Structure):
     )
 
 
+# What the kernel takes: a problem, a batch item, a head, first row of queries, row after the last.
+ARGUMENTS = (
+    ctypes.POINTER(_Problem),
+    *(ctypes.c_int64, ctypes.c_int64),
+    *(ctypes.c_int, ctypes.c_int),
+)
+
+
 @functools.cache
 def _library(head_dim: int) -> ctypes.CDLL | str:
     """The kernel for a head_dim, or why there is none. Compiled once per machine: seconds."""
-    source = Path(__file__).with_suffix(".cpp")
     try:
-        library = load(source, [f"HEAD_DIM={head_dim}"])
+        library = load(Path(__file__).with_suffix(".cpp"), [f"HEAD_DIM={head_dim}"])
     except BuildError as error:
         return str(error)
     library.attend_image_queries.restype = ctypes.c_int64
-    library.attend_image_queries.argtypes = (
-        ctypes.POINTER(_Problem), ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int,
-    )  # fmt: skip
+    library.attend_image_queries.argtypes = ARGUMENTS
     return library
 
 
