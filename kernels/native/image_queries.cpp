@@ -189,6 +189,10 @@ void widen_row(const Tensor &from, int64_t b, int y, int64_t h, int width, float
   }
 }
 
+template <class T, int... I> inline vec gather(const T *const *from, int d, Indices<I...>) {
+  return vec{widen(from[I][d])...};
+}
+
 template <class T>
 int64_t attend(const Problem &p, int64_t b, int64_t h, int row_start, int row_stop) {
   const int reach = p.radius - 1, slots = std::min(p.height, TILE_ROWS + 2 * reach);
@@ -210,14 +214,16 @@ int64_t attend(const Problem &p, int64_t b, int64_t h, int row_start, int row_st
     for (int x = 0; x < p.width; x += TILE_COLUMNS) {
       const int last_x = std::min(x + TILE_COLUMNS, p.width) - 1;
       int64_t token[LANES];  // lanes beyond the border repeat the last row or column
+      const T *from[LANES];
       for (int lane = 0; lane < LANES; ++lane) {
         int lane_y = std::min(y + lane / TILE_COLUMNS, last_y);
         int lane_x = std::min(x + lane % TILE_COLUMNS, last_x);
         tile.y[lane] = lane_y, tile.x[lane] = lane_x;
         token[lane] = int64_t(lane_y - p.query_start) * p.width + lane_x;
-        const T *query = p.query.at<const T>(b, token[lane], h);
-        for (int d = 0; d < D; ++d) tile.query[d][lane] = widen(query[d]) * (p.scale * LOG2_E);
+        from[lane] = p.query.at<const T>(b, token[lane], h);
       }
+      constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+      for (int d = 0; d < D; ++d) tile.query[d] = gather(from, d, lanes) * (p.scale * LOG2_E);
       tile.clear();
       tile.see(p.dense_key.at<float>(b, 0, h), p.dense_value.at<float>(b, 0, h), p.dense_length,
                0, vec{} + INFINITY);

@@ -19,7 +19,7 @@ LARGEST_HEAD_DIM = 128
 # Rows and columns together: squares of distances are exact in float32.
 LARGEST_GRID = 4096
 # Rows of queries in a thread's share, at least; the rows of keys above and below are copied again.
-SHARE_ROWS = 16
+SHARE_ROWS = 32
 
 
 class _Tensor(ctypes.Structure):
