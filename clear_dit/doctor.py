@@ -13,7 +13,7 @@ import torch
 from . import __version__
 from .kernels.attention import IMPLS, preference, why_not
 from .kernels.native.build import compiler
-from .kernels.native.image_queries import why_not_compiled
+from .kernels.native.forward import why_not_compiled
 from .models import DEMO
 
 EXTRAS = {

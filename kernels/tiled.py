@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 
 from .merge import merge_
-from .native import image_queries
-from .native.image_queries import attend_compiled, why_not_compiled
+from .native import forward
+from .native.forward import attend_compiled, why_not_compiled
 from .opaque import attention_op, channels_contiguous, run_attention_op
 from .partial import attend, attend_backward, compute_dtype
 from .tiles import (
@@ -62,8 +62,7 @@ def executed_pairs(query: torch.Tensor, window: Window) -> int:
     """(query, key) pairs computed for a head, masked ones too; see `attended_pairs`."""
     if why_not_compiled(query, window.height, window.width) is not None:
         return executed_tile_pairs(window)
-    text = window.text_query_length * window.sequence_length
-    return text + image_queries.executed_pairs(window, query.shape[-1])
+    return forward.executed_pairs(window, query.shape[-1])
 
 
 class _Masks:
@@ -162,21 +161,16 @@ def _forward(
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
-    text_queries = query.shape[1] - (query_stop - query_start) * width
-    if text_queries:
-        text = slice(None, text_queries)
-        _attend_text_queries(query[:, text], key, value, out[:, text], lse[:, text], scale)
     dense_key, dense_value = (
         torch.cat([x[:, :text_length], pooled.to(x.dtype)], dim=1)
         for x, pooled in ((key, pooled_key), (value, pooled_value))
     )
     why_not = why_not_compiled(query, height, width)
     _announce(why_not)
-    attend_image_queries = attend_compiled if why_not is None else _attend_in_bands
-    attend_image_queries(
-        query[:, text_queries:], key[:, text_length:], value[:, text_length:],
-        dense_key, dense_value, out[:, text_queries:], lse[:, text_queries:],
-        height, width, radius, scale, query_start, query_stop,
+    run = attend_compiled if why_not is None else _attend_in_bands
+    run(
+        query, key, value, dense_key, dense_value, out, lse,
+        height, width, text_length, radius, scale, query_start, query_stop,
     )  # fmt: skip
     return out, lse
 
@@ -189,31 +183,6 @@ def _announce(why_not: str | None) -> None:
         logger.info("tiled attention runs on PyTorch's operators; the compiled one %s", why_not)
 
 
-def _attend_text_queries(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> None:
-    """Attention to all text and image keys into `out` and `lse`; (batch, tokens, heads, ...)."""
-    dtype = compute_dtype(query.dtype, query.device)
-    query = query.transpose(1, 2).to(dtype)
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    parts = (
-        attend(query, some_key.to(dtype), some_value.to(dtype), scale)
-        for some_key, some_value in zip(
-            key.split(TEXT_STRETCH, 2), value.split(TEXT_STRETCH, 2), strict=True
-        )
-    )
-    text_out, text_lse = next(parts)
-    for part in parts:
-        merge_(text_out, text_lse, *part)
-    out.copy_(text_out.transpose(1, 2))
-    lse.copy_(text_lse.transpose(1, 2))
-
-
 def _attend_in_bands(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -224,12 +193,19 @@ def _attend_in_bands(
     lse: torch.Tensor,
     height: int,
     width: int,
+    text_length: int,
     radius: int,
     scale: float,
     query_start: int,
     query_stop: int,
 ) -> None:
     """`attend_compiled` by PyTorch's operators, on any device and in any dtype."""
+    text_queries = query.shape[1] - (query_stop - query_start) * width
+    if text_queries:
+        text = slice(None, text_queries)
+        _attend_text_queries(query[:, text], key, value, out[:, text], lse[:, text], scale)
+    query, out, lse = (x[:, text_queries:] for x in (query, out, lse))
+    key, value = key[:, text_length:], value[:, text_length:]
     dtype = compute_dtype(query.dtype, query.device)
     columns = tile_columns(width, radius)
     masks = _Masks(columns, radius, dtype, query.device)
@@ -266,6 +242,31 @@ def _attend_in_bands(
             for whole, part in ((out, band_out), (lse, band_lse)):
                 target = whole[item, own.start * width : own.stop * width]
                 target.unflatten(0, (-1, width)).copy_(part[:width].transpose(0, 1))
+
+
+def _attend_text_queries(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> None:
+    """Attention to all text and image keys into `out` and `lse`; (batch, tokens, heads, ...)."""
+    dtype = compute_dtype(query.dtype, query.device)
+    query = query.transpose(1, 2).to(dtype)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    parts = (
+        attend(query, some_key.to(dtype), some_value.to(dtype), scale)
+        for some_key, some_value in zip(
+            key.split(TEXT_STRETCH, 2), value.split(TEXT_STRETCH, 2), strict=True
+        )
+    )
+    text_out, text_lse = next(parts)
+    for part in parts:
+        merge_(text_out, text_lse, *part)
+    out.copy_(text_out.transpose(1, 2))
+    lse.copy_(text_lse.transpose(1, 2))
 
 
 def _backward(

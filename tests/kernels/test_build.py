@@ -13,7 +13,7 @@ from support.compiled import needs_compiler
 from clear_dit import doctor
 from clear_dit.kernels import tiled
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.native import build, image_queries
+from clear_dit.kernels.native import build, forward
 from clear_dit.kernels.window import Window
 
 SOURCE = '#include <cstdint>\nextern "C" const int32_t number = NUMBER;\n'
@@ -36,10 +36,10 @@ def source(tmp_path):
 @pytest.fixture
 def forgetful():
     """What is known of compiled kernels is forgotten, before and after."""
-    for remembered in (image_queries._library, tiled._announce):
+    for remembered in (forward._library, tiled._announce):
         remembered.cache_clear()
     yield
-    for remembered in (image_queries._library, tiled._announce):
+    for remembered in (forward._library, tiled._announce):
         remembered.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""The compiled kernel for image queries: the definition, every number format, threads, forks."""
+"""The compiled kernel: the definition, every number format, threads, forks."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from support.compiled import needs_compiler, switch_off
 
 from clear_dit.kernels import tiled
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.native.image_queries import (
+from clear_dit.kernels.native.forward import (
     LARGEST_GRID,
     attend_compiled,
     executed_pairs,
@@ -37,7 +37,7 @@ def image_queries(query, key, value, window, dense=0):
     out, lse = torch.full_like(query, float("nan")), torch.full(query.shape[:-1], float("nan"))
     pairs = attend_compiled(
         query, key, value, key[:, :dense], value[:, :dense], out, lse,
-        window.height, window.width, window.disc_radius, query.shape[-1] ** -0.5,
+        window.height, window.width, 0, window.disc_radius, query.shape[-1] ** -0.5,
         *window.image_query_rows,
     )  # fmt: skip
     return out, lse, pairs
@@ -94,13 +94,17 @@ def test_pairs_are_counted(threads):
     """What the kernel computed is what `executed_pairs` says, however it was shared out."""
     rows = Window(45, 10, 0, 4, query_rows=(6, 39))
     for count, window in (
-        (1, Window(19, 26, 5, 4)), (3, Window(45, 9, 0, 1)), (2, rows), (2, Window(6, 7, 3, 90)),
+        (1, Window(19, 26, 37, 4)), (3, Window(45, 9, 0, 1)), (2, rows), (2, Window(6, 7, 3, 90)),
     ):  # fmt: skip
         threads(count)
-        start, stop = (row * window.width for row in window.image_query_rows)
-        key, value = torch.randn(2, 2, window.image_length, 3, 24)
-        query = torch.randn(2, stop - start, 3, 24)
-        pairs = image_queries(query, key, value, window, window.text_length)[2]
+        key, value = torch.randn(2, 2, window.sequence_length, 3, 24)
+        query = torch.randn(2, window.query_length, 3, 24)
+        out, lse = torch.empty_like(query), torch.empty(query.shape[:-1])
+        pairs = attend_compiled(
+            query, key, value, key[:, : window.text_length], value[:, : window.text_length],
+            out, lse, window.height, window.width, window.text_length, window.disc_radius, 0.2,
+            *window.image_query_rows,
+        )  # fmt: skip
         assert pairs == 2 * 3 * executed_pairs(window, 24)
     image_pairs = Window(64, 64, 0, 8).disc_pairs()
     assert image_pairs < executed_pairs(Window(64, 64, 0, 8), 24) < 1.6 * image_pairs

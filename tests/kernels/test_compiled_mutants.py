@@ -11,11 +11,11 @@ import torch
 from support.compiled import needs_compiler
 from support.oracle import relative_error
 
-from clear_dit.kernels.native import build, image_queries
+from clear_dit.kernels.native import build, forward
 from clear_dit.kernels.window import Window
 
 pytestmark = needs_compiler
-SOURCE = Path(image_queries.__file__).with_suffix(".cpp")
+SOURCE = Path(forward.__file__).with_suffix(".cpp")
 MUTANTS = {
     "disc with its rim": ("dx * dx < room", "dx * dx <= room"),
     "window one column to the right": ("x - float(column++)", "x - float(++column)"),
@@ -23,13 +23,18 @@ MUTANTS = {
     "a column too few": ("last = std::min(last_x + half", "last = std::min(last_x + half - 1"),
     "last row of keys left out": ("key_y <= last_key_y", "key_y < last_key_y"),
     "rows of keys in each other's place": ("TILE_ROWS + 2 * reach)", "2 * reach)"),
-    "dense keys left out": ("p.dense_length,\n               0", "0,\n               0"),
+    "dense keys left out": ("p.dense_length);\n", "0);\n"),
+    "text queries without the last keys": ("some = std::min(CHUNK, length - start)", "some = 1"),
+    "text queries without a lane": (
+        "first + i * LANES + lane, stop - 1",
+        "first + i * LANES, stop - 1",
+    ),
     "a chunk's sum not rescaled": ("sum *= factor;", ""),
     "a chunk's output not rescaled": ("(out[d + I] * factor)", "out[d + I]"),
     "the last channels left out": ("if constexpr (REST > 0)", "if constexpr (REST > 8)"),
-    "log-sum-exp to the base 2": ("* LN_2;\n      }", ";\n      }"),
+    "log-sum-exp to the base 2": ("* LN_2;\n    }", ";\n    }"),
     "a term of the exponential left out": ("+ 1.0f / 120;", ";"),
-    "values of another head": ("(p.value, b, packed, h,", "(p.value, b, packed, 0,"),
+    "values of another head": ("(p.value, b, token, h,", "(p.value, b, token, 0,"),
     "rows of a tile taken for one": ("tile.y[lane] = lane_y", "tile.y[lane] = y"),
 }
 EXACT = 1e-6
@@ -38,22 +43,21 @@ PROBLEMS = (Window(13, 22, 140, 5), Window(20, 7, 0, 3, query_rows=(5, 10)))
 
 def battery(library: ctypes.CDLL, monkeypatch) -> float:
     """Largest relative error of output and log-sum-exp over two small problems."""
-    monkeypatch.setattr(image_queries, "_library", lambda head_dim: library)
+    monkeypatch.setattr(forward, "_library", lambda head_dim: library)
     worst = 0.0
     for window in PROBLEMS:
         torch.manual_seed(0)
         # Values far from zero on average: a key more or less is then always seen.
         key, value = torch.randn(2, 1, window.sequence_length, 2, 20) + 0.5
-        text, (start, stop) = window.text_length, window.image_query_rows
-        query = torch.randn(1, (stop - start) * window.width, 2, 20) + 0.5
+        text = window.text_length
+        query = torch.randn(1, window.query_length, 2, 20) + 0.5
         out, lse = torch.full_like(query, 9.0), torch.full(query.shape[:-1], 9.0)
-        image_queries.attend_compiled(
-            query, key[:, text:], value[:, text:], key[:, :text], value[:, :text], out, lse,
-            window.height, window.width, window.radius, 0.5, start, stop,
+        forward.attend_compiled(
+            query, key, value, key[:, :text], value[:, :text], out, lse,
+            window.height, window.width, text, window.radius, 0.5, *window.image_query_rows,
         )  # fmt: skip
         scores = torch.einsum("bqhd,bkhd->bqhk", query.double(), key.double()) * 0.5
-        mask = window.mask()[-query.shape[1] :]
-        scores = scores.masked_fill(~mask[None, :, None], float("-inf"))
+        scores = scores.masked_fill(~window.mask()[None, :, None], float("-inf"))
         exact = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), value.double())
         errors = relative_error(out, exact), relative_error(lse, scores.logsumexp(-1))
         worst = max(worst, *(error if error == error else 1.0 for error in errors))
@@ -73,8 +77,8 @@ def compile_mutant(tmp_path, monkeypatch):
         path = tmp_path / "mutant.cpp"
         path.write_text(text.replace(old, new) if old else text)
         library = build.load(path, ["HEAD_DIM=20"])
-        library.attend_image_queries.restype = ctypes.c_int64
-        library.attend_image_queries.argtypes = image_queries.ARGUMENTS
+        library.attend_share.restype = ctypes.c_int64
+        library.attend_share.argtypes = forward.ARGUMENTS
         return library
 
     return compile_

@@ -1,11 +1,11 @@
-// CLEAR attention of image queries, forward, on a CPU: softmax over the keys of the disc around a
-// query and over dense keys, which every query sees (text, pooled), by the online softmax of
-// FlashAttention (arXiv 2205.14135, algorithm 1).
+// CLEAR attention, forward, on a CPU, by the online softmax of FlashAttention (arXiv 2205.14135,
+// algorithm 1). An image query sees the disc around it and dense keys (text, pooled); a text query
+// sees all text and image keys.
 //
-// The lanes of a vector are the queries of a small tile: a product is a vector of queries times one
-// number of a key, nothing is ever reduced across lanes, and of every row of keys exactly the
-// columns that the tile reaches are computed. Plain C++17 with the vector extension of GCC and
-// Clang; HEAD_DIM is set when compiling (see image_queries.py).
+// The lanes of a vector are queries, those of a small tile of the image: a product is a vector of
+// queries times one number of a key, nothing is ever reduced across lanes, and of every row of keys
+// exactly the columns that the tile reaches are computed. Plain C++17 with the vector extension of
+// GCC and Clang; HEAD_DIM is set when compiling (see forward.py).
 
 #include <algorithm>
 #include <cmath>
@@ -45,10 +45,10 @@ struct Tensor {
 };
 
 struct Problem {
-  Tensor query, key, value;       // image tokens; the queries are those of rows from query_start
+  Tensor query, out, lse;         // text_queries, then those of the rows from query_start
+  Tensor key, value;              // text_length, then height x width
   Tensor dense_key, dense_value;  // float32, the tokens of a head one after the other
-  Tensor out, lse;                // of the queries; lse is float32
-  int32_t dtype, height, width, radius, query_start, dense_length;
+  int32_t dtype, text_queries, text_length, height, width, radius, query_start, dense_length;
   float scale;
 };
 
@@ -112,26 +112,47 @@ template <int MOST, class F> inline void with_indices(int n, F f) {
   else if constexpr (MOST > 1) with_indices<MOST - 1>(n, f);
 }
 
+template <class T, int... I> inline vec gather(const T *const *from, int d, Indices<I...>) {
+  return vec{widen(from[I][d])...};
+}
+
 // Queries, a lane each, and their softmax over the keys seen so far.
 struct Tile {
-  vec x, y;          // place
+  int64_t token[LANES];
+  vec x, y;          // place in the image
   vec query[D];      // times scale and log2(e): scores are logarithms to the base 2
   vec top, sum;      // largest score, sum of 2^(score - top)
   vec out[D];        // sum of 2^(score - top) value
   vec score[CHUNK];  // of the last `filled` keys, which are not in the sums yet; then their weight
   struct { const float *value; int length; } runs[CHUNK];  // where those keys' values are
   int filled, run_count;
-  int64_t pairs = 0;  // computed, masked ones too
 
-  void clear() {
+  template <class T> void load(const Problem &p, int64_t b, int64_t h) {
+    const T *from[LANES];
+    for (int lane = 0; lane < LANES; ++lane) from[lane] = p.query.at<const T>(b, token[lane], h);
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+    for (int d = 0; d < D; ++d) query[d] = gather(from, d, lanes) * (p.scale * LOG2_E);
     top = vec{} + MASKED, sum = vec{};
     std::fill(out, out + D, vec{});
     filled = run_count = 0;
   }
 
+  template <class T> void store(const Problem &p, int64_t b, int64_t h) {
+    update();
+    for (vec &each : out) each /= sum;
+    for (int lane = 0; lane < LANES; ++lane) {
+      T *to = p.out.at<T>(b, token[lane], h);
+      for (int d = 0; d < D; ++d) narrow(out[d][lane], to[d]);
+      *p.lse.at<float>(b, token[lane], h) = (top[lane] + std::log2(sum[lane])) * LN_2;
+    }
+  }
+
+  void see_all(const float *key, const float *value, int length) {
+    see(key, value, length, 0, vec{} + INFINITY);
+  }
+
   // Keys side by side in a row of the image, from `column`: seen where dx^2 < room.
   void see(const float *key, const float *value, int length, int column, vec room) {
-    pairs += int64_t(length) * LANES;
     while (length > 0) {
       int part = std::min(length, CHUNK - filled);
       runs[run_count++] = {value, part};
@@ -181,20 +202,47 @@ struct Tile {
   }
 };
 
+// Keys or values of `count` tokens, one after the other.
 template <class T>
-void widen_row(const Tensor &from, int64_t b, int y, int64_t h, int width, float *to) {
-  for (int x = 0; x < width; ++x, to += D) {
-    const T *token = from.at<const T>(b, int64_t(y) * width + x, h);
+void widen_tokens(const Tensor &from, int64_t b, int64_t t, int64_t h, int count, float *to) {
+  for (int i = 0; i < count; ++i, to += D) {
+    const T *token = from.at<const T>(b, t + i, h);
     for (int d = 0; d < D; ++d) to[d] = widen(token[d]);
   }
 }
 
-template <class T, int... I> inline vec gather(const T *const *from, int d, Indices<I...>) {
-  return vec{widen(from[I][d])...};
+// Each returns the (query, key) pairs it computed, masked ones too; -1 where memory is too small.
+
+// The text queries first .. stop - 1.
+template <class T>
+int64_t attend_text(const Problem &p, int64_t b, int64_t h, int first, int stop) {
+  const int count = (stop - first + LANES - 1) / LANES, length = p.text_length + p.height * p.width;
+  auto *tiles = static_cast<Tile *>(std::aligned_alloc(alignof(Tile), count * sizeof(Tile)));
+  if (!tiles) return -1;
+  for (int i = 0; i < count; ++i) {
+    for (int lane = 0; lane < LANES; ++lane)  // beyond the last query, that one again
+      tiles[i].token[lane] = std::min(first + i * LANES + lane, stop - 1);
+    tiles[i].x = vec{};
+    tiles[i].load<T>(p, b, h);
+  }
+  float keys[CHUNK * D], values[CHUNK * D];
+  for (int start = 0; start < length; start += CHUNK) {
+    const int some = std::min(CHUNK, length - start);
+    widen_tokens<T>(p.key, b, start, h, some, keys);
+    widen_tokens<T>(p.value, b, start, h, some, values);
+    for (int i = 0; i < count; ++i) {
+      tiles[i].see_all(keys, values, some);
+      tiles[i].update();
+    }
+  }
+  for (int i = 0; i < count; ++i) tiles[i].store<T>(p, b, h);
+  std::free(tiles);
+  return int64_t(count) * LANES * length;
 }
 
+// The image queries of the rows first_row .. stop - 1.
 template <class T>
-int64_t attend(const Problem &p, int64_t b, int64_t h, int row_start, int row_stop) {
+int64_t attend_image(const Problem &p, int64_t b, int64_t h, int first_row, int stop) {
   const int reach = p.radius - 1, slots = std::min(p.height, TILE_ROWS + 2 * reach);
   const int64_t row = int64_t(p.width) * D;  // of keys or values
   const float square = float(p.radius) * p.radius;
@@ -202,31 +250,30 @@ int64_t attend(const Problem &p, int64_t b, int64_t h, int row_start, int row_st
   float *keys = static_cast<float *>(std::malloc(2 * slots * row * sizeof(float)));
   if (!keys) return -1;
   float *values = keys + slots * row;
-  int packed = std::max(0, row_start - reach);  // the next row to go there
+  int packed = std::max(0, first_row - reach);  // the next row to go there
+  int64_t pairs = 0;
   Tile tile;
-  for (int y = row_start; y < row_stop; y += TILE_ROWS) {
-    const int last_y = std::min(y + TILE_ROWS, row_stop) - 1;
+  for (int y = first_row; y < stop; y += TILE_ROWS) {
+    const int last_y = std::min(y + TILE_ROWS, stop) - 1;
     const int last_key_y = std::min(last_y + reach, p.height - 1);
     for (; packed <= last_key_y; ++packed) {
-      widen_row<T>(p.key, b, packed, h, p.width, keys + packed % slots * row);
-      widen_row<T>(p.value, b, packed, h, p.width, values + packed % slots * row);
+      const int64_t token = p.text_length + int64_t(packed) * p.width, to = packed % slots * row;
+      widen_tokens<T>(p.key, b, token, h, p.width, keys + to);
+      widen_tokens<T>(p.value, b, token, h, p.width, values + to);
     }
     for (int x = 0; x < p.width; x += TILE_COLUMNS) {
       const int last_x = std::min(x + TILE_COLUMNS, p.width) - 1;
-      int64_t token[LANES];  // lanes beyond the border repeat the last row or column
-      const T *from[LANES];
-      for (int lane = 0; lane < LANES; ++lane) {
-        int lane_y = std::min(y + lane / TILE_COLUMNS, last_y);
-        int lane_x = std::min(x + lane % TILE_COLUMNS, last_x);
+      for (int lane = 0; lane < LANES; ++lane) {  // beyond the border, the last row or column again
+        const int lane_y = std::min(y + lane / TILE_COLUMNS, last_y);
+        const int lane_x = std::min(x + lane % TILE_COLUMNS, last_x);
+        const int64_t image_row = lane_y - p.query_start;
         tile.y[lane] = lane_y, tile.x[lane] = lane_x;
-        token[lane] = int64_t(lane_y - p.query_start) * p.width + lane_x;
-        from[lane] = p.query.at<const T>(b, token[lane], h);
+        tile.token[lane] = p.text_queries + image_row * p.width + lane_x;
       }
-      constexpr auto lanes = std::make_integer_sequence<int, LANES>();
-      for (int d = 0; d < D; ++d) tile.query[d] = gather(from, d, lanes) * (p.scale * LOG2_E);
-      tile.clear();
-      tile.see(p.dense_key.at<float>(b, 0, h), p.dense_value.at<float>(b, 0, h), p.dense_length,
-               0, vec{} + INFINITY);
+      tile.load<T>(p, b, h);
+      tile.see_all(p.dense_key.at<float>(b, 0, h), p.dense_value.at<float>(b, 0, h),
+                   p.dense_length);
+      pairs += int64_t(p.dense_length) * LANES;
       for (int key_y = std::max(0, y - reach); key_y <= last_key_y; ++key_y) {
         const double nearest = std::max({0, y - key_y, key_y - last_y});
         const int half = std::sqrt(square - nearest * nearest - 1);
@@ -234,29 +281,28 @@ int64_t attend(const Problem &p, int64_t b, int64_t h, int row_start, int row_st
         const int64_t at = key_y % slots * row + int64_t(first) * D;
         const vec dy = tile.y - float(key_y);
         tile.see(keys + at, values + at, last + 1 - first, first, square - dy * dy);
+        pairs += int64_t(last + 1 - first) * LANES;
       }
-      tile.update();
-      for (vec &out : tile.out) out /= tile.sum;
-      for (int lane = 0; lane < LANES; ++lane) {
-        T *out = p.out.at<T>(b, token[lane], h);
-        for (int d = 0; d < D; ++d) narrow(tile.out[d][lane], out[d]);
-        *p.lse.at<float>(b, token[lane], h) = (tile.top[lane] + std::log2(tile.sum[lane])) * LN_2;
-      }
+      tile.store<T>(p, b, h);
     }
   }
   std::free(keys);
-  return tile.pairs;
+  return pairs;
+}
+
+template <class T>
+int64_t attend(const Problem &p, bool text, int64_t b, int64_t h, int first, int stop) {
+  return text ? attend_text<T>(p, b, h, first, stop) : attend_image<T>(p, b, h, first, stop);
 }
 
 }  // namespace
 
-// The rows row_start .. row_stop - 1 of one head. Returns the (query, key) pairs computed, masked
-// ones too; -1 where memory is too small.
-extern "C" int64_t attend_image_queries(const Problem *p, int64_t batch, int64_t head,
-                                        int row_start, int row_stop) {
+// A share of the work: of one batch item and head, text queries or rows of image queries.
+extern "C" int64_t attend_share(const Problem *p, int text, int64_t b, int64_t h, int first,
+                                int stop) {
   switch (p->dtype) {
-    case 0: return attend<float>(*p, batch, head, row_start, row_stop);
-    case 1: return attend<BFloat16>(*p, batch, head, row_start, row_stop);
-    default: return attend<Float16>(*p, batch, head, row_start, row_stop);
+    case 0: return attend<float>(*p, text, b, h, first, stop);
+    case 1: return attend<BFloat16>(*p, text, b, h, first, stop);
+    default: return attend<Float16>(*p, text, b, h, first, stop);
   }
 }

@@ -1,4 +1,4 @@
-"""Attention of image queries by a compiled kernel, on a CPU: see image_queries.cpp."""
+"""CLEAR attention by a compiled kernel, on a CPU: see forward.cpp."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 128
 # Rows and columns together: squares of distances are exact in float32.
 LARGEST_GRID = 4096
-# Rows of queries in a thread's share, at least; the rows of keys above and below are copied again.
+# What a thread takes at a time, if there is enough for all. Rows of image queries, at least: the
+# keys above and below are copied once more.
 SHARE_ROWS = 32
+# Text queries: the second-level cache holds their state beside some keys.
+SHARE_TEXT = 256
 
 
 class _Tensor(ctypes.Structure):
@@ -33,19 +36,23 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *(
             (name, _Tensor)
-            for name in ("query", "key", "value", "dense_key", "dense_value", "out", "lse")
+            for name in ("query", "out", "lse", "key", "value", "dense_key", "dense_value")
         ),
         *(
             (name, ctypes.c_int32)
-            for name in ("dtype", "height", "width", "radius", "query_start", "dense_length")
+            for name in (
+                *("dtype", "text_queries", "text_length", "height", "width", "radius"),
+                *("query_start", "dense_length"),
+            )
         ),
         ("scale", ctypes.c_float),
     )
 
 
-# What the kernel takes: a problem, a batch item, a head, first row of queries, row after the last.
+# What the kernel takes: a problem, whether of the text, a batch item, a head, first query or row,
+# the one after the last.
 ARGUMENTS = (
-    ctypes.POINTER(_Problem),
+    *(ctypes.POINTER(_Problem), ctypes.c_int),
     *(ctypes.c_int64, ctypes.c_int64),
     *(ctypes.c_int, ctypes.c_int),
 )
@@ -58,8 +65,8 @@ def _library(head_dim: int) -> ctypes.CDLL | str:
         library = load(Path(__file__).with_suffix(".cpp"), [f"HEAD_DIM={head_dim}"])
     except BuildError as error:
         return str(error)
-    library.attend_image_queries.restype = ctypes.c_int64
-    library.attend_image_queries.argtypes = ARGUMENTS
+    library.attend_share.restype = ctypes.c_int64
+    library.attend_share.argtypes = ARGUMENTS
     return library
 
 
@@ -87,18 +94,19 @@ def attend_compiled(
     lse: torch.Tensor,
     height: int,
     width: int,
+    text_length: int,
     radius: int,
     scale: float,
     query_start: int,
     query_stop: int,
 ) -> int:
-    """Softmax over the disc's keys and over dense keys, which every query sees.
+    """Attention of text queries to all keys, of image queries to their disc and to dense keys.
 
     Args:
-        query, out: (batch, tokens of the rows of queries, heads, head_dim), head_dim contiguous.
-        key, value: (batch, image tokens, heads, head_dim), head_dim contiguous.
+        query, out: (batch, text and image queries, heads, head_dim), head_dim contiguous.
+        key, value: (batch, text and image tokens, heads, head_dim), head_dim contiguous.
         dense_key, dense_value: (batch, dense tokens, heads, head_dim), none or more.
-        lse: (batch, tokens of the rows of queries, heads), float32.
+        lse: (batch, text and image queries, heads), float32.
 
     Returns:
         The (query, key) pairs computed, masked ones too, over all batch items and heads. `out` and
@@ -113,21 +121,29 @@ def attend_compiled(
         x.transpose(1, 2).to(torch.float32).contiguous().transpose(1, 2)
         for x in (dense_key, dense_value)
     )
-    tensors = (query, key, value, dense_key, dense_value, out, lse)
+    text_queries = query.shape[1] - (query_stop - query_start) * width
+    tensors = (query, out, lse, key, value, dense_key, dense_value)
     problem = _Problem(
         *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors),
-        DTYPES.index(query.dtype), height, width, radius, query_start, dense_key.shape[1], scale,
+        DTYPES.index(query.dtype), text_queries, text_length, height, width, radius,
+        query_start, dense_key.shape[1], scale,
     )  # fmt: skip
-    rows = _share(query_stop - query_start, radius, _tile(library)[0])
+    rows, columns = _tile(library)
+    text_share = _share(text_queries, SHARE_TEXT, rows * columns)
+    image_share = _share(query_stop - query_start, max(SHARE_ROWS, 2 * radius), rows)
     shares = [
-        (item, head, start, min(start + rows, query_stop))
+        (text, item, head, start, min(start + share, stop))
+        for text, first, stop, share in (
+            (True, 0, text_queries, text_share),
+            (False, query_start, query_stop, image_share),
+        )
         for item in range(query.shape[0])
         for head in range(query.shape[2])
-        for start in range(query_start, query_stop, rows)
+        for start in range(first, stop, share)
     ]
 
-    def run(share: tuple[int, int, int, int]) -> int:
-        return library.attend_image_queries(problem, *share)
+    def run(share: tuple[bool, int, int, int, int]) -> int:
+        return library.attend_share(problem, *share)
 
     threads = min(torch.get_num_threads(), len(shares))
     if threads > 1:
@@ -149,14 +165,14 @@ def _tile(library: ctypes.CDLL) -> tuple[int, int]:
     return rows, columns
 
 
-def _share(rows: int, radius: int, tile_rows: int) -> int:
-    """Rows of queries for a thread at a time: whole tiles, and some for every thread."""
-    share = min(max(SHARE_ROWS, 2 * radius), math.ceil(rows / torch.get_num_threads()))
-    return math.ceil(share / tile_rows) * tile_rows
+def _share(whole: int, wanted: int, step: int) -> int:
+    """What a thread takes at a time, in whole steps: as wanted, but some for every thread."""
+    share = min(wanted, math.ceil(whole / torch.get_num_threads()))
+    return max(1, math.ceil(share / step)) * step
 
 
 def executed_pairs(window: Window, head_dim: int) -> int:
-    """(image query, key) pairs of a head that the kernel computes, masked ones too."""
+    """(query, key) pairs of a head that the kernel computes, masked ones too."""
     library = _library(head_dim)
     assert isinstance(library, ctypes.CDLL), library
     rows, columns = _tile(library)
@@ -170,7 +186,7 @@ def executed_pairs(window: Window, head_dim: int) -> int:
         half = math.isqrt(radius**2 - distance**2 - 1)
         return sum(min(window.width, x + columns + half) - max(0, x - half) for x in tiles)
 
-    keys = 0
+    keys = math.ceil(window.text_query_length / (rows * columns)) * window.sequence_length
     for y in range(start, stop, rows):
         last = min(y + rows, stop) - 1
         keys += len(tiles) * (window.text_length + window.pooled_length)
