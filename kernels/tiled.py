@@ -1,10 +1,10 @@
 """CLEAR attention by two-dimensional tiles: linear memory, forward and backward, on any device.
 
-One loop over bands of TILE_ROWS rows. In a band, image queries attend to the text and pooled keys
-(no mask), then tile by tile to the rectangle of image keys around the tile (one additive mask for
-all bands that look alike); text queries attend to the band's keys. The parts are merged by
-log-sum-exp. The whole is an opaque custom op, so that it works under FakeTensor, torch.compile and
-FlopCounterMode.
+Forward on a CPU with a C++ compiler it is the compiled kernel of `native/`. Everywhere else, and
+backward, it is one loop over bands of TILE_ROWS rows: in a band, image queries attend to the text
+and pooled keys (no mask), then tile by tile to the rectangle of image keys around the tile (one
+additive mask for all bands that look alike); the parts are merged by log-sum-exp. The whole is an
+opaque custom op, so that it works under FakeTensor, torch.compile and FlopCounterMode.
 """
 
 from __future__ import annotations
