@@ -92,8 +92,12 @@ def report(found: dict[str, Any]) -> str:
         ]
         if device == "cpu":
             reason = found["compiled_tiled"]
-            path = f"PyTorch's operators, slower: its kernel {reason}"
-            lines.append(f"  tiled runs on {path if reason else 'its compiled kernel'}")
+            how = (
+                f"PyTorch's operators, slower: its kernel {reason}"
+                if reason
+                else "a kernel compiled here"
+            )
+            lines.append(f"  tiled runs on {how}")
     lines += ["", "extras (pip install 'clear-dit[EXTRA]'):"]
     for extra, packages in found["extras"].items():
         parts = [f"{name} {version or 'missing'}" for name, version in packages.items()]
