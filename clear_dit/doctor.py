@@ -6,13 +6,14 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 from typing import Any
 
 import torch
 
 from . import __version__
 from .kernels.attention import IMPLS, preference, why_not
+from .kernels.native.build import compiler
+from .kernels.native.forward import why_not_compiled
 from .models import DEMO
 
 EXTRAS = {
@@ -26,7 +27,8 @@ EXTRAS = {
 def examine() -> dict[str, Any]:
     """Versions, devices, implementations and extras, as plain values for printing or JSON.
 
-    `impls` maps a device and an implementation to None if it can run there, else to the reason.
+    `impls` maps a device and an implementation to None if it can run there, else to the reason;
+    `compiled_tiled` is that of the compiled kernel, which `tiled` can do without on a CPU.
     """
     devices = ["cpu"]
     if torch.cuda.is_available():
@@ -50,8 +52,10 @@ def examine() -> dict[str, Any]:
             device: torch.cuda.get_device_name(device) if device != "cpu" else platform.machine()
             for device in devices
         },
-        "compiler": next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None),
+        "compiler": " ".join(compiler() or ()) or None,
         "impls": impls,
+        # For the demo's heads; compiled here and now if it never was.
+        "compiled_tiled": why_not_compiled(torch.empty(1, 1, 1, 64), 1, 1),
         "auto": {
             device: next(name for name, reason in table.items() if reason is None)
             for device, table in impls.items()
@@ -86,6 +90,14 @@ def report(found: dict[str, Any]) -> str:
             f"  {name:<10} {'can run' if reason is None else 'cannot run: it ' + reason}"
             for name, reason in table.items()
         ]
+        if device == "cpu":
+            reason = found["compiled_tiled"]
+            how = (
+                f"PyTorch's operators, slower: its kernel {reason}"
+                if reason
+                else "a kernel compiled here"
+            )
+            lines.append(f"  tiled runs on {how}")
     lines += ["", "extras (pip install 'clear-dit[EXTRA]'):"]
     for extra, packages in found["extras"].items():
         parts = [f"{name} {version or 'missing'}" for name, version in packages.items()]

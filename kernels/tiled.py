@@ -1,19 +1,23 @@
 """CLEAR attention by two-dimensional tiles: linear memory, forward and backward, on any device.
 
-One loop over bands of TILE_ROWS rows. In a band, image queries attend to the text and pooled keys
-(no mask), then tile by tile to the rectangle of image keys around the tile (one additive mask for
-all bands that look alike); text queries attend to the band's keys. The parts are merged by
-log-sum-exp. The whole is an opaque custom op, so that it works under FakeTensor, torch.compile and
-FlopCounterMode.
+Forward on a CPU with a C++ compiler it is the compiled kernel of `native/`. Everywhere else, and
+backward, it is one loop over bands of TILE_ROWS rows: in a band, image queries attend to the text
+and pooled keys (no mask), then tile by tile to the rectangle of image keys around the tile (one
+additive mask for all bands that look alike); the parts are merged by log-sum-exp. The whole is an
+opaque custom op, so that it works under FakeTensor, torch.compile and FlopCounterMode.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 
 import torch
 
 from .merge import merge_
+from .native import forward
+from .native.forward import attend_compiled, why_not_compiled
 from .opaque import attention_op, channels_contiguous, run_attention_op
 from .partial import attend, attend_backward, compute_dtype
 from .tiles import (
@@ -22,10 +26,16 @@ from .tiles import (
     Band,
     Columns,
     bands,
+    executed_tile_pairs,
     tile_bias,
     tile_columns,
 )
 from .window import Window
+
+logger = logging.getLogger(__name__)
+
+# Keys that the text queries attend to at a time.
+TEXT_STRETCH = 4096
 
 # Below: W columns, Y rows of a band, K rows of its keys, H heads, D head_dim.
 
@@ -46,6 +56,13 @@ def tiled_attention(
         (out, lse), whether or not `return_lse` asks for both. Only `out` carries gradients.
     """
     return run_attention_op(_op, query, key, value, window, scale, spatial_weight)
+
+
+def executed_pairs(query: torch.Tensor, window: Window) -> int:
+    """(query, key) pairs computed for a head, masked ones too; see `attended_pairs`."""
+    if why_not_compiled(query, window.height, window.width) is not None:
+        return executed_tile_pairs(window)
+    return forward.executed_pairs(window, query.shape[-1])
 
 
 class _Masks:
@@ -141,47 +158,77 @@ def _forward(
     query_stop: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = channels_contiguous(query, key, value)
-    pooled_key, pooled_value = channels_contiguous(pooled_key, pooled_value)
-    dtype = compute_dtype(query.dtype, query.device)
-    lse_dtype = torch.promote_types(dtype, torch.float32)
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
+    dense_key, dense_value = (
+        torch.cat([x[:, :text_length], pooled.to(x.dtype)], dim=1)
+        for x, pooled in ((key, pooled_key), (value, pooled_value))
+    )
+    why_not = why_not_compiled(query, height, width)
+    _announce(why_not)
+    run = attend_compiled if why_not is None else _attend_in_bands
+    run(
+        query, key, value, dense_key, dense_value, out, lse,
+        height, width, text_length, radius, scale, query_start, query_stop,
+    )  # fmt: skip
+    return out, lse
+
+
+@functools.cache
+def _announce(why_not: str | None) -> None:
+    if why_not is None:
+        logger.info("tiled attention runs on the kernel compiled for this CPU")
+    else:
+        logger.info("tiled attention runs on PyTorch's operators; the compiled one %s", why_not)
+
+
+def _attend_in_bands(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dense_key: torch.Tensor,
+    dense_value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    height: int,
+    width: int,
+    text_length: int,
+    radius: int,
+    scale: float,
+    query_start: int,
+    query_stop: int,
+) -> None:
+    """`attend_compiled` by PyTorch's operators, on any device and in any dtype."""
+    text_queries = query.shape[1] - (query_stop - query_start) * width
+    if text_queries:
+        text = slice(None, text_queries)
+        _attend_text_queries(query[:, text], key, value, out[:, text], lse[:, text], scale)
+    query, out, lse = (x[:, text_queries:] for x in (query, out, lse))
+    key, value = key[:, text_length:], value[:, text_length:]
+    dtype = compute_dtype(query.dtype, query.device)
     columns = tile_columns(width, radius)
     masks = _Masks(columns, radius, dtype, query.device)
     key_columns = {"columns": columns.key_width, "padding": columns.padding}
-    text_queries = query.shape[1] - (query_stop - query_start) * width
+    dense_key, dense_value = (x.transpose(1, 2).to(dtype) for x in (dense_key, dense_value))
 
     for item in range(query.shape[0]):
-        lengths = (text_queries, text_length, text_length)
-        text = [x[item, :n].to(dtype) for x, n in zip((query, key, value), lengths, strict=True)]
-        q, k, v = (x[item, n:] for x, n in zip((query, key, value), lengths, strict=True))
-        all_key, all_value = (
-            _heads_first(torch.cat([part, pooled[item].to(dtype)]))
-            for part, pooled in ((text[1], pooled_key), (text[2], pooled_value))
-        )
-        text_query, text_key, text_value = (_heads_first(part) for part in text)
-        if text_queries:
-            text_out, text_lse = attend(text_query, text_key, text_value, scale)
-
+        q, k, v = query[item], key[item], value[item]
+        dense = (dense_key[item : item + 1], dense_value[item : item + 1])
         for band in bands(height, radius, range(query_start, query_stop)):
             reach = slice(band.key_start, band.key_stop)
             own = slice(band.start - query_start, band.stop - query_start)  # rows of queries
-            own_tokens = slice(own.start * width, own.stop * width)
-            if text_queries:
-                band_key, band_value = (_heads_first(x[own_tokens].to(dtype)) for x in (k, v))
-                merge_(text_out, text_lse, *attend(text_query, band_key, band_value, scale))
-
             q_band = _column_major(q, width, own, dtype, columns.query_width)
             k_band = _column_major(k, width, reach, dtype, **key_columns)
             v_band = _column_major(v, width, reach, dtype, **key_columns)
-            if all_key.shape[2]:
-                parts = attend(_heads_first(q_band.flatten(0, 1)), all_key, all_value, scale)
+            if dense_key.shape[2]:
+                parts = attend(_heads_first(q_band.flatten(0, 1)), *dense, scale)
                 band_out, band_lse = (
                     _tokens_first(part).contiguous().unflatten(0, q_band.shape[:2])
                     for part in parts
                 )
             else:
-                band_out = torch.zeros_like(q_band, dtype=lse_dtype)
+                band_out = torch.zeros_like(q_band, dtype=lse.dtype)
                 band_lse = torch.full_like(band_out[..., 0], float("-inf"))
             for tiles, mask in masks(band):
                 parts = attend(
@@ -192,15 +239,34 @@ def _forward(
                     mask,
                 )
                 merge_(_query_tiles(band_out, tiles), _query_tiles(band_lse, tiles), *parts)
-            image_tokens = slice(text_queries + own_tokens.start, text_queries + own_tokens.stop)
             for whole, part in ((out, band_out), (lse, band_lse)):
-                target = whole[item, image_tokens].unflatten(0, (-1, width))
-                target.copy_(part[:width].transpose(0, 1))
+                target = whole[item, own.start * width : own.stop * width]
+                target.unflatten(0, (-1, width)).copy_(part[:width].transpose(0, 1))
 
-        if text_queries:
-            out[item, :text_queries] = _tokens_first(text_out)
-            lse[item, :text_queries] = _tokens_first(text_lse)
-    return out, lse
+
+def _attend_text_queries(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> None:
+    """Attention to all text and image keys into `out` and `lse`; (batch, tokens, heads, ...)."""
+    dtype = compute_dtype(query.dtype, query.device)
+    query = query.transpose(1, 2).to(dtype)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    parts = (
+        attend(query, some_key.to(dtype), some_value.to(dtype), scale)
+        for some_key, some_value in zip(
+            key.split(TEXT_STRETCH, 2), value.split(TEXT_STRETCH, 2), strict=True
+        )
+    )
+    text_out, text_lse = next(parts)
+    for part in parts:
+        merge_(text_out, text_lse, *part)
+    out.copy_(text_out.transpose(1, 2))
+    lse.copy_(text_lse.transpose(1, 2))
 
 
 def _backward(

@@ -121,8 +121,8 @@ def tile_bias(
     return bias.flatten(3).flatten(1, 2).unsqueeze(1)
 
 
-def executed_pairs(window: Window) -> int:
-    """(query, key) pairs the tiled path computes, masked ones too; see `attended_pairs`."""
+def executed_tile_pairs(window: Window) -> int:
+    """(query, key) pairs these tiles compute, masked ones too; see `attended_pairs`."""
     columns = tile_columns(window.width, window.disc_radius)
     rows = sum(
         (band.stop - band.start) * (band.key_stop - band.key_start)

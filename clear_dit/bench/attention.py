@@ -16,7 +16,7 @@ import torch
 
 from ..checks import find_impl
 from ..errors import RequestError
-from ..kernels import tiles
+from ..kernels import tiled
 from ..kernels.attention import IMPLS, local_attention, why_not
 from ..kernels.pooling import pool_tokens
 from ..kernels.window import Window
@@ -159,10 +159,6 @@ def _local_peer(name: str) -> Peer:
     )
 
 
-def _tiled_pairs(query: torch.Tensor, window: Window) -> int:
-    return tiles.executed_pairs(window)
-
-
 def _masked_pairs(query: torch.Tensor, window: Window) -> int:
     return window.sequence_length * (window.sequence_length + window.pooled_length)
 
@@ -170,7 +166,7 @@ def _masked_pairs(query: torch.Tensor, window: Window) -> int:
 _EXECUTED_PAIRS: dict[str, Callable[[torch.Tensor, Window], float]] = {
     "triton": triton_pairs,
     "flex": raster_pairs,
-    "tiled": _tiled_pairs,
+    "tiled": tiled.executed_pairs,
     "reference": _masked_pairs,
 }
 

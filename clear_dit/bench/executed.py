@@ -60,9 +60,9 @@ def tile_choices(window: Window) -> list[dict[str, Any]]:
 
 
 def tiled_keys(window: Window) -> float:
-    """Keys the CPU path computes for an image query."""
+    """Keys that PyTorch's operators compute for an image query where no kernel is compiled."""
     text_pairs = window.text_length * window.sequence_length
-    return (tiles.executed_pairs(window) - text_pairs) / window.image_length
+    return (tiles.executed_tile_pairs(window) - text_pairs) / window.image_length
 
 
 def raster_keys(window: Window) -> float:

@@ -8,8 +8,8 @@ import functools
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from support.agreement import check, forward_and_gradients, inputs, problem
+from support.agreement import WIDE, check, forward_and_gradients, inputs, problem, problems
+from support.compiled import switch_off
 from support.oracle import attention_by_definition, mask_by_definition
 
 from clear_dit.kernels import flex, partial, tiled
@@ -18,28 +18,8 @@ from clear_dit.kernels.flex import flex_attention
 from clear_dit.kernels.tiles import tile_columns
 from clear_dit.kernels.window import Window
 
-TEXT_LENGTHS = (0, 1, 7, 64, 512)
-
-
-@st.composite
-def problems(draw):
-    height, width = draw(st.integers(1, 21)), draw(st.integers(1, 21))
-    factor = draw(st.sampled_from((1, 2, 4)))
-    window = Window(
-        height,
-        width,
-        draw(st.sampled_from(TEXT_LENGTHS)),
-        draw(st.integers(1, 32)),
-        factor if factor <= min(height, width) else 1,
-    )
-    return {
-        "window": window,
-        "batch": draw(st.integers(1, 3)),
-        "heads": draw(st.integers(1, 2)),
-        "head_dim": draw(st.sampled_from((16, 24, 64, 128))),
-        "weighted": draw(st.booleans()),
-        "seed": draw(st.integers(0, 99)),
-    }
+# The tiled path without its compiled kernel.
+OPERATORS = "tiled by PyTorch's operators"
 
 
 def run_impl(impl, window):
@@ -47,10 +27,6 @@ def run_impl(impl, window):
         return local_attention(query, key, value, window, spatial_weight=weight, impl=impl)
 
     return run
-
-
-# Wide enough for several tiles that read overlapping keys, and a last one over the border.
-WIDE = Window(20, 57, 7, 4, 2)
 
 
 def test_wide_has_overlapping_tiles():
@@ -67,7 +43,7 @@ slow = settings(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "tiled", OPERATORS])
 @slow
 @given(case=problems())
 @example(case=problem(Window(9, 17, 7, 4, 4)))
@@ -75,7 +51,10 @@ slow = settings(
 @example(case=problem(Window(8, 24, 1, 9, 2), batch=3, head_dim=128))
 @example(case=problem(WIDE))
 @example(case=problem(Window(26, 70, 0, 6), batch=1))
-def test_implementation_is_the_definition(impl, dtype, case):
+def test_implementation_is_the_definition(monkeypatch, impl, dtype, case):
+    if impl == OPERATORS:
+        switch_off(monkeypatch)
+        impl = "tiled"
     check(run_impl(impl, case["window"]), case, dtype)
 
 
@@ -124,6 +103,7 @@ def test_many_geometries_do_not_fall_back_to_dense(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiled_without_fused_attention(monkeypatch, dtype):
     """The form of the tiled path that runs on devices other than the CPU."""
+    switch_off(monkeypatch)
     monkeypatch.setattr(partial, "has_flash", lambda device: False)
     monkeypatch.setattr(tiled, "compute_dtype", lambda dtype, device: dtype)
     # 66 bands: what is merged so often must be held in float32.
@@ -133,6 +113,7 @@ def test_tiled_without_fused_attention(monkeypatch, dtype):
 
 
 def test_float16_scores_do_not_overflow(monkeypatch):
+    switch_off(monkeypatch)
     monkeypatch.setattr(partial, "has_flash", lambda device: False)
     monkeypatch.setattr(tiled, "compute_dtype", lambda dtype, device: dtype)
     window = Window(8, 8, 2, 3)

@@ -1,10 +1,12 @@
 """What the tiled path promises beside being right: linear work, and a well-behaved custom op."""
 
+import functools
 import subprocess
 import sys
 
 import pytest
 import torch
+from support.compiled import needs_compiler, switch_off
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +15,7 @@ from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.tiles import (
     TILE_COLUMNS,
     bands,
-    executed_pairs,
+    executed_tile_pairs,
     tile_bias,
     tile_columns,
 )
@@ -51,6 +53,7 @@ def test_mask_is_left_out_where_all_is_inside():
 
 @pytest.mark.parametrize("elements", [1, 5000])
 def test_large_masks_are_made_in_groups(monkeypatch, elements):
+    switch_off(monkeypatch)
     window = Window(19, 30, 3, 4)
     query, key, value = tensors(window, requires_grad=True)
     expected = local_attention(query, key, value, window, impl="tiled")
@@ -64,26 +67,41 @@ def test_large_masks_are_made_in_groups(monkeypatch, elements):
         torch.testing.assert_close(grad, other)
 
 
-def test_work_is_linear_in_the_tokens():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_work_is_linear_in_the_tokens(monkeypatch, compiled):
+    if not compiled:
+        switch_off(monkeypatch)
+    executed_pairs = functools.partial(tiled.executed_pairs, torch.empty(1, 1, 1, 16))
     small, large = Window(64, 64, 512, 8), Window(512, 512, 512, 8)
     assert executed_pairs(large) / executed_pairs(small) < 1.1 * 64
-    assert executed_pairs(large) / large.attended_pairs() < 1.3
+    assert executed_pairs(large) / large.attended_pairs() < (1.1 if compiled else 1.3)
     assert flex.executed_pairs(Window(64, 64, 512, 8)) > executed_pairs(small)
 
 
-def test_executed_pairs_counts_what_runs(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_executed_pairs_counts_what_runs(monkeypatch, compiled):
+    if not compiled:
+        switch_off(monkeypatch)
     window = Window(19, 26, 5, 4, 2)
+    query, key, value = tensors(window)
     pairs = 0
-    attend = tiled.attend
+    attend, attend_compiled = tiled.attend, tiled.attend_compiled
 
     def counting(query, key, value, scale, bias=None):
         nonlocal pairs
         pairs += query.shape[0] * query.shape[2] * key.shape[2]
         return attend(query, key, value, scale, bias)
 
+    def counting_compiled(query, *args):
+        nonlocal pairs
+        pairs += attend_compiled(query, *args) // query.shape[2]
+
     monkeypatch.setattr(tiled, "attend", counting)
-    local_attention(*tensors(window), window, impl="tiled")
-    assert pairs == executed_pairs(window)
+    monkeypatch.setattr(tiled, "attend_compiled", counting_compiled)
+    local_attention(query, key, value, window, impl="tiled")
+    assert pairs == tiled.executed_pairs(query, window)
+    if not compiled:
+        assert pairs == executed_tile_pairs(window)
 
 
 @pytest.mark.parametrize("down_factor", [1, 2])

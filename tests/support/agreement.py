@@ -7,8 +7,36 @@ of theirs, also where the plain softmax has none (one key).
 """
 
 import torch
+from hypothesis import strategies as st
+
+from clear_dit.kernels.window import Window
 
 from .oracle import attention_by_definition, relative_error
+
+# Wide enough for several tiles that read overlapping keys, and a last one over the border.
+WIDE = Window(20, 57, 7, 4, 2)
+TEXT_LENGTHS = (0, 1, 7, 64, 512)
+
+
+@st.composite
+def problems(draw):
+    height, width = draw(st.integers(1, 21)), draw(st.integers(1, 21))
+    factor = draw(st.sampled_from((1, 2, 4)))
+    window = Window(
+        height,
+        width,
+        draw(st.sampled_from(TEXT_LENGTHS)),
+        draw(st.integers(1, 32)),
+        factor if factor <= min(height, width) else 1,
+    )
+    return {
+        "window": window,
+        "batch": draw(st.integers(1, 3)),
+        "heads": draw(st.integers(1, 2)),
+        "head_dim": draw(st.sampled_from((16, 24, 64, 128))),
+        "weighted": draw(st.booleans()),
+        "seed": draw(st.integers(0, 99)),
+    }
 
 
 def problem(window, batch=2, heads=2, head_dim=32, weighted=True, seed=0):

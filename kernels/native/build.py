@@ -1,0 +1,94 @@
+"""Compiling a C++ file for this machine, on first use, into a folder of the user's."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+# No -ffast-math: masked scores and NaN must stay what they are.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-w")
+SECONDS = 120
+
+
+class BuildError(Exception):
+    """Why there is no library, in a few words that follow "it"."""
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command: $CXX, else the first of c++, g++, clang++ there is."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        if path := shutil.which(command[0]):
+            return [path, *command[1:]]
+    return None
+
+
+def load(source: Path, definitions: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library of a source file, compiled unless the user's cache folder has it.
+
+    The cache folder is `clear-dit` in $XDG_CACHE_HOME (~/.cache). A library's name there tells
+    source, command and all that the compiler says of itself and of this CPU. Where the folder
+    cannot be written, every process compiles for itself.
+
+    Args:
+        definitions: of macros, as NAME=VALUE.
+
+    Raises:
+        BuildError: another system, no compiler, or one that fails.
+    """
+    if os.name != "posix":
+        raise BuildError("needs Linux or macOS")
+    found = compiler()
+    if found is None:
+        raise BuildError("needs a C++ compiler ($CXX, c++, g++ or clang++), and there is none")
+    command = [*found, *FLAGS, *(f"-D{each}" for each in definitions)]
+    try:
+        return _load(command, source)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"could not be compiled: {error}") from error
+
+
+def _load(command: list[str], source: Path) -> ctypes.CDLL:
+    machine = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    text = b"\0".join([source.read_bytes(), repr(command).encode(), machine])
+    name = f"{source.stem}-{hashlib.sha256(text).hexdigest()[:32]}.so"
+    folder = _cache_folder()
+    if folder is not None and (folder / name).exists():
+        return ctypes.CDLL(str(folder / name))
+    # In the folder itself: then a rename puts it there whole, whoever else does the same.
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        library = Path(work) / name
+        _run([*command, str(source), "-o", str(library)])
+        if folder is not None:
+            library = library.replace(folder / name)
+        return ctypes.CDLL(str(library))  # once loaded, it needs its file no more
+
+
+def _cache_folder() -> Path | None:
+    """The folder, made if need be; None where this user alone cannot write to it."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "clear-dit"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: nobody knows the home
+        return None
+    own = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if own and os.access(folder, os.W_OK) else None
+
+
+def _run(command: list[str]) -> bytes:
+    done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        said = next((line for line in lines if "error" in line), lines[-1] if lines else "nothing")
+        raise BuildError(f"could not be compiled: {command[0]} says: {said}")
+    return done.stdout
