@@ -12,7 +12,7 @@ import torch
 
 from . import __version__
 from .kernels.attention import IMPLS, preference, why_not
-from .kernels.native.build import compiler
+from .kernels.native.build import BuildError, compiler
 from .kernels.native.forward import why_not_compiled
 from .models import DEMO
 
@@ -52,7 +52,7 @@ def examine() -> dict[str, Any]:
             device: torch.cuda.get_device_name(device) if device != "cpu" else platform.machine()
             for device in devices
         },
-        "compiler": " ".join(compiler() or ()) or None,
+        "compiler": _compiler(),
         "impls": impls,
         # For the demo's heads; compiled here and now if it never was.
         "compiled_tiled": why_not_compiled(torch.empty(1, 1, 1, 64), 1, 1),
@@ -71,6 +71,13 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    try:
+        return " ".join(compiler())
+    except BuildError:
         return None
 
 

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 # No -ffast-math: masked scores and NaN must stay what they are.
@@ -22,13 +23,23 @@ class BuildError(Exception):
     """Why there is no library, in a few words that follow "it"."""
 
 
-def compiler() -> list[str] | None:
-    """The C++ compiler's command: $CXX, else the first of c++, g++, clang++ there is."""
-    chosen = shlex.split(os.environ.get("CXX", ""))
+def compiler() -> list[str]:
+    """The C++ compiler's command: $CXX, else the first of c++, g++, clang++ there is.
+
+    Raises:
+        BuildError: there is none.
+    """
+    named = os.environ.get("CXX", "")
+    try:
+        chosen = shlex.split(named)
+    except ValueError as error:
+        raise BuildError(f"needs a C++ compiler, and $CXX is {named!r} ({error})") from error
     for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
         if path := shutil.which(command[0]):
             return [path, *command[1:]]
-    return None
+    if chosen:
+        raise BuildError(f"needs a C++ compiler, and $CXX is {named!r}, which is not found")
+    raise BuildError("needs a C++ compiler (c++, g++, clang++ or $CXX), and there is none")
 
 
 def load(source: Path, definitions: Sequence[str] = ()) -> ctypes.CDLL:
@@ -46,10 +57,7 @@ def load(source: Path, definitions: Sequence[str] = ()) -> ctypes.CDLL:
     """
     if os.name != "posix":
         raise BuildError("needs Linux or macOS")
-    found = compiler()
-    if found is None:
-        raise BuildError("needs a C++ compiler ($CXX, c++, g++ or clang++), and there is none")
-    command = [*found, *FLAGS, *(f"-D{each}" for each in definitions)]
+    command = [*compiler(), *FLAGS, *(f"-D{each}" for each in definitions)]
     try:
         return _load(command, source)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -62,21 +70,25 @@ def _load(command: list[str], source: Path) -> ctypes.CDLL:
     name = f"{source.stem}-{hashlib.sha256(text).hexdigest()[:32]}.so"
     folder = _cache_folder()
     if folder is not None and (folder / name).exists():
-        return ctypes.CDLL(str(folder / name))
+        with suppress(OSError):  # damaged: compiled anew
+            return ctypes.CDLL(str(folder / name))
     # In the folder itself: then a rename puts it there whole, whoever else does the same.
     with tempfile.TemporaryDirectory(dir=folder) as work:
         library = Path(work) / name
         _run([*command, str(source), "-o", str(library)])
         if folder is not None:
+            with library.open("rb") as file:
+                os.fsync(file.fileno())  # else a crash could leave its name with half of it
             library = library.replace(folder / name)
         return ctypes.CDLL(str(library))  # once loaded, it needs its file no more
 
 
 def _cache_folder() -> Path | None:
     """The folder, made if need be; None where this user alone cannot write to it."""
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = (Path(base) if base else Path.home() / ".cache") / "clear-dit"
+        # A path that is not absolute is to be ignored, says the XDG specification.
+        folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "clear-dit"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except (OSError, RuntimeError):  # RuntimeError: nobody knows the home
@@ -86,7 +98,9 @@ def _cache_folder() -> Path | None:
 
 
 def _run(command: list[str]) -> bytes:
-    done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
+    )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         said = next((line for line in lines if "error" in line), lines[-1] if lines else "nothing")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -58,6 +59,10 @@ ARGUMENTS = (
 )
 
 
+# Whether of text queries, batch item, head, first query (or row of the image), the one after.
+Share = tuple[bool, int, int, int, int]
+
+
 @functools.cache
 def _library(head_dim: int) -> ctypes.CDLL | str:
     """The kernel for a head_dim, or why there is none. Compiled once per machine: seconds."""
@@ -107,6 +112,9 @@ def attend_compiled(
         key, value: (batch, text and image tokens, heads, head_dim), head_dim contiguous.
         dense_key, dense_value: (batch, dense tokens, heads, head_dim), none or more.
         lse: (batch, text and image queries, heads), float32.
+        height, width, text_length, radius: in tokens, see `Window`.
+        scale: factor on query times key.
+        query_start, query_stop: first row of image queries, and the row after the last.
 
     Returns:
         The (query, key) pairs computed, masked ones too, over all batch items and heads. `out` and
@@ -117,6 +125,10 @@ def attend_compiled(
     """
     library = _library(query.shape[-1])
     assert isinstance(library, ctypes.CDLL), library
+    # The kernel believes these numbers.
+    assert key.shape[1] == value.shape[1] == text_length + height * width
+    assert 0 <= query_start < query_stop <= height
+    assert query.shape[1] >= (query_stop - query_start) * width
     dense_key, dense_value = (
         x.transpose(1, 2).to(torch.float32).contiguous().transpose(1, 2)
         for x in (dense_key, dense_value)
@@ -142,19 +154,34 @@ def attend_compiled(
         for start in range(first, stop, share)
     ]
 
-    def run(share: tuple[bool, int, int, int, int]) -> int:
+    def run(share: Share) -> int:
         return library.attend_share(problem, *share)
 
-    threads = min(torch.get_num_threads(), len(shares))
-    if threads > 1:
-        # One for this call: a process that forks takes no threads along.
-        with ThreadPoolExecutor(threads) as pool:
-            pairs = list(pool.map(run, shares))
-    else:
-        pairs = list(map(run, shares))
+    pairs = _by_threads(run, shares)
     if min(pairs, default=0) < 0:
         raise MemoryError("tiled attention: no memory for the keys that a tile reaches")
     return sum(pairs)
+
+
+def _by_threads(run: Callable[[Share], int], shares: list[Share]) -> list[int]:
+    """What `run` returns for each share, in any order; by this thread and new ones.
+
+    The new ones end with this call: a process that forks takes no threads along, and an executor's
+    refuse to work once the main thread has ended.
+    """
+    left = iter(shares)
+    found: list[list[int]] = [[] for _ in range(torch.get_num_threads())]
+
+    def work(own: list[int]) -> None:
+        own.extend(map(run, left))
+
+    others = [Thread(target=work, args=(own,)) for own in found[1:]]
+    for thread in others:
+        thread.start()
+    work(found[0])
+    for thread in others:
+        thread.join()
+    return [pairs for own in found for pairs in own]
 
 
 def _tile(library: ctypes.CDLL) -> tuple[int, int]:

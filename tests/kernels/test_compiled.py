@@ -198,6 +198,24 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
+THREAD = """
+import threading, torch
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.window import Window
+torch.set_num_threads(2)
+query = torch.randn(1, 480, 2, 24)
+def paint():
+    threading.main_thread().join()
+    print(local_attention(query, query, query, Window(40, 12, 0, 3), impl="tiled").shape)
+threading.Thread(target=paint).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_one_computes_too():
+    done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, timeout=120)
+    assert done.stdout.strip() == b"torch.Size([1, 480, 2, 24])", done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_forked_process_computes_too():
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)

@@ -4,6 +4,8 @@ None of them reads or writes beyond its memory.
 """
 
 import ctypes
+import math
+import platform
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,16 @@ def compile_mutant(tmp_path, monkeypatch):
 
 def test_the_battery_passes_without_a_fault(compile_mutant, monkeypatch):
     assert battery(compile_mutant(), monkeypatch) < EXACT
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize(("flag", "lanes"), [("-mno-avx512f", 8), ("-mno-avx", 4)])
+def test_smaller_vectors(flag, lanes, compile_mutant, monkeypatch):
+    """As on older CPUs, and on others."""
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, flag])
+    library = compile_mutant()
+    assert math.prod(forward._tile(library)) <= lanes
+    assert battery(library, monkeypatch) < EXACT
 
 
 @pytest.mark.parametrize("fault", MUTANTS)

@@ -5,7 +5,15 @@ import pytest
 from clear_dit.kernels import tiled
 from clear_dit.kernels.native import build
 
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+
+def _why_not() -> str:
+    try:
+        return "" if build.compiler() else "no command"
+    except build.BuildError as error:
+        return str(error)
+
+
+needs_compiler = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 
 
 def switch_off(monkeypatch):
