@@ -82,15 +82,15 @@ class WindowTracker:
         sizes = [layout.text_length, layout.rows, layout.columns, layout.reference_length]
         sizes += chain(*layout.local_references)
         self._sizes = [
-            torch.empty(_apart(place) + size, device="meta") for place, size in enumerate(sizes)
+            torch.empty(0, _apart(place) + size, device="meta") for place, size in enumerate(sizes)
         ]
 
     def compiled(self) -> tuple[Layout, Window]:
         """Layout and window of the forward under way, for code that torch.compile traces.
 
         Implementations that are custom ops take their numbers as arguments. They are then read from
-        the lengths of tensors, one each: such numbers the compiler keeps symbolic, unless 0 or 1 or
-        equal to another (see `_apart`), and a new resolution does not compile the model again.
+        the shapes of empty tensors, one each: such numbers the compiler keeps symbolic, unless 0 or
+        1 or equal to another (see `_apart`), and a new resolution compiles nothing again.
         """
         if self.announced is None:
             raise RuntimeError(
@@ -106,7 +106,7 @@ class WindowTracker:
         if self.impl not in CUSTOM_OPS:
             return layout, self._announced_window
         text, rows, columns, references, *local = (
-            tensor.shape[0] - _apart(place) for place, tensor in enumerate(self._sizes)
+            tensor.shape[1] - _apart(place) for place, tensor in enumerate(self._sizes)
         )
         local_references = tuple(zip(local[::2], local[1::2], strict=True))
         layout = Layout(text, rows, columns, references, layout.image_first, local_references)

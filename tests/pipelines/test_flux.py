@@ -93,7 +93,8 @@ def test_set_attn_processor_takes_what_diffusers_takes(tiny_pipeline):
     processors = pipe.transformer.attn_processors
     assert len({id(processor) for processor in processors.values()}) == 4
     assert {repr(p) for p in processors.values()} == {
-        "CLEARProcessor(radius=3, down_factor=1, impl='reference', grid=None, proportional_base=66)"
+        "CLEARProcessor(radius=3, down_factor=1, impl='reference', grid=None, "
+        "proportional_base=66, references='dense')"
     }
     chosen = {name: FluxAttnProcessor() for name in processors}
     pipe.set_attn_processor(chosen)
