@@ -129,6 +129,8 @@ def reference_grids(
     """Rows and columns of every reference image.
 
     One begins where the group is another one, and where the first position of a group comes again.
+    So images of one group that continue one another's rows count as one; and positions beyond 256
+    in bfloat16, which repeat, are told wrongly.
 
     Args:
         positions: (tokens, channels), float: what marks the place of each token of reference
