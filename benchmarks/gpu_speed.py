@@ -19,15 +19,15 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from clear_dit import CLEARProcessor
-from clear_dit import norm_rope as fused_or_not
+from clear_dit.attention import norm_rope as fused_or_not
 from clear_dit.bench.attention import TOLERANCE, Problem, bench_attention
 from clear_dit.bench.published import FLUX_TRANSFORMER
 from clear_dit.bench.timing import time_in_turn
+from clear_dit.generation.models import TOKEN_PIXELS
 from clear_dit.kernels.triton import tables, tuning
 from clear_dit.kernels.triton.launch import table_key
 from clear_dit.kernels.window import Window
 from clear_dit.memory import peak_mb, reset_peak
-from clear_dit.models import TOKEN_PIXELS
 
 CUDNN, FLASH, RASTER, TILED = "sdpa-cudnn", "sdpa-flash", "flex", "flex-tiled"
 # Processes that compile side by side; each may hold a layer of 8192 px, forward and backward.

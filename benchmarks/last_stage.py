@@ -31,12 +31,12 @@ from torchmetrics.functional.image import (
 from tqdm import tqdm
 
 from clear_dit import apply_clear, remove_clear
-from clear_dit.adapters import known_weights
 from clear_dit.bench.timing import hardware, table
-from clear_dit.denoising import decode, denoise, encode
 from clear_dit.evaluation.request import evaluation_prompts
-from clear_dit.models import load_pipeline, model_defaults
-from clear_dit.pipelines.resolution import settings_for
+from clear_dit.generation.denoising import decode, denoise, encode
+from clear_dit.generation.models import load_pipeline, model_defaults
+from clear_dit.pipelines.cascade.resolution import settings_for
+from clear_dit.weights.known import known_weights
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, resu
     """Time the steps of one rank; the first sends (seconds of each step, output, bytes)."""
     torch.set_num_threads(1)
     from clear_dit import apply_clear
-    from clear_dit.models import load_pipeline
+    from clear_dit.generation.models import load_pipeline
 
     pipe = load_pipeline("demo", torch.float32, torch.device("cpu"), only_transformer=True)
     model = pipe.transformer
@@ -63,7 +63,7 @@ def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, resu
     if ranks > 1:
         from torch.distributed.device_mesh import init_device_mesh
 
-        from clear_dit.pipelines.patch_parallel import parallelize
+        from clear_dit.pipelines.parallel.patch_parallel import parallelize
 
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from clear_dit.bench.denoise import bench_denoise, step_flops
-from clear_dit.denoising import two_passes
-from clear_dit.models import TOKEN_PIXELS, load_pipeline, model_defaults
-from clear_dit.pipelines.resolution import applied
-from clear_dit.pipelines.schedule import sigmas_for
-from clear_dit.pipelines.stages import plan_stages
+from clear_dit.generation.denoising import two_passes
+from clear_dit.generation.models import TOKEN_PIXELS, load_pipeline, model_defaults
+from clear_dit.pipelines.cascade.resolution import applied
+from clear_dit.pipelines.cascade.schedule import sigmas_for
+from clear_dit.pipelines.cascade.stages import plan_stages
 
 RATE_AT = 2048  # pixels a side at which full attention is measured
 

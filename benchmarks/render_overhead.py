@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clear_dit.denoising import decode, denoise, encode, two_passes
-from clear_dit.generate import make_request
-from clear_dit.output import save_png
-from clear_dit.painter import Painter
+from clear_dit.generation.denoising import decode, denoise, encode, two_passes
+from clear_dit.generation.image_output import save_png
+from clear_dit.generation.request import make_request
+from clear_dit.generation.runner import Painter
 from clear_dit.render.run import render
 
 TARGET = 0.05

@@ -9,18 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .compat import check_versions
+from .versions import __version__ as __version__
 
 check_versions()
 
 if TYPE_CHECKING:
+    from .attention.processor import CLEARProcessor
     from .kernels.attention import local_attention
     from .kernels.window import Window
     from .pipelines.flux import CLEARFluxPipeline
     from .plugin import apply_clear, remove_clear
-    from .processor import CLEARProcessor
-    from .weights import load_clear_weights, save_clear_weights
-
-__version__ = "0.1.0"
+    from .weights.load import load_clear_weights, save_clear_weights
 
 __all__ = [
     "CLEARFluxPipeline",
@@ -35,13 +34,13 @@ __all__ = [
 
 _HOME = {
     "CLEARFluxPipeline": "pipelines.flux",
-    "CLEARProcessor": "processor",
+    "CLEARProcessor": "attention.processor",
     "Window": "kernels.window",
     "apply_clear": "plugin",
-    "load_clear_weights": "weights",
+    "load_clear_weights": "weights.load",
     "local_attention": "kernels.attention",
     "remove_clear": "plugin",
-    "save_clear_weights": "weights",
+    "save_clear_weights": "weights.load",
 }
 
 

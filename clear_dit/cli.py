@@ -120,9 +120,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Paint one picture."""
-    from .generate import generate as run
-    from .generate import make_request
-    from .sharing import joined_ranks
+    from .generation.request import make_request
+    from .generation.runner import generate as run
+    from .generation.sharing import joined_ranks
 
     with joined_ranks(parallel, device) as ranks:
         if ranks is not None and not ranks.is_first:
@@ -362,7 +362,7 @@ def bench_denoise(
     """One denoising step of a model, full attention against CLEAR."""
     from .bench.denoise import bench_denoise as run
     from .bench.denoise import report
-    from .checks import find_device, find_dtype, find_window
+    from .generation.checks import find_device, find_dtype, find_window
 
     find_window(height, width, radius)
     result = run(
@@ -417,7 +417,7 @@ def bench_plan(
         return
     from .bench.plan import plan as run
     from .bench.plan import report
-    from .checks import find_dtype
+    from .generation.checks import find_dtype
 
     result = run(
         model,
@@ -471,8 +471,8 @@ def bench_parallel(
     from .bench.parallel import report as measured_report
     from .bench.parallel_plan import ASSUMED, Rates, plan_parallel
     from .bench.parallel_plan import report as plan_report
-    from .checks import find_dtype, find_window
-    from .sharing import joined_ranks
+    from .generation.checks import find_dtype, find_window
+    from .generation.sharing import joined_ranks
 
     find_window(height, width, radius)
     found: dict[str, Any] = {}
@@ -521,7 +521,7 @@ def _problem(
     device: str | None,
 ) -> Any:
     from .bench.attention import Problem
-    from .checks import find_device, find_dtype, find_window
+    from .generation.checks import find_device, find_dtype, find_window
 
     return Problem(
         window=find_window(height, width, radius, down_factor, text_length),

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from . import __version__
-from .kernels.attention import IMPLS, preference, why_not
-from .kernels.native.build import BuildError, compiler
-from .kernels.native.forward import why_not_compiled
-from .models import DEMO
+from .generation.models import DEMO
+from .kernels.choice import IMPLS, preference, why_not
+from .kernels.tiled.native.build import BuildError, compiler
+from .kernels.tiled.native.forward import why_not_compiled
+from .versions import __version__
 
 EXTRAS = {
     "app": ("gradio",),

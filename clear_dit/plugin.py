@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import nn
 
+from .attention.processor import CLEARProcessor, FluxAttnProcessor
+from .attention.tracker import WindowTracker
 from .chunking import chunk_feed_forward, is_chunked
 from .families.family import Family
 from .families.table import (
     all_families,
     attention_layers,
     family_of,
-    find_family,
-    is_transformer,
-    known_models,
+    models_of,
+    transformer_of,
 )
-from .processor import CLEARProcessor, FluxAttnProcessor
-from .state import ClearState
-from .tracker import WindowTracker
+from .weights.load import find_weights, load_checked, open_checked
+from .weights.state import ClearState
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,6 @@ def apply_clear(
         _refuse_references(model, settings)
     if weights is None:
         return tuple(install(model, settings) for model in models)
-    from .weights import find_weights, load_checked, open_checked
-
     transformer = transformer_of(pipe_or_model, "apply_clear(weights=...)")
     path = find_weights(weights, settings.radius, settings.down_factor)
     with open_checked(transformer, path, settings) as file:
@@ -145,48 +143,6 @@ def _remove(model: nn.Module) -> bool:
             attn.set_processor(original if original is not None else FluxAttnProcessor())
             removed = True
     return removed
-
-
-def transformer_of(pipe_or_model: Any, who: str, feature: str | None = None) -> nn.Module:
-    """The transformer of a pipeline, or the model itself, without torch.compile's wrapper.
-
-    Args:
-        who: asks, for messages.
-        feature: of `FEATURES`, that the model's family must be for.
-
-    Raises:
-        ValueError: the class, or the feature for its family, is not supported.
-    """
-    model = _unwrapped(getattr(pipe_or_model, "transformer", pipe_or_model))
-    if not is_transformer(model):
-        raise _unsupported(model, who, known_models(controlnets=False))
-    if feature is not None:
-        family_of(model).require(feature, who)
-    return model
-
-
-def models_of(pipe_or_model: Any, who: str) -> list[nn.Module]:
-    """A pipeline's transformer and its ControlNets, or the model itself; as `transformer_of`."""
-    found = []
-    if hasattr(pipe_or_model, "transformer"):
-        found.append(transformer_of(pipe_or_model, who))
-        pipe_or_model = getattr(pipe_or_model, "controlnet", None)
-    for model in getattr(pipe_or_model, "nets", [pipe_or_model]):  # several ControlNets
-        model = _unwrapped(model)
-        if model is not None and find_family(model) is None:
-            raise _unsupported(model, who, known_models())
-        found += [] if model is None else [model]
-    return found
-
-
-def _unwrapped(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)
-
-
-def _unsupported(model: Any, who: str, known: str) -> ValueError:
-    return ValueError(
-        f"{who}: supported models are {known}, alone or in a pipeline; got {type(model).__name__}."
-    )
 
 
 def _refuse_layers(model: nn.Module) -> None:

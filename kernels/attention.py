@@ -1,104 +1,12 @@
-"""`local_attention`: validation, choice of implementation, and one way in for all of them."""
+"""`local_attention`: validation, and one way in for all implementations."""
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from .flex import flex_attention, why_not_flex
-from .reference import reference_attention
-from .tiled import tiled_attention
-from .triton.device import why_not_triton
+from .choice import run_chosen
+from .reference_images import attention_with_local_references
 from .window import Window
-
-logger = logging.getLogger(__name__)
-
-IMPLS = ("auto", "triton", "flex", "tiled", "reference")
-
-
-def runs_everywhere(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
-    """Never refuses: the tiled path and the oracle run on any device."""
-    return None
-
-
-def _triton_attention(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Imports Triton on the first call only: most machines without a GPU do not have it."""
-    from .triton.ops import triton_attention
-
-    return triton_attention(*args, **options)
-
-
-_WHY_NOT: dict[str, Callable[[torch.Tensor, bool, bool], str | None]] = {
-    "triton": why_not_triton,
-    "flex": why_not_flex,
-    "tiled": runs_everywhere,
-    "reference": runs_everywhere,
-}
-_RUN: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
-    "triton": _triton_attention,
-    "flex": flex_attention,
-    "tiled": tiled_attention,
-    "reference": reference_attention,
-}
-
-
-def preference(device_type: str) -> tuple[str, ...]:
-    """Implementations in the order `impl="auto"` tries them on a device type, fastest first.
-
-    On a CPU the tiled path is several times faster than compiled FlexAttention and also has a
-    backward pass (`clear-dit bench attention` measures both).
-    """
-    if device_type == "cuda":
-        return ("triton", "flex", "tiled", "reference")
-    return ("triton", "tiled", "flex", "reference")
-
-
-def why_not(
-    impl: str, query: torch.Tensor, needs_grad: bool = False, return_lse: bool = False
-) -> str | None:
-    """Why `impl` cannot run on these inputs, in a few words; None if it can."""
-    return _WHY_NOT[impl](query, needs_grad, return_lse)
-
-
-def select_impl(
-    impl: str, query: torch.Tensor, needs_grad: bool = False, return_lse: bool = False
-) -> str:
-    """The implementation that runs for a request.
-
-    An explicit choice is checked and never replaced. "auto" takes the first of `preference` that
-    can run and logs, once per choice and at INFO, why the faster ones cannot.
-
-    Raises:
-        ValueError: unknown `impl`, or an explicit one that cannot run here.
-    """
-    if impl not in IMPLS:
-        raise ValueError(f"local_attention: impl must be one of {', '.join(IMPLS)}; got {impl!r}.")
-    if impl != "auto":
-        reason = why_not(impl, query, needs_grad, return_lse)
-        if reason is not None:
-            raise ValueError(
-                f"local_attention: impl={impl!r} cannot run here: it {reason}. "
-                "Use impl='auto' or another one."
-            )
-        return impl
-    refused: list[str] = []
-    for name in preference(query.device.type):
-        reason = why_not(name, query, needs_grad, return_lse)
-        if reason is None:
-            if not torch.compiler.is_compiling():  # a log call breaks the graph
-                _announce(name, tuple(refused))
-            return name
-        refused.append(f"{name} {reason}")
-    raise AssertionError("the reference implementation runs everywhere")
-
-
-@functools.cache
-def _announce(impl: str, refused: tuple[str, ...]) -> None:
-    logger.info("local attention runs on %r%s", impl, "".join(f"; {reason}" for reason in refused))
 
 
 def check_inputs(
@@ -205,20 +113,12 @@ def local_attention(
             "pass; use torch.no_grad(), or references='dense'."
         )
     if window.local_references and impl != "reference":
-        from .reference_images import attention_with_local_references  # which calls this for parts
-
         out, lse = attention_with_local_references(
             q, k, v, window, scale=scale, spatial_weight=spatial_weight, impl=impl
         )
         return (out, lse) if return_lse else out
-    name = select_impl(impl, q, needs_grad, return_lse)
-    out, lse = _RUN[name](
-        q,
-        k,
-        v,
-        window,
-        scale=scale,
-        spatial_weight=spatial_weight,
-        return_lse=return_lse,
-    )
+    out, lse = run_chosen(
+        impl, q, k, v, window,
+        scale=scale, spatial_weight=spatial_weight, needs_grad=needs_grad, return_lse=return_lse,
+    )  # fmt: skip
     return (out, lse.detach()) if return_lse else out

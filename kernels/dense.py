@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .attention import select_impl
+from .choice import select_impl
 from .merge import merge_
 from .opaque import channels_contiguous
-from .partial import attend, compute_dtype
+from .tiled.partial import attend, compute_dtype
 
 # Keys and queries taken at a time: where there is no fused attention, scores are stored.
 KEYS = 4096

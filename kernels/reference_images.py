@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .attention import local_attention
+from .choice import run_chosen
 from .dense import dense_attention
 from .merge import merge_
 from .window import Window
@@ -45,13 +45,13 @@ def attention_with_local_references(
         ValueError: an explicit `impl` that cannot run here, or cannot return the log-sum-exp.
     """
 
-    def local(own: slice, keys: slice, part: Window, **options: torch.Tensor | None) -> Attended:
-        found = local_attention(
-            query[:, own], key[:, keys], value[:, keys], part,
-            scale=scale, impl=impl, return_lse=True, **options,
+    def local(
+        own: slice, keys: slice, part: Window, weight: torch.Tensor | None = None
+    ) -> Attended:
+        return run_chosen(
+            impl, query[:, own], key[:, keys], value[:, keys], part,
+            scale=scale, spatial_weight=weight, return_lse=True,
         )  # fmt: skip
-        assert isinstance(found, tuple)
-        return found
 
     def dense(own: slice, keys: slice) -> Attended:
         return dense_attention(query[:, own], key[:, keys], value[:, keys], scale=scale, impl=impl)
@@ -69,6 +69,6 @@ def attention_with_local_references(
         parts.append((out, lse))
         start = own.stop
     image = slice(window.text_length, None)
-    parts.append(local(image, everything, window.image_queries, spatial_weight=spatial_weight))
+    parts.append(local(image, everything, window.image_queries, spatial_weight))
     outs, lses = zip(*parts, strict=True)
     return torch.cat([out.to(query.dtype) for out in outs], dim=1), torch.cat(lses, dim=1)

@@ -31,20 +31,21 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from clear_dit.plugin import install, transformer_of
-from clear_dit.processor import CLEARProcessor
-from clear_dit.weights import load_clear_weights
+from clear_dit.attention.processor import CLEARProcessor
+from clear_dit.families.table import transformer_of
+from clear_dit.plugin import install
+from clear_dit.weights.load import load_clear_weights
 
-from .call_checks import check_options, check_shared, check_stages
-from .cascade import Request, pictures_from, run_stages
-from .given_image import enlarged_size, pixels_from
+from .cascade.given_image import enlarged_size, pixels_from
+from .cascade.resolution import Resolution
+from .cascade.run import Request, pictures_from, run_stages
+from .cascade.stage_attention import can_run_full, pools_keys, runs_clear
+from .cascade.stage_files import StageFiles
+from .cascade.stages import Stage, plan_stages
+from .checks import check_options, check_shared, check_stages
 from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
-from .patch_parallel import PatchParallel
-from .resolution import Resolution
-from .stage_attention import can_run_full, pools_keys, runs_clear
-from .stage_files import StageFiles
-from .stages import Stage, plan_stages
+from .parallel.patch_parallel import PatchParallel
 from .text import encode_prompts
 
 WHO = "CLEARFluxPipeline"
@@ -309,7 +310,7 @@ class CLEARFluxPipeline(FluxPipeline):
         self.transformer.set_attn_processor(processor)
 
     def enable_patch_parallel(self, mesh: DeviceMesh, stale_halos_after: int | None = None) -> None:
-        """Share every picture among the ranks of a mesh; see `pipelines/patch_parallel.py`.
+        """Share every picture among the ranks of a mesh; see `pipelines/parallel`.
 
         Every rank calls it, and then the pipeline, with the same arguments and a `generator`;
         every rank gets the picture. A second call replaces the first.

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from clear_dit.distillation.identity import versions
+from clear_dit.versions import versions
 
-from .cascade import Request
-from .rank_agreement import agree
-from .stage_files import digest
-from .team import Team
+from .cascade.run import Request
+from .cascade.stage_files import digest
+from .parallel.agreement import agree
+from .process_group import Team
 
 # Of every parameter; other weights and adapters change them.
 VALUES = 16

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .stages import Stage
+from .cascade.stages import Stage
 
 # A token's hidden state, residual, query, key, value and attention output, alive at once in any
 # layer, however the rest is chunked.

@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from ..errors import RequestError
-from ..models import TOKEN_PIXELS
+from ..generation.models import TOKEN_PIXELS
 from .guard import visitor
 from .jobs import Jobs
 from .request import Entry, make_requests
@@ -58,7 +58,7 @@ class Actions:
 
     def enlarged(self, image: str, who: str) -> tuple[int, int] | None:
         """Width and height in pixels that suit the enlargement of an upload; None if it is gone."""
-        from ..pipelines.given_image import enlarged_size
+        from ..pipelines.cascade.given_image import enlarged_size
 
         path = self.store.upload(who, image)
         if path is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..models import model_defaults
+from ..generation.models import model_defaults
 from .actions import Actions, who_asks
 from .request import Entry
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, first_line
-from ..generate import GenerateRequest
-from ..painter import Painter, Step, Stopped
+from ..generation.request import GenerateRequest
+from ..generation.runner import Painter, Step, Stopped
 from .preview import Previewer
 from .settings import MAX_JOBS_OF_VISITOR, Settings
 from .store import Store, new_name

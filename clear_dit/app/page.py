@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..models import TOKEN_PIXELS, model_defaults
+from ..generation.models import TOKEN_PIXELS, model_defaults
 from . import markup
 from .actions import Actions, refusal, who_asks
 from .api import add_api

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 if TYPE_CHECKING:
-    from ..painter import Step
+    from ..generation.runner import Step
 
 # The longer side, in latent pixels; 8 times as many of the picture's.
 MAX_SIDE = 48
@@ -52,8 +52,8 @@ class Previewer:
         return url
 
     def _decode(self, latents: torch.Tensor, height: int, width: int) -> str:
-        from ..pipelines.autoencoder import decode
-        from ..pipelines.picture_files import to_bytes
+        from ..pipelines.decoding.autoencoder import decode
+        from ..pipelines.decoding.image_files import to_bytes
 
         pipe = self._pipe
         grid = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RequestError
-from ..generate import GenerateRequest, make_request
-from ..models import TOKEN_PIXELS
-from ..prompts import check_prompt
+from ..generation.models import TOKEN_PIXELS
+from ..generation.prompts import check_prompt
+from ..generation.request import GenerateRequest, make_request
 from .settings import MAX_FULL_PIXELS, MAX_PROMPT, MAX_STEPS, Settings
 
 ATTENTIONS = ("clear", "full", "both")

@@ -15,8 +15,8 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from ..checks import find_device
-from ..output import own_folder
+from ..files import own_folder
+from ..generation.checks import find_device
 from .actions import Actions
 from .files import STATIC, make_router
 from .guard import Guard

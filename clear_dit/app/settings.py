@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RequestError
-from ..models import model_path
+from ..generation.models import model_path
 
 # Of a prompt, in characters: text encoders read some hundred tokens.
 MAX_PROMPT = 2000

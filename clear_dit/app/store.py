@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..output import whole_file
+from ..files import whole_file
 
 SECRET = re.compile(r"[A-Za-z0-9_-]{43}")
 NAME = re.compile(r"[A-Za-z0-9_-]{22}")
@@ -53,7 +53,7 @@ class Store:
     """The folder of one server.
 
     Args:
-        root: is there, and belongs to this process (see `clear_dit.output.own_folder`).
+        root: is there, and belongs to this process (see `own_folder`).
     """
 
     def __init__(self, root: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ..errors import RequestError
-from ..output import whole_file
+from ..files import whole_file
 from .settings import MAX_UPLOAD_PIXELS
 
 # Those whose decoders take memory by the size the header tells, and run nothing.

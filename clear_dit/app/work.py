@@ -6,13 +6,13 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checks import find_window
-from ..denoising import two_passes
+from ..generation.checks import find_window
+from ..generation.denoising import two_passes
+from ..generation.models import TOKEN_PIXELS, text_length
 from ..kernels.window import Window
-from ..models import TOKEN_PIXELS, text_length
 
 if TYPE_CHECKING:
-    from ..generate import GenerateRequest
+    from ..generation.request import GenerateRequest
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class WorkPlanner:
         Raises:
             ValueError: the pipeline would refuse it.
         """
-        from ..pipelines.schedule import sigmas_for, static_scheduler
-        from ..pipelines.stages import plan_stages
+        from ..pipelines.cascade.schedule import sigmas_for, static_scheduler
+        from ..pipelines.cascade.stages import plan_stages
 
         strength = request.strength
         stages = plan_stages(

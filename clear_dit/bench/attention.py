@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from ..checks import find_impl
 from ..errors import RequestError
-from ..kernels import tiled
-from ..kernels.attention import IMPLS, local_attention, why_not
+from ..generation.checks import find_impl
+from ..generation.models import TOKEN_PIXELS
+from ..kernels.attention import local_attention
+from ..kernels.choice import IMPLS, why_not
 from ..kernels.pooling import pool_tokens
+from ..kernels.tiled import bands
 from ..kernels.window import Window
 from ..memory import peak_mb, reset_peak
-from ..models import TOKEN_PIXELS
 from .peers import PEERS, Peer, Sees, raster_pairs, sees_disc, triton_pairs
 from .timing import hardware, table, time_in_turn
 
@@ -166,7 +167,7 @@ def _masked_pairs(query: torch.Tensor, window: Window) -> int:
 _EXECUTED_PAIRS: dict[str, Callable[[torch.Tensor, Window], float]] = {
     "triton": triton_pairs,
     "flex": raster_pairs,
-    "tiled": tiled.executed_pairs,
+    "tiled": bands.executed_pairs,
     "reference": _masked_pairs,
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..models import DEMO_DEFAULTS, model_path
+from ..generation.models import DEMO_DEFAULTS, model_path
 from .published import CONFIGURATIONS, Configuration
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checks import find_impl
+from ..generation.checks import find_impl
+from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
 from ..kernels.window import Window
-from ..models import TOKEN_PIXELS, load_pipeline, text_length
 from ..plugin import apply_clear
 from .attention import TOLERANCE
 from .timing import hardware, table, time_in_turn

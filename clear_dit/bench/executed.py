@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..kernels import tiles
 from ..kernels.flex import BLOCK
+from ..kernels.tiled import tiles
 from ..kernels.triton.geometry import exact_keys, executed_keys
 from ..kernels.triton.tables import FORWARD
 from ..kernels.window import Window

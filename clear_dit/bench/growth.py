@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..checks import find_impl
 from ..errors import RequestError
+from ..generation.checks import find_impl
 from ..kernels.attention import local_attention
 from ..memory import peak_mb, reset_peak
 from .attention import TOLERANCE, Problem, sampled_error

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.layout import Layout
+from ..attention.processor import CLEARProcessor
 from ..kernels.window import Window
-from ..layout import Layout
 from ..plugin import install
-from ..processor import CLEARProcessor
-from ..state import ClearState
+from ..weights.state import ClearState
 from .fake import IMPL, flux_inputs, quiet
 
 # Of Z-Image's pictures and captions.

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..checks import find_impl
+from ..generation.checks import find_impl
+from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
 from ..kernels.window import Window
-from ..models import TOKEN_PIXELS, load_pipeline, text_length
 from ..plugin import apply_clear
 from .attention import TOLERANCE
 from .denoise import step_inputs
@@ -20,7 +20,7 @@ from .plan import count_flops
 from .timing import hardware, table
 
 if TYPE_CHECKING:
-    from ..pipelines.ranks import Ranks
+    from ..pipelines.parallel.start import Ranks
 
 # Size and number of the messages whose rate is measured, and number of those of one byte.
 _LARGE, _LARGE_COUNT, _SMALL_COUNT = 2**25, 4, 50

@@ -49,7 +49,7 @@ def halo_bytes(layer: Layer, ranks: int) -> int:
     No rank sends more rows than 2 (radius - 1), however many there are. The outputs of text queries
     are merged by an all-reduce of their log-sum-exp and one of the weighted sums, in float32.
     """
-    from ..pipelines.patch_bands import Bands
+    from ..pipelines.parallel.bands import Bands
 
     reach = min(layer.radius, layer.rows + layer.columns) - 1
     rows = max(

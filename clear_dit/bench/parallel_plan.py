@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import ceil, log2
 from typing import Any
 
-from ..checks import find_window
+from ..generation.checks import find_window
 from ..kernels.window import Window
 from .configurations import find_configuration
 from .parallel_bytes import Layer, halo_bytes, ring_bytes, ulysses_bytes

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checks import find_window
+from ..attention.norm_rope import HAS_TRITON
 from ..errors import RequestError, first_line
 from ..families.table import family_of
+from ..generation.checks import find_window
 from ..kernels.window import Window
-from ..norm_rope import HAS_TRITON
 from .configurations import find_configuration
 from .executed import tile_choices
 from .fake import build, defaults, quiet

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..chunking import CHUNK_TOKENS, chunk_feed_forward
 from ..errors import RequestError
 from ..families.table import family_of
+from ..generation.models import TOKEN_PIXELS, quiet_libraries
 from ..kernels.window import Window
-from ..models import TOKEN_PIXELS, quiet_libraries
 from .eight_bit import DTYPES, use_eight_bit_linears
 from .fake import Memory, build, defaults, measure, quiet, tensor_bytes
 from .inputs import apply_announced, model_inputs
@@ -118,7 +118,7 @@ def cascade_sizes(window: Window, native_size: int) -> list[tuple[int, int]]:
     native_size: side of a square of as many pixels as the model was trained at, in pixels.
     """
     with quiet_libraries():
-        from ..pipelines.stages import plan_stages
+        from ..pipelines.cascade.stages import plan_stages
 
     stages = plan_stages(
         window.height * TOKEN_PIXELS, window.width * TOKEN_PIXELS, native_size=native_size

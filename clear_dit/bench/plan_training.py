@@ -15,16 +15,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..checks import find_window
+from ..attention.processor import CLEARProcessor
 from ..distillation.losses import attention_outputs, default_layers, distillation_losses
 from ..distillation.setup import OPTIMIZER_STATES
 from ..distillation.student import add_lora, freeze_others, trained_parameters
 from ..distillation.teacher import Teacher
 from ..errors import RequestError
-from ..families.table import family_of
+from ..families.table import attention_layers, family_of
+from ..generation.checks import find_window
 from ..kernels.window import Window
-from ..plugin import attention_layers
-from ..processor import CLEARProcessor
 from .configurations import find_configuration
 from .fake import IMPL, LiveStorages, build, defaults, flux_inputs, quiet
 from .plan import number

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..models import FLUX_DEFAULTS, TOKEN_PIXELS
+from ..generation.models import FLUX_DEFAULTS, TOKEN_PIXELS
 
 # Side of a latent in pixels, in most autoencoders.
 LATENT_PIXELS = 8

@@ -21,14 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from clear_dit.demo.captions import ATTRIBUTES
-from clear_dit.demo.probe import (
-    Probe,
-    asked_labels,
-    held_out_captions,
-    load_probe,
-    probe_accuracy,
-)
-from clear_dit.denoising import decode, denoise, encode, two_passes
+from clear_dit.demo.probe import Probe, asked_labels, held_out_captions, load_probe, probe_accuracy
+from clear_dit.generation.denoising import decode, denoise, encode, two_passes
 
 
 def paint(

@@ -23,12 +23,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from clear_dit.demo.autoencoder import (
-    CropSampler,
-    to_tensor,
-    train_autoencoder,
-    train_decoder,
-)
+from clear_dit.demo.autoencoder import CropSampler, to_tensor, train_autoencoder, train_decoder
 from clear_dit.demo.card import stage_seconds, training_card
 from clear_dit.demo.checkpoint import load_checkpoint
 from clear_dit.demo.data import PictureSet, save_array

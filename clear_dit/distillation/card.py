@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .identity import versions
+from ..versions import versions
 from .options import DistillOptions
 from .samples import SampleIndex
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..norm_rope import Rotary, norm_and_rotate
-from ..processor import _get_qkv_projections
+from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.processor import _get_qkv_projections
 
 
 class PerHeadAttention:

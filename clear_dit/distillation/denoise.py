@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..compat import names_from
-from ..models import TOKEN_PIXELS
+from ..generation.models import TOKEN_PIXELS
 from .samples import Text
 
 if TYPE_CHECKING:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from importlib import metadata
 from typing import Any
 
-import torch
 from torch import nn
-
-from .. import __version__
 
 # Layers that no CLEAR weights replace; their mean magnitude differs from model to model.
 _LAYERS = ("x_embedder", "norm_out.linear", "proj_out")
@@ -54,13 +50,3 @@ def same_model(one: Any, other: Any) -> bool:
         )
     except (KeyError, TypeError, ValueError):
         return False
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that a result depends on."""
-    return {
-        "clear_dit": __version__,
-        "torch": torch.__version__,
-        "diffusers": metadata.version("diffusers"),
-        "transformers": metadata.version("transformers"),
-    }

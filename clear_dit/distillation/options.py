@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RequestError
-from ..models import model_path
+from ..generation.models import model_path
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 OPTIMIZERS = {"prodigy": 1.0, "adamw": 1e-4}  # and their learning rates

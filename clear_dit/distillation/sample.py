@@ -15,17 +15,18 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..checks import check_size, find_device, find_dtype
-from ..denoising import decode
 from ..errors import RequestError
-from ..generate import MAX_STEPS
-from ..models import load_pipeline, model_defaults, model_path, text_length
-from ..output import save_png
-from ..prompts import read_prompts
+from ..generation.checks import check_size, find_device, find_dtype
+from ..generation.denoising import decode
+from ..generation.image_output import save_png
+from ..generation.models import load_pipeline, model_defaults, model_path, text_length
+from ..generation.prompts import read_prompts
+from ..generation.request import MAX_STEPS
+from ..versions import versions
 from .cpu_attention import PerHeadAttention
 from .denoise import autocast, denoise, encode, initial_noise, weights_dtype
 from .files import refuse_full_disk
-from .identity import fingerprint, same_model, versions
+from .identity import fingerprint, same_model
 from .samples import INDEX, MAX_COUNT, SampleFolder, SampleIndex, Text, read_index
 
 if TYPE_CHECKING:

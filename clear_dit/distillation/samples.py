@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checks import DTYPES
 from ..errors import RequestError, first_line
-from ..models import TOKEN_PIXELS
+from ..generation.checks import DTYPES
+from ..generation.models import TOKEN_PIXELS
 from .files import write_tensors, write_text
 from .identity import same_model
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.processor import CLEARProcessor
 from ..families.table import family_of
-from ..processor import CLEARProcessor
-from ..weight_format import current_settings, parameters_by_key, pooling_by_key
-from ..weights import published_name, write_weights
+from ..weights.format import parameters_by_key, pooling_by_key
+from ..weights.load import current_settings, published_name, write_weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.processor import FluxAttnProcessor, Rotary
 from ..families.table import family_of
-from ..processor import FluxAttnProcessor, Rotary
 
 # The name under which an attention layer keeps its frozen copies, so that they move, and are
 # sharded, with it.

@@ -14,9 +14,9 @@ from accelerate import DistributedType
 from torch import nn
 from tqdm import tqdm
 
-from ..checks import find_window
 from ..errors import RequestError
-from ..models import TOKEN_PIXELS, load_pipeline
+from ..generation.checks import find_window
+from ..generation.models import TOKEN_PIXELS, load_pipeline
 from ..plugin import apply_clear
 from . import checkpoint
 from .card import card, hardware, mean_losses

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..denoising import decode
-from ..models import text_length
-from ..output import save_png
-from ..prompts import read_prompts
+from ..generation.denoising import decode
+from ..generation.image_output import save_png
+from ..generation.models import text_length
+from ..generation.prompts import read_prompts
 from .denoise import autocast, denoise, encode, initial_noise
 from .sample import DEMO_PROMPTS
 from .samples import SampleIndex, Text

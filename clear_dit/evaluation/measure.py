@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from ..errors import RequestError
+from .images import PictureSet
 from .metrics import METRICS, MS_SSIM_ABOVE, PIXEL_METRICS, Features, names_attributes
-from .pictures import PictureSet
 from .request import EvaluateRequest, Variant
 
 Values = dict[str, dict[str, float]]

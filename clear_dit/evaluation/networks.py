@@ -166,7 +166,7 @@ class TransformersNetwork(Network):
     def load(self, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        from ..models import quiet_libraries
+        from ..generation.models import quiet_libraries
 
         folder = self._folder()
         with quiet_libraries():

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from ..models import TOKEN_PIXELS
-from ..output import whole_file
-from .painting import TextCache
-from .pictures import BROKEN, PictureSet
+from ..files import whole_file
+from ..generation.models import TOKEN_PIXELS
+from .generate import TextCache
+from .images import BROKEN, PictureSet
 from .request import EvaluateRequest
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from .. import __version__
-from ..checks import find_window
+from ..generation.checks import find_window
+from ..versions import __version__
 from .measure import Values
 from .metrics import METRICS
 from .output_error import LEVELS, PICTURES

@@ -11,11 +11,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..checks import find_window
 from ..errors import RequestError
-from ..generate import GenerateRequest, make_request
-from ..prompts import read_prompts
-from ..weights import find_weights
+from ..generation.checks import find_window
+from ..generation.prompts import read_prompts
+from ..generation.request import GenerateRequest, make_request
+from ..weights.load import find_weights
 from .metrics import METRICS
 
 MAX_COUNT = 100_000

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..checks import find_device, find_dtype
-from ..models import load_pipeline, model_path, text_length
-from ..output import METADATA_KEY, own_folder, save_png, whole_file
+from ..files import own_folder, whole_file
+from ..generation.checks import find_device, find_dtype
+from ..generation.image_output import save_png
+from ..generation.models import load_pipeline, model_path, text_length
+from ..pipelines.decoding.image_files import METADATA_KEY
 from . import output_error
+from .generate import TextCache, attention_of, check_weights, paint_missing
+from .images import PictureSet, fingerprint
 from .measure import Values, choose_metrics, measure
 from .networks import make_networks
-from .painting import TextCache, attention_of, check_weights, paint_missing
-from .pictures import PictureSet, fingerprint
 from .report import layer_gflop, make_report, markdown
 from .request import EvaluateRequest, Variant
 from .sheet import contact_sheet

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import RequestError
-from ..picture_input import open_picture
+from ..generation.image_input import open_picture
 
 # A border is compared with lines 8 and 16 pixels away on both sides: near, so that the picture is
 # alike there, and at the same place in an autoencoder's own pattern of 8 pixels.

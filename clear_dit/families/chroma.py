@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..ip_adapter import LayerProcessor
-from ..text_padding import used_length
+from ..attention.ip_adapter import LayerProcessor
+from ..attention.text_padding import used_length
 from .family import Family, Reading, only
 from .flux1 import read_ids
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from ..attention.layout import Layout
+from ..attention.norm_rope import Rotary
 from ..compat import names_from
-from ..layout import Layout
-from ..norm_rope import Rotary
 from .family import Family, Reading, only
 from .joint import JointProcessor
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layout import Layout
-from ..processor import CLEARProcessor
+from ..attention.layout import Layout
+from ..attention.processor import CLEARProcessor
 
 # What a family may support besides attention itself.
 FEATURES = ("distil", "evaluate", "cascade", "patch-parallel")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..grid import layout_from_ids, reference_grids, unrounded_ids
-from ..ip_adapter import LayerProcessor
-from ..layout import Layout
+from ..attention.grid import layout_from_ids, reference_grids, unrounded_ids
+from ..attention.ip_adapter import LayerProcessor
+from ..attention.layout import Layout
 from .family import Family, Reading, check_image_length
 
 

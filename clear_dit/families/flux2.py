@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..compat import names_from
-from ..norm_rope import Rotary, norm_and_rotate
 from .family import Family, Reading, only
 from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor

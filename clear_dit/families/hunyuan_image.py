@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..layout import Layout
-from ..norm_rope import Rotary, norm_and_rotate
-from ..text_padding import used_length
+from ..attention.layout import Layout
+from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.text_padding import used_length
 from .family import Family, Reading, only
 from .joint import JointProcessor
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from ..attention.layout import Layout
+from ..attention.processor import CLEARProcessor
+from ..attention.text_padding import Projected, ValidText
+from ..attention.tracker import WindowTracker
 from ..kernels.window import Window
-from ..layout import Layout
-from ..processor import CLEARProcessor
-from ..text_padding import Projected, ValidText
-from ..tracker import WindowTracker
 
 
 class JointProcessor(CLEARProcessor):

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from ..attention.layout import Layout
+from ..attention.text_padding import used_length
 from ..compat import names_from
-from ..layout import Layout
-from ..text_padding import used_length
 from .family import Family, Reading, check_image_length, only
 from .joint import JointProcessor
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..layout import Layout
-from ..norm_rope import norm_and_rotate
+from ..attention.layout import Layout
+from ..attention.norm_rope import norm_and_rotate
 from .family import Family, Reading, only
 from .joint import JointProcessor
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .family import Family
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Class of a model in diffusers: the file of its family, which defines FAMILY.
 MODELS = {
@@ -19,7 +22,6 @@ MODELS = {
     "HunyuanImageTransformer2DModel": "hunyuan_image",
     "CogView4Transformer2DModel": "cogview4",
 }
-
 
 # Those of them that run beside a transformer, over the same tokens.
 CONTROLNETS = ("FluxControlNetModel",)
@@ -75,3 +77,45 @@ def _known_class(model: Any) -> str | None:
 
 def _load(file: str) -> Family:
     return import_module(f".{file}", __package__).FAMILY
+
+
+def transformer_of(pipe_or_model: Any, who: str, feature: str | None = None) -> nn.Module:
+    """The transformer of a pipeline, or the model itself, without torch.compile's wrapper.
+
+    Args:
+        who: asks, for messages.
+        feature: of `FEATURES`, that the model's family must be for.
+
+    Raises:
+        ValueError: the class, or the feature for its family, is not supported.
+    """
+    model = _unwrapped(getattr(pipe_or_model, "transformer", pipe_or_model))
+    if not is_transformer(model):
+        raise _unsupported(model, who, known_models(controlnets=False))
+    if feature is not None:
+        family_of(model).require(feature, who)
+    return model
+
+
+def models_of(pipe_or_model: Any, who: str) -> list[nn.Module]:
+    """A pipeline's transformer and its ControlNets, or the model itself; as `transformer_of`."""
+    found = []
+    if hasattr(pipe_or_model, "transformer"):
+        found.append(transformer_of(pipe_or_model, who))
+        pipe_or_model = getattr(pipe_or_model, "controlnet", None)
+    for model in getattr(pipe_or_model, "nets", [pipe_or_model]):  # several ControlNets
+        model = _unwrapped(model)
+        if model is not None and find_family(model) is None:
+            raise _unsupported(model, who, known_models())
+        found += [] if model is None else [model]
+    return found
+
+
+def _unwrapped(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
+
+
+def _unsupported(model: Any, who: str, known: str) -> ValueError:
+    return ValueError(
+        f"{who}: supported models are {known}, alone or in a pipeline; got {type(model).__name__}."
+    )

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.layout import Layout
+from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..compat import names_from
-from ..layout import Layout
-from ..norm_rope import Rotary, norm_and_rotate
 from .family import Family, Reading, only
 from .joint import JointProcessor
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RequestError
-from ..prompts import check_prompt
+from ..generation.prompts import check_prompt
 from .names import check_id
 
 MAX_SEEDS = 10_000

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..generate import GenerateRequest
-from ..models import model_path
+from ..generation.models import model_path
+from ..generation.request import GenerateRequest
 
 # Where and with what help a picture is painted, not which picture it is.
 _ELSEWHERE = ("device", "stages_dir")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters import AUTO, known_weights
 from ..errors import RequestError, first_line
-from ..generate import GenerateRequest, make_request
-from ..models import model_defaults
-from ..weights import find_weights
+from ..generation.models import model_defaults
+from ..generation.request import GenerateRequest, make_request
+from ..weights.known import AUTO, known_weights
+from ..weights.load import find_weights
 from .identity import files_digest, identity, model_digest
 from .lines import read_lines
 from .names import name_from

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, first_line
-from ..prompts import read_text, text_lines
+from ..generation.prompts import read_text, text_lines
 from .fields import check_names, check_values, from_text
 
 # The number of a line, from 1, and what stands there or why it cannot be used.

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..output import whole_file
+from ..files import whole_file
 from .claims import Claims
 from .jobs import Job
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from ..generate import GenerateRequest
-from ..painter import Step
+from ..generation.request import GenerateRequest
+from ..generation.runner import Step
 
 
 class Progress:

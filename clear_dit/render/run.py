@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..checks import find_device
 from ..errors import RequestError
-from ..output import TEMPORARY_PREFIX
-from ..painter import Painter
+from ..files import TEMPORARY_PREFIX
+from ..generation.checks import find_device
+from ..generation.runner import Painter
 from .claims import Claims
 from .jobs import Job, JobReader, refusal
 from .launch import Launch

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..painter import Painter
+from ..generation.runner import Painter
 from .claims import Claims
+from .generate import failed, paint_job, painted_before
+from .images import complete_sidecar, finished
 from .jobs import Job
 from .launch import Launch
 from .manifest import DONE, FAILED, REMOVED, WAITING, Entry, Manifest, entry_of
-from .painting import failed, paint_job, painted_before
-from .pictures import complete_sidecar, finished
 from .progress import Progress
 from .stopping import Stop
 

@@ -12,18 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clear_dit.painter import Painter
+from clear_dit.generation.runner import Painter
 from clear_dit.render.claims import Claims
+from clear_dit.render.generate import paint_job, painted_before
 from clear_dit.render.jobs import Job, read_jobs
-from clear_dit.render.manifest import (
-    DONE,
-    FILE,
-    WAITING,
-    Entry,
-    entry_of,
-    write_manifest,
-)
-from clear_dit.render.painting import paint_job, painted_before
+from clear_dit.render.manifest import DONE, FILE, WAITING, Entry, entry_of, write_manifest
 
 
 class Paint:

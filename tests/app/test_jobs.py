@@ -12,8 +12,8 @@ from clear_dit.app.request import Entry, make_requests
 from clear_dit.app.settings import MAX_JOBS_OF_VISITOR, Settings
 from clear_dit.app.store import ENDED, Store, new_secret, visitor_of
 from clear_dit.errors import RequestError
-from clear_dit.painter import Painter, Step, Stopped
-from clear_dit.pipelines.picture_files import save_rows
+from clear_dit.generation.runner import Painter, Step, Stopped
+from clear_dit.pipelines.decoding.image_files import save_rows
 
 
 class ScriptedPainter(Painter):

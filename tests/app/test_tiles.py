@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from clear_dit.app.tiles import THUMBNAIL_LEVEL, TILE, write_tiles
-from clear_dit.pipelines.picture_files import save_rows
+from clear_dit.pipelines.decoding.image_files import save_rows
 
 
 def save(path, height, width):

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from clear_dit import apply_clear, chunking
 from clear_dit.bench.eight_bit import Int8Linear, use_eight_bit_linears
 from clear_dit.chunking import ChunkedForward, chunk_feed_forward
+from clear_dit.generation.models import DEMO
 from clear_dit.hooks import Innermost
-from clear_dit.models import DEMO
 
 # Of 5 x 7 image and 3 text tokens.
 TOKENS = 38

@@ -9,10 +9,10 @@ import png
 import pytest
 from PIL import Image
 
+import clear_dit.pipelines.cascade.run as cascade_run
 from clear_dit import cli
-from clear_dit.models import DEMO
-from clear_dit.output import read_settings
-from clear_dit.pipelines import cascade
+from clear_dit.generation.image_output import read_settings
+from clear_dit.generation.models import DEMO
 
 PROMPT = "a pink house in the hills at sunset, a golden sun on the left"
 
@@ -193,7 +193,7 @@ def test_a_picture_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys
     assert [path.name for path in stages.glob("*.safetensors")] == ["stage-1-192x128.safetensors"]
     # The finished stage is not painted again, and the picture is the same.
     again = tmp_path / "again.tif"
-    monkeypatch.setattr(cascade, "_repaint", None)
+    monkeypatch.setattr(cascade_run, "_repaint", None)
     assert run(monkeypatch, *arguments[:-1], again) == 0
     assert again.read_bytes() == out.read_bytes()
     capsys.readouterr()
@@ -255,7 +255,7 @@ def test_ctrl_c_is_one_line(monkeypatch, tmp_path, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cascade, "_denoise", interrupt)
+    monkeypatch.setattr(cascade_run, "_denoise", interrupt)
     assert paint(monkeypatch, tmp_path / "out.png", "--stages-dir", tmp_path / "stages") == 130
     assert capsys.readouterr().err.endswith("clear-dit: interrupted; the same command goes on.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["stages"]

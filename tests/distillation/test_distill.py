@@ -15,7 +15,7 @@ from clear_dit import apply_clear, cli
 from clear_dit.distillation import checkpoint, files
 from clear_dit.distillation.options import DistillOptions
 from clear_dit.errors import RequestError
-from clear_dit.models import DEMO
+from clear_dit.generation.models import DEMO
 
 ADAPTER = "clear_local_2.safetensors"
 

@@ -8,8 +8,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from clear_dit import CLEARProcessor
 from clear_dit.distillation.losses import default_layers, parse_layers
 from clear_dit.errors import RequestError
-from clear_dit.models import DEMO
-from clear_dit.weight_format import parameters_by_key, pooling_by_key
+from clear_dit.generation.models import DEMO
+from clear_dit.weights.format import parameters_by_key, pooling_by_key
 
 
 def recording(base, outputs):

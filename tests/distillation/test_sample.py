@@ -20,8 +20,8 @@ from clear_dit.distillation.identity import same_model
 from clear_dit.distillation.sample import make_request
 from clear_dit.distillation.samples import SampleFolder, open_samples, read_index
 from clear_dit.errors import RequestError
-from clear_dit.models import load_pipeline
-from clear_dit.pipelines.resolution import Resolution
+from clear_dit.generation.models import load_pipeline
+from clear_dit.pipelines.cascade.resolution import Resolution
 
 
 def opened(folder):

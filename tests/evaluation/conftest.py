@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from clear_dit import apply_clear, cli, save_clear_weights
-from clear_dit.models import load_pipeline
-from clear_dit.weight_format import parameters_by_key
+from clear_dit.generation.models import load_pipeline
+from clear_dit.weights.format import parameters_by_key
 
 SMALL = ("--height", 64, "--width", 64, "--steps", 2, "--guidance", 1.5)
 

@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clear_dit import cli
-from clear_dit.evaluation import painting, run
+from clear_dit.evaluation import generate, run
+from clear_dit.files import TEMPORARY_PREFIX, own_folder
+from clear_dit.generation.image_output import read_settings
+from clear_dit.generation.models import DEMO
 from clear_dit.kernels.window import Window
-from clear_dit.models import DEMO
-from clear_dit.output import TEMPORARY_PREFIX, own_folder, read_settings
 
 SMALL = ("--height", 64, "--width", 64, "--steps", 2, "--guidance", 1.5)
 
@@ -161,13 +162,13 @@ def test_another_model_of_the_same_name_is_painted_again(tmp_path, evaluate, cap
 
 
 def test_text_is_encoded_once_per_prompt(tmp_path, evaluate, monkeypatch):
-    encoded, real = [], painting.encode
+    encoded, real = [], generate.encode
 
     def counting(pipe, prompts):
         encoded.extend(prompts)
         return real(pipe, prompts)
 
-    monkeypatch.setattr(painting, "encode", counting)
+    monkeypatch.setattr(generate, "encode", counting)
     assert evaluate(tmp_path, "--radius", 2, "--metrics", "psnr,output_mse") == 0
     assert len(encoded) == len(set(encoded)) == 4  # three and the empty one
 

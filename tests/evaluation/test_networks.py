@@ -24,7 +24,7 @@ from clear_dit.evaluation.networks import (
     TransformersNetwork,
     make_networks,
 )
-from clear_dit.models import DEMO
+from clear_dit.generation.models import DEMO
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2}

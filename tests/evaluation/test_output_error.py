@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from clear_dit import Window
+from clear_dit.evaluation.generate import TextCache, attention_of, check_weights
+from clear_dit.evaluation.images import fingerprint
 from clear_dit.evaluation.output_error import (
     LEVELS,
     Point,
@@ -9,8 +11,6 @@ from clear_dit.evaluation.output_error import (
     predict,
     predict_all,
 )
-from clear_dit.evaluation.painting import TextCache, attention_of, check_weights
-from clear_dit.evaluation.pictures import fingerprint
 from clear_dit.evaluation.request import TEACHER, Variant, make_evaluate_request
 
 PROMPT = "a pink tower in the desert at night"

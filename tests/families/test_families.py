@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from clear_dit import CLEARProcessor, apply_clear, remove_clear, save_clear_weights
 from clear_dit.families.table import MODELS
-from clear_dit.weight_format import parameters_by_key
+from clear_dit.weights.format import parameters_by_key
 
 NAMES = [name for name, tiny in FAMILIES.items() if tiny.model_class.__name__ in MODELS]
 MASKING = [name for name in NAMES if FAMILIES[name].masks_text]

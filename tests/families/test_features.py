@@ -10,10 +10,10 @@ from clear_dit import apply_clear
 from clear_dit.distillation.student import lora_config
 from clear_dit.distillation.teacher import Teacher
 from clear_dit.errors import RequestError
-from clear_dit.evaluation.painting import attention_of
+from clear_dit.evaluation.generate import attention_of
 from clear_dit.evaluation.request import Variant
-from clear_dit.models import model_path
-from clear_dit.pipelines.resolution import Resolution, applied
+from clear_dit.generation.models import model_path
+from clear_dit.pipelines.cascade.resolution import Resolution, applied
 
 
 def test_distillation():

@@ -13,12 +13,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from clear_dit import CLEARProcessor, apply_clear
+from clear_dit.attention.grid import reference_grids
+from clear_dit.attention.layout import Layout
+from clear_dit.attention.tracker import WindowTracker
 from clear_dit.families.table import all_families, family_of
-from clear_dit.grid import reference_grids
-from clear_dit.layout import Layout
-from clear_dit.pipelines.patch_parallel import parallelize
-from clear_dit.pipelines.positions import ExtendedPosEmbed
-from clear_dit.tracker import WindowTracker
+from clear_dit.pipelines.cascade.positions import ExtendedPosEmbed
+from clear_dit.pipelines.parallel.patch_parallel import parallelize
 
 EDITING = [name for name, tiny in FAMILIES.items() if tiny.takes_references]
 families = pytest.mark.parametrize("name", EDITING)

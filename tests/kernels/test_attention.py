@@ -1,12 +1,10 @@
-"""The way in: what it refuses, and which implementation it takes."""
+"""The way in: what it refuses."""
 
-import logging
 import re
 
 import pytest
 import torch
 
-from clear_dit.kernels import attention
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.pooling import pool_tokens
 from clear_dit.kernels.window import Window
@@ -60,23 +58,6 @@ def test_flex_refuses_gradients_on_a_cpu():
 def test_flex_refuses_the_log_sum_exp_on_a_cpu():
     with pytest.raises(ValueError, match="cannot return the log-sum-exp on a CPU"):
         local_attention(*tensors(), WINDOW, impl="flex", return_lse=True)
-
-
-def test_auto_says_once_which_runs_and_why_not_the_faster(caplog):
-    attention._announce.cache_clear()
-    query, key, value = tensors()
-    with caplog.at_level(logging.INFO, logger="clear_dit.kernels.attention"):
-        for _ in range(3):
-            local_attention(query, key, value, WINDOW)
-    messages = [record.getMessage() for record in caplog.records]
-    assert messages == [
-        "local attention runs on 'tiled'; triton needs a CUDA or ROCm device, got a query on 'cpu'"
-    ]
-
-
-def test_every_preference_names_every_implementation():
-    for device in ("cpu", "cuda", "mps"):
-        assert sorted(attention.preference(device)) == sorted(attention.IMPLS[1:])
 
 
 def test_partial_pooling_cells_are_means_at_the_initial_weights():

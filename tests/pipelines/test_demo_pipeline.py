@@ -7,8 +7,8 @@ from diffusers import FluxPipeline
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
 from clear_dit.demo.probe import asked_labels, held_out_captions, load_probe
-from clear_dit.models import DEMO, load_pipeline
-from clear_dit.pipelines.resolution import Resolution
+from clear_dit.generation.models import DEMO, load_pipeline
+from clear_dit.pipelines.cascade.resolution import Resolution
 
 PROMPT = "a green tower in the desert at night, a white moon on the right"
 SIZES = [(256, 256), (256, 384), (384, 256)]

@@ -8,8 +8,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from safetensors.torch import save_file
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, Window, apply_clear, remove_clear
-from clear_dit.pipelines.resolution import Resolution
-from clear_dit.weight_format import parameters_by_key
+from clear_dit.pipelines.cascade.resolution import Resolution
+from clear_dit.weights.format import parameters_by_key
 
 
 def draw(pipe, prompt="a red house", height=24, width=40, **options):

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from clear_dit import __version__
-from clear_dit.pipelines.picture_files import save_rows
+from clear_dit.pipelines.decoding.image_files import save_rows
+from clear_dit.versions import __version__
 
 
 class FakePainter:

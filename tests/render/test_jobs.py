@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clear_dit.adapters import known_weights
 from clear_dit.errors import RequestError
 from clear_dit.render.jobs import JobReader, read_jobs
 from clear_dit.render.run import render
+from clear_dit.weights.known import known_weights
 
 FLAGS = {"height": 64, "width": 64, "steps": 2, "radius": 2, "device": "cpu"}
 
@@ -267,8 +267,8 @@ def test_mutated_files_are_refused_or_painted_inside_the_folder(
 ):
     folder, reader = fuzzed
     monkeypatch.setattr("clear_dit.render.run.JobReader", lambda *_: reader)
-    monkeypatch.setattr("clear_dit.weights.huggingface_hub.hf_hub_download", _no_network)
-    monkeypatch.setattr("clear_dit.output.os.fsync", lambda _: None)  # a thousand times
+    monkeypatch.setattr("clear_dit.weights.load.huggingface_hub.hf_hub_download", _no_network)
+    monkeypatch.setattr("clear_dit.files.os.fsync", lambda _: None)  # a thousand times
     data = bytearray(GOOD[kind])
     for at, length, part in edits:
         data[at : at + length] = part

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clear_dit.painter import Painter
+from clear_dit.generation.runner import Painter
 from clear_dit.render.manifest import read_manifest
 from clear_dit.render.run import render
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from clear_dit.kernels import tiled
-from clear_dit.kernels.native import build
+from clear_dit.kernels.tiled import bands
+from clear_dit.kernels.tiled.native import build
 
 
 def _why_not() -> str:
@@ -18,4 +18,4 @@ needs_compiler = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 
 def switch_off(monkeypatch):
     """From here on `tiled` runs on PyTorch's operators."""
-    monkeypatch.setattr(tiled, "why_not_compiled", lambda *_: "is switched off")
+    monkeypatch.setattr(bands, "why_not_compiled", lambda *_: "is switched off")

@@ -13,11 +13,11 @@ from diffusers import FirstBlockCacheConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 from clear_dit import CLEARFluxPipeline, apply_clear, remove_clear
-from clear_dit.adapters import known_weights
-from clear_dit.models import DEMO, quiet_libraries
-from clear_dit.pipelines import patch_attention
-from clear_dit.pipelines.patch_exchange import MergedText
-from clear_dit.pipelines.patch_parallel import parallelize
+from clear_dit.generation.models import DEMO, quiet_libraries
+from clear_dit.pipelines.parallel import attention
+from clear_dit.pipelines.parallel.exchange import MergedText
+from clear_dit.pipelines.parallel.patch_parallel import parallelize
+from clear_dit.weights.known import known_weights
 
 STEPS = 4
 LIKE_256, LIKE_384, ODD = (16, 16), (24, 16), (17, 13)  # tokens
@@ -213,7 +213,7 @@ def make_mesh(patch, guidance=None):
 
 def averaged(run, mesh):
     """What `run` gives with the paper's approximation."""
-    with mock.patch.object(patch_attention, "MergedText", AveragedText):
+    with mock.patch.object(attention, "MergedText", AveragedText):
         return run(mesh)
 
 

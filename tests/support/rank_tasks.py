@@ -17,17 +17,18 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from clear_dit import apply_clear
-from clear_dit.adapters import known_weights
 from clear_dit.bench.parallel import measure
-from clear_dit.generate import generate, make_request
-from clear_dit.models import DEMO, load_pipeline
-from clear_dit.pipelines import autoencoder
-from clear_dit.pipelines.autoencoder import decode, decode_rows, encode
-from clear_dit.pipelines.patch_exchange import HaloRows
-from clear_dit.pipelines.rank_agreement import agree
-from clear_dit.pipelines.rank_progress import Progress
-from clear_dit.pipelines.ranks import start_ranks
-from clear_dit.pipelines.team import Team
+from clear_dit.generation.models import DEMO, load_pipeline
+from clear_dit.generation.request import make_request
+from clear_dit.generation.runner import generate
+from clear_dit.pipelines.decoding import autoencoder
+from clear_dit.pipelines.decoding.autoencoder import decode, decode_rows, encode
+from clear_dit.pipelines.parallel.agreement import agree
+from clear_dit.pipelines.parallel.exchange import HaloRows
+from clear_dit.pipelines.parallel.progress import Progress
+from clear_dit.pipelines.parallel.start import start_ranks
+from clear_dit.pipelines.process_group import Team
+from clear_dit.weights.known import known_weights
 
 PICTURE = {
     "prompt": "a red circle",

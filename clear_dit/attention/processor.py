@@ -1,0 +1,394 @@
+"""CLEARProcessor: CLEAR's local attention inside diffusers' FLUX attention layers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import names_from
+from ..kernels.attention import local_attention
+from ..kernels.choice import IMPLS, why_not
+from ..kernels.two_positions import two_position_attention
+from ..kernels.window import Window
+from .layout import Layout
+from .norm_rope import Rotary, norm_and_rotate
+from .text_padding import Projected, ValidText, attend_without_padding
+from .tracker import Forward, WindowTracker
+
+_get_qkv_projections, FluxAttention, FluxAttnProcessor = names_from(
+    "diffusers.models.transformers.transformer_flux",
+    "_get_qkv_projections",
+    "FluxAttention",
+    "FluxAttnProcessor",
+)
+
+# How reference images attend within themselves.
+REFERENCES = ("dense", "local")
+
+
+class CLEARProcessor(nn.Module):
+    """Attention processor for the double and single blocks of FLUX.1 (arXiv 2412.16112).
+
+    `transformer.set_attn_processor(CLEARProcessor())` is all it takes: the token grid and the text
+    length are found from the rotary table of each forward, at any resolution and aspect ratio.
+    `apply_clear` gives every layer a processor of its own, which `down_factor` > 1 needs (a layer
+    has its own weights), and torch.compile and IP-adapters too.
+
+    Tokens of reference images (FLUX.1-Kontext) are seen by every query and see everything, as text;
+    with references="local" they see of their own image only the disc.
+
+    Args:
+        radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1.
+        down_factor: side of a pooling cell, in tokens; 1 is the variant without pooled keys.
+        impl: one of `auto, triton, flex, tiled, reference`; see `local_attention`.
+        grid: (rows, columns) of the picture, in tokens; it is found where None.
+        proportional_base: number of tokens (text + image) the model was trained at, 4608 for FLUX
+            at 1024 px. Scores are then scaled by sqrt(log_base(tokens) / head_dim), which keeps
+            their entropy at higher resolutions (arXiv 2306.08645); by head_dim^-0.5 where None.
+        references: "dense", or "local": a token of a reference image attends within its own image
+            to the disc of `radius` tokens alone, on that image's grid, which takes time linear in
+            its tokens. To all else it attends in full, as in "dense", and there are no pooled keys
+            of it. For inference; not with two positions a token, nor shared by several ranks.
+
+    Attributes:
+        spatial_weight: (1, 1, 1, f, 1, f, 1), the pooling weights; None if f = down_factor is 1.
+
+    Raises:
+        ValueError: a setting out of its range, an unknown `impl`, or "triton" where it cannot run.
+    """
+
+    # Whether image tokens attend to their disc alone (see `FullTwoPositionProcessor`).
+    local = True
+    spatial_weight: nn.Parameter | None
+    # diffusers sets these on any processor; see `_refuse_foreign_settings`.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(
+        self,
+        radius: int = 16,
+        down_factor: int = 1,
+        impl: str = "auto",
+        grid: tuple[int, int] | None = None,
+        proportional_base: int | None = None,
+        references: str = "dense",
+    ) -> None:
+        super().__init__()
+        _check_integer("radius", radius, 1)
+        _check_integer("down_factor", down_factor, 1)
+        if impl not in IMPLS:
+            raise ValueError(
+                f"CLEARProcessor: impl must be one of {', '.join(IMPLS)}; got {impl!r}."
+            )
+        if impl == "triton" and not torch.cuda.is_available():
+            reason = why_not(impl, torch.empty(1, 1, 1, 64))
+            if reason is not None:
+                raise ValueError(
+                    f"CLEARProcessor: impl='triton' cannot run on this machine: it {reason}. "
+                    "Use impl='auto' or another one."
+                )
+        if grid is not None:
+            if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+                raise ValueError(
+                    f"CLEARProcessor: grid must be (rows, columns) in tokens, got {grid!r}."
+                )
+            for name, size in zip(("grid rows", "grid columns"), grid, strict=True):
+                _check_integer(name, size, 1)
+            grid = (grid[0], grid[1])
+        if proportional_base is not None:
+            _check_integer("proportional_base", proportional_base, 2)
+        if references not in REFERENCES:
+            raise ValueError(
+                f"CLEARProcessor: references must be {' or '.join(REFERENCES)}, got {references!r}."
+            )
+        if grid is not None and references == "local":
+            raise ValueError(
+                "CLEARProcessor: references='local' needs the grids of the reference images, which "
+                "are found with the picture's; leave grid out."
+            )
+        self.radius = radius
+        self.down_factor = down_factor
+        self.impl = impl
+        self.grid = grid
+        self.proportional_base = proportional_base
+        self.references = references
+        self.tracker = WindowTracker(radius, down_factor)
+        if down_factor > 1:
+            shape = (1, 1, 1, down_factor, 1, down_factor, 1)
+            self.spatial_weight = nn.Parameter(torch.full(shape, down_factor**-2))
+        else:
+            self.register_parameter("spatial_weight", None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("radius", "down_factor", "impl", "grid", "proportional_base", "references")
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+    def forward(self) -> torch.Tensor:
+        """The pooling weights. A copy: offloading hooks take the parameter's values away again."""
+        assert self.spatial_weight is not None
+        return self.spatial_weight.clone()
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """What `FluxAttnProcessor` computes, with local attention.
+
+        Args:
+            attn: the layer; its own projections, norms and output are used.
+            hidden_states: (batch, image, channels) in a double block, in a single block
+                (batch, text + image, channels); image is the picture and reference images.
+            encoder_hidden_states: (batch, text, channels) in a double block, else None.
+            attention_mask: must be None: the window is the mask.
+            image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each; or (cos, sin,
+                far cos, far sin), see `two_position_attention`.
+
+        Returns:
+            (image, text) in a double block, text and image together in a single block.
+
+        Raises:
+            ValueError: a mask, settings meant for diffusers' own attention, or a grid that cannot
+                be found or contradicts the sequence.
+        """
+        return self._attend(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
+
+    def _attend(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        rotary: Rotary | None,
+        branch: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Any:
+        """`__call__`; in a double block also with a branch beside local attention.
+
+        Args:
+            branch: of the image's queries, projected: (batch, image, heads, head_dim). What it
+                returns, (batch, image, channels), comes third.
+        """
+        self._refuse_foreign_settings(attention_mask)
+        if not isinstance(attn, FluxAttention):
+            raise ValueError(
+                "CLEARProcessor: set_attn_processor is for FLUX.1's layers, got a layer of class "
+                f"{type(attn).__name__}; call apply_clear on the model or pipeline."
+            )
+        text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        sequence = hidden_states.shape[1] + (text_length or 0)
+        share, whole_rotary = self.tracker.share, rotary
+        if share is not None:
+            sequence += share.elsewhere
+        window, valid_text = None, None
+        if torch.compiler.is_compiling():
+            if share is not None:
+                raise RuntimeError(
+                    "CLEARProcessor: torch.compile does not work with patch parallelism; leave the "
+                    "model uncompiled."
+                )
+            layout, window = self.tracker.compiled()
+        else:
+            layout, valid_text = self._find_forward(sequence, text_length, rotary)
+        if share is not None:
+            layout, rotary = share.layout, share.own_rotary(rotary)
+        stream = layout if text_length is None else layout.image_only
+        hidden_states = stream.to_local(hidden_states)
+        if rotary is not None and layout.reference_length:
+            rotary = tuple(layout.to_local(table[None])[0] for table in rotary)
+        halo = None if share is None else share.send(attn, hidden_states)
+
+        query, key, value, text_query, text_key, text_value = _get_qkv_projections(
+            attn, hidden_states, encoder_hidden_states
+        )
+        # -1 takes up the heads: under tensor parallelism a rank holds only some of them.
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))
+        beside = None if branch is None else branch(query)
+        if attn.added_kv_proj_dim is None:
+            text_query, text_key, text_norms = None, None, (None, None)
+        else:
+            text_query, text_key, text_value = (
+                x.unflatten(-1, (-1, attn.head_dim)) for x in (text_query, text_key, text_value)
+            )
+            text_norms = attn.norm_added_q, attn.norm_added_k
+            value = torch.cat([text_value, value], dim=1)
+        far = None
+        if rotary is not None and len(rotary) > 2:
+            rotary, scaled = rotary[:2], rotary[2:]
+            far = (
+                norm_and_rotate(query, attn.norm_q, scaled, text_query, text_norms[0]),
+                norm_and_rotate(key, attn.norm_k, scaled, text_key, text_norms[1]),
+            )
+        query = norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0])
+        key = norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1])
+
+        if share is None:
+            out = self._local((query, key, value), layout, valid_text, window, far)
+        else:
+            out = share.attend(
+                halo,
+                (query, key, value),
+                far,
+                key_value=functools.partial(_key_value, attn),
+                rotary=whole_rotary,
+                scale=self._scale(sequence, query.shape[-1]),
+                spatial_weight=self._pooling_weights(query.device),
+                impl=self.impl,
+            )
+        out = out.flatten(2, 3).to(query.dtype)
+        del query, key, value, far  # three tensors of the sequence's size, before the projections
+        if encoder_hidden_states is None:
+            return layout.to_layer(out)
+        text, image = out.tensor_split([layout.text_length], dim=1)
+        image = attn.to_out[1](attn.to_out[0](stream.to_layer(image).contiguous()))
+        text = attn.to_add_out(text.contiguous())
+        return (image, text) if beside is None else (image, text, stream.to_layer(beside))
+
+    def _local(
+        self,
+        tensors: Projected,
+        layout: Layout,
+        valid_text: ValidText | None = None,
+        window: Window | None = None,
+        far: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Local attention with the processor's settings.
+
+        Args:
+            tensors: query, key, value, (batch, sequence, heads, head_dim) each, in the order of
+                `Layout.to_local`.
+            valid_text: where the batch's prompts have different lengths.
+            window: of the layout, where torch.compile traces it; else the tracker's.
+            far: query and key again, rotated by scaled positions, where tokens have two.
+        """
+        query = tensors[0]
+        if valid_text is not None:
+            if far is not None:
+                raise ValueError(
+                    "CLEARProcessor: prompts of different lengths in one batch do not go with two "
+                    "positions a token; run them one by one."
+                )
+            return attend_without_padding(
+                tensors,
+                valid_text,
+                layout.text_length,
+                lambda row, text_length: self._local(row, layout._replace(text_length=text_length)),
+            )
+        compiling = torch.compiler.is_compiling()
+        return self._attention(
+            tensors,
+            far,
+            self.tracker.window(layout) if window is None else window,
+            scale=self._scale(query.shape[1], query.shape[-1]),
+            spatial_weight=self._pooling_weights(query.device),
+            impl=self.tracker.impl if compiling else self.impl,
+        )
+
+    def _attention(
+        self,
+        tensors: Projected,
+        far: tuple[torch.Tensor, torch.Tensor] | None,
+        window: Window,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Local attention of query, key and value; `far` as in `_local`."""
+        if far is not None:
+            return two_position_attention(tensors[:2], far, tensors[2], window, **options)
+        out = local_attention(*tensors, window, **options)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def _pooling_weights(self, device: torch.device) -> torch.Tensor | None:
+        # By way of `forward`, which is what offloading in accelerate and diffusers wraps.
+        return None if self.spatial_weight is None else self.forward().to(device)
+
+    def _scale(self, sequence: int, head_dim: int) -> float:
+        if self.proportional_base is None:
+            return head_dim**-0.5
+        return math.sqrt(math.log(sequence, self.proportional_base) / head_dim)
+
+    def _find_forward(
+        self,
+        sequence: int,
+        text_length: int | None,
+        rotary: Rotary | None,
+    ) -> Forward:
+        if self.grid is not None:
+            text = sequence - self.grid[0] * self.grid[1]
+            if text < 0 or text_length not in (None, text):
+                raise ValueError(
+                    f"CLEARProcessor: grid={self.grid} means {self.grid[0] * self.grid[1]} image "
+                    f"tokens, but the sequence has {_tokens(sequence, text_length)}. Correct the "
+                    "grid, or leave it out: it is found."
+                )
+            return Forward(Layout(text, *self.grid))
+        if rotary is None:
+            raise ValueError(
+                "CLEARProcessor: without image_rotary_emb the token grid cannot be found; pass "
+                "CLEARProcessor(grid=(rows, columns))."
+            )
+        forward = self.tracker.find(rotary, text_length, self.references == "local")
+        layout = forward.layout
+        if layout.sequence_length != sequence or text_length not in (None, layout.text_length):
+            raise ValueError(
+                f"CLEARProcessor: the position ids describe {layout.text_length} text tokens and "
+                f"{layout.rows} x {layout.columns} image tokens{layout.and_references}, but the "
+                f"sequence has {_tokens(sequence, text_length)}."
+            )
+        return forward
+
+    def _refuse_foreign_settings(self, attention_mask: torch.Tensor | None) -> None:
+        if attention_mask is not None:
+            raise ValueError(
+                "CLEARProcessor: attention_mask must be None (the window is the mask), got a mask "
+                f"of shape {tuple(attention_mask.shape)}."
+            )
+        if self._attention_backend is not None:
+            raise ValueError(
+                f"CLEARProcessor: diffusers' attention backend {str(self._attention_backend)!r} "
+                "does not apply to CLEAR attention; call reset_attention_backend() and choose with "
+                "impl=."
+            )
+        if self._parallel_config is not None:
+            raise ValueError(
+                "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
+                "sequence without regard to the token grid."
+            )
+
+
+def _key_value(
+    attn: Any, hidden_states: torch.Tensor, rotary: Rotary | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value, (batch, tokens, heads, head_dim), of image tokens alone."""
+    if attn.fused_projections:
+        _, key, value, *_ = _get_qkv_projections(attn, hidden_states)
+    else:
+        key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+    key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (key, value))
+    return norm_and_rotate(key, attn.norm_k, rotary), value
+
+
+def _tokens(sequence: int, text_length: int | None) -> str:
+    known = "" if text_length is None else f", {text_length} of them text"
+    return f"{sequence} tokens{known}"
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(
+            f"CLEARProcessor: {name} must be an integer of at least {minimum}, got {value!r}."
+        )

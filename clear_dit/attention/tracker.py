@@ -1,0 +1,166 @@
+"""The window of the forward pass under way, for the layers that take part in it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..kernels.window import Window
+from .grid import layout_from_rotary
+from .layout import Layout
+from .text_padding import ValidText
+
+# Implementations that torch.compile does not look into.
+CUSTOM_OPS = ("triton", "tiled")
+
+# Windows kept per model: two passes of classifier-free guidance at a few resolutions.
+WINDOWS_KEPT = 8
+
+
+class Forward(NamedTuple):
+    """What the layers of one forward share: where the tokens are, and which of them are padding."""
+
+    layout: Layout
+    valid_text: ValidText | None = None
+
+
+class WindowTracker:
+    """The layout of the forward pass under way, shared by the layers it concerns, and its window.
+
+    It learns the layout either from whoever sees the position ids (`announce`), or from the rotary
+    table that every layer of one forward receives. Windows are remembered, so that what an
+    implementation keeps on a `Window` serves all layers and steps; rotary tables are held by weak
+    reference only.
+
+    Attributes:
+        share: where several processes share the picture of the forward under way, a
+            `pipelines.patch_attention.SharedPicture`; else None.
+    """
+
+    def __init__(self, radius: int, down_factor: int) -> None:
+        self.radius = radius
+        self.down_factor = down_factor
+        self._reset()
+
+    def _reset(self) -> None:
+        self.announced: Forward | None = None
+        self.share: Any = None
+        self.impl = "auto"
+        self._is_news = False
+        self._windows: OrderedDict[Layout, Window] = OrderedDict()
+        self._by_rotary = WeakTensorKeyDictionary()
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"radius": self.radius, "down_factor": self.down_factor}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def window(self, layout: Layout) -> Window:
+        """The window for a layout: always the same object while it is in use."""
+        if torch.compiler.is_compiling() and self.impl in CUSTOM_OPS:
+            # To look it up would make constants of numbers that are symbolic, see `compiled`.
+            return layout.window(self.radius, self.down_factor)
+        if layout not in self._windows:
+            self._windows[layout] = layout.window(self.radius, self.down_factor)
+        self._windows.move_to_end(layout)
+        while len(self._windows) > WINDOWS_KEPT:
+            self._windows.popitem(last=False)
+        return self._windows[layout]
+
+    def announce(self, layout: Layout, impl: str, valid_text: ValidText | None = None) -> None:
+        """Tell the layout of the forward that begins now, and which implementation will run it."""
+        self.announced = Forward(layout, valid_text)
+        self.impl = impl
+        self._is_news = True
+        self._announced_window = self.window(layout)
+        sizes = [layout.text_length, layout.rows, layout.columns, layout.reference_length]
+        sizes += chain(*layout.local_references)
+        self._sizes = [
+            torch.empty(0, _apart(place) + size, device="meta") for place, size in enumerate(sizes)
+        ]
+
+    def compiled(self) -> tuple[Layout, Window]:
+        """Layout and window of the forward under way, for code that torch.compile traces.
+
+        Implementations that are custom ops take their numbers as arguments. They are then read from
+        the shapes of empty tensors, one each: such numbers the compiler keeps symbolic, unless 0 or
+        1 or equal to another (see `_apart`), and a new resolution compiles nothing again.
+        """
+        if self.announced is None:
+            raise RuntimeError(
+                "CLEARProcessor: under torch.compile the token grid must be known beforehand; use "
+                "apply_clear instead of set_attn_processor."
+            )
+        if self.announced.valid_text is not None:
+            raise ValueError(
+                "CLEAR: prompts of different lengths in one batch do not work under torch.compile; "
+                "run them one by one."
+            )
+        layout = self.announced.layout
+        if self.impl not in CUSTOM_OPS:
+            return layout, self._announced_window
+        text, rows, columns, references, *local = (
+            tensor.shape[1] - _apart(place) for place, tensor in enumerate(self._sizes)
+        )
+        local_references = tuple(zip(local[::2], local[1::2], strict=True))
+        layout = Layout(text, rows, columns, references, layout.image_first, local_references)
+        return layout, self.window(layout)
+
+    def find(
+        self,
+        rotary: tuple[torch.Tensor, ...],
+        text_length: int | None,
+        local_references: bool = False,
+    ) -> Forward:
+        """The forward that this rotary table belongs to.
+
+        A table seen before keeps its layout: gradient checkpointing runs a layer again when other
+        forwards may have gone by.
+
+        Args:
+            rotary: cos, sin, ...; see `layout_from_rotary` for these and the others.
+        """
+        cos, sin = rotary[:2]
+        forward = self._by_rotary.get(cos)
+        if forward is None:
+            if self._is_news and self.announced is not None:
+                forward = self.announced
+                self._is_news = False
+            else:
+                layout = layout_from_rotary(cos, sin, text_length, local_references)
+                forward = Forward(layout)
+            self._by_rotary[cos] = forward
+        return forward
+
+    def told(self, key: torch.Tensor | None) -> Forward:
+        """The forward under way, for layers from whose arguments a layout cannot be found.
+
+        Args:
+            key: a tensor that all layers of one forward receive, and no other forward; None where
+                there is none. It does for gradient checkpointing what the rotary table does above.
+
+        Raises:
+            ValueError: nobody has announced one.
+        """
+        forward = None if key is None else self._by_rotary.get(key)
+        if forward is None:
+            if self.announced is None:
+                raise ValueError(
+                    "CLEAR: the token grid is not known in this layer; call apply_clear on the "
+                    "model or pipeline instead of setting processors."
+                )
+            forward = self.announced
+            if key is not None:
+                self._by_rotary[key] = forward
+        return forward
+
+
+def _apart(place: int) -> int:
+    """What is added to a number before it becomes a length: none is 0 or 1, no two are equal."""
+    return (place + 1) << 32

@@ -1,0 +1,1 @@
+"""The demo pipeline: its world, and how it was trained."""

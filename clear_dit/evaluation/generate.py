@@ -1,0 +1,169 @@
+"""Painting every variant of a request, whatever is missing of it, on one pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from ..attention.processor import CLEARProcessor
+from ..errors import RequestError, first_line
+from ..families.table import transformer_of
+from ..generation.checks import find_impl
+from ..generation.denoising import Text, decode, denoise, encode, two_passes
+from ..plugin import apply_clear, remove_clear
+from ..versions import __version__
+from ..weights.load import open_checked
+from .images import PictureSet
+from .request import EvaluateRequest, Variant
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+logger = logging.getLogger(__name__)
+
+# Encoded prompts kept; those beyond (in FLUX, a thousand) are encoded again for every variant.
+TEXT_CACHE_MB = 4096
+
+
+def check_weights(pipe: FluxPipeline, variants: tuple[Variant, ...]) -> None:
+    """Refuse weights that do not fit, before anything is painted.
+
+    Raises:
+        RequestError: what does not fit, by name.
+    """
+    for variant in variants:
+        if variant.weights is not None:
+            assert variant.radius is not None
+            try:
+                if _is_lora(variant.weights):
+                    with attention_of(pipe, variant):
+                        continue
+                settings = CLEARProcessor(radius=variant.radius, down_factor=variant.down_factor)
+                with open_checked(pipe.transformer, variant.weights, settings):
+                    pass
+            except (ValueError, OSError, RuntimeError, ImportError) as error:
+                raise RequestError(
+                    f"--weights {variant.weights}: cannot be used: {first_line(error)}"
+                ) from error
+
+
+def _is_lora(path: Path) -> bool:
+    """Whether a safetensors file holds a LoRA, and not parameters of the model."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return any(".lora_" in key for key in file.keys())  # noqa: SIM118
+
+
+@contextmanager
+def attention_of(pipe: FluxPipeline, variant: Variant) -> Iterator[str]:
+    """Run a pipeline with a variant's attention and weights, and then as it was, bit for bit.
+
+    Yields:
+        The implementation that runs: "full" or one of local attention.
+    """
+    transformer_of(pipe, "evaluate", "evaluate")
+    if variant.radius is None:
+        yield "full"
+        return
+    weights = variant.weights
+    lora = weights if weights is not None and _is_lora(weights) else None
+    apply_clear(pipe, variant.radius, variant.down_factor, weights if lora is None else None)
+    try:
+        if lora is not None:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+        yield find_impl("auto", pipe.dtype, pipe.device)
+    finally:
+        if lora is not None:
+            pipe.unload_lora_weights()
+        remove_clear(pipe)
+
+
+class TextCache:
+    """Prompts encoded once each, when first needed, and kept on the CPU."""
+
+    def __init__(self, pipe: FluxPipeline) -> None:
+        self._pipe = pipe
+        self._kept: dict[str, Text] = {}
+        self._bytes = 0
+
+    def __call__(self, prompts: list[str]) -> Text:
+        """The encoded prompts, as `encode` gives them, on the pipeline's device."""
+        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._kept))
+        fresh: dict[str, Text] = {}
+        if new:
+            embeds, pooled = (tensor.cpu() for tensor in encode(self._pipe, new))
+            fresh = {p: (embeds[i].clone(), pooled[i].clone()) for i, p in enumerate(new)}
+        found = [fresh.get(prompt) or self._kept[prompt] for prompt in prompts]
+        for prompt, text in fresh.items():
+            self._bytes += sum(tensor.nbytes for tensor in text)
+            if self._bytes <= TEXT_CACHE_MB * 2**20:
+                self._kept[prompt] = text
+        device = self._pipe.device
+        embeds = torch.stack([text[0] for text in found]).to(device)
+        return embeds, torch.stack([text[1] for text in found]).to(device)
+
+
+def paint_missing(
+    pipe: FluxPipeline,
+    request: EvaluateRequest,
+    variant: Variant,
+    pictures: PictureSet,
+    texts: TextCache,
+    impl: str,
+    progress: bool = True,
+) -> int:
+    """Paint what is missing of a variant, in batches; the pipeline runs its attention already.
+
+    Args:
+        pipe: inside `attention_of(pipe, variant)`.
+        request: prompts and settings.
+        variant: for the progress bar.
+        pictures: where they go.
+        texts: the prompts, encoded.
+        impl: the attention that runs, noted in the pictures.
+        progress: show a bar on standard error.
+
+    Returns:
+        How many were painted.
+
+    Raises:
+        OSError: a picture cannot be written; those before it stay.
+    """
+    missing = pictures.missing()
+    painting = request.painting
+    empty = texts([""]) if missing and two_passes(pipe, painting.guidance) else None
+    record = {"version": __version__, "impl": impl, "device": str(pipe.device)}
+    bar = tqdm(
+        total=len(pictures.wanted),
+        initial=len(pictures.wanted) - len(missing),
+        desc=variant.label,
+        unit="picture",
+        disable=not progress,
+    )
+    with bar:
+        for first in range(0, len(missing), request.batch):
+            chosen = missing[first : first + request.batch]
+            text = texts([request.prompts[index] for index in chosen])
+            seeds = [painting.seed + index for index in chosen]
+            latents = denoise(
+                pipe,
+                text,
+                empty,
+                seeds,
+                height=painting.height,
+                width=painting.width,
+                steps=painting.steps,
+                guidance=painting.guidance,
+            )
+            # One at a time: decoding takes more memory than denoising.
+            for index, one in zip(chosen, latents, strict=True):
+                image = decode(pipe, one[None], painting.height, painting.width)
+                pictures.save(index, image, one, record)
+                bar.update()
+    return len(missing)

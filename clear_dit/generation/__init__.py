@@ -1,0 +1,1 @@
+"""One request, one image: its checks, the models by name, and the runner of a pipeline."""

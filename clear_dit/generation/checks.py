@@ -1,0 +1,68 @@
+"""Checks of a request that several commands share; each refuses with a `RequestError`."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import RequestError, first_line
+from ..kernels.choice import select_impl
+from ..kernels.window import Window
+from .models import TOKEN_PIXELS
+
+# Bounds before memory is taken: 16384 px a side is a million tokens.
+MAX_SIDE = 16384
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_size(name: str, pixels: int, token_pixels: int = TOKEN_PIXELS) -> None:
+    """Refuse a side that is not whole tokens, or larger than this program takes."""
+    if pixels < token_pixels or pixels % token_pixels or pixels > MAX_SIDE:
+        raise RequestError(
+            f"--{name} must be a multiple of {token_pixels} from {token_pixels} to {MAX_SIDE} "
+            f"pixels, got {pixels}."
+        )
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """A dtype by name, one of DTYPES."""
+    if name not in DTYPES:
+        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}.")
+    return DTYPES[name]
+
+
+def find_device(name: str | None) -> torch.device:
+    """A device by name, or the best there is."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"--device {name}: cannot be used ({first_line(error)}).") from error
+    return device
+
+
+def find_impl(impl: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The implementation of local attention that will run without gradients."""
+    try:
+        return select_impl(impl, torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+def find_window(
+    height: int,
+    width: int,
+    radius: int,
+    down_factor: int = 1,
+    text_length: int = 0,
+    token_pixels: int = TOKEN_PIXELS,
+) -> Window:
+    """The window of a picture of height x width pixels; token_pixels: side of a token in pixels."""
+    check_size("height", height, token_pixels)
+    check_size("width", width, token_pixels)
+    try:
+        return Window(
+            height // token_pixels, width // token_pixels, text_length, radius, down_factor
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error

@@ -1,0 +1,145 @@
+"""Prompts from a file, refused by line number before any work is done for them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError, first_line
+
+# Text encoders read some hundred tokens; what is longer is a file of another kind.
+MAX_WORDS = 2000
+MAX_CHARACTERS = 20_000
+MAX_FILE_MB = 256
+SUFFIXES = (".txt", ".jsonl", ".csv")
+
+
+def read_prompts(source: str | Path, limit: int | None = None) -> list[str]:
+    """The prompts of a file, in its order, without the white space around them.
+
+    Args:
+        source: a file in UTF-8: .txt with a prompt on each line (empty lines are skipped), .jsonl
+            with an object on each line that has "prompt", or .csv with a column "prompt".
+        limit: how many to take from the beginning; what follows is not looked at. None for all.
+
+    Returns:
+        At least one prompt, none of them empty.
+
+    Raises:
+        RequestError: the file cannot be read, is not of one of these kinds or holds no prompt; a
+            prompt is empty, has control characters, or more than MAX_WORDS words or MAX_CHARACTERS
+            characters. Says which line.
+    """
+    path = Path(source)
+    text = read_text(path)
+    lines = _LINES[path.suffix.lower()](path, text)
+    prompts = [check_prompt(value, f"{path}, line {n}") for n, value in islice(lines, limit)]
+    if not prompts:
+        raise RequestError(f"{path}: there is no prompt in it; write one on each line.")
+    return prompts
+
+
+def check_prompt(prompt: object, who: str) -> str:
+    """A prompt without the white space around it, or the reason why it cannot be used.
+
+    Raises:
+        RequestError: see `read_prompts`; begins with `who`.
+    """
+    if not isinstance(prompt, str):
+        raise RequestError(f"{who}: a prompt must be text, got {type(prompt).__name__}.")
+    prompt = prompt.strip()
+    if not prompt:
+        raise RequestError(f"{who}: the prompt is empty; describe a picture.")
+    if len(prompt) > MAX_CHARACTERS:
+        raise RequestError(
+            f"{who}: a prompt may have {MAX_CHARACTERS} characters, got {len(prompt)}."
+        )
+    words = len(prompt.split())
+    if words > MAX_WORDS:
+        raise RequestError(f"{who}: a prompt may have {MAX_WORDS} words, got {words}.")
+    # Cc: controls; Cs: lone surrogates, which JSON can spell and UTF-8 cannot.
+    bad = next((c for c in prompt if unicodedata.category(c) in ("Cc", "Cs")), None)
+    if bad is not None:
+        raise RequestError(
+            f"{who}: the prompt has the control character U+{ord(bad):04X}; remove it."
+        )
+    return prompt
+
+
+def read_text(path: Path) -> str:
+    """What stands in a file of prompts, without a byte order mark.
+
+    Raises:
+        RequestError: it cannot be read, is too large, not UTF-8, or its suffix not in SUFFIXES.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise RequestError(f"{path}: prompts are read from {', '.join(SUFFIXES)} files.")
+    try:
+        if not path.exists():
+            raise RequestError(f"{path}: there is no such file.")
+        if not path.is_file():
+            raise RequestError(f"{path}: prompts are read from a file, and this is none.")
+        size = path.stat().st_size
+        if size > MAX_FILE_MB * 2**20:
+            raise RequestError(f"{path}: prompts may fill {MAX_FILE_MB} MB, got {size >> 20} MB.")
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{path}: cannot be read ({first_line(error)}).") from error
+
+
+def text_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers from 1, without those that are empty."""
+    # Not `splitlines`: it also splits at control characters, which are to be refused.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in text_lines(text):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"{path}, line {number}: not JSON ({first_line(error)}); "
+                'write {"prompt": "..."} on each line.'
+            ) from error
+        if not isinstance(entry, dict) or "prompt" not in entry:
+            raise RequestError(f'{path}, line {number}: must be an object with the key "prompt".')
+        yield number, entry["prompt"]
+
+
+def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if not header:
+            return
+        if "prompt" not in header:
+            raise RequestError(
+                f'{path}, line 1: there is no column "prompt"; the columns are: '
+                f"{', '.join(header)[:200]}."
+            )
+        column = header.index("prompt")
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield reader.line_num, row[column] if column < len(row) else ""
+    except csv.Error as error:
+        raise RequestError(f"{path}, line {reader.line_num}: {first_line(error)}.") from error
+
+
+def _plain_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    return text_lines(text)
+
+
+_LINES = {".txt": _plain_lines, ".jsonl": _json_lines, ".csv": _csv_lines}

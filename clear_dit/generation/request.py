@@ -1,0 +1,155 @@
+"""One prompt, one picture: the request, its checks, and the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..weights.known import AUTO
+from .checks import find_device, find_dtype, find_impl, find_window
+from .image_input import read_picture
+from .models import TOKEN_PIXELS, ModelDefaults, model_defaults, model_path
+
+if TYPE_CHECKING:
+    pass
+
+MAX_STEPS = 1000
+NO_WEIGHTS = "none"
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to paint, and how: complete and checked. `make_request` fills in what is not said.
+
+    Attributes:
+        prompt: the text.
+        model: "demo", a folder in diffusers format, or a hub repository (owner/name).
+        height, width: of the picture, in pixels, multiples of 16.
+        radius: of the window, in tokens (16 pixels).
+        down_factor: side of a pooling cell, in tokens; 1 for none.
+        weights: CLEAR weights: a file, a folder or a hub repository; "auto" for those known to fit
+            model, radius and down_factor (see `known_weights`); None for the model's own.
+        attention: "clear" or "full".
+        impl: see `local_attention`.
+        steps: denoising steps.
+        guidance: strength of guidance: FLUX.1-dev's embedded scale; for a model without one, the
+            scale of classifier-free guidance against an empty prompt (two passes), 1 for none.
+        seed: of the initial noise.
+        image: a picture to enlarge to height x width, of that aspect ratio; None to start from
+            noise.
+        strength: of the stages above the native size, from 0 to 1: one for all, or one for each;
+            None for the default. See `CLEARFluxPipeline`.
+        low_resolution_guidance: from 0 to 1, see `CLEARFluxPipeline`; None for the default.
+        stages_dir: a folder for finished stages, from which the same request goes on.
+        dtype: "float32", "bfloat16" or "float16".
+        device: a torch device.
+
+    Raises:
+        RequestError: the first thing that is wrong.
+    """
+
+    prompt: str
+    model: str
+    height: int
+    width: int
+    radius: int
+    down_factor: int
+    weights: str | None
+    attention: str
+    impl: str
+    steps: int
+    guidance: float
+    seed: int
+    image: str | None
+    strength: tuple[float, ...] | None
+    low_resolution_guidance: float | None
+    stages_dir: str | None
+    dtype: str
+    device: str
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise RequestError("the prompt is empty; describe a picture.")
+        model_path(self.model)
+        find_window(self.height, self.width, self.radius, self.down_factor)
+        if self.attention not in ("clear", "full"):
+            raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
+        if self.attention == "full" and self.weights not in (None, AUTO):
+            raise RequestError("--weights are for --attention clear; leave them out with full.")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise RequestError(f"--steps must be from 1 to {MAX_STEPS}, got {self.steps}.")
+        if not 0 <= self.guidance <= 100:
+            raise RequestError(f"--guidance must be from 0 to 100, got {self.guidance}.")
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}.")
+        shares = {"strength": self.strength or ()}
+        if self.low_resolution_guidance is not None:
+            shares["low-resolution-guidance"] = (self.low_resolution_guidance,)
+        for name, values in shares.items():
+            for value in values:
+                if not 0 <= value <= 1:
+                    raise RequestError(f"--{name} must be from 0 to 1, got {value}.")
+        dtype, device = find_dtype(self.dtype), find_device(self.device)
+        if self.attention == "clear":
+            find_impl(self.impl, dtype, device)
+
+
+def make_request(
+    prompt: str, model: str = "demo", defaults: ModelDefaults | None = None, **settings: Any
+) -> GenerateRequest:
+    """A request in which whatever is None or not named takes the model's default.
+
+    Weights are "auto" by default, and "none" stands for the model's own.
+
+    Args:
+        prompt, model, settings: see `GenerateRequest`.
+        defaults: those of the model, for many requests; `model_defaults` finds them where None.
+
+    Raises:
+        RequestError: see `GenerateRequest`.
+    """
+    defaults = defaults or model_defaults(model)
+    device = str(find_device(settings.get("device")))
+    height, width = defaults.size, defaults.size
+    if settings.get("image") is not None:
+        height, width = _enlarged_size(settings)
+    complete: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "radius": defaults.radius,
+        "down_factor": 1,
+        "weights": AUTO,
+        "attention": "clear",
+        "impl": "auto",
+        "steps": defaults.steps,
+        "guidance": defaults.guidance,
+        "seed": 0,
+        "image": None,
+        "strength": None,
+        "low_resolution_guidance": None,
+        "stages_dir": None,
+        "dtype": "float32" if device == "cpu" else "bfloat16",
+    }
+    complete |= {name: value for name, value in settings.items() if value is not None}
+    if complete["weights"] == NO_WEIGHTS:
+        complete["weights"] = None
+    return GenerateRequest(prompt, model, **(complete | {"device": device}))
+
+
+def _enlarged_size(settings: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the picture that an image is enlarged to."""
+    from ..pipelines.cascade.given_image import check_picture, enlarged_size
+
+    image = read_picture(Path(settings["image"]))
+    try:
+        check_picture(image, TOKEN_PIXELS)
+        return enlarged_size(
+            settings.get("height"),
+            settings.get("width"),
+            (image.height, image.width),
+            TOKEN_PIXELS,
+        )
+    except ValueError as error:
+        raise RequestError(str(error)) from error

@@ -1,0 +1,385 @@
+"""One loaded pipeline that paints one request after the other."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import RequestError, first_line, is_out_of_memory
+from ..files import check_writable
+from ..memory import peak_mb, reset_peak
+from ..pipelines.decoding.image_files import PICTURE_SUFFIXES
+from ..plugin import apply_clear, remove_clear
+from ..versions import __version__
+from ..weights.known import AUTO, known_weights
+from .checks import find_device, find_dtype, find_impl
+from .denoising import denoise, two_passes, unpack
+from .image_input import read_picture
+from .models import TOKEN_PIXELS, load_pipeline
+from .sharing import check_shared, encode_once
+
+if TYPE_CHECKING:
+    from ..pipelines.parallel.start import Ranks
+    from .request import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """`should_stop` said so: the picture was not finished, and no file was written."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step that was just finished.
+
+    Attributes:
+        step: its number in its stage, from 1.
+        steps: of this stage.
+        stage: the number of the stage, from 1; pictures near the native size have one only.
+        stages: of this picture.
+        height, width: of the stage's picture, in pixels.
+        sigma: the noise level of `latents`, from 1 (noise) to 0 (the picture).
+        latents: packed, (1, tokens, channels), on the pipeline's device; not to be changed. With
+            those of the step before, x and s, they tell the picture that is coming:
+            `latents - sigma * (latents - x) / (sigma - s)`.
+    """
+
+    step: int
+    steps: int
+    stage: int
+    stages: int
+    height: int
+    width: int
+    sigma: float
+    latents: torch.Tensor
+
+
+class Painter:
+    """A pipeline, loaded once, that is switched to what each request asks for.
+
+    A picture depends on its request alone, not on those painted before. For one thread at a time.
+
+    Args:
+        model, dtype, device: see `GenerateRequest`; the same for all requests.
+        ranks: that share every picture, each with a painter and the same requests; the first has
+            the text encoders and writes.
+
+    Attributes:
+        pipe: the pipeline.
+
+    Raises:
+        RequestError: the model cannot be found or read.
+    """
+
+    def __init__(self, model: str, dtype: str, device: str, ranks: Ranks | None = None) -> None:
+        self._made_for = {"model": model, "dtype": dtype, "device": device}
+        self.device = find_device(device)
+        self._ranks = ranks
+        self._writes = ranks is None or ranks.is_first
+        self.pipe = load_pipeline(model, find_dtype(dtype), self.device, text_encoders=self._writes)
+        # What `_set_attention` was last asked for, and what it said; None for the stock model.
+        self._attention: tuple[Any, ...] | None = None
+        self._told: set[str] = set()
+
+    def paint(
+        self,
+        request: GenerateRequest,
+        out: Path,
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        notes: Mapping[str, object] | None = None,
+        progress: bool = False,
+    ) -> dict[str, Any]:
+        """Paint a request and write the picture, whole or not at all.
+
+        Args:
+            request: what to paint.
+            out: the PNG or TIFF to write; its settings stand in it.
+            on_step: called after every denoising step.
+            should_stop: asked after every step and every decoded strip of the picture; True ends
+                the work there.
+            notes: stand in the picture besides its settings.
+            progress: show a bar on standard error.
+
+        Returns:
+            out, height, width (pixels), tokens (of the picture), impl (the attention that ran: an
+            implementation of local attention, or "full"), weights (the name of the CLEAR weights,
+            None for the model's own), ranks (their number), seconds {total, text, denoise, decode},
+            peak_memory_mb (of this picture, in this process).
+
+        Raises:
+            Stopped: `should_stop` returned True.
+            RequestError: a bad request; nothing was painted.
+            FloatingPointError: the model's output is NaN or infinite.
+            MemoryError: there is not enough; what the attempt had taken is free again.
+            OSError: the picture cannot be written.
+        """
+        for name, value in self._made_for.items():
+            if getattr(request, name) != value:
+                raise ValueError(
+                    f"Painter: {name} is {value!r} here, and the request says "
+                    f"{getattr(request, name)!r}; make another Painter for it."
+                )
+        if self._writes:
+            check_writable(out, PICTURE_SUFFIXES)
+        reset_peak(self.device)
+        ranks = 1 if self._ranks is None else len(self._ranks.members)
+        timer = Timer({})
+        failure = None
+        try:
+            with timer.measure("total", self.device):
+                weights, impl = self._set_attention(request)
+                if self._ranks is not None:
+                    self.pipe.enable_patch_parallel(self._ranks.mesh)
+                    self._ranks.follow(self.pipe)
+                shown = progress and self._writes
+                self.pipe.set_progress_bar_config(disable=not shown, desc="denoising")
+                watch = _Watch(on_step, should_stop)
+                latents = self._denoise(request, watch, timer)
+                settings = asdict(request) | {"version": __version__, "impl": impl, "ranks": ranks}
+                settings |= notes or {}
+                with timer.measure("decode", self.device):
+                    self._write(latents, request, out, settings, watch)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = first_line(error)
+        if failure is not None:
+            # Only here, outside of the handler: its traceback held the tensors.
+            _free(self.device)
+            raise MemoryError(
+                f"{request.width} x {request.height} px do not fit into the memory of "
+                f"{self.device} ({failure}); ask for fewer pixels."
+            )
+        return {
+            "out": str(out),
+            "height": request.height,
+            "width": request.width,
+            "tokens": request.height * request.width // TOKEN_PIXELS**2,
+            "impl": impl,
+            "weights": weights and Path(weights).name,
+            "ranks": ranks,
+            "seconds": timer.seconds,
+            "peak_memory_mb": round(peak_mb(self.device), 1),
+        }
+
+    def _set_attention(self, request: GenerateRequest) -> tuple[str | None, str]:
+        """Switch the pipeline where it is not what a request needs; weights and implementation."""
+        if request.attention == "full":
+            weights, impl, wanted = None, "full", None
+        else:
+            weights = self._find_weights(request)
+            impl = find_impl(request.impl, self.pipe.dtype, self.pipe.device)
+            wanted = (request.radius, request.down_factor, weights, request.impl)
+        if wanted != self._attention:
+            if self._attention is not None:
+                remove_clear(self.pipe)
+            self._attention = None
+            if wanted is not None:
+                # Where it is interrupted, the next request removes what was done.
+                self._attention = ("unfinished",)
+                self._apply_clear(request, weights)
+            self._attention = wanted
+        return weights, impl
+
+    def _apply_clear(self, request: GenerateRequest, weights: str | None) -> None:
+        try:
+            apply_clear(
+                self.pipe,
+                radius=request.radius,
+                down_factor=request.down_factor,
+                weights=weights,
+                impl=request.impl,
+            )
+        except (ValueError, OSError) as error:
+            raise RequestError(str(error)) from error
+
+    def _find_weights(self, request: GenerateRequest) -> str | None:
+        """A request's weights, those known to fit where it says "auto"."""
+        if request.weights != AUTO:
+            return request.weights
+        found = known_weights(request.model, request.radius, request.down_factor)
+        pooled = f", down_factor {request.down_factor}" if request.down_factor > 1 else ""
+        setting = f"{request.model}, radius {request.radius}{pooled}"
+        rows, columns = request.height // TOKEN_PIXELS, request.width // TOKEN_PIXELS
+        covers_all = request.radius**2 > (rows - 1) ** 2 + (columns - 1) ** 2
+        if setting in self._told or (found is None and covers_all):
+            return found
+        self._told.add(setting)
+        if found is None:
+            logger.warning(
+                "no weights are known for %s: the model is not tuned for its window, which changes "
+                "pictures; name weights with --weights (none: go without, quietly)",
+                setting,
+            )
+        else:
+            logger.info("weights for %s: %s", setting, Path(found).name)
+        return found
+
+    def _denoise(self, request: GenerateRequest, watch: _Watch, timer: Timer) -> torch.Tensor:
+        """Text and denoising one after the other, each timed; packed latents."""
+        pipe = self.pipe
+        with timer.measure("text", self.device):
+            text = encode_once(pipe, request.prompt, self._ranks)
+            guided = two_passes(pipe, request.guidance)
+            empty = encode_once(pipe, "", self._ranks) if guided else None
+        stages: dict[str, Any] = {
+            "low_resolution_guidance": request.low_resolution_guidance,
+            "stages_dir": request.stages_dir,
+        }
+        if request.strength is not None:
+            one = len(request.strength) == 1
+            stages["strength"] = request.strength[0] if one else request.strength
+        if request.image is not None:
+            stages["image"] = read_picture(Path(request.image))
+        with timer.measure("denoise", self.device):
+            try:
+                latents = denoise(
+                    pipe,
+                    text,
+                    empty,
+                    [request.seed],
+                    height=request.height,
+                    width=request.width,
+                    steps=request.steps,
+                    guidance=request.guidance,
+                    callback_on_step_end=watch.after_step,
+                    **stages,
+                )
+            except ValueError as error:
+                raise RequestError(str(error)) from error
+        if pipe.interrupt:
+            raise Stopped
+        return latents
+
+    def _write(
+        self,
+        latents: torch.Tensor,
+        request: GenerateRequest,
+        out: Path,
+        settings: dict[str, Any],
+        watch: _Watch,
+    ) -> None:
+        """Decode and write a picture strip by strip."""
+        from ..pipelines.decoding.autoencoder import decode_rows
+        from ..pipelines.decoding.image_files import save_rows
+        from ..pipelines.parallel.progress import Progress
+        from ..pipelines.parallel.watch import until_failure
+
+        height, width = request.height, request.width
+        group = None if self._ranks is None else self._ranks.team.group
+        strips = decode_rows(self.pipe.vae, unpack(self.pipe, latents, height, width), group=group)
+        if self._ranks is not None:
+            self._ranks.watch.progress = Progress("decoding")
+            if not self._writes:
+                list(strips)  # there are none: it computes what it sends to the first
+                return
+            strips = until_failure(strips, self._ranks.watch)
+        try:
+            save_rows(watch.each(strips), out, height=height, width=width, settings=settings)
+        except OSError as error:
+            reason = error.strerror or first_line(error)
+            raise OSError(f"{out} could not be written ({reason}).") from error
+
+
+def generate(
+    request: GenerateRequest, out: Path, progress: bool = True, ranks: Ranks | None = None
+) -> dict[str, Any]:
+    """Load the model of a request, paint it and write the picture.
+
+    Args:
+        request: what to paint.
+        out: the PNG or TIFF to write; its settings stand in it.
+        progress: show a progress bar on standard error.
+        ranks: that share the work, all with this request but for its device; the first writes and
+            shows the bar.
+
+    Returns:
+        What `Painter.paint` returns, with the loading in seconds' total and in peak_memory_mb.
+
+    Raises:
+        RequestError: a bad request, before any work.
+        MemoryError: there is not enough for this picture.
+        OSError: the picture cannot be written; nothing is left under its name.
+    """
+    if ranks is not None:
+        check_shared(request, ranks)
+    if ranks is None or ranks.is_first:
+        check_writable(out, PICTURE_SUFFIXES)
+    device = find_device(request.device)
+    reset_peak(device)
+    start = time.perf_counter()
+    painter = Painter(request.model, request.dtype, request.device, ranks)
+    load_peak = round(peak_mb(device), 1)
+    result = painter.paint(request, out, progress=progress)
+    result["seconds"]["total"] = round(time.perf_counter() - start, 3)
+    result["peak_memory_mb"] = max(load_peak, result["peak_memory_mb"])
+    return result
+
+
+class _Watch:
+    """Who is told of every step, and who may end the work."""
+
+    def __init__(
+        self, on_step: Callable[[Step], None] | None, should_stop: Callable[[], bool] | None
+    ) -> None:
+        self._on_step, self._should_stop = on_step, should_stop
+
+    def after_step(
+        self, pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As `callback_on_step_end` in diffusers."""
+        if self._on_step is not None:
+            self._on_step(
+                Step(
+                    step=step + 1,
+                    steps=pipe.num_timesteps,
+                    stage=pipe.stages.index(pipe.stage) + 1,
+                    stages=len(pipe.stages),
+                    height=pipe.stage.height,
+                    width=pipe.stage.width,
+                    sigma=float(pipe.scheduler.sigmas[step + 1]),
+                    latents=tensors["latents"],
+                )
+            )
+        if self._should_stop is not None and self._should_stop():
+            pipe._interrupt = True
+        return {}
+
+    def each(self, strips: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The same strips, as long as nobody ends the work."""
+        for strip in strips:
+            if self._should_stop is not None and self._should_stop():
+                raise Stopped
+            yield strip
+
+
+@dataclass
+class Timer:
+    """Seconds by part of the work."""
+
+    seconds: dict[str, float]
+
+    @contextmanager
+    def measure(self, part: str, device: torch.device) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds[part] = round(time.perf_counter() - start, 3)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

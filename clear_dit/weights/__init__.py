@@ -1,0 +1,1 @@
+"""CLEAR weights: their format, loading and saving, and what a model was before them."""

@@ -1,0 +1,139 @@
+"""The format of CLEAR weights: which parameters they are, and what a file must hold.
+
+It is that of the published checkpoints (https://huggingface.co/Huage001/CLEAR): safetensors with
+the transformer's own names, "transformer_blocks.0.attn.to_q.weight", and with a down_factor also
+"transformer_blocks.0.attn.processor.spatial_weight".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention.processor import CLEARProcessor
+from ..families.table import attention_layers, family_of
+
+logger = logging.getLogger(__name__)
+
+FILE_DTYPES = ("F32", "F16", "BF16")
+
+
+def parameters_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters CLEAR weights replace, by their name in a file; under a LoRA, the base."""
+    parameters = {}
+    family = family_of(model)
+    for name, attn in family.layers(model).items():
+        for projection in family.tuned_names(attn):
+            linear = _without_lora(attn.get_submodule(projection))
+            for kind in ("weight", "bias"):
+                if getattr(linear, kind, None) is not None:
+                    parameters[f"{name}.{projection}.{kind}"] = getattr(linear, kind)
+    return parameters
+
+
+def pooling_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The pooling weights of CLEAR's own processors, by their name in a file."""
+    return {
+        f"{name}.processor.spatial_weight": attn.processor.spatial_weight
+        for name, attn in attention_layers(model).items()
+        if getattr(attn.processor, "spatial_weight", None) is not None
+    }
+
+
+def _without_lora(module: nn.Module) -> nn.Module:
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base
+    return module
+
+
+def refuse_unsuitable(model: nn.Module, who: str) -> None:
+    """Refuse models whose projections cannot be read and written as they are.
+
+    Raises:
+        ValueError: fused projections, merged LoRA, quantised, sharded or absent parameters.
+    """
+    family = family_of(model)
+    for name, attn in family.layers(model).items():
+        if getattr(attn, "fused_projections", False):
+            raise ValueError(
+                f"{who}: {name} has fused projections; call unfuse_qkv_projections() first."
+            )
+        for projection in family.tuned_names(attn):
+            if getattr(attn.get_submodule(projection), "merged", False):
+                raise ValueError(
+                    f"{who}: a LoRA is merged into {name}.{projection}; call unfuse_lora() first."
+                )
+    for key, parameter in parameters_by_key(model).items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{who}: {key} has no values here (meta device or sequential offloading); do this "
+                "before offloading is enabled."
+            )
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
+        if not plain or not parameter.is_floating_point():
+            raise ValueError(
+                f"{who}: {key} is quantised or sharded ({type(parameter.data).__name__}, "
+                f"{parameter.dtype}); do this on the plain model, before."
+            )
+
+
+def check_header(
+    who: str, file: Any, shapes: dict[str, tuple[int, ...]], settings: CLEARProcessor
+) -> None:
+    """Names, shapes, dtypes and metadata, which need no tensor to be read."""
+    keys = set(file.keys())
+    pooled = next((key for key in sorted(keys) if key.endswith(".processor.spatial_weight")), None)
+    factor = 1 if pooled is None else (*file.get_slice(pooled).get_shape(), 0, 0, 0, 0)[3]
+    if factor != settings.down_factor and not keys.isdisjoint(shapes):
+        raise ValueError(
+            f"{who} is for down_factor={factor}, but the model runs "
+            f"down_factor={settings.down_factor}; call apply_clear(..., down_factor={factor}) or "
+            "choose another file."
+        )
+    missing, unexpected = shapes.keys() - keys, keys - shapes.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"{who} holds weights for another model: {_listed(missing)} missing, "
+            f"{_listed(unexpected)} unexpected."
+        )
+    wrong = {key for key in keys if tuple(file.get_slice(key).get_shape()) != shapes[key]}
+    if wrong:
+        key = min(wrong)
+        raise ValueError(
+            f"{who} holds weights for another model: {len(wrong)} of {len(keys)} tensors have "
+            f"another shape ({key} has {tuple(file.get_slice(key).get_shape())}, the model "
+            f"{shapes[key]})."
+        )
+    for key in sorted(keys):
+        dtype = file.get_slice(key).get_dtype()
+        if dtype not in FILE_DTYPES:
+            raise ValueError(
+                f"{who}: {key} must have one of the dtypes {', '.join(FILE_DTYPES)}, got {dtype}."
+            )
+    header = file.metadata() or {}
+    for name in ("radius", "down_factor"):
+        if name in header and not header[name].isdecimal():
+            raise ValueError(f"{who}: the metadata's {name} is not a number: {header[name]!r}.")
+    if header.get("down_factor", str(factor)) != str(factor):
+        raise ValueError(
+            f"{who}: the metadata says down_factor={header['down_factor']}, the tensors {factor}."
+        )
+    if header.get("radius", str(settings.radius)) != str(settings.radius):
+        logger.warning(
+            "%s was trained with radius=%s, the model runs radius=%d",
+            who,
+            header["radius"],
+            settings.radius,
+        )
+
+
+def _listed(keys: Collection[str]) -> str:
+    """How many, and the first three."""
+    if not keys:
+        return "0 tensors"
+    first = ", ".join(sorted(keys)[:3])
+    return f"{len(keys)} tensors ({first}{', ...' if len(keys) > 3 else ''})"

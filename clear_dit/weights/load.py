@@ -1,0 +1,268 @@
+"""Loading and saving the weights CLEAR fine-tunes: to_q, to_k, to_v and to_out of the image stream.
+
+Loading is strict and reads a file twice, tensor by tensor: to check all of it, then to copy. Files
+saved here carry metadata besides; see `format.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..attention.processor import CLEARProcessor
+from ..families.table import attention_layers, transformer_of
+from ..versions import __version__
+from .format import check_header, parameters_by_key, pooling_by_key, refuse_unsuitable
+from .state import ClearState
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "clear-dit"
+SUFFIX = ".safetensors"
+
+
+def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
+    """A processor that stands for all layers.
+
+    Raises:
+        ValueError: a layer without CLEAR, layers that differ, or layers that share pooling weights.
+    """
+    state = ClearState.on(model)
+    if state is not None:
+        state.reconcile(model)
+    processors = {name: attn.processor for name, attn in attention_layers(model).items()}
+    for name, processor in processors.items():
+        if not isinstance(processor, CLEARProcessor):
+            raise ValueError(
+                f"{who}: {name} has {type(processor).__name__}, not CLEARProcessor; "
+                "call apply_clear first."
+            )
+    kinds = {(p.radius, p.down_factor) for p in processors.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{who}: the layers' processors differ in radius or down_factor: {sorted(kinds)}; "
+            "call apply_clear."
+        )
+    first = next(iter(processors.values()))
+    if first.down_factor > 1 and len({id(p) for p in processors.values()}) < len(processors):
+        raise ValueError(
+            f"{who}: layers share one CLEARProcessor, but with down_factor > 1 each needs its own; "
+            "call apply_clear."
+        )
+    return first
+
+
+def load_clear_weights(
+    pipe_or_model: Any,
+    pretrained_model_name_or_path: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> None:
+    """Load CLEAR weights into a model whose layers all have a `CLEARProcessor`.
+
+    Values are copied into the model's own parameters and take their dtype and device. The
+    parameters they replace are kept on the CPU until `remove_clear` puts them back (3.6 GB for
+    FLUX.1-dev in bfloat16). Everything is checked before the first parameter changes.
+
+    Args:
+        pipe_or_model: a pipeline with a FLUX transformer, or the transformer itself. A pipeline's
+            ControlNets keep their own weights.
+        pretrained_model_name_or_path: a file, a folder, or a hub repository ("Huage001/CLEAR").
+        weight_name: the file in the folder or repository; by default the published name for the
+            model's settings: "clear_local_16.safetensors", "clear_local_8_down_4.safetensors".
+        revision, token, cache_dir, local_files_only: for the hub, as everywhere in diffusers.
+
+    Raises:
+        ValueError: the model cannot take weights, or the file is not safetensors, truncated, for
+            another model or down_factor, or has names, shapes, dtypes or values that do not belong.
+        OSError: the file cannot be found or fetched.
+    """
+    model = transformer_of(pipe_or_model, "load_clear_weights")
+    settings = current_settings(model, "load_clear_weights")
+    path = find_weights(
+        pretrained_model_name_or_path,
+        settings.radius,
+        settings.down_factor,
+        weight_name=weight_name,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    with open_checked(model, path, settings) as file:
+        load_checked(model, file)
+
+
+def save_clear_weights(
+    pipe_or_model: Any, path: str | os.PathLike[str], base_model: str | None = None
+) -> None:
+    """Save the weights `load_clear_weights` reads, in the model's dtype.
+
+    The header holds radius, down_factor, base_model and the versions of clear_dit, torch and
+    diffusers. The file appears whole or not at all.
+
+    Args:
+        pipe_or_model: a model whose layers all have a `CLEARProcessor`.
+        path: ends in ".safetensors", in a folder that exists; a file there is replaced.
+        base_model: the model these weights belong to, such as "black-forest-labs/FLUX.1-dev".
+
+    Raises:
+        ValueError: a wrong suffix, a model that is not ready, values that are not finite.
+        FileNotFoundError: the folder does not exist.
+    """
+    who = "save_clear_weights"
+    model = transformer_of(pipe_or_model, who)
+    settings = current_settings(model, who)
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{who}: the file's name must end in {SUFFIX!r}, got {path.name!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{who}: there is no folder {str(path.parent)!r}; make it first.")
+    refuse_unsuitable(model, who)
+    parameters = {**parameters_by_key(model), **pooling_by_key(model)}
+    tensors = {key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()}
+    write_weights(tensors, path, settings, base_model, who)
+
+
+def write_weights(
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    settings: CLEARProcessor,
+    base_model: str | None,
+    who: str,
+) -> None:
+    """Write tensors, by their names in a file, with the header that `save_clear_weights` describes.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{who}: {key} has values that are not finite.")
+    header = {
+        "format": FORMAT,
+        "radius": str(settings.radius),
+        "down_factor": str(settings.down_factor),
+        "clear_dit_version": __version__,
+        "torch_version": torch.__version__,
+        "diffusers_version": metadata.version("diffusers"),
+    }
+    if base_model is not None:
+        header["base_model"] = base_model
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=header)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def published_name(radius: int, down_factor: int) -> str:
+    """The name of a file of weights for these settings, as the authors published them."""
+    pooled = f"_down_{down_factor}" if down_factor > 1 else ""
+    return f"clear_local_{radius}{pooled}{SUFFIX}"
+
+
+def find_weights(
+    name_or_path: str | os.PathLike[str],
+    radius: int,
+    down_factor: int,
+    *,
+    weight_name: str | None = None,
+    **hub_options: Any,
+) -> Path:
+    """A local path for a file, a folder or a hub repository; see `load_clear_weights`.
+
+    Raises:
+        ValueError: `weight_name` is not safetensors.
+        OSError: not found, or the hub cannot be reached.
+    """
+    who = "load_clear_weights"
+    name = weight_name or published_name(radius, down_factor)
+    if not name.endswith(SUFFIX):
+        raise ValueError(f"{who}: weight_name must end in {SUFFIX!r}, got {name!r}.")
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / name).is_file():
+            others = ", ".join(sorted(file.name for file in path.glob(f"*{SUFFIX}"))) or "none"
+            raise FileNotFoundError(
+                f"{who}: there is no {name!r} in {str(path)!r}; the {SUFFIX} files there: "
+                f"{others}. Choose one with weight_name."
+            )
+        return path / name
+    repository = os.fspath(name_or_path)
+    if repository.count("/") != 1 or repository[0] in "./~" or path.suffix == SUFFIX:
+        raise FileNotFoundError(f"{who}: there is no file or folder {repository!r}.")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, **hub_options))
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
+        raise OSError(
+            f"{who}: no local file or folder {repository!r}, and cannot get {name!r} from the hub "
+            f"repository of that name: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        ) from error
+
+
+@contextmanager
+def open_checked(model: nn.Module, path: Path, settings: CLEARProcessor) -> Iterator[Any]:
+    """A safetensors file all of whose contents fit the model. Leaves the model alone.
+
+    Raises:
+        ValueError: anything that does not fit, by name.
+    """
+    who = f"load_clear_weights: {path.name}"
+    refuse_unsuitable(model, "load_clear_weights")
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{who} is not a safetensors file, or is truncated: {error}.") from error
+    with handle as file:
+        parameters = parameters_by_key(model)
+        shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
+        factor = settings.down_factor
+        if factor > 1:
+            for name in attention_layers(model):
+                shapes[f"{name}.processor.spatial_weight"] = (1, 1, 1, factor, 1, factor, 1)
+        check_header(who, file, shapes, settings)
+        for key in shapes:
+            tensor = file.get_tensor(key)
+            # A finite value can overflow in a narrower dtype.
+            if key in parameters:
+                tensor = tensor.to(parameters[key].dtype)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{who}: {key} has values that are not finite.")
+        yield file
+
+
+def load_checked(model: nn.Module, file: Any) -> None:
+    """Copy the tensors of an `open_checked` file into the model, keeping what they replace."""
+    state = ClearState.on(model) or ClearState.attach(model)
+    with torch.no_grad():
+        for key, parameter in parameters_by_key(model).items():
+            if key not in state.weights:
+                state.weights[key] = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(file.get_tensor(key))
+        for key, parameter in pooling_by_key(model).items():
+            parameter.copy_(file.get_tensor(key))
+    logger.info("CLEAR weights loaded: %d tensors", len(file.keys()))

@@ -1,0 +1,168 @@
+"""What CLEAR remembers about a model it was applied to.
+
+It lives in one forward pre-hook on the model. That is PyTorch's own kind of hook and not diffusers'
+`ModelHook`, which replaces `module.forward`: a copy of a model hooked that way runs the original's
+weights, and removing the hook also drops what accelerate wrapped around `forward` later.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..attention.ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
+from ..attention.processor import CLEARProcessor, FluxAttnProcessor
+from ..attention.text_padding import valid_text
+from ..attention.tracker import WindowTracker
+from ..families.table import attention_layers, family_of
+from ..kernels.choice import select_impl
+from .format import parameters_by_key, refuse_unsuitable
+
+logger = logging.getLogger(__name__)
+
+
+class ClearState:
+    """What CLEAR remembers about one model; as a forward pre-hook it also reads the forward.
+
+    Attributes:
+        tracker: shared by the processors of all layers; None while only weights were loaded.
+        processors: those that were there before CLEAR, by layer name.
+        installed: those of CLEAR, by layer name.
+        weights: parameters as they were before CLEAR weights were loaded, on the CPU, by name.
+    """
+
+    def __init__(self) -> None:
+        self.tracker: WindowTracker | None = None
+        self.processors: dict[str, Any] = {}
+        self.installed: dict[str, CLEARProcessor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+        self._handle: RemovableHandle | None = None
+        self._warned = False
+
+    @classmethod
+    def on(cls, model: nn.Module) -> ClearState | None:
+        """The state of a model, None if it has none."""
+        return next((hook for hook in model._forward_pre_hooks.values() if type(hook) is cls), None)
+
+    @classmethod
+    def attach(cls, model: nn.Module) -> ClearState:
+        """A new state on a model that has none."""
+        state = cls()
+        # First of all hooks: others may take a part of the tokens away (patch parallelism).
+        state._handle = model.register_forward_pre_hook(state, with_kwargs=True, prepend=True)
+        return state
+
+    def detach(self) -> None:
+        """Stop being the model's hook."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def restore_weights(self, model: nn.Module) -> None:
+        """Copy the saved parameters back."""
+        if self.weights:
+            refuse_unsuitable(model, "remove_clear")
+        parameters = parameters_by_key(model)
+        with torch.no_grad():
+            for key, original in self.weights.items():
+                parameters[key].copy_(original)
+        self.weights.clear()
+
+    def reconcile(self, model: nn.Module) -> None:
+        """Follow diffusers where it loaded or unloaded an IP-adapter since CLEAR was applied.
+
+        Loading gives the double blocks stock processors that hold the IP-adapter; both loading and
+        unloading make CLEAR's processors again without their settings. Where no layer has one of
+        CLEAR's any more, that was somebody's choice, and is left alone.
+        """
+        layers = attention_layers(model)
+        ours = any(isinstance(attn.processor, LayerProcessor) for attn in layers.values())
+        if not (self.installed and ours):
+            return
+        for name, attn in layers.items():
+            current, installed = attn.processor, self.installed[name]
+            if isinstance(current, FluxIPAdapterAttnProcessor):
+                self._install_again(name, attn, current)
+            elif isinstance(current, LayerProcessor) and current.blank:
+                if getattr(installed, "adapter", None) is None:
+                    attn.set_processor(installed)
+                else:
+                    self._install_again(name, attn, None)
+
+    def _install_again(self, name: str, attn: Any, adapter: Any) -> None:
+        """The layer's processor with another IP-adapter, or with none."""
+        old = self.installed[name]
+        new = LayerProcessor(old, self.tracker, adapter)
+        new.spatial_weight = old.spatial_weight
+        attn.set_processor(new)
+        self.installed[name] = new
+        self.processors[name] = FluxAttnProcessor() if adapter is None else adapter
+
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.tracker is None:
+            return None
+        return self._before_forward(model, args, kwargs)
+
+    @torch.compiler.disable
+    def _before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.reconcile(model)
+        if not self._runs(model):
+            return None
+        assert self.tracker is not None
+        signature = inspect.signature(type(model).forward)
+        given = signature.bind_partial(model, *args, **kwargs).arguments
+        settings, family = next(iter(self.installed.values())), family_of(model)
+        reading = family.read(model, given, settings.grid)
+        if reading is None:
+            return None
+        layout = reading.layout
+        if settings.references == "local" and family.reference_grids and layout.reference_length:
+            grids = family.reference_grids(given, layout)
+            layout = layout._replace(local_references=grids)
+        impl = self._chosen_impl(reading.like)
+        self.tracker.announce(layout, impl, valid_text(reading.text_mask))
+        if not reading.changes:
+            return None
+        bound = signature.bind(model, *args, **kwargs)
+        bound.arguments.update(reading.changes)
+        return bound.args[1:], bound.kwargs
+
+    def _chosen_impl(self, like: torch.Tensor) -> str:
+        """The implementation that will run, also chosen (and logged) here for compiled blocks.
+
+        like: a tensor of the device and dtype the layers run in.
+        """
+        impl = next(iter(self.installed.values())).impl
+        if impl != "auto":
+            return impl
+        query = like.new_empty(1, 1, 1, 64)
+        return select_impl(impl, query, needs_grad=torch.is_grad_enabled())
+
+    def _runs(self, model: nn.Module) -> bool:
+        """Whether CLEAR still runs in the model; reports layers that somebody else took over."""
+        layers = attention_layers(model)
+        others = {
+            name: attn.processor
+            for name, attn in layers.items()
+            if attn.processor is not self.installed[name]
+        }
+        if 0 < len(others) < len(layers) and not self._warned:
+            self._warned = True
+            name, current = next(iter(others.items()))
+            logger.warning(
+                "%d of %d attention layers no longer have the CLEAR processor that apply_clear put "
+                "there (%s has %s)",
+                len(others),
+                len(layers),
+                name,
+                type(current).__name__,
+            )
+        return len(others) < len(layers)

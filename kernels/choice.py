@@ -1,0 +1,133 @@
+"""Which implementation of local attention runs, and why the faster ones cannot."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .flex import flex_attention, why_not_flex
+from .reference import reference_attention
+from .tiled.bands import tiled_attention
+from .triton.device import why_not_triton
+from .window import Window
+
+logger = logging.getLogger(__name__)
+
+IMPLS = ("auto", "triton", "flex", "tiled", "reference")
+
+
+def runs_everywhere(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
+    """Never refuses: the tiled path and the oracle run on any device."""
+    return None
+
+
+def _triton_attention(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Imports Triton on the first call only: most machines without a GPU do not have it."""
+    from .triton.ops import triton_attention
+
+    return triton_attention(*args, **options)
+
+
+_WHY_NOT: dict[str, Callable[[torch.Tensor, bool, bool], str | None]] = {
+    "triton": why_not_triton,
+    "flex": why_not_flex,
+    "tiled": runs_everywhere,
+    "reference": runs_everywhere,
+}
+_RUN: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
+    "triton": _triton_attention,
+    "flex": flex_attention,
+    "tiled": tiled_attention,
+    "reference": reference_attention,
+}
+
+
+def preference(device_type: str) -> tuple[str, ...]:
+    """Implementations in the order `impl="auto"` tries them on a device type, fastest first.
+
+    On a CPU the tiled path is several times faster than compiled FlexAttention and also has a
+    backward pass (`clear-dit bench attention` measures both).
+    """
+    if device_type == "cuda":
+        return ("triton", "flex", "tiled", "reference")
+    return ("triton", "tiled", "flex", "reference")
+
+
+def why_not(
+    impl: str, query: torch.Tensor, needs_grad: bool = False, return_lse: bool = False
+) -> str | None:
+    """Why `impl` cannot run on these inputs, in a few words; None if it can."""
+    return _WHY_NOT[impl](query, needs_grad, return_lse)
+
+
+def select_impl(
+    impl: str, query: torch.Tensor, needs_grad: bool = False, return_lse: bool = False
+) -> str:
+    """The implementation that runs for a request.
+
+    An explicit choice is checked and never replaced. "auto" takes the first of `preference` that
+    can run and logs, once per choice and at INFO, why the faster ones cannot.
+
+    Raises:
+        ValueError: unknown `impl`, or an explicit one that cannot run here.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"local_attention: impl must be one of {', '.join(IMPLS)}; got {impl!r}.")
+    if impl != "auto":
+        reason = why_not(impl, query, needs_grad, return_lse)
+        if reason is not None:
+            raise ValueError(
+                f"local_attention: impl={impl!r} cannot run here: it {reason}. "
+                "Use impl='auto' or another one."
+            )
+        return impl
+    refused: list[str] = []
+    for name in preference(query.device.type):
+        reason = why_not(name, query, needs_grad, return_lse)
+        if reason is None:
+            if not torch.compiler.is_compiling():  # a log call breaks the graph
+                _announce(name, tuple(refused))
+            return name
+        refused.append(f"{name} {reason}")
+    raise AssertionError("the reference implementation runs everywhere")
+
+
+def run_chosen(
+    impl: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window,
+    *,
+    scale: float,
+    spatial_weight: torch.Tensor | None = None,
+    needs_grad: bool = False,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, Any]:
+    """`local_attention` by the implementation that `select_impl` finds, on checked inputs.
+
+    Returns:
+        (out, lse); without `return_lse` the latter is not to be used.
+
+    Raises:
+        ValueError: see `select_impl`.
+    """
+    name = select_impl(impl, query, needs_grad, return_lse)
+    return _RUN[name](
+        query,
+        key,
+        value,
+        window,
+        scale=scale,
+        spatial_weight=spatial_weight,
+        return_lse=return_lse,
+    )
+
+
+@functools.cache
+def _announce(impl: str, refused: tuple[str, ...]) -> None:
+    logger.info("local attention runs on %r%s", impl, "".join(f"; {reason}" for reason in refused))

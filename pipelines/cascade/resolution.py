@@ -1,0 +1,229 @@
+"""What a pipeline needs to paint a picture larger than its model was trained at, in one table.
+
+| picture | positions, factor | shift | proportional attention |
+|---|---|---|---|
+| FLUX.1, up to 1.25 times 1024 x 1024 pixels | as trained | the scheduler's | no |
+| FLUX.1, larger | "ntk", 10; from 9K on more | 3 | from 64^2 + text tokens |
+| others, up to 1.25 times the native | "two" unless square | the scheduler's | no |
+| others, larger, CLEAR without pooled keys | "two" | 3 | from native + text tokens |
+| others, larger, full attention or pooled keys | "yarn", the enlargement | 3 | the same |
+
+Why these; all are options of `Resolution`:
+
+- "ntk" with 10 is what CLEAR publishes for FLUX.1-dev at 4096 x 2048 (arXiv 2412.16112) and URAE at
+  2K and 4K (arXiv 2503.16322). NTK-aware scaling asks for enlargement^(dim / (dim - 2)), which is
+  2.1 at 2K, 4.2 at 4K and 8.6 at 8K: 10 is enough there, and the formula takes over beyond. FLUX.1
+  was not run here.
+- "yarn" needs no constant found for one model. On the demo pipeline (512 px to 1024 px at strength
+  0.55, 8 steps, guidance 2): PSNR of the result, scaled down, to the 512-px picture and gradient
+  energy against its Lanczos enlargement, with full attention and with radius 8:
+
+      none                        22.8 dB 0.81 (a second moon)  27.4 dB 1.51 (sea in the desert)
+      ntk, 2                      22.5 dB 0.91 (a second moon)
+      ntk, 10                     28.0 dB 0.96 (faint streaks)  27.1 dB 1.23 (faint streaks)
+      yarn                        28.1 dB 0.85                  27.4 dB 1.10
+      yarn, proportional                                        27.7 dB 1.29
+      interpolation               30.5 dB 0.64 (soft)
+      interpolation, proportional 30.8 dB 0.73 (a fine grid)    28.4 dB 0.67 (a fine grid)
+
+  On a second picture, proportional, radius 8: yarn 28.6 dB 1.75, ntk 10 29.2 dB 1.81 (a streak).
+  These were yarn with a ramp from 4 turns to 1. On a third, one pass, weights made for radius 8:
+  that ramp 30.8 dB 1.34 (a dark line), the present one 29.6 dB 1.47, ntk 10 29.4 dB 1.41 (lines).
+- Proportional attention is part of CLEAR's recipe, with base 4608 = 64^2 + 512. Above it adds
+  sharpness at no loss of fidelity.
+- Shift 3 is CLEAR's, and FLUX.1-dev's own at its native size is 3.16. With the start and the number
+  of steps given, shifts 1, 3 and 6 came within 0.01 dB on the demo.
+- "two" is for local attention: inside the disc true distances are never new to the model, so that
+  nothing need be stretched; only text (and pooled keys) look across the picture, by positions that
+  fill the trained extent. On the demo it left no streak at 2048 px, where "yarn" drew several:
+  512 px to 1024 and 2048 px, 12 steps, radius 8 with its weights, fidelity and sharpness as above:
+
+      a tower  yarn 27.9 dB 1.83, 24.5 dB 3.13    two 28.3 dB 2.11, 25.8 dB 4.08
+      a house  yarn 23.0 dB 1.66, 21.7 dB 3.01    two 23.2 dB 1.81, 22.2 dB 3.52
+
+  That was without `MARGIN`, which takes lines along the borders away and adds up to 0.5 dB.
+  Pooled keys, made of keys closer together than in training, blurred the picture with it (1024 px:
+  yarn 1.5 and 1.5, two 0.4 and 0.7 times the enlargement's gradient energy).
+- FLUX.1 was trained at many shapes; a model trained at squares repeats things beyond their side: at
+  736 x 352 the demo painted second suns and balloons, cut off what stands on the ground, and "yarn"
+  did not help. "two" fits the scene into the picture, and true distances nearby keep things in
+  shape: full attention with `NEAR` of 5/32 drew suns as ellipses, 8/32 and 3/8 round ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from clear_dit.attention.processor import CLEARProcessor
+from clear_dit.compat import names_from
+from clear_dit.families.table import attention_layers, transformer_of
+
+from .positions import MARGIN, ExtendedPosEmbed, check_method
+from .schedule import static_scheduler
+from .two_position_processor import two_positions_in_full_attention
+
+(FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
+
+# A picture of up to this many times the native pixels is painted as the model was trained.
+NATIVE_SLACK = 1.25
+
+FLUX_NATIVE_SIZE = 1024  # pixels a side
+AXIS_DIM = 56  # channels of FLUX.1's row axis, and of its column axis
+NTK_FACTOR = 10.0
+SHIFT = 3.0
+# Of the trained side: how far full attention sees true distances where positions are two.
+NEAR = 3 / 8
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """How a picture of one size is painted; the default is as the model was trained.
+
+    Attributes:
+        rope: how positions are extended: "none", "ntk", "yarn", "interpolation" or "two"; see
+            `ExtendedPosEmbed`.
+        rope_factors: for rows and for columns, see `ExtendedPosEmbed`.
+        trained_side: extent the model was trained at, in tokens.
+        shift: static shift of the noise levels; None for the scheduler's own.
+        proportional_base: number of tokens (text + image) at which the scale of attention is the
+            trained one; it grows with the logarithm of the tokens. None for that scale always.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    rope: str = "none"
+    rope_factors: tuple[float, float] = (1.0, 1.0)
+    trained_side: int = 64
+    shift: float | None = None
+    proportional_base: int | None = None
+
+    def __post_init__(self) -> None:
+        check_method(self.rope, self.rope_factors)
+        if self.trained_side < 1:
+            raise ValueError(
+                f"Resolution: trained_side must be at least 1, got {self.trained_side}."
+            )
+        if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"Resolution: shift must be a positive number, got {self.shift}.")
+        if self.proportional_base is not None and self.proportional_base < 2:
+            raise ValueError(
+                f"Resolution: proportional_base must be at least 2, got {self.proportional_base}."
+            )
+
+
+def settings_for(
+    height: int,
+    width: int,
+    native_size: int = FLUX_NATIVE_SIZE,
+    *,
+    text_length: int = 512,
+    token_pixels: int = 16,
+    local: bool = False,
+) -> Resolution:
+    """The table's line for a picture.
+
+    "two" gives rows and columns the trained extent, each by its own factor: things keep their shape
+    by the true positions near them. Other methods enlarge both alike; only "yarn" goes further on
+    an axis that would otherwise be longer than the trained extent.
+
+    Args:
+        height, width: of the picture, in pixels.
+        native_size: side of the square the model was trained at, in pixels. 1024 is FLUX.1.
+        text_length: text tokens the model is given.
+        token_pixels: side of a token.
+        local: whether image tokens attend to their disc alone, by CLEAR without pooled keys.
+    """
+    enlargement = max(1.0, math.sqrt(height * width) / native_size)
+    large = height * width > NATIVE_SLACK * native_size**2
+    side = native_size // token_pixels
+    rope: str = "none"
+    factors: tuple[float, ...] = (1.0, 1.0)
+    if native_size != FLUX_NATIVE_SIZE and (local or not large):
+        sides = height // token_pixels, width // token_pixels
+        extent = min(side, max(sides))
+        # Between the first position the model was trained at and the last.
+        room = max(extent - 1 - 2 * MARGIN, 1)
+        factors = tuple(1.0 if one == extent else max(one - 1, 1) / room for one in sides)
+        rope = "none" if factors == (1.0, 1.0) else "two"
+    elif native_size != FLUX_NATIVE_SIZE:
+        factors = (max(enlargement, height / native_size), max(enlargement, width / native_size))
+        rope = "yarn"
+    elif large:
+        factor = max(NTK_FACTOR, enlargement ** (AXIS_DIM / (AXIS_DIM - 2)))
+        rope, factors = "ntk", (factor, factor)
+    return Resolution(
+        rope=rope,
+        rope_factors=(factors[0], factors[1]),
+        trained_side=side,
+        shift=SHIFT if large else None,
+        proportional_base=side**2 + text_length if large else None,
+    )
+
+
+@contextmanager
+def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
+    """Within it a pipeline paints with these settings; afterwards, or after an error, as before.
+
+    Proportional attention comes by way of the position table, so that it holds whatever computes
+    attention: CLEAR, the stock processors, any backend. A `proportional_base` that CLEAR's
+    processors have is suspended where the resolution names one: it is the same thing.
+
+    Args:
+        pipe: a pipeline with a FLUX transformer, stock or CLEAR's; torch.compile may have wrapped
+            the transformer or compiled its blocks.
+        resolution: what to set.
+
+    Raises:
+        ValueError: an unsupported transformer, or positions or a scheduler somebody else replaced
+            by what cannot be extended. Nothing is changed then.
+    """
+    model = transformer_of(pipe, "applied", "cascade")
+    scheduler, positions = pipe.scheduler, model.pos_embed
+    new_scheduler = scheduler
+    if resolution.shift is not None:
+        new_scheduler = static_scheduler(scheduler, resolution.shift)
+    new_positions = _extended(positions, resolution)
+    clear = {
+        attn.processor: attn.processor.proportional_base
+        for attn in attention_layers(model).values()
+        if isinstance(attn.processor, CLEARProcessor)
+    }
+    two: AbstractContextManager[None] = nullcontext()
+    if resolution.rope == "two":
+        two = two_positions_in_full_attention(model, max(1, round(NEAR * resolution.trained_side)))
+    with two:
+        try:
+            pipe.scheduler, model.pos_embed = new_scheduler, new_positions
+            if resolution.proportional_base is not None:
+                for processor in clear:
+                    processor.proportional_base = None
+            yield
+        finally:
+            pipe.scheduler, model.pos_embed = scheduler, positions
+            for processor, base in clear.items():
+                processor.proportional_base = base
+
+
+def _extended(positions: Any, resolution: Resolution) -> Any:
+    """The position embedding of a resolution, with the model's theta and axes."""
+    if resolution.rope == "none" and resolution.proportional_base is None:
+        return positions
+    if not isinstance(positions, (FluxPosEmbed, ExtendedPosEmbed)):
+        raise ValueError(
+            "CLEAR: only FluxPosEmbed can be extended, but the transformer's pos_embed is a "
+            f"{type(positions).__name__}. Put the stock one back, or use Resolution(rope='none', "
+            "proportional_base=None)."
+        )
+    return ExtendedPosEmbed(
+        positions.theta,
+        positions.axes_dim,
+        method=resolution.rope,
+        factors=resolution.rope_factors,
+        trained_side=resolution.trained_side,
+        proportional_base=resolution.proportional_base,
+    )

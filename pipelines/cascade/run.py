@@ -1,0 +1,270 @@
+"""Running a plan: text-to-image, then image-to-image from the enlarged picture, stage by stage.
+
+Every stage is one call of `FluxPipeline.__call__`: its own loop, given noised latents and the end
+of a schedule where there is a picture to start from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch.distributed import ProcessGroup
+from torch.nn.functional import interpolate
+
+from clear_dit.families.table import transformer_of
+
+from ..decoding.autoencoder import decode, encode
+from .low_resolution_guidance import DEFAULT_WEIGHT, GUIDED_ABOVE, LowResolutionGuidance
+from .resolution import applied
+from .schedule import given_sigmas, sigmas_for
+from .stage_attention import full_attention, runs_clear
+from .stage_files import StageFiles
+from .stages import Stage
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a cascade paints, complete and checked.
+
+    Attributes:
+        stages: the plan.
+        options: what every stage gives to `FluxPipeline.__call__`: embeddings, guidance.
+        batch: number of pictures.
+        steps: of a whole schedule; a stage that starts from a picture takes its share.
+        sigmas: noise levels of the first stage, before the scheduler's shift; None for evenly
+            spaced ones.
+        generator: of the first stage's noise; those of the other stages follow from its state.
+        latents: noise of the first stage, packed; None to draw it.
+        pixels: pictures to start from, (1, 3, height, width) in [-1, 1]: one, or one for each of
+            the batch; none to start from noise.
+        guidance_weight: of low-resolution guidance in every stage that enlarges; None is
+            `DEFAULT_WEIGHT` in stages with a side above `GUIDED_ABOVE` pixels.
+        callback: as `callback_on_step_end` in diffusers.
+        callback_inputs: the tensors it is given.
+    """
+
+    stages: tuple[Stage, ...]
+    options: dict[str, Any]
+    batch: int
+    steps: int
+    sigmas: Sequence[float] | None
+    generator: Generators
+    latents: torch.Tensor | None
+    pixels: list[torch.Tensor]
+    guidance_weight: float | None
+    callback: Callable[..., dict[str, Any]] | None
+    callback_inputs: Sequence[str]
+
+    def weight(self, stage: Stage) -> float:
+        """Of low-resolution guidance in a stage that enlarges."""
+        if self.guidance_weight is not None:
+            return self.guidance_weight
+        return DEFAULT_WEIGHT if max(stage.height, stage.width) > GUIDED_ABOVE else 0.0
+
+
+def run_stages(pipe: Any, request: Request, files: StageFiles | None) -> tuple[torch.Tensor, Stage]:
+    """Packed latents, (batch, tokens, channels), of the last stage that was run, and that stage.
+
+    It is not the last of the plan only if `pipe.interrupt` was set; then its picture may be
+    unfinished, or only enlarged.
+
+    Raises:
+        FloatingPointError: latents are NaN or infinite after a step.
+    """
+    generators = [_fork(request.generator, number) for number in range(len(request.stages))]
+    if request.stages[0].strength is not None:
+        _advance(request.generator)
+    finished = files.last_finished() if files is not None else None
+    first = 0 if finished is None else finished[0] + 1
+    latents = None if finished is None else finished[1].to(pipe._execution_device)
+    stage = request.stages[max(first - 1, 0)]
+    for index in range(first, len(request.stages)):
+        previous, stage = stage, request.stages[index]
+        with _settings(pipe, request.stages, index):
+            if stage.strength is None:
+                latents = _paint(pipe, request, stage)
+            else:
+                pictures: Iterable[torch.Tensor] = request.pixels
+                if latents is not None:
+                    pictures = pictures_from(pipe, latents, previous)
+                latents = _repaint(pipe, request, stage, pictures, generators[index])
+        if pipe.interrupt:
+            break
+        if files is not None:
+            files.save(index, latents)
+    assert latents is not None
+    return latents, stage
+
+
+@contextmanager
+def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None]:
+    """The pipeline as a stage needs it."""
+    # diffusers sets it when somebody first asks for a bar.
+    stage, bar = stages[index], getattr(pipe, "_progress_bar_config", {})
+    model = transformer_of(pipe, "CLEARFluxPipeline")
+    with ExitStack() as stack:
+        if stage.attention == "full" and runs_clear(model):
+            stack.enter_context(full_attention(model))
+        # After it: positions may need processors of their own.
+        stack.enter_context(applied(pipe, stage.resolution))
+        if len(stages) > 1:
+            description = f"stage {index + 1} of {len(stages)}, {stage.name}"
+            pipe._progress_bar_config = bar | {"desc": description}
+        pipe._stage, pipe._stages = stage, stages
+        try:
+            yield
+        finally:
+            pipe._progress_bar_config, pipe._stage, pipe._stages = bar, None, ()
+
+
+def pictures_from(pipe: Any, latents: torch.Tensor, stage: Stage) -> Iterator[torch.Tensor]:
+    """Decoded one by one, (1, 3, height, width) in [-1, 1]."""
+    latents = _unpack(pipe, latents, stage)
+    return (decode(pipe.vae, one, group=_tile_group(pipe)) for one in latents.split(1))
+
+
+def _paint(pipe: Any, request: Request, stage: Stage) -> torch.Tensor:
+    """Text-to-image; packed latents."""
+    return _denoise(
+        pipe,
+        request,
+        stage,
+        None,
+        num_inference_steps=request.steps,
+        sigmas=request.sigmas,
+        latents=request.latents,
+        generator=request.generator,
+    )
+
+
+def _repaint(
+    pipe: Any,
+    request: Request,
+    stage: Stage,
+    pictures: Iterable[torch.Tensor],
+    generator: Generators,
+) -> torch.Tensor:
+    """Image-to-image from pictures (1, 3, height, width) of any smaller size; packed latents."""
+    encoded, enlargement = [], 1.0
+    for pixels in pictures:
+        enlargement = max(stage.height / pixels.shape[-2], stage.width / pixels.shape[-1])
+        enlarged = encode(pipe.vae, _enlarge(pixels, stage), group=_tile_group(pipe))
+        encoded.append(enlarged.to(pipe._execution_device))
+    reference = torch.cat(encoded).float()
+    reference = reference.expand(request.batch, *reference.shape[1:])
+    dtype = request.options["prompt_embeds"].dtype
+    if not stage.strength or pipe.interrupt:
+        return _pack(pipe, reference).to(dtype)
+    sigmas = sigmas_for(
+        pipe.scheduler,
+        request.steps,
+        stage.height,
+        stage.width,
+        strength=stage.strength,
+        token_pixels=2 * pipe.vae_scale_factor,
+    )
+    noise = randn_tensor(reference.shape, generator, reference.device, dtype)
+    start = sigmas[0] * noise + (1 - sigmas[0]) * reference
+    weight = request.weight(stage)
+    guidance = LowResolutionGuidance(reference, start, enlargement, weight) if weight else None
+    with given_sigmas(pipe):
+        return _denoise(
+            pipe,
+            request,
+            stage,
+            guidance,
+            num_inference_steps=len(sigmas),
+            sigmas=sigmas,
+            latents=_pack(pipe, start).to(dtype),
+        )
+
+
+def _denoise(
+    pipe: Any,
+    request: Request,
+    stage: Stage,
+    guidance: LowResolutionGuidance | None,
+    **arguments: Any,
+) -> torch.Tensor:
+    """FluxPipeline's own loop; packed latents."""
+
+    def on_step_end(
+        pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        if not tensors["latents"].isfinite().all():
+            raise FloatingPointError(
+                f"CLEARFluxPipeline: latents are NaN or infinite after step {step + 1} of "
+                f"{pipe.num_timesteps} of stage {request.stages.index(stage) + 1} ({stage.name}); "
+                "use float32 or bfloat16, or less guidance."
+            )
+        if guidance is not None:
+            sigmas = pipe.scheduler.sigmas[step : step + 2].tolist()
+            steered = guidance.steer(_unpack(pipe, tensors["latents"], stage), *sigmas)
+            tensors["latents"] = _pack(pipe, steered)
+        if request.callback is not None:
+            given = {name: tensors[name] for name in request.callback_inputs}
+            tensors |= request.callback(pipe, step, timestep, given)
+        return tensors
+
+    return FluxPipeline.__call__(
+        pipe,
+        height=stage.height,
+        width=stage.width,
+        output_type="latent",
+        return_dict=False,
+        callback_on_step_end=on_step_end,
+        callback_on_step_end_tensor_inputs=list({"latents", *request.callback_inputs}),
+        **request.options,
+        **arguments,
+    )[0]
+
+
+def _tile_group(pipe: Any) -> ProcessGroup | None:
+    """The ranks that share out the autoencoder's tiles."""
+    return None if pipe.patch_parallel is None else pipe.patch_parallel.group
+
+
+def _enlarge(pixels: torch.Tensor, stage: Stage) -> torch.Tensor:
+    size = (stage.height, stage.width)
+    return interpolate(pixels.float(), size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def _unpack(pipe: Any, latents: torch.Tensor, stage: Stage) -> torch.Tensor:
+    """(batch, tokens, 4 * channels) to (batch, channels, height / 8, width / 8)."""
+    return pipe._unpack_latents(latents, stage.height, stage.width, pipe.vae_scale_factor)
+
+
+def _pack(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """(batch, channels, height / 8, width / 8) to (batch, tokens, 4 * channels)."""
+    return pipe._pack_latents(latents, *latents.shape)
+
+
+def _fork(generator: Generators, stage: int) -> Generators:
+    """A generator for a stage's noise that depends on the state of the given one alone.
+
+    So a stage paints the same whether the stages before it were painted or read from files.
+    """
+    if isinstance(generator, list):
+        return [_forked(one, stage) for one in generator]
+    return None if generator is None else _forked(generator, stage)
+
+
+def _advance(generator: Generators) -> None:
+    """So that the next call with this generator paints another picture, as text-to-image does."""
+    for one in generator if isinstance(generator, list) else [generator]:
+        if one is not None:
+            torch.rand(1, generator=one, device=one.device)
+
+
+def _forked(generator: torch.Generator, stage: int) -> torch.Generator:
+    state = hashlib.sha256(generator.get_state().numpy().tobytes() + bytes([stage])).digest()
+    return torch.Generator(generator.device).manual_seed(int.from_bytes(state[:8]) >> 1)

@@ -1,0 +1,274 @@
+"""Encoding and decoding pictures of any size by tiles that leave no trace.
+
+Tiles are computed with all the surroundings they depend on (`tiles.py`) and share the statistics of
+the whole picture (`group_norm.py`), so that they fit without blending: the result is that of the
+autoencoder run at once, but for rounding. Several processes can share them out, which changes
+nothing: bit for bit the same comes out. One thing is an approximation, of pictures with more
+pixels than 1024 x 1024: an AutoencoderKL's attention, quadratic in the pixels, looks a fixed
+distance around (`autoencoder_segments.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup, Work
+
+from ..offloading import loaded
+from ..process_group import Team
+from .group_norm import SharedGroupNorm, measure
+from .segments import decoder_stages, encoder_stages, side_factor
+from .tiles import Box, Segment, output_box, run_tile, side_before, tile_rows, whole
+
+# FLUX's decoder takes about 4 GB for a tile of 1024 x 1024 pixels in float32.
+TILE_PIXELS = 1024
+
+
+@torch.no_grad()
+def encode(
+    vae: Any,
+    pixels: torch.Tensor,
+    *,
+    tile_pixels: int | None = None,
+    group: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """A picture's latents as the transformer takes them: shifted and scaled, not packed.
+
+    Args:
+        vae: diffusers' AutoencoderKL (the mode of its distribution is taken) or AutoencoderTiny.
+        pixels: (1, 3, height, width) in [-1, 1]; sides that are multiples of the autoencoder's
+            factor, which is 8 for FLUX.
+        tile_pixels: side of a tile, in pixels, a multiple of the factor; default: one tile for as
+            many pixels as 1024 x 1024 has, else tiles of 1024.
+        group: the ranks that share out the tiles; each is given all pixels and gets all latents.
+
+    Returns:
+        (1, channels, height / factor, width / factor) in the autoencoder's dtype, on the device of
+        `pixels`.
+
+    Raises:
+        ValueError: another autoencoder, shape or tile, or pixels that are not finite.
+        FloatingPointError: the autoencoder's output is not finite.
+    """
+    factor = side_factor(vae)
+    _check_picture("encode", "pixels", pixels, 3)
+    height, width = pixels.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"encode: height and width must be multiples of {factor} pixels, got {height} x "
+            f"{width}."
+        )
+    tile = _tile_side("encode", tile_pixels, factor, height, width) // factor
+    stages = encoder_stages(vae, height // factor, width // factor)
+    with loaded(vae) as device:
+        return _last_tiles(stages, pixels, tile, device, vae.dtype, Team(group)).together()
+
+
+@torch.no_grad()
+def decode(
+    vae: Any,
+    latents: torch.Tensor,
+    *,
+    tile_pixels: int | None = None,
+    group: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The picture of `decode_rows`, (1, 3, factor * height, factor * width), on all ranks."""
+    stages, tile = _plan_decoding(vae, latents, tile_pixels)
+    with loaded(vae) as device:
+        return _last_tiles(stages, latents, tile, device, vae.dtype, Team(group)).together()
+
+
+def decode_rows(
+    vae: Any,
+    latents: torch.Tensor,
+    *,
+    tile_pixels: int | None = None,
+    group: ProcessGroup | None = None,
+) -> Iterator[torch.Tensor]:
+    """A picture from latents, strip by strip, in memory that hardly grows with the picture.
+
+    Args:
+        vae: diffusers' AutoencoderKL or AutoencoderTiny.
+        latents: (1, channels, height, width) as the transformer gives them: shifted and scaled,
+            unpacked.
+        tile_pixels: side of a tile, in pixels, a multiple of the autoencoder's factor (8 for
+            FLUX); default: one tile for as many pixels as 1024 x 1024 has, else tiles of 1024.
+        group: the ranks that share out the tiles; each is given all latents. All must iterate: the
+            first one gets the strips, the others nothing.
+
+    Returns:
+        Strips (3, rows, factor * width) from top to bottom, in [-1, 1] but for overshoot (not
+        clamped), in the autoencoder's dtype, on the device of `latents`. An AutoencoderKL first
+        goes over the picture for its statistics, which takes about ten times as long as the rest.
+
+    Raises:
+        ValueError: another autoencoder, shape or tile, or latents that are not finite; at once.
+        FloatingPointError: the autoencoder's output is not finite, on the way.
+    """
+    return _decode_rows(vae, latents, *_plan_decoding(vae, latents, tile_pixels), Team(group))
+
+
+@torch.no_grad()
+def _decode_rows(
+    vae: Any, latents: torch.Tensor, stages: Sequence[Sequence[Segment]], tile: int, team: Team
+) -> Iterator[torch.Tensor]:
+    with loaded(vae) as device:
+        yield from _last_tiles(stages, latents, tile, device, vae.dtype, team).strips()
+
+
+def _plan_decoding(
+    vae: Any, latents: torch.Tensor, tile_pixels: int | None
+) -> tuple[list[list[Segment]], int]:
+    factor = side_factor(vae)
+    _check_picture("decode", "latents", latents, vae.config.latent_channels)
+    height, width = latents.shape[-2:]
+    tile = _tile_side("decode", tile_pixels, factor, factor * height, factor * width)
+    return decoder_stages(vae, height, width), tile
+
+
+def _last_tiles(
+    stages: Sequence[Sequence[Segment]],
+    picture: torch.Tensor,
+    tile: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    team: Team,
+) -> _Tiles:
+    """The last of some networks in a row; what those before it make is held whole.
+
+    Arguments are those of `_Tiles`; the tile is in pixels of the last output.
+    """
+    for index, segments in enumerate(stages[:-1]):
+        after = [segment for stage in stages[index + 1 :] for segment in stage]
+        side = side_before(after, tile)
+        picture = _Tiles(segments, picture, side, device, dtype, team).together()
+    return _Tiles(stages[-1], picture, tile, device, dtype, team)
+
+
+class _Tiles:
+    """What a network makes of a picture, computed tile by tile on a device.
+
+    Args:
+        segments: the network.
+        picture: its input, (1, channels, height, width), on any device.
+        tile: side of a tile, in output pixels.
+        device, dtype: of the network.
+        team: the ranks that share out the tiles.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        picture: torch.Tensor,
+        tile: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        team: Team,
+    ) -> None:
+        self._segments = [Segment(lambda x: x.to(device, dtype)), *segments]
+        self._picture = picture
+        self._device, self._dtype, self._team = device, dtype, team
+        self._rows = list(tile_rows(output_box(segments, whole(picture)), tile))
+        self._boxes = [box for row in self._rows for box in row]
+        self._owner = {box: team.owner(index) for index, box in enumerate(self._boxes)}
+        alone = len(self._boxes) == 1
+        self._moments = [] if alone else measure(self._segments, picture, tile, team)
+
+    def strips(self) -> Iterator[torch.Tensor]:
+        """(channels, rows, width) of one row of tiles after the other, where the picture is.
+
+        On the first rank; the others compute and send their tiles.
+        """
+        if self._team.rank == 0:
+            channels = 0
+            for row in self._rows:
+                strip = self._filled(row, self._to_first(row, channels))
+                channels = len(strip)
+                yield strip
+            return
+        sent: Work | None = None
+        for box in self._team.share(self._boxes):
+            tile = self._tile(box).contiguous()
+            if sent is not None:
+                sent.wait()
+            sent = self._team.send(tile, 0)
+        if sent is not None:
+            sent.wait()
+
+    def _to_first(self, boxes: Sequence[Box], channels: int) -> Iterator[torch.Tensor]:
+        """Tiles on the first rank, one after the other; `channels` unless the first is its own."""
+        for box in boxes:
+            if self._owner[box] == 0:
+                tile = self._tile(box)
+            else:
+                tile = self._empty(channels, box)
+                self._team.receive(tile, self._owner[box])
+            channels = len(tile)
+            yield tile
+
+    def together(self) -> torch.Tensor:
+        """The whole output, (1, channels, height, width), where the picture is, on every rank."""
+        own = map(self._tile, self._team.share(self._boxes))
+        tiles = own if self._team.size == 1 else self._to_all([tile.contiguous() for tile in own])
+        return self._filled(self._boxes, tiles)[None]
+
+    def _to_all(self, own: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        channels = max(self._team.gather(len(own[0]) if own else 0))
+        waiting = iter(own)
+        for box, owner in self._owner.items():
+            mine = owner == self._team.rank
+            tile = next(waiting) if mine else self._empty(channels, box)
+            self._team.broadcast(tile, owner)
+            yield tile
+
+    def _empty(self, channels: int, box: Box) -> torch.Tensor:
+        shape = (channels, box.bottom - box.top, box.right - box.left)
+        return torch.empty(shape, dtype=self._dtype, device=self._device)
+
+    def _filled(self, boxes: Sequence[Box], tiles: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The rectangle that some tiles fill, from its first to its last, in raster order."""
+        first, last = boxes[0], boxes[-1]
+        part = Box(first.top, last.bottom, first.left, last.right)
+        out: torch.Tensor | None = None
+        for box, tile in zip(boxes, tiles, strict=True):
+            if out is None:
+                shape = (len(tile), part.bottom - part.top, part.right - part.left)
+                out = tile.new_empty(shape, device=self._picture.device)
+            box.within(part).of(out).copy_(tile)
+        assert out is not None
+        return out
+
+    def _tile(self, box: Box) -> torch.Tensor:
+        with SharedGroupNorm(self._moments) if len(self._boxes) > 1 else nullcontext():
+            tile = run_tile(self._segments, self._picture, box)[0]
+        _check_output(tile)
+        return tile
+
+
+def _check_output(tile: torch.Tensor) -> None:
+    if not tile.isfinite().all():
+        raise FloatingPointError(
+            "the autoencoder's output is NaN or infinite; use float32 or bfloat16."
+        )
+
+
+def _check_picture(who: str, what: str, picture: torch.Tensor, channels: int) -> None:
+    shape = tuple(picture.shape)
+    if len(shape) != 4 or shape[:2] != (1, channels) or 0 in shape:
+        raise ValueError(f"{who}: {what} must be (1, {channels}, height, width), got {shape}.")
+    if not picture.isfinite().all():
+        raise ValueError(f"{who}: {what} are not finite (NaN or infinity in them).")
+
+
+def _tile_side(who: str, tile_pixels: int | None, factor: int, height: int, width: int) -> int:
+    """Side of a tile; one that holds the whole picture where that is small."""
+    if tile_pixels is None:
+        return max(height, width) if height * width <= TILE_PIXELS**2 else TILE_PIXELS
+    if tile_pixels < factor or tile_pixels % factor:
+        raise ValueError(
+            f"{who}: tile_pixels must be a positive multiple of {factor}, got {tile_pixels}."
+        )
+    return tile_pixels

@@ -1,0 +1,1 @@
+"""One image by several ranks, exactly: bands of rows, what travels, and who watches whom."""

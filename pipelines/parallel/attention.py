@@ -1,0 +1,306 @@
+"""CLEAR attention of one rank's band of a picture: what all ranks together compute is exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from clear_dit.attention.layout import Layout
+from clear_dit.attention.norm_rope import Rotary
+from clear_dit.attention.text_padding import Projected
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.dense import dense_attention
+from clear_dit.kernels.merge import merge_
+from clear_dit.kernels.pooling import pool_rows
+from clear_dit.kernels.window import Window
+
+from .bands import Bands, Piece, common
+from .exchange import Gathered, HaloRows, MergedText, Traffic
+
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class SharedPicture:
+    """A picture of one layout whose rows the ranks of a group share; `tracker.share` of its layers.
+
+    Text, and reference images, are on every rank ("text" below means both). A layer's queries of
+    this rank's rows attend to the text, to their discs (the halo comes from the neighbours) and to
+    the pooled tokens of the whole picture; text queries attend to all, by way of `MergedText`.
+
+    Args:
+        whole: the picture, in tokens.
+        radius, down_factor: of the window.
+        group: its ranks, from the top of the picture to the bottom.
+        traffic: counts what is sent.
+        keeps_halos: whether every layer's halo is kept for the next step, where `stale` may be set.
+
+    Attributes:
+        forward_pass: which of a step's forward passes is under way, from 0.
+        stale: whether layers use the halo of the step before; this step's then travels meanwhile.
+    """
+
+    def __init__(
+        self,
+        whole: Layout,
+        radius: int,
+        down_factor: int,
+        group: dist.ProcessGroup,
+        traffic: Traffic,
+        keeps_halos: bool = False,
+    ) -> None:
+        self.whole = whole
+        self.window = Window(whole.rows, whole.columns, 0, radius, down_factor)
+        reach = self.window.disc_radius - 1
+        self.bands = Bands(whole.rows, group.size(), group.rank(), reach)
+        self.layout = whole._replace(rows=len(self.bands.own))
+        self.group = group
+        self.traffic = traffic
+        self.forward_pass = 0
+        self.stale = False
+        self._text = whole.text_length + whole.reference_length
+        self._tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # An implementation may keep a mask on its window: always the same one for a piece.
+        self._windows: dict[tuple[Piece, int], Window] = {}
+        self._keeps_halos = keeps_halos
+        self._kept: dict[tuple[int, Any], HaloRows] = {}
+
+    @property
+    def elsewhere(self) -> int:
+        """Image tokens of the other ranks."""
+        return self.whole.image_length - self.layout.image_length
+
+    def own_part(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, image + references, ...) without the image tokens of other ranks."""
+        own, columns = self.bands.own, self.whole.columns
+        image = tokens[:, own.start * columns : own.stop * columns]
+        return torch.cat([image, tokens[:, self.whole.image_length :]], dim=1)
+
+    def whole_picture(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The reverse of `own_part`, on every rank."""
+        own = self.layout.image_length
+        room = self.bands.largest * self.whole.columns
+        padded = tokens.new_zeros(tokens.shape[0], room, tokens.shape[2])
+        padded[:, :own] = tokens[:, :own]
+        parts = Gathered(padded, self.group, self.traffic, "picture").wait()
+        lengths = [len(self.bands.of(rank)) * self.whole.columns for rank in range(len(parts))]
+        image = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
+        return torch.cat([*image, tokens[:, own:]], dim=1)
+
+    def own_rotary(self, rotary: Rotary | None) -> Rotary | None:
+        """Of a table of the whole sequence, the rows of text, this rank's image and references."""
+        return None if rotary is None else self._tables_of(rotary)[0]
+
+    def _halo_rotary(self, rotary: Rotary | None) -> Rotary | None:
+        return None if rotary is None else self._tables_of(rotary)[1]
+
+    def _tables_of(self, rotary: Rotary) -> tuple[Rotary, Rotary]:
+        """(own, halo), remembered while the table lives: all layers of a forward share it."""
+        found = self._tables.get(rotary[0])
+        if found is None:
+            above, below = self.bands.halo(self.bands.rank)
+            text, image = self.whole.text_length, self.whole.image_length
+
+            def rows(table: torch.Tensor, part: range) -> torch.Tensor:
+                columns = self.whole.columns
+                return table[text + part.start * columns : text + part.stop * columns]
+
+            own = [
+                torch.cat([table[:text], rows(table, self.bands.own), table[text + image :]])
+                for table in rotary
+            ]
+            halo = [torch.cat([rows(table, above), rows(table, below)]) for table in rotary]
+            # Keys of the halo are near ones: their true positions will do.
+            found = self._tables[rotary[0]] = tuple(own), tuple(halo[:2])
+        return found
+
+    def send(self, layer: Any, hidden_states: torch.Tensor) -> HaloRows:
+        """Start the exchange of a layer's halo; with stale halos return what came a step before.
+
+        Args:
+            layer: the attention module.
+            hidden_states: its input, (batch, ... + own rows * width, channels).
+        """
+        tokens = hidden_states[:, hidden_states.shape[1] - self.layout.image_length :]
+        rows = HaloRows(tokens, self.bands, self.whole.columns, self.group, self.traffic)
+        if not self._keeps_halos:
+            return rows
+        previous = self._kept.get((self.forward_pass, layer))
+        self._kept[self.forward_pass, layer] = rows
+        return previous if self.stale and previous is not None else rows
+
+    def forget_halos(self) -> None:
+        """Drop what was kept: another picture begins."""
+        for rows in self._kept.values():
+            rows.wait()
+        self._kept.clear()
+
+    def attend(
+        self,
+        halo: HaloRows,
+        tensors: Projected,
+        far: KeyValue | None,
+        *,
+        key_value: Callable[[torch.Tensor, Rotary | None], KeyValue],
+        rotary: Rotary | None,
+        scale: float,
+        spatial_weight: torch.Tensor | None,
+        impl: str,
+    ) -> torch.Tensor:
+        """What `local_attention` gives the text and this rank's rows in the whole picture.
+
+        Args:
+            halo: what `send` returned for this layer.
+            tensors: query, key and value, (batch, text + own rows * width, heads, head_dim) each.
+            far: query and key again, rotated by scaled positions, where tokens have two (see
+                `two_position_attention`).
+            key_value: makes key and value (batch, tokens, heads, head_dim) of rows of the layer's
+                input, (batch, tokens, channels), and their part of the rotary table.
+            rotary: the table of the whole sequence.
+            scale, spatial_weight, impl: as in `local_attention`.
+
+        Returns:
+            Shape and dtype of the query.
+        """
+        self.traffic.layers += 1
+        text, own = self._text, self.bands.own
+        query, key, value = tensors
+        far_query, far_key = (query, key) if far is None else far
+        pooling = self._start_pooling(far_key[:, text:], value[:, text:], spatial_weight)
+        merged = None
+        if text:
+            # The keys of the text count once.
+            first = 0 if self.bands.rank == 0 else text
+            merged = MergedText(
+                *dense_attention(
+                    far_query[:, :text],
+                    far_key[:, first:],
+                    value[:, first:],
+                    scale=scale,
+                    impl=impl,
+                ),
+                self.group,
+                self.traffic,
+            )
+        seen_by_all = [far_key[:, :text]], [value[:, :text]]
+        if pooling is not None:
+            for parts, pooled in zip(seen_by_all, self._pooled(pooling), strict=True):
+                parts.append(pooled.to(key.dtype))
+        # In front of the image's keys; apart from them where they are scored by another query.
+        in_front = seen_by_all if far is None else ([], [])
+        apart = None if far is None else [torch.cat(parts, dim=1) for parts in seen_by_all]
+        out = torch.empty_like(query)
+
+        def compute(piece: Piece, keys: torch.Tensor, values: torch.Tensor) -> None:
+            rows = range(piece.queries.start - own.start, piece.queries.stop - own.start)
+            columns = self.whole.columns
+            part = slice(text + rows.start * columns, text + rows.stop * columns)
+            in_common = 0 if apart is not None else self._text + self.window.pooled_length
+            attended, lse = local_attention(
+                query[:, part],
+                keys,
+                values,
+                self._window(piece, in_common),
+                scale=scale,
+                impl=impl,
+                return_lse=True,
+            )
+            if apart is not None and apart[0].shape[1]:
+                attended = attended.to(lse.dtype)
+                others = dense_attention(far_query[:, part], *apart, scale=scale, impl=impl)
+                merge_(attended, lse, *others)
+            out[:, part] = attended
+
+        inside = self.bands.interior
+        if inside is not None:
+            if far is not None:
+                compute(inside, key[:, text:], value[:, text:])
+            elif pooling is None:
+                compute(inside, key, value)
+            else:
+                keys, values = (
+                    torch.cat([*parts, x[:, text:]], dim=1)
+                    for parts, x in zip(in_front, (key, value), strict=True)
+                )
+                compute(inside, keys, values)
+                del keys, values
+        if merged is not None:
+            merged.start_sum()
+        if self.bands.borders:
+            arrived = key_value(halo.wait(), self._halo_rotary(rotary))
+            for piece in self.bands.borders:
+                keys, values = (
+                    torch.cat([*parts, *self._rows(x[:, text:], other, piece.keys)], dim=1)
+                    for parts, x, other in zip(in_front, (key, value), arrived, strict=True)
+                )
+                compute(piece, keys, values)
+        if merged is not None:
+            out[:, :text] = merged.wait()
+        return out
+
+    def _window(self, piece: Piece, in_common: int) -> Window:
+        """in_common: tokens in front of the image that every query sees: text, pooled tokens."""
+        if (piece, in_common) not in self._windows:
+            first = piece.keys.start
+            self._windows[piece, in_common] = Window(
+                len(piece.keys),
+                self.whole.columns,
+                in_common,
+                self.window.radius,
+                query_rows=(piece.queries.start - first, piece.queries.stop - first),
+            )
+        return self._windows[piece, in_common]
+
+    def _rows(self, own: torch.Tensor, halo: torch.Tensor, wanted: range) -> list[torch.Tensor]:
+        """Views of the wanted rows, top to bottom: of the halo above, this rank's, the halo below.
+
+        own, halo: (batch, rows * width, ...).
+        """
+        columns = self.whole.columns
+        above, below = self.bands.halo(self.bands.rank)
+        halo_above, halo_below = halo.tensor_split([len(above) * columns], dim=1)
+        found = []
+        for rows, tokens in ((above, halo_above), (self.bands.own, own), (below, halo_below)):
+            part = common(wanted, rows)
+            if part:
+                start, stop = part.start - rows.start, part.stop - rows.start
+                found.append(tokens[:, start * columns : stop * columns])
+        return found
+
+    def _start_pooling(
+        self, key: torch.Tensor, value: torch.Tensor, spatial_weight: torch.Tensor | None
+    ) -> Gathered | None:
+        """Start to gather every rank's part of the pooled keys and values."""
+        factor = self.window.down_factor
+        if factor == 1:
+            return None
+        parts = [pool_rows(x, self.window, spatial_weight, self.bands.own) for x in (key, value)]
+        pooled = torch.cat(parts).unflatten(1, (-1, math.ceil(self.whole.columns / factor)))
+        room = max(len(self._cell_rows(rank)) for rank in range(self.bands.ranks))
+        padded = pooled.new_zeros(len(pooled), room, *pooled.shape[2:])
+        padded[:, : pooled.shape[1]] = pooled
+        # Sums of whole cells are rounded as on one process; parts of cells are not yet sums.
+        if all(self.bands.of(rank).start % factor == 0 for rank in range(self.bands.ranks)):
+            padded = padded.to(key.dtype)
+        return Gathered(padded, self.group, self.traffic, "pooled")
+
+    def _pooled(self, pooling: Gathered) -> KeyValue:
+        """Pooled key and value of the whole picture, (batch, pooled, heads, head_dim)."""
+        parts = pooling.wait()
+        rows = math.ceil(self.whole.rows / self.window.down_factor)
+        wide = torch.promote_types(parts[0].dtype, torch.float32)
+        whole = parts[0].new_zeros(len(parts[0]), rows, *parts[0].shape[2:], dtype=wide)
+        for rank, part in enumerate(parts):
+            cells = self._cell_rows(rank)
+            whole[:, cells.start : cells.stop] += part[:, : len(cells)]
+        key, value = whole.flatten(1, 2).chunk(2)
+        return key, value
+
+    def _cell_rows(self, rank: int) -> range:
+        """The rows of pooling cells that have rows of a rank."""
+        rows, factor = self.bands.of(rank), self.window.down_factor
+        return range(rows.start // factor, math.ceil(rows.stop / factor))

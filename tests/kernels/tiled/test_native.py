@@ -1,0 +1,221 @@
+"""The compiled kernel: the definition, every number format, threads, forks."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from support.agreement import WIDE, check, inputs, problem, problems
+from support.compiled import needs_compiler, switch_off
+
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.tiled import bands
+from clear_dit.kernels.tiled.native.forward import (
+    LARGEST_GRID,
+    attend_compiled,
+    executed_pairs,
+    why_not_compiled,
+)
+from clear_dit.kernels.window import Window
+
+pytestmark = needs_compiler
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; as before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def image_queries(query, key, value, window, dense=0):
+    """(out, lse, pairs) of `attend_compiled`; dense keys are the first of the image's."""
+    out, lse = torch.full_like(query, float("nan")), torch.full(query.shape[:-1], float("nan"))
+    pairs = attend_compiled(
+        query, key, value, key[:, :dense], value[:, :dense], out, lse,
+        window.height, window.width, 0, window.disc_radius, query.shape[-1] ** -0.5,
+        *window.image_query_rows,
+    )  # fmt: skip
+    return out, lse, pairs
+
+
+def average(value, window):
+    """Over the values that a query sees: all scores are 0."""
+    zero = torch.zeros_like(value)
+    return image_queries(zero, zero, value, window)[0]
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(case=problems(), dtype=st.sampled_from((torch.float32, *HALVES)), count=st.integers(1, 3))
+@example(case=problem(WIDE, batch=3), dtype=torch.float16, count=2)
+@example(case=problem(Window(38, 21, 64, 4), head_dim=13), dtype=torch.float32, count=2)
+@example(case=problem(Window(40, 6, 3, 80, 2), head_dim=128), dtype=torch.bfloat16, count=2)
+def test_kernel_is_the_definition(threads, case, dtype, count):
+    threads(count)
+    window = case["window"]
+
+    def run(query, key, value, weight):
+        assert why_not_compiled(query, window.height, window.width) is None
+        return local_attention(query, key, value, window, spatial_weight=weight, impl="tiled")
+
+    check(run, case, dtype, gradients=False)
+
+
+@pytest.mark.parametrize("window", [Window(26, 57, 9, 5, 2), Window(7, 18, 0, 30)], ids=str)
+def test_both_paths_agree(monkeypatch, window):
+    """Log-sum-exp too, and with rows of queries, whatever the strides."""
+    rows = Window(window.height, window.width, window.text_length, window.radius,
+                  window.down_factor, query_rows=(3, 7))  # fmt: skip
+    query, key, value, _, _ = inputs(**problem(window, batch=3), dtype=torch.float32)
+    packed = torch.stack([query, key, value], dim=-2).transpose(1, 2).contiguous()
+    start, stop = (window.text_length + row * window.width for row in rows.query_rows)
+    found = []
+    for _ in range(2):
+        views = [packed[..., index, :].transpose(1, 2) for index in range(3)]
+        found.append([
+            *local_attention(*views, window, impl="tiled", return_lse=True),
+            *local_attention(views[0][:, start:stop], *views[1:], rows,
+                             impl="tiled", return_lse=True),
+        ])  # fmt: skip
+        switch_off(monkeypatch)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(found[0][0][:, start:stop], found[0][2], rtol=1e-5, atol=2e-6)
+
+
+def test_pairs_are_counted(threads):
+    """What the kernel computed is what `executed_pairs` says, however it was shared out."""
+    rows = Window(45, 10, 0, 4, query_rows=(6, 39))
+    for count, window in (
+        (1, Window(19, 26, 37, 4)), (3, Window(45, 9, 0, 1)), (2, rows), (2, Window(6, 7, 3, 90)),
+    ):  # fmt: skip
+        threads(count)
+        key, value = torch.randn(2, 2, window.sequence_length, 3, 24)
+        query = torch.randn(2, window.query_length, 3, 24)
+        out, lse = torch.empty_like(query), torch.empty(query.shape[:-1])
+        pairs = attend_compiled(
+            query, key, value, key[:, : window.text_length], value[:, : window.text_length],
+            out, lse, window.height, window.width, window.text_length, window.disc_radius, 0.2,
+            *window.image_query_rows,
+        )  # fmt: skip
+        assert pairs == 2 * 3 * executed_pairs(window, 24)
+    image_pairs = Window(64, 64, 0, 8).disc_pairs()
+    assert image_pairs < executed_pairs(Window(64, 64, 0, 8), 24) < 1.6 * image_pairs
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_halves_are_read_and_written_exactly(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    finite = every[every.isfinite()]
+    value = torch.zeros(2**16, dtype=dtype)
+    value[: len(finite)] = finite
+    value = value.view(1, -1, 1, 64)
+    out = average(value, Window(32, 32, 0, 1))
+    assert torch.equal(out, value)
+    for special in (float("inf"), float("-inf"), float("nan")):
+        value = torch.full((1, 1, 1, 64), special, dtype=dtype)
+        out = average(value, Window(1, 1, 0, 1))
+        torch.testing.assert_close(out, value, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_halves_are_rounded_as_torch_does(dtype):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randint(-(2**15), 2**15, (1, 2, 2000, 64), generator=generator)
+    value = value.to(torch.int16).view(dtype)
+    value = torch.where(value.isfinite(), value, 0)
+    out = average(value, Window(1, 2, 0, 2))
+    mean = (value.double().sum(dim=1, keepdim=True) / 2).float().expand(out.shape)
+    normal = (mean == 0) | (mean.abs() > torch.finfo(torch.float32).tiny)
+    exact = value.float().sum(dim=1, keepdim=True).double() == value.double().sum(1, True)
+    assert torch.equal(out[normal & exact], mean.to(dtype)[normal & exact])
+    assert (normal & exact).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 3000.0])
+def test_scores_of_any_size(size):
+    """A softmax over few keys, of scores that differ by up to 1e7: never NaN."""
+    window = Window(24, 24, 0, 5)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 576, 2, 24, generator=generator)
+    out, lse, _ = image_queries(query * size, key * size, value, window, dense=40)
+    scores = torch.einsum("bqhd,bkhd->bqhk", query.double() * size, key.double() * size) * 24**-0.5
+    mask = window.mask()[None, :, None]
+    scores = torch.cat([scores.masked_fill(~mask, float("-inf")), scores[..., :40]], dim=-1)
+    values = torch.cat([value, value[:, :40]], dim=1).double()
+    exact = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), values)
+    rounding = 4 * torch.finfo(torch.float32).eps * float(scores[scores.isfinite()].abs().max())
+    assert (lse - scores.logsumexp(-1)).abs().max() < rounding
+    assert (out - exact).norm() < (1e-6 + rounding) * exact.norm()
+
+
+def test_not_a_number_stays():
+    query, key, value = torch.randn(3, 1, 64, 1, 24)
+    key[0, 9] = float("nan")
+    out = image_queries(query, key, value, Window(8, 8, 0, 3))[0]
+    assert out[0, 9].isnan().all()
+    assert out[0, 36:].isfinite().all()
+
+
+def test_what_it_does_not_take():
+    query = torch.empty(1, 1, 1, 24)
+    for other, height, words in (
+        (query.double(), 8, "takes float16, bfloat16 or float32, got torch.float64"),
+        (torch.empty(1, 1, 1, 129), 8, "takes a head_dim of 1 to 128, got 129"),
+        (query.to("meta"), 8, "needs a CPU, got a query on 'meta'"),
+        (query, LARGEST_GRID, "takes at most 4096 rows and columns, got 4096 + 8"),
+    ):
+        assert why_not_compiled(other, height, 8) == words
+    window = Window(9, 11, 5, 3)
+    check(
+        lambda q, k, v, w: local_attention(q, k, v, window, impl="tiled"),
+        problem(window, head_dim=160),
+        torch.float32,
+    )
+    assert bands.executed_pairs(query.double(), window) != bands.executed_pairs(query, window)
+
+
+FORK = """
+import os, torch
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.window import Window
+torch.set_num_threads(2)
+window = Window(40, 12, 0, 3)
+query, key, value = torch.randn(3, 1, 480, 2, 24)
+expected = local_attention(query, key, value, window, impl="tiled")
+child = os.fork()
+if not child:
+    same = torch.equal(local_attention(query, key, value, window, impl="tiled"), expected)
+    os._exit(0 if same else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+THREAD = """
+import threading, torch
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.window import Window
+torch.set_num_threads(2)
+query = torch.randn(1, 480, 2, 24)
+def paint():
+    threading.main_thread().join()
+    print(local_attention(query, query, query, Window(40, 12, 0, 3), impl="tiled").shape)
+threading.Thread(target=paint).start()
+"""
+
+
+def test_a_thread_that_outlives_the_main_one_computes_too():
+    done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, timeout=120)
+    assert done.stdout.strip() == b"torch.Size([1, 480, 2, 24])", done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_forked_process_computes_too():
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)

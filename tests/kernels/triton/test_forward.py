@@ -1,0 +1,167 @@
+"""Triton's CLEAR attention in its interpreter, against the definition: output and gradients."""
+
+import pytest
+import torch
+from support.agreement import check, inputs, problem
+from support.triton_mode import interpreted
+
+from clear_dit.kernels.choice import why_not
+from clear_dit.kernels.reference import reference_attention
+from clear_dit.kernels.window import Window
+
+if not interpreted:
+    pytest.skip("needs Triton and its interpreter", allow_module_level=True)
+
+from clear_dit.kernels.triton import launch, ops, tables, tuning
+from clear_dit.kernels.triton.geometry import Tiling
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def run(window):
+    def attention(query, key, value, weight):
+        scale = query.shape[-1] ** -0.5
+        options = {"scale": scale, "spatial_weight": weight}
+        return ops.triton_attention(query, key, value, window, **options)[0]
+
+    return attention
+
+
+CASES = {
+    "partial tiles": problem(Window(13, 18, 7, 4), heads=1),
+    "pooled": problem(Window(13, 18, 5, 4, 4), batch=1),
+    "pooled, two blocks": problem(Window(18, 19, 1, 3, 2), batch=1, heads=1),
+    "no text": problem(Window(9, 17, 0, 5), batch=1),
+    "itself and the text": problem(Window(10, 9, 1, 1), batch=1),
+    "past the diagonal": problem(Window(12, 17, 64, 40), batch=1, heads=1),
+    "less than a tile": problem(Window(3, 5, 70, 3)),
+    "one token": problem(Window(1, 1, 0, 1), heads=1),
+    "inner tiles": problem(Window(33, 26, 3, 16), batch=1, heads=1, head_dim=16),
+    "odd head_dim": problem(Window(9, 10, 7, 4), batch=1, heads=3, head_dim=24),
+    "wide heads": problem(Window(9, 10, 7, 4), batch=1, heads=1, head_dim=128),
+    "batch of three": problem(Window(9, 10, 2, 4, 2), batch=3, heads=1, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_is_the_definition(name):
+    check(run(CASES[name]["window"]), CASES[name], torch.float16)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_is_the_definition_with_hopper_tiles(name, monkeypatch):
+    # float32's own tiles are so small that the interpreter takes minutes: one case below.
+    monkeypatch.setattr(ops, "table_key", lambda *kind: ("sm_90", 128, 2))
+    check(run(CASES[name]["window"]), CASES[name], torch.float32)
+
+
+def test_float32_is_the_definition():
+    window = Window(5, 9, 7, 4, 2)
+    check(run(window), problem(window, batch=1, heads=1, head_dim=16), torch.float32)
+
+
+def test_log_sum_exp_and_strides():
+    window = Window(11, 19, 6, 4, 2)
+    query, key, value, weight, _ = inputs(**problem(window), dtype=torch.float32)
+    # Heads before tokens in memory, a batch that is a slice, channels that are not contiguous.
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    key = torch.cat([key, key])[::2].contiguous()[:2]
+    value = value.transpose(2, 3).contiguous().transpose(2, 3)
+    options = {"scale": 0.3, "spatial_weight": weight, "return_lse": True}
+    out, lse = ops.triton_attention(query, key, value, window, **options)
+    exact = (x.double() for x in (query, key, value))
+    exact_out, exact_lse = reference_attention(*exact, window, **options)
+    torch.testing.assert_close(out.double(), exact_out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def every_forward_config():
+    entries = dict.fromkeys(entry for table in tables.FORWARD.values() for entry in table)
+    entries |= dict.fromkeys(tables.WIDE_FORWARD + tables.FLOAT32_FORWARD)
+    return [*entries, tables.ForwardConfig(Tiling(4, 16, 16, 2), 32, 4, 2)]
+
+
+@pytest.mark.parametrize("config", every_forward_config(), ids=lambda config: config.name)
+def test_every_tile_shape_and_way_to_load(config):
+    window = Window(11, 19, 33, 6)
+    query, key, value, _, _ = inputs(**problem(window, batch=2, heads=1), dtype=torch.float32)
+    out = torch.full_like(query, float("nan"))
+    lse = torch.full(query.shape[:3], float("nan"))
+    pooled = query[:, :0]
+    launch.image_attention(
+        query, key, value, pooled, pooled, out, lse, 11, 19, 33, 6, 0.2, config
+    )  # fmt: skip
+    exact, exact_lse = reference_attention(
+        query.double(), key.double(), value.double(), window, scale=0.2, return_lse=True
+    )
+    torch.testing.assert_close(out[:, 33:].double(), exact[:, 33:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[:, 33:].double(), exact_lse[:, 33:], rtol=1e-5, atol=1e-5)
+    assert out[:, :33].isnan().all()
+
+
+@pytest.mark.parametrize("programs", [1, 5, 1000])
+def test_text_is_the_same_for_any_number_of_splits(programs):
+    window = Window(7, 40, 9, 4)
+    query, key, value, _, _ = inputs(**problem(window, heads=1), dtype=torch.float32)
+    out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+    config = tables.RunConfig(16, 32, 4, 1)
+    launch.text_attention(query, key, value, out, lse, 9, 0.2, config, programs)
+    exact, exact_lse = reference_attention(
+        query.double(), key.double(), value.double(), window, scale=0.2, return_lse=True
+    )
+    torch.testing.assert_close(out[:, :9].double(), exact[:, :9], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[:, :9].double(), exact_lse[:, :9], rtol=1e-5, atol=1e-5)
+    assert out[:, 9:].isnan().all()
+
+
+def test_large_scores_stay_finite():
+    window = Window(9, 9, 3, 3)
+    query, key, value, _, _ = inputs(**problem(window, batch=1), dtype=torch.float32)
+    out, lse = ops.triton_attention(query * 1e4, key * 1e4, value, window, scale=1.0)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", tables.SHARED_MEMORY)
+def test_tables_serve_every_head_and_dtype(architecture):
+    for channels in (16, 32, 64, 128, 256):
+        for element_size in (2, 4):
+            assert tables.forward_configs(architecture, channels, element_size)
+            assert tables.text_config(architecture, channels, element_size)
+            assert tables.backward_config(architecture, channels, element_size)
+
+
+def test_a_pin_decides_and_an_unknown_one_is_refused(monkeypatch):
+    entries = tables.FORWARD["sm_90"]
+    monkeypatch.setenv(tuning.PIN, entries[2].name)
+    assert tuning.choose(entries, "kind", None) is entries[2]
+    monkeypatch.setenv(tuning.PIN, "fast")
+    with pytest.raises(ValueError, match=r"CLEAR_DIT_TRITON_FORWARD must be one of q8x8.*'fast'"):
+        tuning.choose(entries, "kind", None)
+
+
+def test_measuring_happens_once_for_a_kind(monkeypatch):
+    entries, tried = tables.FORWARD["sm_90"], []
+
+    def milliseconds(run, entry):
+        tried.append(entry)
+        return -len(tried)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "_fastest", {})
+    for _ in range(2):
+        assert tuning.choose(entries, "kind", None) is entries[tuning.TRIED - 1]
+    assert tried == list(entries[: tuning.TRIED])
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        (torch.zeros(1, 1, 1, 16), "needs a CUDA or ROCm device, got a query on 'cpu'"),
+        (torch.zeros(1, 1, 1, 16, dtype=torch.float64), "needs a CUDA"),
+    ],
+)
+def test_refusals_without_a_gpu(query, reason):
+    assert reason in why_not("triton", query)

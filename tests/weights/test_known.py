@@ -1,0 +1,75 @@
+"""`--weights auto`: which weights a request gets, and that they are used and named."""
+
+import logging
+
+import pytest
+import torch
+
+from clear_dit import apply_clear, save_clear_weights
+from clear_dit.generation.models import load_pipeline
+from clear_dit.generation.request import make_request
+from clear_dit.generation.runner import generate
+from clear_dit.weights import known
+from clear_dit.weights.known import PUBLISHED, adapter_folder, known_weights
+from clear_dit.weights.load import published_name
+
+SMALL = {"height": 64, "width": 96, "steps": 1, "guidance": 1.0}
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder of adapters with one for radius 2, whose weights are twice the demo's."""
+    monkeypatch.setattr(known, "DEMO_ADAPTERS", tmp_path / "adapters")
+    pipe = load_pipeline("demo", torch.float32, torch.device("cpu"), only_transformer=True)
+    apply_clear(pipe, radius=2)
+    with torch.no_grad():
+        for block in pipe.transformer.single_transformer_blocks:
+            block.attn.to_v.weight.mul_(2)
+    folder = tmp_path / "adapters" / adapter_folder(2, 1)
+    folder.mkdir(parents=True)
+    file = folder / published_name(2, 1)
+    save_clear_weights(pipe, file, base_model="demo")
+    return file
+
+
+def test_known_weights(shipped):
+    assert known_weights("demo", 2, 1) == str(shipped)
+    assert known_weights("demo", 3, 1) is None
+    assert known_weights("demo", 2, 4) is None
+    for model in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"):
+        assert known_weights(model, 16, 1) == PUBLISHED
+        assert known_weights(model, 8, 4) == PUBLISHED
+        assert known_weights(model, 7, 1) is None
+        assert known_weights(model, 32, 4) is None  # never published
+    assert known_weights("somebody/else", 16, 1) is None
+
+
+def test_auto_takes_the_fitting_weights_and_says_so(shipped, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="clear_dit")
+    pictures = {}
+    for name, weights in {"auto": None, "named": str(shipped), "none": "none"}.items():
+        request = make_request("a house", radius=2, weights=weights, **SMALL)
+        out = tmp_path / f"{name}.png"
+        assert generate(request, out, progress=False)["weights"] == (
+            None if name == "none" else shipped.name
+        )
+        assert (f"weights for demo, radius 2: {shipped.name}" in caplog.text) == (name == "auto")
+        caplog.clear()
+        pictures[name] = out.read_bytes()
+    pixels = {name: picture[picture.index(b"IDAT") :] for name, picture in pictures.items()}
+    assert pixels["auto"] == pixels["named"] != pixels["none"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "warns"),
+    [
+        ({"radius": 3}, True),
+        ({"radius": 3, "weights": "none"}, False),
+        ({"radius": 100}, False),  # the window covers the picture
+        ({"attention": "full"}, False),
+    ],
+)
+def test_a_window_nobody_tuned_for_is_warned_about(shipped, tmp_path, caplog, settings, warns):
+    request = make_request("a house", **settings, **SMALL)
+    assert generate(request, tmp_path / "picture.png", progress=False)["weights"] is None
+    assert ("no weights are known for demo, radius 3" in caplog.text) == warns

@@ -1,0 +1,404 @@
+"""Loading is strict: a file either fits completely, or the model stays as it was."""
+
+import json
+import logging
+import os
+import stat
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from clear_dit import (
+    CLEARProcessor,
+    apply_clear,
+    load_clear_weights,
+    remove_clear,
+    save_clear_weights,
+)
+from clear_dit.versions import __version__
+from clear_dit.weights.format import parameters_by_key, pooling_by_key
+from clear_dit.weights.state import ClearState
+
+Q = "transformer_blocks.0.attn.to_q.weight"
+
+# https://huggingface.co/black-forest-labs/FLUX.1-dev, transformer/config.json
+FLUX_DEV = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+
+
+def published_names(num_layers, num_single_layers, pooled):
+    """The keys of the five published checkpoints, written out."""
+    names = []
+    for stack, count in (
+        ("transformer_blocks", num_layers),
+        ("single_transformer_blocks", num_single_layers),
+    ):
+        for i in range(count):
+            parts = ["to_q", "to_k", "to_v"] + ["to_out.0"] * (stack == "transformer_blocks")
+            names += [f"{stack}.{i}.attn.{p}.{kind}" for p in parts for kind in ("weight", "bias")]
+            names += [f"{stack}.{i}.attn.processor.spatial_weight"] * pooled
+    return names
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.fixture
+def tensors(tiny_transformer):
+    """Random contents of a file without pooling weights, for the tiny model."""
+    torch.manual_seed(1)
+    return {key: torch.randn(p.shape) for key, p in parameters_by_key(tiny_transformer()).items()}
+
+
+@pytest.fixture
+def clear_model(tiny_transformer):
+    model = tiny_transformer()
+    apply_clear(model)
+    return model
+
+
+def test_the_published_format_of_flux_dev():
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**FLUX_DEV)
+    parameters = parameters_by_key(model)
+    assert list(parameters) == published_names(19, 38, pooled=False)
+    assert len(parameters) == 380
+    assert sum(p.numel() for p in parameters.values()) == 1_793_648_640
+    apply_clear(model, radius=8, down_factor=4)
+    names = {*parameters, *pooling_by_key(model)}
+    assert names == set(published_names(19, 38, pooled=True))
+    assert all(p.shape == (1, 1, 1, 4, 1, 4, 1) for p in pooling_by_key(model).values())
+
+
+@pytest.mark.parametrize(("radius", "factor"), [(8, 1), (16, 1), (32, 1), (8, 4), (16, 4)])
+def test_published_files_load_and_are_removed(tiny_transformer, tmp_path, radius, factor):
+    model = tiny_transformer()
+    before = snapshot(model)
+    names = published_names(2, 2, pooled=factor > 1)
+    shape = (1, 1, 1, factor, 1, factor, 1)
+    contents = {
+        name: torch.randn(shape if "spatial" in name else before[name].shape).bfloat16()
+        for name in names
+    }
+    suffix = f"_down_{factor}" if factor > 1 else ""
+    save_file(contents, tmp_path / f"clear_local_{radius}{suffix}.safetensors")
+    apply_clear(model, radius, factor, weights=tmp_path)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value.float()) for name, value in contents.items())
+    assert all(torch.equal(state[name], before[name]) for name in before.keys() - set(names))
+    remove_clear(model)
+    assert_unchanged(model, before)
+
+
+def test_parameters_stay_the_same_objects(clear_model, tensors, tmp_path):
+    save_file(tensors, tmp_path / "a.safetensors")
+    objects = {name: id(p) for name, p in clear_model.named_parameters()}
+    load_clear_weights(clear_model, tmp_path / "a.safetensors")
+    assert {name: id(p) for name, p in clear_model.named_parameters()} == objects
+    assert torch.equal(clear_model.state_dict()[Q], tensors[Q])
+
+
+def test_loading_again_keeps_the_first_originals(tiny_transformer, tensors, tmp_path):
+    model = tiny_transformer()
+    before = snapshot(model)
+    model.set_attn_processor(CLEARProcessor(radius=8))  # one for all layers will do
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({k: v + 1 for k, v in tensors.items()}, tmp_path / "b.safetensors")
+    load_clear_weights(model, str(tmp_path / "a.safetensors"))
+    load_clear_weights(model, tmp_path, weight_name="b.safetensors")
+    assert torch.equal(model.state_dict()[Q], tensors[Q] + 1)
+    assert all(value.device.type == "cpu" for value in ClearState.on(model).weights.values())
+    assert remove_clear(model)
+    assert_unchanged(model, before)
+    assert remove_clear(model) is False
+
+
+def test_half_precision_models_are_restored_bit_for_bit(tiny_transformer, tensors, tmp_path):
+    model = tiny_transformer().to(torch.bfloat16)
+    before = snapshot(model)
+    save_file(tensors, tmp_path / "a.safetensors")
+    apply_clear(model, weights=tmp_path / "a.safetensors")
+    assert torch.equal(model.state_dict()[Q], tensors[Q].bfloat16())
+    remove_clear(model)
+    assert_unchanged(model, before)
+
+
+def test_lora_stays_on_top(clear_model, tensors, tmp_path):
+    save_file(tensors, tmp_path / "a.safetensors")
+    clear_model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"]))
+    before = snapshot(clear_model)
+    load_clear_weights(clear_model, tmp_path / "a.safetensors")
+    layer = clear_model.transformer_blocks[0].attn.to_q
+    assert torch.equal(layer.base_layer.weight, tensors[Q])
+    save_clear_weights(clear_model, tmp_path / "b.safetensors")
+    assert load_file(tmp_path / "b.safetensors").keys() == tensors.keys()
+    layer.merge()
+    for call in (load_clear_weights, save_clear_weights):
+        with pytest.raises(ValueError, match=r"LoRA is merged into transformer_blocks.0.attn.to_q"):
+            call(clear_model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="remove_clear: a LoRA is merged"):
+        remove_clear(clear_model)
+    layer.unmerge()
+    remove_clear(clear_model)
+    original = before["transformer_blocks.0.attn.to_q.base_layer.weight"]
+    assert torch.equal(layer.base_layer.weight, original)
+
+
+def test_round_trip_with_metadata(tiny_transformer, tmp_path, caplog):
+    path = tmp_path / "adapter.safetensors"
+    model = tiny_transformer(seed=5)
+    apply_clear(model, radius=8, down_factor=2)
+    for number, weight in enumerate(pooling_by_key(model).values()):
+        weight.data.fill_(number)
+    save_clear_weights(model, path, base_model="owner/base")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert os.listdir(tmp_path) == ["adapter.safetensors"]
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "clear-dit"
+    assert (metadata["radius"], metadata["down_factor"]) == ("8", "2")
+    assert metadata["base_model"] == "owner/base"
+    assert metadata["clear_dit_version"] == __version__
+    assert metadata["torch_version"] == torch.__version__
+    assert "diffusers_version" in metadata
+    other = tiny_transformer(seed=6)
+    apply_clear(other, radius=8, down_factor=2, weights=path)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    saved = load_file(path)
+    state = other.state_dict()
+    assert set(saved) == set(published_names(2, 2, pooled=True))
+    assert all(torch.equal(state[key], value) for key, value in saved.items())
+    apply_clear(other, radius=4, down_factor=2, weights=path)  # zero-shot use
+    assert "was trained with radius=8, the model runs radius=4" in caplog.text
+
+
+def changed(tensors, **changes):
+    return {**tensors, **changes}
+
+
+SPATIAL = {
+    f"{stack}.{i}.attn.processor.spatial_weight": torch.full((1, 1, 1, 2, 1, 2, 1), 0.25)
+    for stack in ("transformer_blocks", "single_transformer_blocks")
+    for i in range(2)
+}
+WRONG_FILES = {
+    "missing": (
+        lambda t: {k: v for k, v in t.items() if k != Q},
+        rf"weights for another model: 1 tensors \({Q}\) missing, 0 tensors unexpected",
+    ),
+    "unexpected": (
+        lambda t: changed(t, extra=torch.zeros(1)),
+        r"0 tensors missing, 1 tensors \(extra\) unexpected",
+    ),
+    "another model's names": (
+        lambda t: {"unet." + k: v for k, v in t.items()},
+        r"28 tensors \(single_transformer_blocks.0.attn.to_k.bias, .*, \.\.\.\) missing, 28 tens",
+    ),
+    "another model's shapes": (
+        lambda t: {k: torch.zeros(*(2 * s for s in v.shape)) for k, v in t.items()},
+        r"28 of 28 tensors have another shape \(.* has \(64,\), the model \(32,\)\)",
+    ),
+    "integers": (
+        lambda t: changed(t, **{Q: torch.zeros(32, 32, dtype=torch.int8)}),
+        rf"{Q} must have one of the dtypes F32, F16, BF16, got I8",
+    ),
+    "double": (lambda t: {k: v.double() for k, v in t.items()}, "must have one of .* got F64"),
+    "nan": (
+        lambda t: changed(t, **{Q: torch.full((32, 32), float("nan"))}),
+        rf"{Q} has values that are not finite",
+    ),
+    "infinite": (
+        lambda t: changed(t, **{Q: torch.full((32, 32), float("inf"))}),
+        rf"{Q} has values that are not finite",
+    ),
+    "pooled": (
+        lambda t: {**t, **SPATIAL},
+        r"is for down_factor=2, but the model runs down_factor=1; call apply_clear\(..., down_fac",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_wrong_files_change_nothing(tiny_transformer, tensors, tmp_path, name):
+    change, message = WRONG_FILES[name]
+    path = tmp_path / "wrong.safetensors"
+    save_file(change(tensors), path)
+    model = tiny_transformer()
+    before, originals = snapshot(model), model.attn_processors
+    with pytest.raises(ValueError, match=f"load_clear_weights: wrong.safetensors.*{message}"):
+        apply_clear(model, weights=path)
+    assert model.attn_processors == originals
+    assert ClearState.on(model) is None
+    apply_clear(model)
+    with pytest.raises(ValueError, match=message):
+        load_clear_weights(model, path)
+    assert_unchanged(model, before)
+    assert not ClearState.on(model).weights
+
+
+def test_values_that_overflow_the_model_s_dtype(tiny_transformer, tensors, tmp_path):
+    save_file(changed(tensors, **{Q: torch.full((32, 32), 1e30)}), tmp_path / "a.safetensors")
+    apply_clear(tiny_transformer(), weights=tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="not finite"):
+        apply_clear(tiny_transformer().half(), weights=tmp_path / "a.safetensors")
+
+
+def test_files_for_another_down_factor(tiny_transformer, tensors, tmp_path):
+    model = tiny_transformer()
+    save_file(tensors, tmp_path / "plain.safetensors")
+    with pytest.raises(ValueError, match="is for down_factor=1, but the model runs down_factor=4"):
+        apply_clear(model, down_factor=4, weights=tmp_path / "plain.safetensors")
+    save_file({**tensors, **SPATIAL}, tmp_path / "pooled.safetensors")
+    with pytest.raises(ValueError, match="is for down_factor=2, but the model runs down_factor=4"):
+        apply_clear(model, down_factor=4, weights=tmp_path / "pooled.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"radius": "wide"}, "metadata's radius is not a number: 'wide'"),
+        ({"down_factor": "4"}, "metadata says down_factor=4, the tensors 1"),
+    ],
+)
+def test_metadata_that_contradicts_itself(clear_model, tensors, tmp_path, metadata, message):
+    save_file(tensors, tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=message):
+        load_clear_weights(clear_model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "cut header", "pickle", "empty", "text"])
+def test_not_safetensors(clear_model, tensors, tmp_path, kind):
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    whole = path.read_bytes()
+    if kind == "pickle":
+        torch.save(tensors, path)
+    else:
+        header = json.dumps({"a": 1}).encode()
+        path.write_bytes(
+            {"truncated": whole[:-1], "cut header": whole[:30], "empty": b"", "text": header}[kind]
+        )
+    before = snapshot(clear_model)
+    with pytest.raises(ValueError, match=r"a.safetensors is not a safetensors file, or is trunc"):
+        load_clear_weights(clear_model, path)
+    assert_unchanged(clear_model, before)
+
+
+def test_models_that_cannot_take_weights(clear_model, tiny_transformer, tensors, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="has FluxAttnProcessor, not CLEARProcessor; call apply_c"):
+        load_clear_weights(tiny_transformer(), path)
+    shared = tiny_transformer()
+    shared.set_attn_processor(CLEARProcessor(down_factor=2))
+    with pytest.raises(ValueError, match="layers share one CLEARProcessor"):
+        load_clear_weights(shared, path)
+    clear_model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="fused projections; call unfuse_qkv_projections"):
+        load_clear_weights(clear_model, path)
+    clear_model.unfuse_qkv_projections()
+    clear_model.transformer_blocks[0].attn.processor.radius = 3
+    with pytest.raises(ValueError, match="differ in radius or down_factor"):
+        load_clear_weights(clear_model, path)
+    with torch.device("meta"):
+        absent = tiny_transformer()
+    apply_clear(absent)
+    with pytest.raises(ValueError, match=r"has no values here .meta device"):
+        load_clear_weights(absent, path)
+    quantised = tiny_transformer()
+    linear = quantised.transformer_blocks[1].attn.to_k
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    apply_clear(quantised)
+    with pytest.raises(ValueError, match=r"blocks.1.attn.to_k.weight is quantised or sharded"):
+        load_clear_weights(quantised, path)
+
+
+def test_files_that_are_not_there(clear_model, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise AssertionError("no network for a local path")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    (tmp_path / "other.safetensors").touch()
+    for path in ("no-file.safetensors", "folder/no-file.safetensors", "./a/b", "/no/such/folder"):
+        with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+            load_clear_weights(clear_model, path)
+    with pytest.raises(
+        FileNotFoundError, match=r"no 'clear_local_16.* there: other.safetensors. Cho"
+    ):
+        load_clear_weights(clear_model, tmp_path)
+    with pytest.raises(ValueError, match=r"weight_name must end in '.safetensors', got 'a.bin'"):
+        load_clear_weights(clear_model, tmp_path, weight_name="a.bin")
+
+
+def test_hub_repositories(tiny_transformer, tensors, tmp_path, monkeypatch):
+    calls = []
+
+    def download(repository, name, **options):
+        calls.append((repository, name, options))
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError(f"404: no {name} there\nsecond line")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    save_file(tensors, tmp_path / "clear_local_8.safetensors")
+    model = tiny_transformer()
+    apply_clear(model, radius=8, weights="Huage001/CLEAR")
+    assert torch.equal(model.state_dict()[Q], tensors[Q])
+    load_clear_weights(model, "Huage001/CLEAR", revision="main", local_files_only=True)
+    assert [call[:2] for call in calls] == [("Huage001/CLEAR", "clear_local_8.safetensors")] * 2
+    assert calls[1][2]["revision"] == "main"
+    assert calls[1][2]["local_files_only"] is True
+    with pytest.raises(
+        OSError, match=r"cannot get 'clear_local_16_down_4.safetensors' .* no clear_"
+    ):
+        apply_clear(model, 16, 4, weights="Huage001/CLEAR")
+    assert model.transformer_blocks[0].attn.processor.radius == 8
+
+
+def test_saving_is_refused_before_a_file_appears(clear_model, tiny_transformer, tmp_path):
+    with pytest.raises(ValueError, match=r"must end in '.safetensors', got 'a.pt'"):
+        save_clear_weights(clear_model, tmp_path / "a.pt")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing'; make it first"):
+        save_clear_weights(clear_model, tmp_path / "missing" / "a.safetensors")
+    with pytest.raises(ValueError, match="call apply_clear first"):
+        save_clear_weights(tiny_transformer(), tmp_path / "a.safetensors")
+    clear_model.transformer_blocks[0].attn.to_q.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"{Q} has values that are not finite"):
+        save_clear_weights(clear_model, tmp_path / "a.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_save_leaves_the_old_file(clear_model, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_text("old")
+
+    def full_disk(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_clear_weights(clear_model, path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.safetensors"]
