@@ -47,7 +47,7 @@ from typing import Any
 UNTIL = {"checks": 0.34, "attention": 0.85, "blocks": 0.97, "norm_rope": 1.0}
 SECONDS = 530
 CHECKING_PROCESSES = 12
-# Useful TFLOP/s at the largest picture, by radius.
+# Useful TFLOP/s at the largest image, by radius.
 RATES = {8: 200, 16: 240, 32: 300}
 RASTER_SPEEDUP, STEP_SPEEDUP, BACKWARD_OVER_FORWARD = 4, 10, 3
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from clear_dit.kernels.opaque import Geometry
 from clear_dit.kernels.pooling import pool_tokens
 from clear_dit.kernels.triton import launch, tables, tuning
 from clear_dit.kernels.triton.device import programs
@@ -274,7 +275,7 @@ def _check_forward(check: Check, device: torch.device) -> list[dict[str, Any]]:
     else:
         launch.image_attention(
             query, key, value, pooled_key, pooled_value, out, lse,
-            window.height, window.width, text, window.disc_radius, scale, check.entry,
+            Geometry.of(window, scale), check.entry,
         )  # fmt: skip
         own, others = slice(text, None), slice(None, text)
     rows = _compare(["output"], [out[:, own]], [plain[:, own]], [exact[:, own]], check.dtype)

@@ -39,7 +39,7 @@ class Setting:
     """What is measured.
 
     Attributes:
-        sizes: sides of square pictures, in pixels.
+        sizes: sides of square images, in pixels.
         radii: in tokens.
         impl: the implementation of CLEAR under test.
         dense, peers: names of `bench.peers`: full attention, and the rest.
@@ -61,7 +61,7 @@ class Setting:
     repeats: int
 
     def window(self, size: int, radius: int) -> Window:
-        """Of a square picture of `size` pixels."""
+        """Of a square image of `size` pixels."""
         side = size // TOKEN_PIXELS
         return Window(side, side, self.text_length, radius)
 
@@ -229,7 +229,7 @@ def _fused(on: bool, device: torch.device) -> Iterator[None]:
 
 
 class Blocks:
-    """One double and one single block with random weights, and inputs of one picture."""
+    """One double and one single block with random weights, and inputs of one image."""
 
     def __init__(self, setting: Setting) -> None:
         config = setting.transformer | {"num_layers": 1, "num_single_layers": 1}

@@ -1,4 +1,4 @@
-"""How a denoising step grows with the picture, full attention against CLEAR; and README's plot.
+"""How a denoising step grows with the image, full attention against CLEAR; and README's plot.
 
     python benchmarks/growth.py --out growth.json --plot growth.png
 

@@ -2,12 +2,12 @@
 
     python benchmarks/last_stage.py --count 32 --out last-stage.json
 
-One picture for each of the demo's held-out prompts at its native size, by full attention. From each
+One image for each of the demo's held-out prompts at its native size, by full attention. From each
 the same stage at twice the size with the same noise: by full attention and by every distilled
 adapter of the demo. Rows "yarn" have positions alike, so that only attention differs; "two" is what
 the pipeline does by itself with CLEAR, unless keys are pooled. PSNR and SSIM are against full
-attention's picture. Beside them, against the native picture: PSNR of the result, scaled down, and
-gradient energy in multiples of the native picture's Lanczos enlargement (above 1 is sharper).
+attention's image. Beside them, against the native image: PSNR of the result, scaled down, and
+gradient energy in multiples of the native image's Lanczos enlargement (above 1 is sharper).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ROWS = (
 def enlarge(
     pipe: Any, row: Row, base: Image.Image, text: Any, empty: Any, seed: int, steps: int
 ) -> tuple[Image.Image, float]:
-    """The picture at twice the size, and the median seconds of a step."""
+    """The image at twice the size, and the median seconds of a step."""
     height, width = 2 * base.height, 2 * base.width
     settings = settings_for(
         height, width, pipe.native_size, text_length=text[0].shape[1], local=row.local
@@ -82,7 +82,7 @@ def enlarge(
     return decode(pipe, latents, height, width), float(seconds)
 
 
-def compare(picture: Image.Image, full: Image.Image, base: Image.Image) -> dict[str, float]:
+def compare(result: Image.Image, full: Image.Image, base: Image.Image) -> dict[str, float]:
     def tensor(image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float() / 255
 
@@ -91,14 +91,14 @@ def compare(picture: Image.Image, full: Image.Image, base: Image.Image) -> dict[
         return float((np.diff(grey, axis=0) ** 2).mean() + (np.diff(grey, axis=1) ** 2).mean())
 
     lanczos = Image.Resampling.LANCZOS
-    small, large = picture.resize(base.size, lanczos), base.resize(picture.size, lanczos)
-    same = picture is full
+    small, large = result.resize(base.size, lanczos), base.resize(result.size, lanczos)
+    same = result is full
     psnr, ssim = peak_signal_noise_ratio, structural_similarity_index_measure
     return {
-        "psnr": float("inf") if same else float(psnr(tensor(picture), tensor(full), 1.0)),
-        "ssim": 1.0 if same else float(ssim(tensor(picture), tensor(full), data_range=1.0)),
+        "psnr": float("inf") if same else float(psnr(tensor(result), tensor(full), 1.0)),
+        "ssim": 1.0 if same else float(ssim(tensor(result), tensor(full), data_range=1.0)),
         "base_psnr": float(psnr(tensor(small), tensor(base), 1.0)),
-        "sharpness": gradient(picture) / gradient(large),
+        "sharpness": gradient(result) / gradient(large),
     }
 
 
@@ -120,10 +120,10 @@ def measure(count: int, steps: int) -> dict[str, Any]:
             apply_clear(pipe, row.radius, row.down_factor, weights)
         found = []
         for seed, (text, base) in enumerate(zip(tqdm(texts, desc=row.label), bases, strict=True)):
-            picture, seconds = enlarge(pipe, row, base, text, empty, seed, steps)
+            image, seconds = enlarge(pipe, row, base, text, empty, seed, steps)
             if row.radius is None:
-                full.append(picture)
-            found.append(compare(picture, full[seed], base) | {"step_s": seconds})
+                full.append(image)
+            found.append(compare(image, full[seed], base) | {"step_s": seconds})
         remove_clear(pipe)
         means = {name: statistics.mean(one[name] for one in found) for name in found[0]}
         means["base_psnr_least"] = min(one["base_psnr"] for one in found)

@@ -1,4 +1,4 @@
-"""How much faster two ranks of one thread paint than one rank of one thread.
+"""How much faster two ranks of one thread generate than one rank of one thread.
 
     python benchmarks/patch_parallel.py --out benchmarks/results/NAME.json
 
@@ -109,7 +109,7 @@ def measure(ranks: int, options: argparse.Namespace) -> tuple[list[float], torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=2048, help="side of the picture, in pixels")
+    parser.add_argument("--size", type=int, default=2048, help="side of the image, in pixels")
     parser.add_argument("--radius", type=int, default=8, help="in tokens")
     parser.add_argument("--text-length", type=int, default=512, help="in tokens")
     parser.add_argument("--ranks", type=int, default=2)

@@ -57,7 +57,7 @@ def panels(attention: list[dict[str, Any]], blocks: list[dict[str, Any]]) -> lis
 
 
 def draw(drawn: list[Panel], caption: str) -> Image.Image:
-    """The picture, WIDTH x HEIGHT."""
+    """The image, WIDTH x HEIGHT."""
     image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
     pen = ImageDraw.Draw(image)
     each = WIDTH / len(drawn)

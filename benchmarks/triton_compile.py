@@ -29,6 +29,7 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     """(label, launch) of every table entry that serves a kind of problem, on meta tensors."""
     import torch
 
+    from clear_dit.kernels.opaque import Geometry
     from clear_dit.kernels.triton import launch, tables
     from clear_dit.kernels.triton.backward import attention_backward
     from clear_dit.kernels.triton.norm_rope import run_backward, run_forward, streams
@@ -42,20 +43,20 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     lse = torch.empty(shape[:3], device="meta")
     none, pooled = query[:, :0], torch.empty_like(query[:, : height * width // 16])
     key_of_table = architecture, launch.channels(head_dim)["D"], query.element_size()
-    geometry = (height, width, TEXT_LENGTH, RADIUS, scale)
+    geometry = Geometry(height, width, TEXT_LENGTH, RADIUS, scale, 0, height)
 
     entries = tables.forward_configs(*key_of_table)
     for entry in entries:
         yield (
             entry.name,
             lambda entry=entry: launch.image_attention(
-                query, key, value, none, none, out, lse, *geometry, entry
+                query, key, value, none, none, out, lse, geometry, entry
             ),
         )
     yield (
         f"{entries[0].name} pooled",
         lambda: launch.image_attention(
-            query, key, value, pooled, pooled, out, lse, *geometry, entries[0]
+            query, key, value, pooled, pooled, out, lse, geometry, entries[0]
         ),
     )
     text = tables.text_config(*key_of_table)
@@ -69,9 +70,8 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     yield (
         "backward",
         lambda: attention_backward(
-            grad, query, key, value, pooled, pooled, out, lse, height=height, width=width,
-            text_length=TEXT_LENGTH, radius=RADIUS, scale=scale, config=backward,
-            programs=programs,
+            grad, query, key, value, pooled, pooled, out, lse, geometry,
+            config=backward, programs=programs,
         ),
     )  # fmt: skip
     weight, table = query[0, 0, 0], torch.empty(sequence, head_dim, device="meta")

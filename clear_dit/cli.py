@@ -70,7 +70,7 @@ def _print_json(result: dict[str, Any]) -> None:
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    prompt: Annotated[str, typer.Argument(help="What to generate.")],
     model: Annotated[
         str, typer.Option(help="demo, a folder in diffusers format, or a hub repository.")
     ] = "demo",
@@ -91,7 +91,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Strength of guidance.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     image: Annotated[
-        str | None, typer.Option(help="A picture to enlarge, twice unless a size is given.")
+        str | None, typer.Option(help="An image to enlarge, twice unless a size is given.")
     ] = None,
     strength: Annotated[
         str | None,
@@ -112,14 +112,14 @@ def generate(
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="Under torchrun: patch, the ranks share the picture's rows; guidance, and each "
+            help="Under torchrun: patch, the ranks share the image's rows; guidance, and each "
             "half computes one of guidance's two passes."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The PNG or TIFF to write.")] = Path("clear-dit.png"),
     as_json: Json = False,
 ) -> None:
-    """Paint one picture."""
+    """Generate one image."""
     from .generation.request import make_request
     from .generation.runner import generate as run
     from .generation.sharing import joined_ranks
@@ -184,7 +184,7 @@ def evaluate(
         list[int] | None, typer.Option(help="Radius of an untuned row, in tokens; repeatable.")
     ] = None,
     down_factor: DownFactor = 1,
-    count: Annotated[int, typer.Option(help="Pictures of each row: the first prompts.")] = 64,
+    count: Annotated[int, typer.Option(help="Images of each row: the first prompts.")] = 64,
     metrics: Annotated[
         str, typer.Option(help="With commas; auto: all that can be computed here.")
     ] = "auto",
@@ -192,8 +192,8 @@ def evaluate(
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Strength of guidance.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next add 1.")] = 0,
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next add 1.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images at once.")] = 4,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="A folder; a stopped run in it goes on.")] = Path(
@@ -228,7 +228,9 @@ def evaluate(
     )
     result = run(request, out)
     print(markdown(result))
-    print(f"{out / 'report.md'}, report.json, contact-sheet.png; {result['painted']} painted now")
+    print(
+        f"{out / 'report.md'}, report.json, contact-sheet.png; {result['generated']} generated now"
+    )
     if as_json:
         _print_json(result)
 
@@ -246,14 +248,14 @@ def _refuse_options(context: typer.Context) -> None:
 
 @evaluation.command("seams")
 def evaluate_seams(
-    picture: Annotated[Path, typer.Argument(help="A picture file.")],
+    image: Annotated[Path, typer.Argument(help="An image file.")],
     tile: Annotated[int, typer.Option(help="Side of the tiles to look for, in pixels.")] = 1024,
     as_json: Json = False,
 ) -> None:
-    """How much steeper a picture is across the borders of tiles than beside them: 1 is no seam."""
+    """How much steeper an image is across the borders of tiles than beside them: 1 is no seam."""
     from .evaluation.seams import report, seams_of_file
 
-    result = seams_of_file(picture, tile)
+    result = seams_of_file(image, tile)
     print(report(result))
     if as_json:
         _print_json(result)
@@ -327,7 +329,7 @@ def bench_growth(
     repeats: Repeats = 3,
     as_json: Json = False,
 ) -> None:
-    """How time and memory of one attention layer grow with the picture."""
+    """How time and memory of one attention layer grow with the image."""
     from .bench.growth import bench_growth as run
     from .bench.growth import report
 
@@ -466,7 +468,7 @@ def bench_parallel(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """One picture on many GPUs: measured under torchrun, planned for up to 64 from rates."""
+    """One image on many GPUs: measured under torchrun, planned for up to 64 from rates."""
     from .bench.parallel import measure
     from .bench.parallel import report as measured_report
     from .bench.parallel_plan import ASSUMED, Rates, plan_parallel

@@ -63,7 +63,7 @@ def apply_clear(
     """Replace the attention of every layer of a model by CLEAR's local attention.
 
     The families of models are those of `families/table.py`. A pipeline's ControlNets are included:
-    they attend over the whole picture too. In large pictures FLUX.1's feed-forward layers run chunk
+    they attend over the whole image too. In large images FLUX.1's feed-forward layers run chunk
     by chunk, which takes less memory (`chunk_feed_forward`). A second call replaces the settings;
     `remove_clear` still goes back to what was there before the first. Nothing is changed if
     anything is refused.
@@ -79,7 +79,7 @@ def apply_clear(
         impl: one of `auto, triton, flex, tiled, reference`.
         proportional_base: see `CLEARProcessor`.
         references: "dense" or "local": whether reference images (FLUX.1-Kontext, FLUX.2,
-            Qwen-Image-Edit) attend to all of themselves or, like the picture, to their discs; see
+            Qwen-Image-Edit) attend to all of themselves or, like the image, to their discs; see
             `CLEARProcessor`.
 
     Returns:

@@ -12,13 +12,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .choice import select_impl
-from .merge import merge_
 from .opaque import channels_contiguous
-from .tiled.partial import attend, compute_dtype
-
-# Keys and queries taken at a time: where there is no fused attention, scores are stored.
-KEYS = 4096
-QUERIES = 1024
+from .tiled.partial import attend_all
 
 
 def dense_attention(
@@ -53,17 +48,8 @@ def _forward(
         from .triton.ops import triton_dense_attention
 
         return triton_dense_attention(query, key, value, scale)
-    dtype = compute_dtype(query.dtype, query.device)
-    out = query.new_zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
-    lse = out.new_full(out.shape[:-1], float("-inf"))
-    heads_first = (x.transpose(1, 2) for x in channels_contiguous(query, key, value))
-    query, key, value = heads_first
-    blocks = (x.split(QUERIES, 2) for x in (query, out.transpose(1, 2), lse.transpose(1, 2)))
-    for queries, part_out, part_lse in zip(*blocks, strict=True):
-        queries = queries.to(dtype)
-        for keys, values in zip(key.split(KEYS, 2), value.split(KEYS, 2), strict=True):
-            merge_(part_out, part_lse, *attend(queries, keys.to(dtype), values.to(dtype), scale))
-    return out, lse
+    query, key, value = channels_contiguous(query, key, value)
+    return attend_all(query, key, value, scale)
 
 
 _op = torch.library.custom_op("clear_dit::dense_attention", _forward, mutates_args=())

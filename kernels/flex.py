@@ -1,7 +1,7 @@
 """CLEAR attention by PyTorch's FlexAttention on raster-order tokens, as the paper's code does it.
 
 The block mask is made once per geometry: it lives on the `Window` value it belongs to (and goes
-with it), so keep one `Window` for all layers and steps of a picture.
+with it), so keep one `Window` for all layers and steps of an image.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ device, has a backward pass (a second op) and tells FlopCounterMode its exact wo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -15,37 +15,98 @@ from torch.utils.flop_counter import register_flop_formula
 from .pooling import pool_tokens
 from .window import Window
 
-# (query, key, value, pooled_key, pooled_value, height, width, text_length, radius, scale,
-# query_start, query_stop) -> (out, lse); the last two are the rows of image queries. And the same,
-# up to scale, after (grad, ...) with out and lse after pooled_value -> five gradients, of all rows.
+# (query, key, value, pooled_key, pooled_value, geometry) -> (out, lse). And (grad, query, key,
+# value, pooled_key, pooled_value, out, lse, geometry) -> the inputs' gradients, of all rows.
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-Backward = Callable[
-    ..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Backward = Callable[..., Gradients]
 
 
-# Arguments of a forward that are no tensors.
-GEOMETRY = 7
+class Geometry(NamedTuple):
+    """A window as the kernels take it, and the scale of scores: what an operator is given of it.
+
+    Attributes:
+        height, width, text_length: in tokens, see `Window`.
+        radius: in tokens, `Window.disc_radius`.
+        scale: factor on query times key.
+        query_start, query_stop: first row of image queries, and the row after the last.
+    """
+
+    height: int
+    width: int
+    text_length: int
+    radius: int
+    scale: float
+    query_start: int
+    query_stop: int
+
+    @classmethod
+    def of(cls, window: Window, scale: float) -> Geometry:
+        """The numbers of a window."""
+        size = (window.height, window.width, window.text_length)
+        return cls(*size, window.disc_radius, scale, *window.image_query_rows)
+
+    @property
+    def image_queries(self) -> int:
+        """Number of image tokens that are queries."""
+        return (self.query_stop - self.query_start) * self.width
 
 
 def attention_op(name: str, forward: Forward, backward: Backward) -> Forward:
     """Register `clear_dit::{name}_attention` and its backward op; returns the forward op.
 
-    Both functions are annotated in full: the schemas come from there. Pooled key and value are
-    (batch, pooled, heads, head_dim), empty without pooling; lse is float32 or wider.
+    An operator takes the numbers of a `Geometry` one by one; its backward one those up to the
+    scale. Pooled key and value are (batch, pooled, heads, head_dim), empty without pooling; lse is
+    float32 or wider.
     """
-    op = torch.library.custom_op(f"clear_dit::{name}_attention", forward, mutates_args=())
+
+    def run_forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pooled_key: torch.Tensor,
+        pooled_value: torch.Tensor,
+        height: int,
+        width: int,
+        text_length: int,
+        radius: int,
+        scale: float,
+        query_start: int,
+        query_stop: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        geometry = Geometry(height, width, text_length, radius, scale, query_start, query_stop)
+        return forward(query, key, value, pooled_key, pooled_value, geometry)
+
+    def run_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pooled_key: torch.Tensor,
+        pooled_value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        height: int,
+        width: int,
+        text_length: int,
+        radius: int,
+        scale: float,
+    ) -> Gradients:
+        geometry = Geometry(height, width, text_length, radius, scale, 0, height)
+        return backward(grad, query, key, value, pooled_key, pooled_value, out, lse, geometry)
+
+    op = torch.library.custom_op(f"clear_dit::{name}_attention", run_forward, mutates_args=())
     backward_op = torch.library.custom_op(
-        f"clear_dit::{name}_attention_backward", backward, mutates_args=()
+        f"clear_dit::{name}_attention_backward", run_backward, mutates_args=()
     )
     op.register_fake(_fake)
     backward_op.register_fake(_fake_backward)
 
-    def run_backward(ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None) -> tuple:
+    def differentiate(ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None) -> tuple:
         grads = backward_op(grad, *ctx.saved_tensors, *ctx.geometry)
-        return *grads, *(None for _ in range(GEOMETRY))
+        return *grads, *(None for _ in Geometry._fields)
 
-    op.register_autograd(run_backward, setup_context=_save)
+    op.register_autograd(differentiate, setup_context=_save)
     operators = torch.ops.clear_dit
     register_flop_formula(getattr(operators, f"{name}_attention"))(_flops)
     register_flop_formula(getattr(operators, f"{name}_attention_backward"))(_backward_flops)
@@ -67,11 +128,7 @@ def run_attention_op(
         pooled_value = pool_tokens(value, window, spatial_weight)
     else:
         pooled_key = pooled_value = key.new_empty(key.shape[0], 0, *key.shape[2:])
-    return op(
-        query, key, value, pooled_key, pooled_value,
-        window.height, window.width, window.text_length, window.disc_radius, scale,
-        *window.image_query_rows,
-    )  # fmt: skip
+    return op(query, key, value, pooled_key, pooled_value, *Geometry.of(window, scale))
 
 
 def channels_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:

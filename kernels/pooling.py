@@ -35,11 +35,11 @@ def pool_tokens(
 def pool_rows(
     image: torch.Tensor, window: Window, spatial_weight: torch.Tensor | None, rows: range
 ) -> torch.Tensor:
-    """What some rows of the picture contribute to its cells: parts of a cell add up.
+    """What some rows of the image contribute to its cells: parts of a cell add up.
 
     Args:
         image: (batch, rows * width, heads, head_dim), the tokens of these rows.
-        window, spatial_weight: as in `pool_tokens`, of the whole picture.
+        window, spatial_weight: as in `pool_tokens`, of the whole image.
         rows: which they are.
 
     Returns:

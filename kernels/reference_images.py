@@ -1,8 +1,8 @@
 """Attention where reference images are local within themselves, linear in the tokens of each too.
 
-Reference images (FLUX.1-Kontext, FLUX.2, Qwen-Image-Edit) stand beside the picture in the sequence
+Reference images (FLUX.1-Kontext, FLUX.2, Qwen-Image-Edit) stand beside the image in the sequence
 and by default are treated as text is, which makes their own part quadratic. CLEAR has no word on
-them (arXiv 2412.16112); here each may get the picture's disc, on its own grid.
+them (arXiv 2412.16112); here each may get the image's disc, on its own grid.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def attention_with_local_references(
 ) -> Attended:
     """`local_attention` for a window with `local_references`; no mask over queries and keys.
 
-    Text is dense attention; the picture is local attention over all keys, pooled ones included. A
+    Text is dense attention; the image is local attention over all keys, pooled ones included. A
     reference image is local attention within itself, merged with dense attention over all other
     keys. It sees no pooled keys, as text does not, and has none of its own: what lies outside its
-    discs reaches it by way of text and picture, which it sees in full.
+    discs reaches it by way of text and image, which it sees in full.
 
     Args:
         query, key, value, window, scale, spatial_weight, impl: as in `local_attention`; checked.
@@ -65,7 +65,7 @@ def attention_with_local_references(
         out = out.to(lse.dtype)
         if start:
             merge_(out, lse, *dense(own, slice(0, start)))
-        merge_(out, lse, *dense(own, slice(own.stop, None)))  # the picture, if nothing else
+        merge_(out, lse, *dense(own, slice(own.stop, None)))  # the image, if nothing else
         parts.append((out, lse))
         start = own.stop
     image = slice(window.text_length, None)

@@ -1,9 +1,9 @@
 """Attention with two positions a token: the true one for near keys, a scaled one for far keys.
 
 Under rotary embedding a score depends on the distance of two tokens. Inside the disc of local
-attention that distance is below the radius at any size of the picture, so that nothing there is
+attention that distance is below the radius at any size of the image, so that nothing there is
 new to the model. Only pairs with a text token (at position 0) or a pooled key lie as far apart as
-the picture is large: those are scored by positions scaled to the extent the model was trained at.
+the image is large: those are scored by positions scaled to the extent the model was trained at.
 Self-Extend (arXiv 2401.01325) does so for long texts.
 """
 
@@ -94,7 +94,7 @@ def full_two_position_attention(
 ) -> torch.Tensor:
     """Full attention, in which the window says which pairs of image tokens are near.
 
-    For pictures of the size a model was trained at, but of another shape: quadratic time, and
+    For images of the size a model was trained at, but of another shape: quadratic time, and
     memory for a block of queries at a time.
 
     Args:

@@ -34,7 +34,7 @@ class Window:
         radius: radius of the disc, in tokens, at least 1 (1 is the token itself).
         down_factor: side of a pooling cell, in tokens; 1 means no pooled keys.
         query_rows: None where every token is a query. (start, stop) where only the image tokens of
-            these rows are, and no text: the share of a process that has no more of the picture.
+            these rows are, and no text: the share of a process that has no more of the image.
         local_references: (rows, columns) of reference images that are local within themselves. They
             are the last of the `text_length` tokens, in this order, each in raster order.
 
@@ -59,7 +59,7 @@ class Window:
         if self.down_factor > 1 and self.down_factor > min(self.height, self.width):
             raise ValueError(
                 f"Window: down_factor must not exceed the token grid ({self.height} x "
-                f"{self.width}), got {self.down_factor}; use a larger picture or down_factor=1."
+                f"{self.width}), got {self.down_factor}; use a larger image or down_factor=1."
             )
         if self.query_rows is not None:
             start, stop = self.query_rows
@@ -139,12 +139,12 @@ class Window:
 
     @property
     def image_only(self) -> Window:
-        """The picture's disc, without text and pooled keys; always the same object."""
+        """The image's disc, without text and pooled keys; always the same object."""
         return self._once("_image_only", lambda: Window(self.height, self.width, 0, self.radius))
 
     @property
     def image_queries(self) -> Window:
-        """The same keys, seen by the picture's tokens alone; always the same object."""
+        """The same keys, seen by the image's tokens alone; always the same object."""
         return self._once(
             "_image_queries",
             lambda: replace(self, query_rows=self.image_query_rows, local_references=()),

@@ -25,7 +25,7 @@ def check_options(
 
     Args:
         options: the arguments of `FluxPipeline.__call__`.
-        height, width: of the picture, in pixels.
+        height, width: of the image, in pixels.
         guidance: weight of low-resolution guidance.
 
     Raises:
@@ -63,7 +63,7 @@ def check_stages(
 
     Args:
         options: the arguments of `FluxPipeline.__call__`.
-        pixels: the pictures to start from, if any.
+        pixels: the images to start from, if any.
         kept: whether finished stages are kept.
 
     Raises:
@@ -87,7 +87,7 @@ def check_stages(
             )
     if latents is not None:
         if pixels:
-            raise ValueError(f"{WHO}: latents are the noise of a picture that has no image=.")
+            raise ValueError(f"{WHO}: latents are the noise of an image that has no image=.")
         tokens = stages[0].height * stages[0].width // (2 * pipe.vae_scale_factor) ** 2
         if latents.shape[1] != tokens or not latents.isfinite().all():
             raise ValueError(
@@ -95,7 +95,7 @@ def check_stages(
                 f"{stages[0].name}: (batch, {tokens}, channels); got {tuple(latents.shape)}."
             )
     if kept and options["generator"] is None:
-        raise ValueError(f"{WHO}: stages_dir needs a generator: other noise is another picture.")
+        raise ValueError(f"{WHO}: stages_dir needs a generator: other noise is another image.")
 
 
 def check_shared(
@@ -116,7 +116,7 @@ def check_shared(
     """
     if stages[-1].attention == "full":
         raise ValueError(
-            f"{WHO}: ranks share a picture by way of local attention, and this pipeline has full "
+            f"{WHO}: ranks share an image by way of local attention, and this pipeline has full "
             "attention; call apply_clear first."
         )
     for stage in stages:
@@ -124,7 +124,7 @@ def check_shared(
             patches.check(stage.height // token_pixels)
     if options["generator"] is None and options["latents"] is None:
         raise ValueError(
-            f"{WHO}: ranks that share a picture must draw the same noise; pass generator="
+            f"{WHO}: ranks that share an image must draw the same noise; pass generator="
             "torch.Generator().manual_seed(...), the same on every rank."
         )
     if stages_dir is not None:

@@ -38,7 +38,7 @@ from clear_dit.weights.load import load_clear_weights
 
 from .cascade.given_image import enlarged_size, pixels_from
 from .cascade.resolution import Resolution
-from .cascade.run import Request, pictures_from, run_stages
+from .cascade.run import Request, images_from, run_stages
 from .cascade.stage_attention import can_run_full, pools_keys, runs_clear
 from .cascade.stage_files import StageFiles
 from .cascade.stages import Stage, plan_stages
@@ -67,10 +67,10 @@ _PARENT = inspect.signature(FluxPipeline.__call__)
 
 
 class CLEARFluxPipeline(FluxPipeline):
-    """`diffusers.FluxPipeline` that paints any size, with CLEAR's two methods on it.
+    """`diffusers.FluxPipeline` that generates any size, with CLEAR's two methods on it.
 
-    A picture well above the native size is painted in stages: one at the native size, then each
-    from the enlarged picture before it (see `__call__`). Unlike its parent it refuses sizes that
+    An image well above the native size is generated in stages: one at the native size, then each
+    from the enlarged image before it (see `__call__`). Unlike its parent it refuses sizes that
     are not whole tokens (16 pixels) instead of rounding them, and gives the transformer position
     ids in float32: bfloat16 cannot tell neighbours above 256 apart, which is a side of 4096 pixels.
 
@@ -124,7 +124,7 @@ class CLEARFluxPipeline(FluxPipeline):
 
     @property
     def stage(self) -> Stage | None:
-        """The stage that is being painted, for callbacks; None outside of `__call__`."""
+        """The stage that is being generated, for callbacks; None outside of `__call__`."""
         return self._stage
 
     @property
@@ -134,7 +134,7 @@ class CLEARFluxPipeline(FluxPipeline):
 
     @property
     def patch_parallel(self) -> PatchParallel | None:
-        """The ranks that share this pipeline's pictures, see `enable_patch_parallel`."""
+        """The ranks that share this pipeline's images, see `enable_patch_parallel`."""
         return self._patch_parallel
 
     @property
@@ -153,36 +153,36 @@ class CLEARFluxPipeline(FluxPipeline):
         resolution: Callable[[int, int], Resolution] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Paint a picture of any size, or enlarge one.
+        """Generate an image of any size, or enlarge one.
 
         Takes what `FluxPipeline.__call__` takes, and:
 
         Args:
-            image: a picture to enlarge in place of the first stage: a PIL image, a list of them
+            image: an image to enlarge in place of the first stage: a PIL image, a list of them
                 (one for each prompt) or a float tensor (batch, 3, height, width) in [0, 1].
                 `height` and `width` (pixels) are then twice its own where None, and must have its
                 aspect ratio.
-            strength: from 0 (only enlarge) to 1 (ignore the enlarged picture), the noise level at
+            strength: from 0 (only enlarge) to 1 (ignore the enlarged image), the noise level at
                 which a stage starts to repaint it; one number, or one for each stage that
                 enlarges; 0.55 where None. It does not depend on the scheduler's shift:
                 `FluxImg2ImgPipeline`'s strength s starts at 3 s / (1 + 2 s) with a shift of 3.
-            cascade: whether to start at the native size; None does where the picture has over 1.25
+            cascade: whether to start at the native size; None does where the image has over 1.25
                 times the native number of pixels.
             low_resolution_guidance: from 0 (none) to 1, how much the low frequencies of the
-                previous picture steer each stage that enlarges. None: 1 above 4096 pixels a side,
+                previous image steer each stage that enlarges. None: 1 above 4096 pixels a side,
                 else 0.
             stages_dir: a folder in which finished stages are kept. The same call goes on after
                 the last one there, bit for bit as if it had not been interrupted. Needs a
                 `generator`; a callback that changes latents is not told apart.
 
             resolution: positions, shift and proportional attention for a stage's height and width
-                in pixels; `settings_for` where None. `lambda height, width: Resolution()` paints
+                in pixels; `settings_for` where None. `lambda height, width: Resolution()` generates
                 every stage as the model was trained.
 
         `num_inference_steps` is that of a whole schedule, of which a stage that enlarges takes its
         share; `sigmas` and `latents` are those of a first stage without an image. Noise is drawn
         on the generator's device. While `callback_on_step_end` runs, `pipe.stage` is the stage;
-        `pipe._interrupt = True` ends the work after the step, and the picture that is returned
+        `pipe._interrupt = True` ends the work after the step, and the image that is returned
         has the size of that stage.
 
         Returns:
@@ -234,10 +234,10 @@ class CLEARFluxPipeline(FluxPipeline):
         batch = 1 if isinstance(prompts, str) else len(prompts)
         batch *= options["num_images_per_prompt"]
         if pixels and len(pixels) not in (1, batch):
-            raise ValueError(f"{WHO}: image: {len(pixels)} pictures for {batch}; give one or all.")
+            raise ValueError(f"{WHO}: image: {len(pixels)} images for {batch}; give one or all.")
         if isinstance(options["generator"], list) and len(options["generator"]) != batch:
             raise ValueError(
-                f"{WHO}: {len(options['generator'])} generators for {batch} pictures; give one, or "
+                f"{WHO}: {len(options['generator'])} generators for {batch} images; give one, or "
                 "one for each."
             )
         refuse_too_large(self, stages[-1], batch, ranks)
@@ -287,10 +287,10 @@ class CLEARFluxPipeline(FluxPipeline):
             return latents
         parts = [
             self.image_processor.postprocess(pixels, output_type=output_type)
-            for pixels in pictures_from(self, latents, stage)
+            for pixels in images_from(self, latents, stage)
         ]
         if output_type == "pil":
-            return [picture for part in parts for picture in part]
+            return [image for part in parts for image in part]
         return np.concatenate(parts) if output_type == "np" else torch.cat(parts)
 
     def set_attn_processor(self, processor: Any) -> None:
@@ -310,10 +310,10 @@ class CLEARFluxPipeline(FluxPipeline):
         self.transformer.set_attn_processor(processor)
 
     def enable_patch_parallel(self, mesh: DeviceMesh, stale_halos_after: int | None = None) -> None:
-        """Share every picture among the ranks of a mesh; see `pipelines/parallel`.
+        """Share every image among the ranks of a mesh; see `pipelines/parallel`.
 
         Every rank calls it, and then the pipeline, with the same arguments and a `generator`;
-        every rank gets the picture. A second call replaces the first.
+        every rank gets the image. A second call replaces the first.
 
         Args:
             mesh: of dimensions "patch" and, optionally, "guidance" (of size 2, where the halves
@@ -329,7 +329,7 @@ class CLEARFluxPipeline(FluxPipeline):
         self._patch_parallel = patches
 
     def disable_patch_parallel(self) -> None:
-        """Paint alone again."""
+        """Generate alone again."""
         if self._patch_parallel is not None:
             self._patch_parallel.remove()
             self._patch_parallel = None

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from clear_dit.process_group import RankGroup
 from clear_dit.versions import versions
 
 from .cascade.run import Request
 from .cascade.stage_files import digest
 from .parallel.agreement import agree
-from .process_group import Team
 
 # Of every parameter; other weights and adapters change them.
 VALUES = 16
@@ -62,11 +62,11 @@ def check_agreement(pipe: Any, request: Request, groups: Iterable[ProcessGroup])
     del facts["model"]
     facts |= {name: digest(part) for name, part in _parts(pipe).items()}
     for group in groups:
-        agree(Team(group), facts)
+        agree(RankGroup(group), facts)
 
 
 def pipeline_digest(pipe: Any) -> str:
-    """A digest of what paints: transformer, its attention, autoencoder and scheduler."""
+    """A digest of what generates: transformer, its attention, autoencoder and scheduler."""
     return digest(list(_parts(pipe).values()))
 
 

@@ -1,4 +1,4 @@
-"""Sizes that no setting can paint on this machine are refused before work starts."""
+"""Sizes that no setting can generate on this machine are refused before work starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ COPIES = 6
 
 
 def refuse_too_large(pipe: Any, stage: Stage, batch: int, ranks: int = 1) -> None:
-    """Refuse a picture whose activations alone exceed the device's memory.
+    """Refuse an image whose activations alone exceed the device's memory.
 
     The need is a lower bound: batch * tokens * channels * bytes * `COPIES`, and the decoded
-    picture in float32.
+    image in float32.
 
     Args:
         ranks: that share the tokens, each on a device like this one.
@@ -33,7 +33,7 @@ def refuse_too_large(pipe: Any, stage: Stage, batch: int, ranks: int = 1) -> Non
     need += 3 * 4 * stage.height * stage.width
     have = total_memory(pipe._execution_device)
     if need > have:
-        several = f"{batch} pictures of " if batch > 1 else ""
+        several = f"{batch} images of " if batch > 1 else ""
         raise ValueError(
             f"CLEARFluxPipeline: {several}{stage.name} pixels ({tokens:,} tokens) need at least "
             f"{need / 1e9:,.0f} GB of memory, and {pipe._execution_device} has {have / 1e9:,.0f} "

@@ -14,7 +14,7 @@ def encode_prompts(pipe: Any, options: dict[str, Any]) -> dict[str, torch.Tensor
         options: the arguments of `FluxPipeline.__call__`; one negative prompt serves all prompts.
 
     Returns:
-        By the names that `FluxPipeline.__call__` has for them, one for each picture.
+        By the names that `FluxPipeline.__call__` has for them, one for each image.
     """
     prompts, copies = options["prompt"], options["num_images_per_prompt"]
     joint = options["joint_attention_kwargs"] or {}

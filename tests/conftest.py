@@ -42,7 +42,7 @@ def make_transformer(seed: int = 0, **config) -> FluxTransformer2DModel:
 
 
 def make_ids(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The position ids of a picture, (rows * columns, 3), as the stock pipeline makes them."""
+    """The position ids of an image, (rows * columns, 3), as the stock pipeline makes them."""
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] += torch.arange(rows)[:, None]
     ids[..., 2] += torch.arange(columns)

@@ -1,1 +1,1 @@
-"""The web page: `clear-dit app`, a queue in front of one pipeline, pictures kept by visitor."""
+"""The web page: `clear-dit app`, a queue in front of one pipeline, images kept by visitor."""

@@ -32,7 +32,7 @@ class Actions:
         self.settings, self.store, self.jobs = settings, store, jobs
 
     def submit(self, entry: Entry, image: str, image_name: str, who: str) -> str:
-        """Put a picture into the queue; the job's name.
+        """Put an image into the queue; the job's name.
 
         Args:
             entry: what was entered.
@@ -48,9 +48,9 @@ class Actions:
                 return self.jobs.submit(who, make_requests(entry, self.settings)).id
             path = self.store.upload(who, image)
             if path is None:
-                raise RequestError("The uploaded picture is gone; choose it again.")
-            with Image.open(path) as picture:
-                size = (picture.height, picture.width)
+                raise RequestError("The uploaded image is gone; choose it again.")
+            with Image.open(path) as opened:
+                size = (opened.height, opened.width)
             requests = make_requests(entry, self.settings, image=str(path))
             return self.jobs.submit(who, requests, path, image_name, size).id
         except RequestError as error:
@@ -63,8 +63,8 @@ class Actions:
         path = self.store.upload(who, image)
         if path is None:
             return None
-        with Image.open(path) as picture:
-            height, width = enlarged_size(None, None, (picture.height, picture.width), TOKEN_PIXELS)
+        with Image.open(path) as opened:
+            height, width = enlarged_size(None, None, (opened.height, opened.width), TOKEN_PIXELS)
         return width, height
 
     def status(self, job: str, who: str) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Actions:
         """
         found = self.jobs.status(who, job)
         if found is None:
-            raise refusal("There is no such picture of yours; it may have been removed.")
+            raise refusal("There is no such image of yours; it may have been removed.")
         return found
 
     async def follow(self, job: str, who: str) -> AsyncIterator[dict[str, Any]]:

@@ -4,7 +4,7 @@
 
     client = Client("http://127.0.0.1:7860")
     result = client.predict("a red house by the sea", api_name="/generate")
-    url = client.src + result["pictures"][0]["file"]
+    url = client.src + result["images"][0]["file"]
 
 Another client with the same cookie `clear-dit-visitor` is the same visitor.
 """
@@ -39,11 +39,11 @@ def add_api(actions: Actions) -> None:
         model: str = "",
         image: str = "",
     ) -> dict:
-        """Put a picture into the queue and return at once: id, state, place, seconds_left.
+        """Put an image into the queue and return at once: id, state, place, seconds_left.
 
         width and height are in pixels, multiples of 16; attention is clear, full or both (the
-        picture twice, to compare); radius and down_factor are in tokens of 16 pixels; image is the
-        name that POST /uploads answered for a picture to enlarge. 0, -1 and "" mean the model's
+        image twice, to compare); radius and down_factor are in tokens of 16 pixels; image is the
+        name that POST /uploads answered for an image to enlarge. 0, -1 and "" mean the model's
         defaults.
         """
         defaults = model_defaults(model or first)
@@ -78,7 +78,7 @@ def add_api(actions: Actions) -> None:
     ) -> AsyncIterator[dict]:
         """As submit; then tells the status whenever it changes, and last how it ended.
 
-        A client that goes away loses nothing: the picture is in its history.
+        A client that goes away loses nothing: the image is in its history.
         """
         settings = (prompt, width, height, attention, radius, down_factor, steps, guidance, seed)
         job = submit(request, *settings, model, image)["id"]
@@ -86,19 +86,19 @@ def add_api(actions: Actions) -> None:
             yield _public(found)
 
     def status(request: gr.Request, job: str) -> dict:
-        """A picture's state: waiting, running, done, cancelled or failed; and what is known.
+        """An image's state: waiting, running, done, cancelled or failed; and what is known.
 
-        place, seconds_left and fraction while it waits or runs; pictures with seconds, flops and
+        place, seconds_left and fraction while it waits or runs; images with seconds, flops and
         file (to GET with the same cookie) when it is done; error when it failed.
         """
         return _public(actions.status(job, who_asks(request)))
 
     def cancel(request: gr.Request, job: str) -> bool:
-        """Cancel a waiting or running picture; whether it was one."""
+        """Cancel a waiting or running image; whether it was one."""
         return actions.jobs.cancel(who_asks(request), job)
 
     def history(request: gr.Request) -> list:
-        """This visitor's finished pictures, the newest first."""
+        """This visitor's finished images, the newest first."""
         return [_public(found) for found in actions.store.history(who_asks(request))]
 
     for function in (submit, generate, status, cancel, history):
@@ -106,8 +106,7 @@ def add_api(actions: Actions) -> None:
 
 
 def _public(found: dict[str, Any]) -> dict[str, Any]:
-    pictures = [
-        one | {"file": f"pictures/{found['id']}/{one['attention']}.png"}
-        for one in found["pictures"]
+    images = [
+        one | {"file": f"images/{found['id']}/{one['attention']}.png"} for one in found["images"]
     ]
-    return found | {"pictures": pictures}
+    return found | {"images": images}

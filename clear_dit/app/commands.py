@@ -29,10 +29,10 @@ def serve_app(
             show_envvar=True,
         ),
     ] = None,
-    max_pixels: Annotated[int, typer.Option(help="Of a picture, width times height.")] = 8192**2,
-    queue_size: Annotated[int, typer.Option(help="Pictures that may wait.")] = 16,
-    keep_days: Annotated[float, typer.Option(help="Pictures older than this are removed.")] = 7.0,
-    out: Annotated[Path, typer.Option(help="The folder for pictures; made if missing.")] = Path(
+    max_pixels: Annotated[int, typer.Option(help="Of an image, width times height.")] = 8192**2,
+    queue_size: Annotated[int, typer.Option(help="Images that may wait.")] = 16,
+    keep_days: Annotated[float, typer.Option(help="Images older than this are removed.")] = 7.0,
+    out: Annotated[Path, typer.Option(help="The folder for images; made if missing.")] = Path(
         "clear-dit-app"
     ),
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,

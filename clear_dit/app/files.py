@@ -1,4 +1,4 @@
-"""What is served from the disk: a visitor's own pictures, tiles and uploads, and the viewer."""
+"""What is served from the disk: a visitor's own images, tiles and uploads, and the viewer."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Which = Literal["clear", "full"]
 def make_router(store: Store) -> APIRouter:
     """The routes.
 
-    GET pictures/JOB: what is known of a job, JSON; pictures/JOB/clear.png or full.png: the file;
-    pictures/JOB/clear/LEVEL/COLUMN_ROW.jpg: its tiles; view/JOB: a page with the zoomable viewer;
-    viewer/FILE: what that page consists of. POST uploads: a picture as the body, of which the
+    GET images/JOB: what is known of a job, JSON; images/JOB/clear.png or full.png: the file;
+    images/JOB/clear/LEVEL/COLUMN_ROW.jpg: its tiles; view/JOB: a page with the zoomable viewer;
+    viewer/FILE: what that page consists of. POST uploads: an image as the body, of which the
     answer tells the name. What is not the visitor's is not there: 404.
     """
     router = APIRouter()
@@ -39,19 +39,19 @@ def make_router(store: Store) -> APIRouter:
             raise HTTPException(404)
         return folder
 
-    @router.get("/pictures/{job}")
+    @router.get("/images/{job}")
     def record(request: Request, job: str) -> Response:
         own_folder(request, job)
         found = store.read(visitor(request.cookies), job)
         return JSONResponse((found or {}) | {"tile": TILE})
 
-    @router.get("/pictures/{job}/{which}.png")
-    def picture(request: Request, job: str, which: Which) -> Response:
+    @router.get("/images/{job}/{which}.png")
+    def image(request: Request, job: str, which: Which) -> Response:
         path = own_folder(request, job) / f"{which}.png"
         name = f"clear-dit-{job[:6]}-{which}.png"
         return _file(path, filename=name)
 
-    @router.get("/pictures/{job}/{which}/{level}/{column}_{row}.jpg")
+    @router.get("/images/{job}/{which}/{level}/{column}_{row}.jpg")
     def tile(
         request: Request, job: str, which: Which, level: int, column: int, row: int
     ) -> Response:
@@ -101,7 +101,6 @@ async def _receive(request: Request, path: Path) -> None:
             size += len(block)
             if size > MAX_UPLOAD_BYTES:
                 raise RequestError(
-                    f"The picture has more than {MAX_UPLOAD_BYTES // 2**20} MiB; take a smaller "
-                    "one."
+                    f"The image has more than {MAX_UPLOAD_BYTES // 2**20} MiB; take a smaller one."
                 )
             file.write(block)

@@ -1,4 +1,4 @@
-"""Jobs: what visitors asked for, and the one thread that paints one after the other."""
+"""Jobs: what visitors asked for, and the one thread that generates one after the other."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 from ..errors import RequestError, first_line
 from ..generation.request import GenerateRequest
-from ..generation.runner import Painter, Step, Stopped
+from ..generation.runner import PipelineRunner, Step, Stopped
 from .preview import Previewer
 from .settings import MAX_JOBS_OF_VISITOR, Settings
 from .store import Store, new_name
 from .tiles import write_tiles
 from .work import StageWork, WorkPlanner
 
-# How often pictures that are too old are looked for, in seconds.
+# How often images that are too old are looked for, in seconds.
 SWEEP_EVERY = 3600.0
 
 logger = logging.getLogger(__name__)
@@ -28,23 +28,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Job:
-    """One or two pictures for a visitor: waiting, running, and then done, cancelled or failed.
+    """One or two images for a visitor: waiting, running, and then done, cancelled or failed.
 
     Attributes:
         id: random, known to its visitor only.
         visitor: the name of the visitor's folder.
-        requests: to paint one after the other, of the same model.
-        folder: for the pictures.
-        image_name: what the visitor calls the picture to enlarge.
-        image_size: of that picture, height and width in pixels.
+        requests: to generate one after the other, of the same model.
+        folder: for the images.
+        image_name: what the visitor calls the image to enlarge.
+        image_size: of that image, height and width in pixels.
         created: seconds since 1970.
         state: "waiting", "running", "done", "cancelled" or "failed".
         phase: what is being done, in words.
         plan: of each request; empty until the pipeline is loaded.
         flops_done: of the steps that are finished.
-        preview: a data URL of the picture as it is expected, or None.
+        preview: a data URL of the image as it is expected, or None.
         error: why it failed, for the visitor.
-        pictures: what is known of those finished.
+        images: what is known of those finished.
     """
 
     id: str
@@ -61,12 +61,12 @@ class Job:
     started: float | None = None
     preview: str | None = None
     error: str | None = None
-    pictures: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
     def flops(self) -> float:
-        """Of all its pictures; 0 until the plan is known."""
+        """Of all its images; 0 until the plan is known."""
         return sum(stage.flops for stages in self.plan for stage in stages)
 
     def record(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Job:
             "seed": first.seed,
             "image": self.image_name,
             "attention": [request.attention for request in self.requests],
-            "pictures": self.pictures,
+            "images": self.images,
         }
 
 
@@ -100,27 +100,27 @@ class Jobs:
 
     Args:
         settings: of the server.
-        store: where pictures go.
-        make_painter: see `Painter`.
+        store: where images go.
+        make_runner: see `PipelineRunner`.
     """
 
     def __init__(
         self,
         settings: Settings,
         store: Store,
-        make_painter: Callable[[str, str, str], Painter] = Painter,
+        make_runner: Callable[[str, str, str], PipelineRunner] = PipelineRunner,
     ) -> None:
-        self._settings, self._store, self._make_painter = settings, store, make_painter
+        self._settings, self._store, self._make_runner = settings, store, make_runner
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
         self._running: Job | None = None
         self._stopping = False
-        self._painter: Painter | None = None
-        self._painter_for: tuple[str, str, str] | None = None
+        self._runner: PipelineRunner | None = None
+        self._runner_for: tuple[str, str, str] | None = None
         self._planners: dict[str, WorkPlanner] = {}
         # Of the jobs so far: for an estimate of those that wait.
         self._seconds_per_flop: float | None = None
-        self._thread = threading.Thread(target=self._work, name="painter", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
 
     def start(self, model: str, dtype: str, device: str) -> None:
         """Load a model, and begin to work.
@@ -155,11 +155,11 @@ class Jobs:
             visitor: the name of the visitor's folder.
             requests: of one model.
             image: what they enlarge, already theirs; the job keeps a link of its own.
-            image_name, image_size: of that picture.
+            image_name, image_size: of that image.
 
         Raises:
             RequestError: the queue is full, or has enough of this visitor; or the request cannot
-                be painted.
+                be generated.
             OSError: the disk is full.
         """
         planner = self._planners.get(requests[0].model)
@@ -170,7 +170,7 @@ class Jobs:
             theirs = [job for job in self._active() if job.visitor == visitor]
             if len(theirs) >= MAX_JOBS_OF_VISITOR:
                 raise RequestError(
-                    f"You have {len(theirs)} pictures in the queue, which is as many as one "
+                    f"You have {len(theirs)} images in the queue, which is as many as one "
                     "visitor may have; wait for one or cancel it."
                 )
             if len(self._waiting) >= self._settings.queue_size:
@@ -272,12 +272,12 @@ class Jobs:
         try:
             self._store.remove_older(self._settings.keep_days)
         except OSError:
-            logger.exception("old pictures could not be removed")
+            logger.exception("old images could not be removed")
 
     def _run(self, job: Job) -> tuple[str, str | None]:
-        """Paint a job, whatever happens; its state then, and why it failed."""
+        """Generate a job, whatever happens; its state then, and why it failed."""
         try:
-            self._paint(job)
+            self._generate(job)
             return "done", None
         except Stopped:
             return "cancelled", None
@@ -287,31 +287,35 @@ class Jobs:
         except OSError as problem:
             # Not what it says itself: paths of this machine.
             reason = os.strerror(problem.errno) if problem.errno else "disk"
-            error = f"The picture could not be written ({reason})."
+            error = f"The image could not be written ({reason})."
             logger.exception("job %s failed", job.id)
         except Exception:
             error = "Something went wrong on the server, which has written it down."
             logger.exception("job %s failed", job.id)
         return "failed", error
 
-    def _paint(self, job: Job) -> None:
+    def _generate(self, job: Job) -> None:
         first = job.requests[0]
         if job.cancelled.is_set():
             raise Stopped
-        painter = self._load(first.model, first.dtype, first.device)
+        runner = self._load(first.model, first.dtype, first.device)
         if not job.plan:
             job.plan = _plan(self._planners[first.model], job.requests, job.image_size)
         job.started = time.monotonic()
         for request, stages in zip(job.requests, job.plan, strict=True):
-            self._paint_one(job, painter, request, stages)
+            self._generate_one(job, runner, request, stages)
         taken = (time.monotonic() - job.started) / job.flops
         before = self._seconds_per_flop
         self._seconds_per_flop = taken if before is None else 0.5 * (before + taken)
 
-    def _paint_one(
-        self, job: Job, painter: Painter, request: GenerateRequest, stages: tuple[StageWork, ...]
+    def _generate_one(
+        self,
+        job: Job,
+        runner: PipelineRunner,
+        request: GenerateRequest,
+        stages: tuple[StageWork, ...],
     ) -> None:
-        previewer = Previewer(painter.pipe)
+        previewer = Previewer(runner.pipe)
         which = f"{request.attention} attention, " if len(job.requests) > 1 else ""
         before = job.flops_done
         job.phase = f"{which}reading the prompt"
@@ -324,19 +328,19 @@ class Jobs:
             job.phase = f"{which}{stage}{size}, step {step.step} of {step.steps}"
             job.preview = previewer.after(step) or job.preview
             if (step.stage, step.step) == (step.stages, step.steps):
-                job.phase = f"{which}writing the picture"
+                job.phase = f"{which}writing the image"
 
         out = job.folder / f"{request.attention}.png"
         notes = {"image": job.image_name}
         stop = job.cancelled.is_set
-        result = painter.paint(request, out, on_step=on_step, should_stop=stop, notes=notes)
+        result = runner.generate(request, out, on_step=on_step, should_stop=stop, notes=notes)
         if stop():
             raise Stopped
         job.phase = f"{which}cutting tiles"
         top = write_tiles(out, job.folder / f"{request.attention}_files")
         told = ("height", "width", "impl", "weights", "seconds", "peak_memory_mb")
         job.flops_done = before + sum(stage.flops for stage in stages)
-        job.pictures.append(
+        job.images.append(
             {name: result[name] for name in told}
             | {
                 "attention": request.attention,
@@ -347,28 +351,28 @@ class Jobs:
         )
 
     def _end(self, job: Job, state: str, error: str | None) -> None:
-        """Keep an ended job's record, and none of its pictures unless it is done."""
+        """Keep an ended job's record, and none of its images unless it is done."""
         job.state, job.error, job.preview = state, error, None
         try:
             if state != "done":
-                self._store.remove_pictures(job.visitor, job.id)
+                self._store.remove_images(job.visitor, job.id)
             self._store.write(job.visitor, job.record())
         except OSError:
             logger.exception("the end of job %s could not be written", job.id)
             if state == "done":
-                job.pictures = []
-                self._end(job, "failed", "The picture could not be written; the disk is full.")
+                job.images = []
+                self._end(job, "failed", "The image could not be written; the disk is full.")
 
-    def _load(self, model: str, dtype: str, device: str) -> Painter:
-        """The painter of a model; another one is freed first."""
+    def _load(self, model: str, dtype: str, device: str) -> PipelineRunner:
+        """The runner of a model; another one is freed first."""
         wanted = (model, dtype, device)
-        if self._painter is None or self._painter_for != wanted:
-            self._painter = self._painter_for = None
-            self._painter = self._make_painter(*wanted)
-            self._painter_for = wanted
+        if self._runner is None or self._runner_for != wanted:
+            self._runner = self._runner_for = None
+            self._runner = self._make_runner(*wanted)
+            self._runner_for = wanted
         if model not in self._planners:
-            self._planners[model] = WorkPlanner(self._painter.pipe)
-        return self._painter
+            self._planners[model] = WorkPlanner(self._runner.pipe)
+        return self._runner
 
 
 def _plan(

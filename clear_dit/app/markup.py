@@ -11,14 +11,14 @@ NAMES = {"clear": "CLEAR", "full": "Full attention"}
 
 
 def status(job: Status | None) -> str:
-    """The line above the picture: place and time left, progress, or how it ended."""
+    """The line above the image: place and time left, progress, or how it ended."""
     if job is None:
         return ""
     if job["state"] == "waiting":
         text = f"<b>Waiting</b> Place {job['place']} of {job['waiting']}{_left(job)}"
         return _box("waiting", text, 0.0)
     if job["state"] == "running":
-        text = f"<b>Painting</b> {escape(job['phase'])}{_left(job)}"
+        text = f"<b>Generating</b> {escape(job['phase'])}{_left(job)}"
         return _box("running", text, job["fraction"])
     if job["state"] == "cancelled":
         return _box("cancelled", "<b>Cancelled</b> Nothing was kept.")
@@ -27,8 +27,8 @@ def status(job: Status | None) -> str:
     return _box("done", _summary(job))
 
 
-def picture(job: Status | None, base: str = "") -> str:
-    """The picture's place: the viewer, a preview, or what there will be.
+def view(job: Status | None, base: str = "") -> str:
+    """The image's place: the viewer, a preview, or what there will be.
 
     Args:
         job: see `Jobs.status`.
@@ -36,7 +36,7 @@ def picture(job: Status | None, base: str = "") -> str:
     """
     if job is not None and job["state"] == "done":
         return (
-            f'<iframe class="viewer" src="{base}view/{job["id"]}" title="Zoomable picture" '
+            f'<iframe class="viewer" src="{base}view/{job["id"]}" title="Zoomable image" '
             'allow="fullscreen"></iframe>'
         )
     if job is not None and job.get("preview"):
@@ -46,27 +46,27 @@ def picture(job: Status | None, base: str = "") -> str:
             f'style="aspect-ratio: {ratio}"></div>'
         )
     active = job is not None and job["state"] in ("waiting", "running")
-    words = "A preview appears here" if active else "Your picture appears here"
+    words = "A preview appears here" if active else "Your image appears here"
     return f'<div class="place empty"><span>{words}</span></div>'
 
 
 def history(jobs: Sequence[Status], active: Sequence[Status] = (), base: str = "") -> str:
-    """Small pictures of a visitor's jobs, those that wait and run first; a click opens one."""
+    """Small images of a visitor's jobs, those that wait and run first; a click opens one."""
     cards = [
         f'<button class="card pending" data-job="{job["id"]}" title="{_title(job)}">'
-        f"<span>{'Painting' if job['state'] == 'running' else 'Waiting'}</span>"
+        f"<span>{'Generating' if job['state'] == 'running' else 'Waiting'}</span>"
         f"<small>{_size(job)}</small></button>"
         for job in active
     ]
     cards += [
         f'<button class="card" data-job="{job["id"]}" title="{_title(job)}">'
-        f'<img loading="lazy" alt="{_title(job)}" src="{base}pictures/{job["id"]}/'
-        f'{job["pictures"][0]["attention"]}/{min(8, job["pictures"][0]["levels"] - 1)}/0_0.jpg">'
-        f"<small>{_size(job)}{' · 2' if len(job['pictures']) > 1 else ''}</small></button>"
+        f'<img loading="lazy" alt="{_title(job)}" src="{base}images/{job["id"]}/'
+        f'{job["images"][0]["attention"]}/{min(8, job["images"][0]["levels"] - 1)}/0_0.jpg">'
+        f"<small>{_size(job)}{' · 2' if len(job['images']) > 1 else ''}</small></button>"
         for job in jobs
     ]
     if not cards:
-        return '<p class="none">Nothing yet. Pictures you generate are kept here.</p>'
+        return '<p class="none">Nothing yet. Images you generate are kept here.</p>'
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -96,24 +96,24 @@ def duration(seconds: float) -> str:
 
 
 def _summary(job: Status) -> str:
-    """A row for each picture: attention, seconds, FLOPs, and the file."""
+    """A row for each image: attention, seconds, FLOPs, and the file."""
     rows = []
-    for one in job["pictures"]:
+    for one in job["images"]:
         name = NAMES[one["attention"]]
         how = ""
         if one["attention"] == "clear":
             pooled = f", pooled by {job['down_factor']}" if job["down_factor"] > 1 else ""
             how = f" radius {job['radius']}{pooled}"
-        file = f"pictures/{job['id']}/{one['attention']}.png"
+        file = f"images/{job['id']}/{one['attention']}.png"
         rows.append(
             f"<tr><td><b>{name}</b>{how}</td><td>{one['seconds']['total']:.1f} s</td>"
             f"<td>{flops(one['flops'])}</td>"
             f'<td><a href="{file}" download>PNG, {megabytes(one["bytes"])}</a></td></tr>'
         )
     gain = ""
-    if len(job["pictures"]) == 2:
-        clear, full = (one["seconds"]["denoise"] for one in job["pictures"])
-        less = job["pictures"][1]["flops"] / job["pictures"][0]["flops"]
+    if len(job["images"]) == 2:
+        clear, full = (one["seconds"]["denoise"] for one in job["images"])
+        less = job["images"][1]["flops"] / job["images"][0]["flops"]
         gain = (
             f'<p class="gain">Denoising with CLEAR took {clear:.1f} s, with full attention '
             f"{full:.1f} s ({full / max(clear, 1e-3):.1f}×), for {less:.1f}× fewer FLOPs.</p>"

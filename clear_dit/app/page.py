@@ -25,7 +25,7 @@ EXAMPLES = (
 )
 UPLOAD = """<label class="upload">
 <input type="file" accept="image/png,image/jpeg,image/webp" hidden>
-<span class="name">${name || "Choose a picture to enlarge (optional)"}
+<span class="name">${name || "Choose an image to enlarge (optional)"}
 <span class="problem">${problem}</span></span>
 ${value ? '<button class="remove" type="button">Remove</button>' : ""}</label>"""
 OPEN_CARD = """element.addEventListener("click", (event) => {
@@ -43,7 +43,7 @@ def make_page(actions: Actions) -> gr.Blocks:
         # First: Gradio numbers the names of later functions that are called the same.
         add_api(actions)
         gr.HTML(
-            "<h1>clear-dit</h1><p>Pictures of any size from FLUX, in time linear in their pixels."
+            "<h1>clear-dit</h1><p>Images of any size from FLUX, in time linear in their pixels."
             "</p>",
             elem_id="head",
         )
@@ -52,7 +52,7 @@ def make_page(actions: Actions) -> gr.Blocks:
             with gr.Column(elem_id="entry"):
                 prompt = gr.Textbox(
                     label="Prompt",
-                    placeholder="What to paint",
+                    placeholder="What to generate",
                     lines=3,
                     max_length=MAX_PROMPT,
                     elem_id="prompt",
@@ -61,9 +61,9 @@ def make_page(actions: Actions) -> gr.Blocks:
                 cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
             with gr.Column(elem_id="result"):
                 status = gr.HTML("", elem_id="status")
-                picture = gr.HTML(markup.picture(None), elem_id="picture")
+                view = gr.HTML(markup.view(None), elem_id="view")
                 with gr.Column(elem_id="history"):
-                    gr.HTML("<h3>Your pictures</h3>")
+                    gr.HTML("<h3>Your images</h3>")
                     cards = gr.HTML("", js_on_load=OPEN_CARD, elem_id="cards")
             with gr.Column(elem_id="settings"):
                 with gr.Row():
@@ -128,22 +128,22 @@ def make_page(actions: Actions) -> gr.Blocks:
         entered = [
             *(prompt, width, height, attention, radius, variant, steps, guidance, seed, model)
         ]
-        shown = [status, picture, cards, generate, cancel]
+        shown = [status, view, cards, generate, cancel]
 
         def show(who: str, found: markup.Status, before: markup.Status | None) -> list[Any]:
             """Values of `shown`; what is as it was before is not sent again."""
             known = before if before is not None and before.get("id") == found.get("id") else None
             same_state = known is not None and found.get("state") == known.get("state")
-            same_picture = same_state and found.get("preview") == (known or {}).get("preview")
-            painting = bool(found) and found["state"] not in ENDED
+            same_view = same_state and found.get("preview") == (known or {}).get("preview")
+            generating = bool(found) and found["state"] not in ENDED
             return [
                 markup.status(found or None),
-                gr.skip() if same_picture else markup.picture(found or None),
+                gr.skip() if same_view else markup.view(found or None),
                 gr.skip()
                 if same_state
                 else markup.history(actions.store.history(who), actions.jobs.active(who)),
-                gr.update(visible=not painting),
-                gr.update(visible=painting),
+                gr.update(visible=not generating),
+                gr.update(visible=generating),
             ]
 
         def submit(request: gr.Request, *values: Any) -> str:
@@ -174,7 +174,7 @@ def make_page(actions: Actions) -> gr.Blocks:
         def open_card(event: gr.EventData, request: gr.Request) -> str:
             name = str(event._data.get("job", ""))
             if actions.jobs.status(who_asks(request), name) is None:
-                raise refusal("There is no such picture of yours; it may have been removed.")
+                raise refusal("There is no such image of yours; it may have been removed.")
             return name
 
         def resize(side: int, shape: str) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""A small picture of what is being painted, from the latents of a step."""
+"""A small image of what is being generated, from the latents of a step."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.nn.functional import interpolate
 if TYPE_CHECKING:
     from ..generation.runner import Step
 
-# The longer side, in latent pixels; 8 times as many of the picture's.
+# The longer side, in latent pixels; 8 times as many of the image's.
 MAX_SIDE = 48
 # Previews may take one in so many seconds.
 SHARE = 10.0
 
 
 class Previewer:
-    """Previews of one picture, as the model expects it to become.
+    """Previews of one image, as the model expects it to become.
 
     With the noise levels s and s' of two steps and their latents x and x', the flow points to
     x - s (x - x') / (s - s'): the sample a straight path ends at (arXiv 2209.03003).
 
     Args:
-        pipe: that paints it; used in the painting thread, between two steps.
+        pipe: that generates it; used in the generating thread, between two steps.
     """
 
     def __init__(self, pipe: Any) -> None:

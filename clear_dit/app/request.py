@@ -28,9 +28,9 @@ class Entry:
     """What a visitor entered, nothing of it checked.
 
     Attributes:
-        prompt: what to paint.
+        prompt: what to generate.
         width, height: in pixels.
-        attention: "clear", "full" or "both", which paints the picture twice.
+        attention: "clear", "full" or "both", which generates the image twice.
         radius: of the window, in tokens.
         down_factor: side of a pooling cell, in tokens; 1 for none.
         steps, guidance, seed, model: see `GenerateRequest`.
@@ -56,7 +56,7 @@ def make_requests(
     Args:
         entry: what was entered.
         settings: of the server.
-        image: the file of a picture to enlarge; it has been checked.
+        image: the file of an image to enlarge; it has been checked.
 
     Raises:
         RequestError: the first thing that is wrong or out of bounds, in words for the visitor.
@@ -74,13 +74,13 @@ def make_requests(
     width, height = _side("Width", entry.width), _side("Height", entry.height)
     if width * height > settings.max_pixels:
         raise RequestError(
-            f"{width} × {height} px are {width * height:,} pixels; this server paints at most "
+            f"{width} × {height} px are {width * height:,} pixels; this server generates at most "
             f"{settings.max_pixels:,}."
         )
     if entry.attention != "clear" and width * height > MAX_FULL_PIXELS:
         raise RequestError(
             f"Full attention is offered up to {MAX_FULL_PIXELS:,} pixels (its time grows with "
-            f"their square), got {width * height:,}; choose CLEAR or a smaller picture."
+            f"their square), got {width * height:,}; choose CLEAR or a smaller image."
         )
     try:
         request = make_request(

@@ -76,7 +76,7 @@ def serve(settings: Settings) -> None:
     if not settings.local and not settings.auth:
         logger.warning(
             "%s can be reached from other machines, and there is no --auth: everybody who reaches "
-            "it may paint",
+            "it may generate",
             settings.host,
         )
     with own_folder(settings.out):

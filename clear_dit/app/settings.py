@@ -16,7 +16,7 @@ MAX_STEPS = 100
 MAX_FULL_PIXELS = 4096 * 4096
 # Jobs of one visitor that wait or run.
 MAX_JOBS_OF_VISITOR = 3
-# Of an uploaded picture.
+# Of an uploaded image.
 MAX_UPLOAD_BYTES = 64 * 2**20
 MAX_UPLOAD_PIXELS = 64_000_000
 
@@ -27,12 +27,12 @@ class Settings:
 
     Attributes:
         models: see `GenerateRequest.model`; the first is loaded at once, others when asked for.
-        out: the folder for pictures; nothing outside of it is served.
+        out: the folder for images; nothing outside of it is served.
         host, port: to listen on.
         auth: pairs of name and password; none to let everybody in who reaches the port.
-        max_pixels: of a picture.
+        max_pixels: of an image.
         queue_size: jobs that may wait besides the one that runs.
-        keep_days: pictures older than this are removed.
+        keep_days: images older than this are removed.
         dtype, device: see `GenerateRequest`; None for the best.
 
     Raises:

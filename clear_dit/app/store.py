@@ -1,4 +1,4 @@
-"""Pictures and what is known of them, on the disk: a folder for each visitor, one in it per job.
+"""Images and what is known of them, on the disk: a folder for each visitor, one in it per job.
 
     visitors/SHA-256 OF THE VISITOR'S SECRET/JOB/job.json, clear.png, clear_files/LEVEL/X_Y.jpg
     visitors/SHA-256 OF THE VISITOR'S SECRET/uploads/UPLOAD.png
@@ -92,7 +92,7 @@ class Store:
         done = [record for record in records if record and record["state"] == "done"]
         return sorted(done, key=lambda record: -record["created"])[:MAX_HISTORY]
 
-    def remove_pictures(self, visitor: str, job: str) -> None:
+    def remove_images(self, visitor: str, job: str) -> None:
         """Remove what a job left that did not come to its end; its record stays."""
         folder = self.folder(visitor, job)
         for path in () if folder is None else list(folder.iterdir()):
@@ -107,7 +107,7 @@ class Store:
                 if record is None:
                     shutil.rmtree(folder)
                 elif record["state"] not in ENDED:
-                    self.remove_pictures(visitor.name, folder.name)
+                    self.remove_images(visitor.name, folder.name)
                     error = "The server was stopped before it was finished. Generate it again."
                     self.write(visitor.name, record | {"state": "failed", "error": error})
 

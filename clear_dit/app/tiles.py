@@ -1,7 +1,7 @@
-"""A pyramid of tiles for a zoomable viewer, made from a picture strip by strip.
+"""A pyramid of tiles for a zoomable viewer, made from an image strip by strip.
 
 Deep Zoom's layout (https://openseadragon.github.io/examples/tilesource-dzi/): level n is the
-picture halved so often that it has at most 2^n pixels a side, cut into squares without overlap,
+image halved so often that it has at most 2^n pixels a side, cut into squares without overlap,
 LEVEL/COLUMN_ROW.jpg.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import png
 from PIL import Image
 
-# Side of a tile, in pixels, and the level whose one tile is the whole picture, no larger.
+# Side of a tile, in pixels, and the level whose one tile is the whole image, no larger.
 TILE = 512
 THUMBNAIL_LEVEL = 9
 _QUALITY = 90
@@ -27,14 +27,14 @@ _UP_FILTER = 2
 def write_tiles(path: Path, folder: Path) -> int:
     """Cut a PNG of `save_rows` into tiles.
 
-    Holds some strips of at most `TILE` rows and 4 MiB besides, however large the picture is.
+    Holds some strips of at most `TILE` rows and 4 MiB besides, however large the image is.
 
     Args:
         path: of the PNG.
         folder: to be made.
 
     Returns:
-        The highest level: that of the whole picture's pixels.
+        The highest level: that of the whole image's pixels.
 
     Raises:
         ValueError: another kind of PNG.
@@ -114,7 +114,7 @@ class _Level:
                 self.below.add(_halved(rows[:even]))
 
     def end(self) -> None:
-        """Write what is left: the picture ends here."""
+        """Write what is left: the image ends here."""
         strip = np.concatenate(self.waiting)
         if len(strip):
             self._write(strip)

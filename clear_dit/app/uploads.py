@@ -1,4 +1,4 @@
-"""Uploaded pictures: bounded by what their header says, then kept as plain RGB."""
+"""Uploaded images: bounded by what their header says, then kept as plain RGB."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def keep_upload(path: Path) -> tuple[int, int]:
         with warnings.catch_warnings():
             # Of Pillow's own limit, which is higher than this one.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                width, height = image.size
+            with Image.open(path, formats=FORMATS) as opened:
+                width, height = opened.size
                 if width * height > MAX_UPLOAD_PIXELS:
                     raise RequestError(
-                        f"The picture has {width} × {height} pixels; at most "
+                        f"The image has {width} × {height} pixels; at most "
                         f"{MAX_UPLOAD_PIXELS // 10**6} million are read."
                     )
-                picture = ImageOps.exif_transpose(image)
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        picture = picture.convert("RGB")
+                image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise RequestError("The picture has too many pixels.") from error
+        raise RequestError("The image has too many pixels.") from error
     except RequestError:
         raise
     except (OSError, SyntaxError, ValueError) as error:
         raise RequestError(
-            "This is not a picture that can be read; take a PNG, JPEG or WebP."
+            "This is not an image that can be read; take a PNG, JPEG or WebP."
         ) from error
     with whole_file(path) as file:
-        picture.save(file, "PNG", compress_level=1)
-    return picture.size
+        image.save(file, "PNG", compress_level=1)
+    return image.size

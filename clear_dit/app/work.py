@@ -1,4 +1,4 @@
-"""How much work a picture is: floating-point operations, stage by stage."""
+"""How much work an image is: floating-point operations, stage by stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageWork:
-    """A stage of a picture.
+    """A stage of an image.
 
     Attributes:
         height, width: in pixels.
@@ -35,7 +35,7 @@ class StageWork:
 
 
 class WorkPlanner:
-    """Plans for the pictures of one pipeline, of which it reads settings only: from any thread.
+    """Plans for the images of one pipeline, of which it reads settings only: from any thread.
 
     Args:
         pipe: a `CLEARFluxPipeline`.
@@ -56,7 +56,7 @@ class WorkPlanner:
 
         Args:
             request: for this pipeline.
-            image_size: height and width in pixels of the picture it enlarges.
+            image_size: height and width in pixels of the image it enlarges.
 
         Raises:
             ValueError: the pipeline would refuse it.

@@ -1,10 +1,10 @@
-"""Where the picture is in a sequence of tokens: text, rows and columns, reference images.
+"""Where the image is in a sequence of tokens: text, rows and columns, reference images.
 
 diffusers gives an attention processor neither. Both follow from what it does give: the position ids
 that enter the transformer, or the rotary table made from them. Either way a token is a row of
-numbers, and a picture is a raster: the numbers that belong to the column repeat in every row of
+numbers, and an image is a raster: the numbers that belong to the column repeat in every row of
 tokens, the others are the same along it, and both advance evenly. All of that is checked; whatever
-is not such a raster is refused. Reference images (FLUX.1-Kontext) follow the picture and differ
+is not such a raster is refused. Reference images (FLUX.1-Kontext) follow the image and differ
 from it in the first number, the group.
 """
 
@@ -27,17 +27,17 @@ def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
             is taken, as diffusers does.
         img_ids: (image, 3): group, row and column of every image token, in any dtype; FLUX.2's have
             a fourth number, always 0. Ids rounded to bfloat16, which merges neighbours above 256,
-            are recognised. Tokens of other groups behind the picture are those of reference images,
+            are recognised. Tokens of other groups behind the image are those of reference images,
             of any number and size.
 
     Raises:
-        ValueError: the picture's ids are not one raster.
+        ValueError: the image's ids are not one raster.
     """
     txt_ids = txt_ids[0] if txt_ids.ndim == 3 else txt_ids
     img_ids = img_ids[0] if img_ids.ndim == 3 else img_ids
-    picture = _picture_length(img_ids[:, 0])
-    grid = find_grid(img_ids[:picture].float())
-    return Layout(len(txt_ids), *grid, reference_length=len(img_ids) - picture)
+    image_length = _image_length(img_ids[:, 0])
+    grid = find_grid(img_ids[:image_length].float())
+    return Layout(len(txt_ids), *grid, reference_length=len(img_ids) - image_length)
 
 
 def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
@@ -76,23 +76,23 @@ def layout_from_rotary(
         cos, sin: (text + image, channels), text first, every angle in two neighbouring channels,
             the group's first.
         text_length: number of text tokens, where it is known. Otherwise it is inferred: text tokens
-            all have one position, and the picture's first token may have the same one.
+            all have one position, and the image's first token may have the same one.
         local_references: whether the layout shall have the grids of reference images.
 
     Raises:
-        ValueError: the picture's tokens are not one raster, or the text length is ambiguous; see
+        ValueError: the image's tokens are not one raster, or the text length is ambiguous; see
             also `reference_grids`.
     """
     angles = torch.atan2(sin[:, ::2].float(), cos[:, ::2].float())
     before = text_length or 0
-    first_group = before + _picture_length(angles[before:, 0])
+    first_group = before + _image_length(angles[before:, 0])
     layout = _layout_from_angles(angles[:first_group], text_length)
     references = len(angles) - first_group
     if references and layout.rows == 1:
         # What is taken for the group could as well be the row, in a table without groups.
         raise ValueError(
             f"CLEAR: cannot tell {references} tokens of reference images from further rows of a "
-            f"picture of {layout.columns} columns. Use apply_clear, which reads the position ids."
+            f"image of {layout.columns} columns. Use apply_clear, which reads the position ids."
         )
     layout = layout._replace(reference_length=references)
     if local_references:
@@ -102,7 +102,7 @@ def layout_from_rotary(
 
 
 def _layout_from_angles(angles: torch.Tensor, text_length: int | None) -> Layout:
-    """`layout_from_rotary` without reference images; angles: (text + picture, channels / 2)."""
+    """`layout_from_rotary` without reference images; angles: (text + image, channels / 2)."""
     if text_length is not None:
         return Layout(text_length, *find_grid(angles[text_length:], period=2 * math.pi))
     alike = (angles == angles[0]).all(dim=1)
@@ -117,7 +117,7 @@ def _layout_from_angles(angles: torch.Tensor, text_length: int | None) -> Layout
         raise ValueError(reason)
     if len(found) == 2 or (leading == len(angles) > 1):
         raise ValueError(
-            f"CLEAR: cannot tell text from picture in {len(angles)} tokens ({leading} leading "
+            f"CLEAR: cannot tell text from image in {len(angles)} tokens ({leading} leading "
             f"tokens have the same position). {REMEDY}"
         )
     return found[0]
@@ -155,13 +155,13 @@ def reference_grids(
     return tuple(grids)
 
 
-def _picture_length(group: torch.Tensor) -> int:
+def _image_length(group: torch.Tensor) -> int:
     """Number of leading tokens in the first token's group; behind them it must not come again."""
     other = group != group[:1]
     length = int(other.int().argmax()) if other.any() else len(other)
     if not other[length:].all():
         raise ValueError(
-            "CLEAR: the tokens of the picture do not come first, those of reference images after "
+            "CLEAR: the tokens of the image do not come first, those of reference images after "
             "them, as in FLUX.1-Kontext."
         )
     return length
@@ -197,7 +197,7 @@ def find_grid(positions: torch.Tensor, period: float | None = None) -> tuple[int
         ):
             return tokens // columns, columns
     raise ValueError(
-        f"CLEAR: the positions of the {tokens} image tokens are not those of one picture in raster "
+        f"CLEAR: the positions of the {tokens} image tokens are not those of one image in raster "
         f"order (reference images must differ in the first id, as in FLUX.1-Kontext). {REMEDY}"
     )
 

@@ -1,7 +1,7 @@
 """How a sequence of tokens is made up, and the order local attention takes it in.
 
-Local attention wants first what everyone sees, then the picture. A family whose layers put the
-picture first, or other pictures behind it, says so here; nothing else depends on the order.
+Local attention wants first what everyone sees, then the image. A family whose layers put the
+image first, or other images behind it, says so here; nothing else depends on the order.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ..kernels.window import Window
 
 
 class Layout(NamedTuple):
-    """How a sequence is made up, in tokens: text, the picture in raster order, reference images.
+    """How a sequence is made up, in tokens: text, the image in raster order, reference images.
 
     Attributes:
         text_length: tokens of the prompt.
-        rows, columns: of the picture.
-        reference_length: tokens of other pictures (and of padding behind the picture), which stand
-            right behind the picture. They are treated as text is.
-        image_first: whether a layer with one sequence has picture and references before the text.
+        rows, columns: of the image.
+        reference_length: tokens of other images (and of padding behind the image), which stand
+            right behind the image. They are treated as text is.
+        image_first: whether a layer with one sequence has image and references before the text.
             Layers that get image and text apart are the same either way.
         local_references: (rows, columns) of every reference image, where they are local within
             themselves; else empty.
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 
     @property
     def image_length(self) -> int:
-        """Number of the picture's tokens."""
+        """Number of the image's tokens."""
         return self.rows * self.columns
 
     @property
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 
         They are treated as text is: seen by every query, and seeing everything, but maybe (see
         `local_references`) of themselves only the disc. An edit may move things further than the
-        disc reaches; and they do not grow with the picture.
+        disc reaches; and they do not grow with the image.
         """
         text = self.text_length + self.reference_length
         return Window(
@@ -71,15 +71,15 @@ class Layout(NamedTuple):
     def to_local(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, sequence, ...) in a layer's order as local attention takes it.
 
-        That is text, references, picture. The tensor itself where that is the layer's order.
+        That is text, references, image. The tensor itself where that is the layer's order.
         """
-        picture, end = self.image_length, self.image_length + self.reference_length
+        length, end = self.image_length, self.image_length + self.reference_length
         if self.image_first and self.text_length:
-            parts = tokens[:, end:], tokens[:, picture:end], tokens[:, :picture]
+            parts = tokens[:, end:], tokens[:, length:end], tokens[:, :length]
         elif self.reference_length:
             start = self.text_length
             text, image = tokens[:, :start], tokens[:, start:]
-            parts = text, image[:, picture:], image[:, :picture]
+            parts = text, image[:, length:], image[:, :length]
         else:
             return tokens
         return torch.cat(parts, dim=1)

@@ -46,7 +46,7 @@ class CLEARProcessor(nn.Module):
         radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1.
         down_factor: side of a pooling cell, in tokens; 1 is the variant without pooled keys.
         impl: one of `auto, triton, flex, tiled, reference`; see `local_attention`.
-        grid: (rows, columns) of the picture, in tokens; it is found where None.
+        grid: (rows, columns) of the image, in tokens; it is found where None.
         proportional_base: number of tokens (text + image) the model was trained at, 4608 for FLUX
             at 1024 px. Scores are then scaled by sqrt(log_base(tokens) / head_dim), which keeps
             their entropy at higher resolutions (arXiv 2306.08645); by head_dim^-0.5 where None.
@@ -109,7 +109,7 @@ class CLEARProcessor(nn.Module):
         if grid is not None and references == "local":
             raise ValueError(
                 "CLEARProcessor: references='local' needs the grids of the reference images, which "
-                "are found with the picture's; leave grid out."
+                "are found with the image's; leave grid out."
             )
         self.radius = radius
         self.down_factor = down_factor
@@ -151,7 +151,7 @@ class CLEARProcessor(nn.Module):
         Args:
             attn: the layer; its own projections, norms and output are used.
             hidden_states: (batch, image, channels) in a double block, in a single block
-                (batch, text + image, channels); image is the picture and reference images.
+                (batch, text + image, channels); image is the image and reference images.
             encoder_hidden_states: (batch, text, channels) in a double block, else None.
             attention_mask: must be None: the window is the mask.
             image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each; or (cos, sin,

@@ -37,8 +37,8 @@ class WindowTracker:
     reference only.
 
     Attributes:
-        share: where several processes share the picture of the forward under way, a
-            `pipelines.patch_attention.SharedPicture`; else None.
+        share: where several processes share the image of the forward under way, a
+            `pipelines.patch_attention.SharedImage`; else None.
     """
 
     def __init__(self, radius: int, down_factor: int) -> None:

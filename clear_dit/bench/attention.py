@@ -181,7 +181,7 @@ def _ordered(peer: Peer, tensors: Sequence[torch.Tensor], window: Window) -> lis
 
 
 def _restored(peer: Peer, out: torch.Tensor, window: Window) -> torch.Tensor:
-    """What a peer returns, text first and then the picture in raster order."""
+    """What a peer returns, text first and then the image in raster order."""
     if peer.order is None:
         return out
     return out[:, peer.order(window).argsort().to(out.device)]
@@ -278,7 +278,7 @@ def _masked_attention(
 
 
 def _sampled_queries(window: Window) -> torch.Tensor:
-    """Queries to check: text, the four corners and borders of the picture, and some at random."""
+    """Queries to check: text, the four corners and borders of the image, and some at random."""
     rows, columns, text = window.height, window.width, window.text_length
     generator = torch.Generator().manual_seed(0)
     inside = torch.randint(0, rows * columns, (CHECKED_QUERIES,), generator=generator)
@@ -300,7 +300,7 @@ def sampled_error(
         out: (1, text + image, heads, head_dim), computed from the query, key, value in `tensors`.
         sees: who attends to whom; see `Peer`.
     """
-    # On the device if it knows float64: a picture of 8192 px is too much for a CPU.
+    # On the device if it knows float64: an image of 8192 px is too much for a CPU.
     device = out.device if out.device.type == "cuda" else torch.device("cpu")
     queries = _sampled_queries(window).to(device)
     seen = sees(window, queries)

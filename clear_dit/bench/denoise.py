@@ -85,7 +85,7 @@ def bench_denoise(
 
 
 def step_flops(pipe: Any, rows: int, columns: int, radius: int) -> dict[str, int]:
-    """FLOPs of one forward pass for a picture, with "full" attention and with "clear".
+    """FLOPs of one forward pass for an image, with "full" attention and with "clear".
 
     Args:
         pipe: a FLUX pipeline.

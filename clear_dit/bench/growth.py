@@ -1,4 +1,4 @@
-"""How time and memory of local attention grow with the picture: linearly, or something is wrong."""
+"""How time and memory of local attention grow with the image: linearly, or something is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .timing import table, time_in_turn
 
 
 def bench_growth(problems: Sequence[Problem], impl: str, repeats: int) -> dict[str, Any]:
-    """Check, then time one layer at growing pictures.
+    """Check, then time one layer at growing images.
 
     Args:
         problems: the same layer at two or more sizes, the smallest first.

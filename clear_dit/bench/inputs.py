@@ -19,12 +19,12 @@ from ..plugin import install
 from ..weights.state import ClearState
 from .fake import IMPL, flux_inputs, quiet
 
-# Of Z-Image's pictures and captions.
+# Of Z-Image's images and captions.
 Z_IMAGE_MULTIPLE = 32
 
 
 def apply_announced(model: nn.Module, window: Window) -> None:
-    """CLEAR in every attention layer over the picture, which is told where its tokens are."""
+    """CLEAR in every attention layer over the image, which is told where its tokens are."""
     with quiet():
         install(model, CLEARProcessor(window.radius, window.down_factor, IMPL))
     state = ClearState.on(model)
@@ -35,7 +35,7 @@ def apply_announced(model: nn.Module, window: Window) -> None:
 
 
 def layout_of(model: nn.Module, window: Window) -> Layout:
-    """How the tokens of a picture are laid out in a model's layers."""
+    """How the tokens of an image are laid out in a model's layers."""
     size = window.text_length, window.height, window.width
     name = type(model).__name__
     if name == "ZImageTransformer2DModel":

@@ -1,4 +1,4 @@
-"""A denoising step whose picture ranks share, measured: computing, waiting for others, bytes."""
+"""A denoising step whose image ranks share, measured: computing, waiting for others, bytes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def measure(
     if ranks.is_first:
         expected = step()
         alone = statistics.median(_seconds(step) for _ in range(repeats))
-    ranks.team.gather(None)  # the others wait
+    ranks.process_group.gather(None)  # the others wait
     pipe.enable_patch_parallel(ranks.mesh)
     assert pipe.patch_parallel is not None
     traffic = pipe.patch_parallel.traffic
@@ -75,7 +75,7 @@ def measure(
     traffic.time_waits(device)
     times, waits = [], []
     for _ in range(repeats):
-        ranks.team.gather(None)
+        ranks.process_group.gather(None)
         before = traffic.seconds_waited()
         times.append(_seconds(step))
         waits.append(traffic.seconds_waited() - before)
@@ -88,7 +88,7 @@ def measure(
         "communication_seconds": statistics.median(waits),
         "mb_per_layer": traffic.per_layer() / 1e6,
     }
-    everyone = ranks.team.gather([row, alone, error, _link(ranks)])
+    everyone = ranks.process_group.gather([row, alone, error, _link(ranks)])
     seconds = max(row["seconds"] for row, *_ in everyone)
     alone, error = everyone[0][1], everyone[0][2]
     gbps, latency = (statistics.median(link[n] for *_, link in everyone) for n in (0, 1))

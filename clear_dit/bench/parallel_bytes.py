@@ -1,4 +1,4 @@
-"""Bytes a rank sends in one attention layer, by the way in which ranks share a picture.
+"""Bytes a rank sends in one attention layer, by the way in which ranks share an image.
 
 One forward pass at batch 1, of the rank that sends most. Of a collective, what a rank must send at
 least: in an all-to-all everything but its own part, in an all-reduce 2 (ranks - 1) / ranks of the
@@ -14,10 +14,10 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention layer of a picture.
+    """An attention layer of an image.
 
     Attributes:
-        rows, columns: of the picture, in tokens.
+        rows, columns: of the image, in tokens.
         text_length: text tokens.
         radius: of CLEAR's window, in tokens.
         heads, head_dim: the layer's input has heads * head_dim channels.
@@ -34,7 +34,7 @@ class Layer:
 
     @property
     def tokens(self) -> int:
-        """Of text and picture."""
+        """Of text and image."""
         return self.text_length + self.rows * self.columns
 
     @property

@@ -1,4 +1,4 @@
-"""What sharing a picture among 2 to 64 ranks will take, from rates, by three ways of sharing."""
+"""What sharing an image among 2 to 64 ranks will take, from rates, by three ways of sharing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plan_parallel(model: str, sides: Sequence[int], radius: int, rates: Rates) -
 
     Args:
         model: a name or a folder, see `find_configuration`.
-        sides: of square pictures, in pixels.
+        sides: of square images, in pixels.
         radius: in tokens.
 
     Returns:
@@ -87,7 +87,7 @@ class _Costs:
 
     @classmethod
     def of(cls, config: dict[str, Any], window: Window) -> _Costs:
-        # The matrix products are a line in the number of image tokens: two pictures tell it.
+        # The matrix products are a line in the number of image tokens: two images tell it.
         small, large = (
             count_flops(config, Window(rows, 8, window.text_length, window.radius))
             for rows in (8, 16)

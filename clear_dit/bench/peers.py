@@ -24,7 +24,7 @@ from ..kernels.window import Window
 
 # (window, queries [n]) -> bool [n, text + image + pooled], on the device of `queries`.
 Sees = Callable[[Window, torch.Tensor], torch.Tensor]
-# Of `flex-tiled`, in tokens: FlexAttention's block of 128 as a piece of the picture.
+# Of `flex-tiled`, in tokens: FlexAttention's block of 128 as a piece of the image.
 TILE_ROWS, TILE_COLUMNS = 8, 16
 
 
@@ -39,7 +39,7 @@ class Peer:
         executed_pairs: (query, window) -> (query, key) pairs computed for a head, masked ones
             included.
         order: window -> the tokens in the order `run` takes them, int64 (text + image); None for
-            text first, then the picture in raster order.
+            text first, then the image in raster order.
     """
 
     why_not: Callable[[torch.Tensor, Window, bool], str | None]

@@ -95,7 +95,7 @@ def plan(
 def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     """FLOPs of a forward pass, full and local.
 
-    Attention over text alone, as some families have it beside that over the picture, is the same in
+    Attention over text alone, as some families have it beside that over the image, is the same in
     both.
 
     Raises:
@@ -203,7 +203,7 @@ Peak memory with CLEAR, {OFFLOAD_WORDS[result["offload"]]}:
 Tensors only: on a GPU the workspace of convolutions, products and attention, fragments and
 PyTorch's own few hundred MiB come on top. Denoising: {chunks}, QK-norm and
 RoPE {fused}. Decoding: the stock autoencoder on one tile and its
-surroundings; not counted is the whole picture, which need not be on the device.
+surroundings; not counted is the whole image, which need not be on the device.
 
 Keys for each image query, text included, by choice of tiles (in tokens):
 {table(tiles)}"""

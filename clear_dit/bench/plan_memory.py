@@ -1,4 +1,4 @@
-"""Peak memory of every stage of a picture: text encoding, the cascade's denoising, decoding.
+"""Peak memory of every stage of an image: text encoding, the cascade's denoising, decoding.
 
 Counted are the tensors alive between PyTorch's operators, at most, with CLEAR and with the
 feed-forward layers in chunks (`chunk_feed_forward`). QK-norm and RoPE are one kernel, which
@@ -6,7 +6,7 @@ allocates its output alone, as on a GPU; without Triton they are counted step by
 a kind take the same: the activations are those of a model with two of each.
 
 Not counted: what an operator takes for itself (workspace of products, convolutions and attention),
-the allocator's fragments, PyTorch's own few hundred MiB on a GPU, pictures and latents that wait
+the allocator's fragments, PyTorch's own few hundred MiB on a GPU, images and latents that wait
 outside the model, LoRA, and leaf-level offload, under whose hooks QK-norm and RoPE are not fused.
 """
 
@@ -34,7 +34,7 @@ TRANSFORMER_DEVICE, OTHERS_DEVICE = "meta", "cpu"
 MEASURED_BLOCKS = 2
 # Blocks on the device under group offload: the one that runs, and the next on its way.
 STREAMED_BLOCKS = 2
-# The autoencoder sees a tile of the picture and what lies around it, in pixels.
+# The autoencoder sees a tile of the image and what lies around it, in pixels.
 TILE_PIXELS, HALO_PIXELS = 1024, 64
 # Stacks of blocks, and what a configuration calls their number.
 COUNTS = {
@@ -68,7 +68,7 @@ def plan_memory(
     """Peak memory by stage, on the device that runs them.
 
     Args:
-        window: of the picture asked for; text length, radius and down_factor hold in all stages.
+        window: of the image asked for; text length, radius and down_factor hold in all stages.
         dtype: of weights and activations.
         weights_dtype: of the transformer's linear layers: "int8", "float8", or None for `dtype`.
         offload: which weights are on the device: those of all parts ("none"), of the one that
@@ -113,7 +113,7 @@ def plan_memory(
 
 
 def cascade_sizes(window: Window, native_size: int) -> list[tuple[int, int]]:
-    """(rows, columns), in tokens, of the pictures on the way to a window's, from small to large.
+    """(rows, columns), in tokens, of the images on the way to a window's, from small to large.
 
     native_size: side of a square of as many pixels as the model was trained at, in pixels.
     """
@@ -134,7 +134,7 @@ class TransformerMemory:
 
     Attributes:
         weights, streamed_weights: in bytes, of all blocks and of two of the larger kind.
-        cascades: whether larger pictures are made from smaller ones.
+        cascades: whether larger images are made from smaller ones.
     """
 
     def __init__(

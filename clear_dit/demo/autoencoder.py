@@ -1,6 +1,6 @@
 """The demo autoencoder: 8x smaller, 16 channels, no normalisation layers.
 
-`diffusers.AutoencoderTiny` has no operation that looks at a whole picture, so decoding in tiles is
+`diffusers.AutoencoderTiny` has no operation that looks at a whole image, so decoding in tiles is
 exact where the tiles overlap by its receptive field.
 """
 
@@ -36,21 +36,21 @@ def build_autoencoder() -> AutoencoderTiny:
     ).to(memory_format=torch.channels_last)
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 [batch, height, width, 3] -> float32 [batch, 3, height, width] in [-1, 1]."""
-    tensor = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
+    tensor = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     return (tensor.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]; the mean over the batch's errors."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]; the mean over the batch's errors."""
     error = (output.clamp(-1, 1) - target).float().square().mean().item()
     return 10 * math.log10(4 / max(error, 1e-12))
 
 
-def _opponent(pictures: torch.Tensor) -> torch.Tensor:
+def _opponent(images: torch.Tensor) -> torch.Tensor:
     """RGB [b, 3, h, w] -> luminance and two colour differences, the colour weighted up."""
-    r, g, b = pictures.float().unbind(1)
+    r, g, b = images.float().unbind(1)
     luminance = 0.3 * r + 0.59 * g + 0.11 * b
     return torch.stack([luminance, 0.8 * (r - luminance), 0.8 * (b - luminance)], 1)
 
@@ -76,7 +76,7 @@ def _latent_penalty(latents: torch.Tensor) -> torch.Tensor:
 
 
 class CropSampler:
-    """Random crops [batch, size, size, 3] of uint8 from stacks of pictures of several sizes."""
+    """Random crops [batch, size, size, 3] of uint8 from stacks of images of several sizes."""
 
     def __init__(self, stacks: list[list[np.ndarray]], weights: list[float]) -> None:
         self.stacks, self.weights = stacks, np.asarray(weights) / sum(weights)
@@ -86,10 +86,10 @@ class CropSampler:
         for index in rng.choice(len(self.stacks), batch, p=self.weights):
             stack = self.stacks[index]
             chunk = stack[rng.integers(len(stack))]
-            picture = chunk[rng.integers(len(chunk))]
-            top = rng.integers(picture.shape[0] - size + 1)
-            left = rng.integers(picture.shape[1] - size + 1)
-            crop = picture[top : top + size, left : left + size]
+            image = chunk[rng.integers(len(chunk))]
+            top = rng.integers(image.shape[0] - size + 1)
+            left = rng.integers(image.shape[1] - size + 1)
+            crop = image[top : top + size, left : left + size]
             crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
         return np.stack(crops)
 

@@ -69,7 +69,7 @@ _HELD_OUT_ONE_IN = 16
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: seven captioned attributes, and a seed for all that is left to chance."""
+    """One image: seven captioned attributes, and a seed for all that is left to chance."""
 
     sky: str
     land: str

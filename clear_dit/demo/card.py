@@ -18,7 +18,7 @@ pipeline_tag: text-to-image
 # clear-dit demo pipeline
 
 A small text-to-image pipeline of FLUX architecture ({parameters:.1f}M parameters in the
-transformer), trained from nothing on rendered pictures of a procedural world. It exists to run
+transformer), trained from nothing on rendered images of a procedural world. It exists to run
 clear-dit's main job, its tests and its distillation on a CPU.
 
 ```python

@@ -1,4 +1,4 @@
-"""Rendered pictures on disk, in chunks that are written whole or not at all."""
+"""Rendered images on disk, in chunks that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _render_chunk(path: Path, seed: int, index: int, count: int, size: int) -> None:
-    pictures = [render(scene, size, size) for scene in scenes_of_chunk(seed, index, count)]
-    save_array(path, np.stack(pictures))
+    images = [render(scene, size, size) for scene in scenes_of_chunk(seed, index, count)]
+    save_array(path, np.stack(images))
 
 
-class PictureSet:
-    """`count` square training pictures of `size` px and their scenes, rendered once into `folder`.
+class ImageSet:
+    """`count` square training images of `size` px and their scenes, rendered once into `folder`.
 
-    Chunk i lies in pictures-SIZE/i.npy as uint8 [<= CHUNK, size, size, 3]; its scenes are drawn
+    Chunk i lies in images-SIZE/i.npy as uint8 [<= CHUNK, size, size, 3]; its scenes are drawn
     again from (seed, i), so nothing else has to be stored.
     """
 
     def __init__(self, folder: Path, size: int, count: int, seed: int) -> None:
         self.folder, self.size, self.count, self.seed = (
-            folder / f"pictures-{size}",
+            folder / f"images-{size}",
             size,
             count,
             seed,

@@ -1,8 +1,8 @@
-"""Does the demo paint what it is asked? `python -m clear_dit.demo.evaluate`.
+"""Does the demo generate what it is asked? `python -m clear_dit.demo.evaluate`.
 
-Paints captions of held-out attribute combinations and reads the pictures with the probe. Prints,
-per attribute, the share of pictures that show the value asked for; beside it the probe's accuracy
-on rendered pictures, and the share of accidental hits when captions are shuffled. The last line is
+Generates captions of held-out attribute combinations and reads the images with the probe. Prints,
+per attribute, the share of images that show the value asked for; beside it the probe's accuracy
+on rendered images, and the share of accidental hits when captions are shuffled. The last line is
 JSON. `clear-dit evaluate` compares attentions on the same captions.
 """
 
@@ -25,7 +25,7 @@ from clear_dit.demo.probe import Probe, asked_labels, held_out_captions, load_pr
 from clear_dit.generation.denoising import decode, denoise, encode, two_passes
 
 
-def paint(
+def generate(
     pipe: FluxPipeline,
     captions: list[str],
     *,
@@ -35,11 +35,11 @@ def paint(
     seed: int,
     batch: int,
 ) -> np.ndarray:
-    """Pictures of `captions`: uint8 [n, size, size, 3]; picture i starts from noise seed + i."""
+    """Images of `captions`: uint8 [n, size, size, 3]; image i starts from noise seed + i."""
     pipe.set_progress_bar_config(disable=True)
     empty = encode(pipe, [""]) if two_passes(pipe, true_cfg_scale) else None
-    pictures = []
-    for first in tqdm(range(0, len(captions), batch), f"paint at guidance {true_cfg_scale:g}"):
+    images = []
+    for first in tqdm(range(0, len(captions), batch), f"generate at guidance {true_cfg_scale:g}"):
         texts = captions[first : first + batch]
         seeds = [seed + first + index for index in range(len(texts))]
         latents = denoise(
@@ -52,24 +52,24 @@ def paint(
             steps=steps,
             guidance=true_cfg_scale,
         )
-        pictures += [np.array(decode(pipe, one[None], size, size)) for one in latents]
-    return np.stack(pictures)
+        images += [np.array(decode(pipe, one[None], size, size)) for one in latents]
+    return np.stack(images)
 
 
-def score(probe: Probe, pictures: np.ndarray, captions: list[str]) -> dict[str, np.ndarray]:
+def score(probe: Probe, images: np.ndarray, captions: list[str]) -> dict[str, np.ndarray]:
     """Hits per attribute [7], and with shuffled captions (false positives) the same."""
-    seen = probe.read(pictures)
+    seen = probe.read(images)
     asked = asked_labels(captions)
     rolled = [(seen == np.roll(asked, shift, 0)).mean(0) for shift in range(1, len(captions))]
     return {"hits": (seen == asked).mean(0), "shuffled": np.mean(rolled, 0)}
 
 
-def contact_sheet(pictures: np.ndarray, columns: int, side: int) -> Image.Image:
-    """Lay out pictures [n, h, w, 3] on a grid, each `side` px wide."""
-    rows = -(-len(pictures) // columns)
+def contact_sheet(images: np.ndarray, columns: int, side: int) -> Image.Image:
+    """Lay out images [n, h, w, 3] on a grid, each `side` px wide."""
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side))
-    for i, picture in enumerate(pictures):
-        tile = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+    for i, image in enumerate(images):
+        tile = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
         sheet.paste(tile, (i % columns * side, i // columns * side))
     return sheet
 
@@ -82,8 +82,8 @@ def main(
     guidance: Annotated[
         list[float] | None, typer.Option(help="true_cfg_scale; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Noise seed of the first picture.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 4,
+    seed: Annotated[int, typer.Option(help="Noise seed of the first image.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 4,
     sheet: Annotated[Path | None, typer.Option(help="Where a contact sheet goes (PNG).")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of computation.")] = 2,
     bfloat16: Annotated[bool, typer.Option(help="Compute in bfloat16 where it is faster.")] = False,
@@ -105,20 +105,20 @@ def main(
     for scale in guidance or [1.0]:
         begin = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            pictures = paint(
+            images = generate(
                 pipe, captions, size=size, steps=steps, true_cfg_scale=scale, seed=seed, batch=batch
             )
         seconds = (time.perf_counter() - begin) / count
-        rows[scale] = score(probe, pictures, captions)
+        rows[scale] = score(probe, images, captions)
         report["guidance"][f"{scale:g}"] = {
             "accuracy": round(float(rows[scale]["hits"].mean()), 4),
             "shuffled": round(float(rows[scale]["shuffled"].mean()), 4),
-            "seconds_per_picture": round(seconds, 2),
+            "seconds_per_image": round(seconds, 2),
             **{n: round(float(v), 4) for n, v in zip(ATTRIBUTES, rows[scale]["hits"], strict=True)},
         }
         if sheet is not None:
             path = sheet.with_stem(f"{sheet.stem}-{scale:g}")
-            contact_sheet(pictures, 8, 192).save(path)
+            contact_sheet(images, 8, 192).save(path)
     head = "".join(f"  cfg {scale:<4g} shuffled" for scale in rows)
     print(f"{'attribute':<14} renders{head}")
     for i, name in enumerate([*ATTRIBUTES, "all"]):

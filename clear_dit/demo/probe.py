@@ -1,4 +1,4 @@
-"""A small classifier that reads a picture's attributes; trained on rendered pictures only."""
+"""A small classifier that reads an image's attributes; trained on rendered images only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from clear_dit.demo.captions import ATTRIBUTES, Scene, caption, parse, sample_scene
-from clear_dit.demo.data import PictureSet
+from clear_dit.demo.data import ImageSet
 from clear_dit.demo.world import render
 
 SIZE = 64  # pixels a side that the probe looks at
@@ -23,7 +23,7 @@ _ITEMS = tuple(ATTRIBUTES.items())
 
 
 class Probe(nn.Module):
-    """Square pictures [b, 3, SIZE, SIZE] in [0, 1] -> logits of all attributes, concatenated."""
+    """Square images [b, 3, SIZE, SIZE] in [0, 1] -> logits of all attributes, concatenated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,53 +33,53 @@ class Probe(nn.Module):
         self.hidden = nn.Linear(96 * (SIZE // 16) ** 2, 128)
         self.heads = nn.Linear(128, sum(self.sizes))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.heads(self.features(pictures))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.heads(self.features(images))
 
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """The last hidden layer, [b, 128]: what FID and KID of the demo are computed on."""
-        x = pictures * 4 - 2
+        x = images * 4 - 2
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
         return F.relu(self.hidden(x.flatten(1)))
 
     @torch.no_grad()
-    def read_labels(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures as in `forward` -> the most probable value of each attribute, int [b, 7]."""
-        parts = self(pictures).split(self.sizes, -1)
+    def read_labels(self, images: torch.Tensor) -> torch.Tensor:
+        """Images as in `forward` -> the most probable value of each attribute, int [b, 7]."""
+        parts = self(images).split(self.sizes, -1)
         return torch.stack([part.argmax(-1) for part in parts], 1)
 
-    def read(self, pictures: np.ndarray) -> np.ndarray:
-        """uint8 pictures [n, h, w, 3] -> the most probable value of each attribute, int [n, 7]."""
-        return self.read_labels(shrink(pictures)).numpy()
+    def read(self, images: np.ndarray) -> np.ndarray:
+        """uint8 images [n, h, w, 3] -> the most probable value of each attribute, int [n, 7]."""
+        return self.read_labels(shrink(images)).numpy()
 
 
-def shrink(pictures: np.ndarray) -> torch.Tensor:
+def shrink(images: np.ndarray) -> torch.Tensor:
     """uint8 [n, h, w, 3] -> float [n, 3, SIZE, SIZE] in [0, 1], by area."""
-    tensor = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 255
+    tensor = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
     return F.interpolate(tensor, (SIZE, SIZE), mode="area")
 
 
-def _disturb(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _disturb(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Noise, a change of contrast and of colour, and blur, so that texture does not decide."""
-    n = len(pictures)
+    n = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(shape, generator=generator)
 
-    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    pictures = torch.lerp(pictures, blurred, uniform(0, 1, n, 1, 1, 1))
-    pictures = (pictures - 0.5) * uniform(0.9, 1.1, n, 1, 1, 1) + 0.5
-    pictures = pictures + uniform(-0.03, 0.03, n, 3, 1, 1)
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    images = torch.lerp(images, blurred, uniform(0, 1, n, 1, 1, 1))
+    images = (images - 0.5) * uniform(0.9, 1.1, n, 1, 1, 1) + 0.5
+    images = images + uniform(-0.03, 0.03, n, 3, 1, 1)
     strength = uniform(0, 0.05, n, 1, 1, 1)
-    return pictures + strength * torch.randn(pictures.shape, generator=generator)
+    return images + strength * torch.randn(images.shape, generator=generator)
 
 
-def train_probe(pictures: PictureSet, epochs: int = 6) -> Probe:
-    """Train on `pictures` in memory at SIZE px."""
+def train_probe(image_set: ImageSet, epochs: int = 6) -> Probe:
+    """Train on `image_set` in memory at SIZE px."""
     torch.manual_seed(0)
-    images = torch.cat([shrink(chunk) for chunk in pictures.open_chunks()])
-    labels = torch.tensor([scene.labels for scene in pictures.scenes()])
+    images = torch.cat([shrink(chunk) for chunk in image_set.open_chunks()])
+    labels = torch.tensor([scene.labels for scene in image_set.scenes()])
     probe, generator = Probe(), torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=_PEAK_RATE, weight_decay=0.01)
     steps = max(1, epochs * len(images) // _BATCH)
@@ -125,8 +125,8 @@ def asked_labels(captions: Sequence[str]) -> np.ndarray:
 def probe_accuracy(probe: Probe, count: int = 256, size: int = 256) -> np.ndarray:
     """Accuracy per attribute [7] on fresh renders of held-out scenes."""
     scenes = held_out_scenes(count, seed=77)
-    pictures = np.stack([render(scene, size, size) for scene in scenes])
-    return (probe.read(pictures) == np.array([scene.labels for scene in scenes])).mean(0)
+    images = np.stack([render(scene, size, size) for scene in scenes])
+    return (probe.read(images) == np.array([scene.labels for scene in scenes])).mean(0)
 
 
 @torch.no_grad()

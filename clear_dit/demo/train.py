@@ -26,7 +26,7 @@ from tqdm import tqdm
 from clear_dit.demo.autoencoder import CropSampler, to_tensor, train_autoencoder, train_decoder
 from clear_dit.demo.card import stage_seconds, training_card
 from clear_dit.demo.checkpoint import load_checkpoint
-from clear_dit.demo.data import PictureSet, save_array
+from clear_dit.demo.data import ImageSet, save_array
 from clear_dit.demo.export import build_pipeline, export_pipeline
 from clear_dit.demo.probe import save_probe, train_probe
 from clear_dit.demo.text import TextEncoders, train_text
@@ -63,23 +63,23 @@ class Plan:
     compile_model: bool = True
     save_every: int = 100
 
-    def pictures(self, work: Path) -> list[PictureSet]:
+    def image_sets(self, work: Path) -> list[ImageSet]:
         return [
-            PictureSet(work, size, count, seed)
+            ImageSet(work, size, count, seed)
             for seed, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True), 1)
         ]
 
 
-def _halve(pictures: np.ndarray) -> np.ndarray:
+def _halve(images: np.ndarray) -> np.ndarray:
     """Average 2x2 pixels: uint8 [n, 2h, 2w, 3] -> [n, h, w, 3]."""
-    n, h, w, c = pictures.shape
-    blocks = pictures.reshape(n, h // 2, 2, w // 2, 2, c)
+    n, h, w, c = images.shape
+    blocks = images.reshape(n, h // 2, 2, w // 2, 2, c)
     return blocks.mean((2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
 def crop_sampler(work: Path, plan: Plan) -> CropSampler:
-    """Crops of the small pictures and of the large ones at full and half size."""
-    small, _, large = plan.pictures(work)
+    """Crops of the small images and of the large ones at full and half size."""
+    small, _, large = plan.image_sets(work)
     stack = [np.load(small.path(i), mmap_mode="r") for i in range(min(20, small.chunks))]
     full = [np.load(large.path(i)) for i in range(large.chunks)]
     return CropSampler([stack, [_halve(chunk) for chunk in full], full], [2, 2, 1])
@@ -108,11 +108,11 @@ def load_autoencoder(work: Path) -> AutoencoderTiny:
 
 
 @torch.no_grad()
-def encode_set(vae: AutoencoderTiny, pictures: PictureSet, folder: Path) -> None:
-    """Encode `pictures` to packed latents: one float16 file [<= CHUNK, tokens, 64] per chunk."""
+def encode_set(vae: AutoencoderTiny, image_set: ImageSet, folder: Path) -> None:
+    """Encode `image_set` to packed latents: one float16 file [<= CHUNK, tokens, 64] per chunk."""
     folder.mkdir(parents=True, exist_ok=True)
-    batch = max(1, 16 * 256**2 // pictures.size**2)
-    for index, chunk in enumerate(tqdm(pictures.open_chunks(), f"encode {pictures.size} px")):
+    batch = max(1, 16 * 256**2 // image_set.size**2)
+    for index, chunk in enumerate(tqdm(image_set.open_chunks(), f"encode {image_set.size} px")):
         path = folder / f"{index:05d}.npy"
         if path.exists():
             continue
@@ -181,17 +181,17 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
     decoder_steps = load_checkpoint(work / "decoder.safetensors")[0]
     rows = {
         "data": ", ".join(
-            f"{n} pictures of {s} px" for s, n in zip(plan.sizes, plan.counts, strict=True)
+            f"{n} images of {s} px" for s, n in zip(plan.sizes, plan.counts, strict=True)
         ),
         "text": f"both encoders, {plan.text_steps} steps",
         "autoencoder": f"{plan.autoencoder_steps} steps on crops of {plan.autoencoder_crop} px",
-        "latents": "pictures to latents",
+        "latents": "images to latents",
         "probe": f"{plan.probe_epochs} epochs",
         "decoder": f"{decoder_steps} more steps, the encoder fixed",
     }
     for phase, steps in zip(plan.phases, done, strict=False):
         rows[phase.name] = (
-            f"{steps} steps of {phase.batch} pictures, {phase.grid}x{phase.grid} tokens"
+            f"{steps} steps of {phase.batch} images, {phase.grid}x{phase.grid} tokens"
         )
     measured = work / "measured.txt"
     card = training_card(
@@ -218,11 +218,11 @@ def _timed(work: Path, name: str, stage: Callable[[], object]) -> None:
 def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: int) -> None:
     """Run `stages` in order."""
     work.mkdir(parents=True, exist_ok=True)
-    small, medium, _ = plan.pictures(work)
+    small, medium, _ = plan.image_sets(work)
 
     def data() -> None:
-        for pictures in plan.pictures(work):
-            pictures.build(threads)
+        for images in plan.image_sets(work):
+            images.build(threads)
 
     def probe() -> None:
         if not (work / "probe.safetensors").exists():
@@ -235,18 +235,18 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
         if not (work / "vae").exists():
             fit_autoencoder(work, plan).save_pretrained(work / "vae")
         vae = load_autoencoder(work)
-        for pictures in (small, medium):
-            encode_set(vae, pictures, work / f"latents-{pictures.size}")
+        for images in (small, medium):
+            encode_set(vae, images, work / f"latents-{images.size}")
 
     def phase(index: int) -> None:
-        pictures = (small, medium)[index]
+        images = (small, medium)[index]
         initial = None
         if index == 1:
             initial = averaged_weights(work, plan)[0].state_dict()
         train_transformer(
             plan.phases[index],
-            load_tokens(work / f"latents-{pictures.size}"),
-            pictures.scenes(),
+            load_tokens(work / f"latents-{images.size}"),
+            images.scenes(),
             text(),
             work / f"{plan.phases[index].name}.safetensors",
             initial,

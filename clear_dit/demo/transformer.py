@@ -114,7 +114,7 @@ def build_transformer() -> FluxTransformer2DModel:
 
 
 def image_ids(grid: int) -> torch.Tensor:
-    """Position ids [grid * grid, 3] of a square picture, spread to the native extent."""
+    """Position ids [grid * grid, 3] of a square image, spread to the native extent."""
     scale = NATIVE_GRID / grid
     position = torch.arange(grid) * scale + (scale - 1) / 2
     rows, columns = torch.meshgrid(position, position, indexing="ij")

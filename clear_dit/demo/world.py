@@ -1,4 +1,4 @@
-"""The demo world: paints a `Scene` at any size and aspect ratio.
+"""The demo world: generates a `Scene` at any size and aspect ratio.
 
 Coordinates: x to the right and y down, in units of the shorter side, so that every shape keeps its
 proportions. Positions are fractions of width and height, sizes are fractions of the shorter side.
@@ -42,7 +42,7 @@ def _smooth(edge0: float, edge1: float, value: Array) -> Array:
     return t * t * (3 - 2 * t)
 
 
-def _paint(image: Array, alpha: Array, colour: Array) -> None:
+def _generate(image: Array, alpha: Array, colour: Array) -> None:
     """Blend `colour` ((3,) or (H, W, 3)) into `image` (H, W, 3) by `alpha` (H, W), in place."""
     image += alpha[..., None] * (colour - image)
 
@@ -63,7 +63,7 @@ class _Canvas:
     """An image under construction, and its coordinates.
 
     Attributes: image (H, W, 3) float32 in [0, 1]; x (1, W); y (H, 1); width, height, pixel: the
-    extent of the picture and of one pixel in units of the shorter side.
+    extent of the image and of one pixel in units of the shorter side.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -79,7 +79,7 @@ class _Canvas:
         return np.clip(0.5 - distance / self.pixel, 0, 1)
 
     def window(self, x0: float, x1: float, y0: float, y1: float) -> _Canvas:
-        """A view of the part between the given coordinates; painting it paints this canvas."""
+        """A view of the part between the given coordinates; drawing on it draws on this canvas."""
         view = object.__new__(_Canvas)
         columns = slice(*np.searchsorted(self.x[0], (x0, x1)))
         rows = slice(*np.searchsorted(self.y[:, 0], (y0, y1)))
@@ -89,7 +89,7 @@ class _Canvas:
         return view
 
 
-def _paint_sky(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon: float) -> None:
+def _draw_sky(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon: float) -> None:
     top, middle, bottom = (_rgb(c) for c in _SKY_STOPS[scene.sky])
     t = np.clip(canvas.y / horizon, 0, 1)[..., None]
     gradient = np.where(
@@ -103,7 +103,7 @@ def _paint_sky(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon:
             part = canvas.window(x - 5 * radius, x + 5 * radius, y - 5 * radius, y + 5 * radius)
             square = (part.x - x) ** 2 + (part.y - y) ** 2
             glow = np.exp(-square / (radius * radius + 0.3 * canvas.pixel**2))
-            _paint(part.image, glow * rng.uniform(0.55, 1), _rgb((236, 240, 255)))
+            _generate(part.image, glow * rng.uniform(0.55, 1), _rgb((236, 240, 255)))
     elif scene.sky == "sunset":
         rows, columns = _waves(rng, 3, 22, 60), _waves(rng, 3, 3, 9)
         streak = _sum_waves(
@@ -111,7 +111,7 @@ def _paint_sky(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon:
         )
         shape = streak + 0.55 * _sum_waves(columns, canvas.x + 0.6 * canvas.y)
         alpha = 0.62 * _smooth(0.25, 0.85, shape) * _smooth(0, 0.1, canvas.y)
-        _paint(canvas.image, alpha, _rgb((255, 170, 128)))
+        _generate(canvas.image, alpha, _rgb((255, 170, 128)))
     else:
         for _ in range(int(rng.integers(3, 6))):
             cx, cy = rng.uniform(0, canvas.width), rng.uniform(0.06, 0.78) * horizon
@@ -129,10 +129,10 @@ def _paint_sky(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon:
             alpha = 0.92 * _smooth(0.0, 0.5, density) * base
             shade = np.clip((part.y - cy + 0.9 * size) / (1.4 * size), 0, 1)[..., None]
             white = _rgb((255, 255, 255)) * (1 - shade) + _rgb((196, 212, 232)) * shade
-            _paint(part.image, alpha, white)
+            _generate(part.image, alpha, white)
 
 
-def _paint_body(canvas: _Canvas, scene: Scene, x: float, y: float) -> None:
+def _draw_body(canvas: _Canvas, scene: Scene, x: float, y: float) -> None:
     colour, radius = _rgb(BODY_RGB[scene.body_colour]), BODY_RADIUS
     part = canvas.window(x - 3.2 * radius, x + 3.2 * radius, y - 3.2 * radius, y + 3.2 * radius)
     dx, dy = part.x - x, part.y - y
@@ -141,19 +141,19 @@ def _paint_body(canvas: _Canvas, scene: Scene, x: float, y: float) -> None:
     if scene.body == "sun":
         rays = 0.5 + 0.5 * np.cos(12 * np.arctan2(dy, dx))
         strength = 0.5 if scene.body_colour != "crimson" else 0.4
-        _paint(
+        _generate(
             part.image,
             fade**2 * (strength + 0.14 * rays * _smooth(1.0 * radius, 1.5 * radius, r)),
             colour,
         )
         edge = np.clip(r / radius, 0, 1)[..., None]
         core = colour + (1 - colour) * 0.22 * (1 - edge**2)
-        _paint(part.image, canvas.cover(r - radius), core)
+        _generate(part.image, canvas.cover(r - radius), core)
         return
-    _paint(part.image, 0.22 * fade**2, colour)
+    _generate(part.image, 0.22 * fade**2, colour)
     # The lit part of the moon: a disc without another disc, shifted up and to the right.
     bite = np.sqrt((dx - 0.48 * radius) ** 2 + (dy + 0.2 * radius) ** 2) - 0.82 * radius
-    _paint(part.image, 0.14 * canvas.cover(r - radius), _rgb((40, 46, 78)))
+    _generate(part.image, 0.14 * canvas.cover(r - radius), _rgb((40, 46, 78)))
     lit = canvas.cover(np.maximum(r - radius, -bite))
     craters = np.zeros_like(r)
     for cx, cy, size in (
@@ -163,10 +163,10 @@ def _paint_body(canvas: _Canvas, scene: Scene, x: float, y: float) -> None:
         (0.1, 0.8, 0.1),
     ):
         craters += _smooth(size, 0.6 * size, np.hypot(dx / radius - cx, dy / radius - cy))
-    _paint(part.image, lit, colour * (1 - 0.16 * np.clip(craters, 0, 1)[..., None]))
+    _generate(part.image, lit, colour * (1 - 0.16 * np.clip(craters, 0, 1)[..., None]))
 
 
-def _paint_hills(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon: float) -> None:
+def _draw_hills(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon: float) -> None:
     light = np.asarray(_LAND_LIGHT[scene.sky], np.float32)
     haze = _rgb(_SKY_STOPS[scene.sky][2])
     for layer, base in enumerate((-0.02, 0.075, 0.2)):
@@ -179,7 +179,7 @@ def _paint_hills(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizo
         rows = np.sin((70 - 14 * layer) * (depth + 0.16 * canvas.x) + 3 * slope)
         shade = 1.05 + 0.5 * slope + 0.06 * rows - 0.9 * np.clip(depth, 0, 0.3)
         tint = (colour * (1 - mist) + haze * mist) * shade[..., None]
-        _paint(canvas.image, canvas.cover(-depth), tint)
+        _generate(canvas.image, canvas.cover(-depth), tint)
         if layer == 2:
             continue
         # Conifers stand on the two far ridges.
@@ -198,14 +198,14 @@ def _paint_hills(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizo
             distance = np.maximum(np.abs(part.x - x) - tier * tall, np.maximum(-up, up - 1) * tall)
             leaf = _rgb((30, 92, 58)) * light * (1 - mist) + haze * mist
             side = 1 - 0.25 * (part.x > x)
-            _paint(
+            _generate(
                 part.image,
                 canvas.cover(distance),
                 leaf * np.broadcast_to(side[..., None], part.image.shape),
             )
 
 
-def _paint_sea(
+def _draw_sea(
     canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon: float, body_x: float
 ) -> None:
     light = np.asarray(_LAND_LIGHT[scene.sky], np.float32)
@@ -230,10 +230,10 @@ def _paint_sea(
     inside = canvas.cover(-depth)
     strength = 0.75 if scene.body == "sun" else 0.5
     water += (strength * path * (1 - 0.45 * t))[..., None] * (body - water)
-    _paint(canvas.image, inside + np.zeros_like(canvas.x), water)
+    _generate(canvas.image, inside + np.zeros_like(canvas.x), water)
 
 
-def _paint_desert(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon: float) -> None:
+def _draw_desert(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horizon: float) -> None:
     light = np.asarray(_LAND_LIGHT[scene.sky], np.float32)
     haze = _rgb(_SKY_STOPS[scene.sky][2])
     for layer, base in enumerate((0.0, 0.08, 0.19)):
@@ -253,7 +253,7 @@ def _paint_desert(canvas: _Canvas, scene: Scene, rng: np.random.Generator, horiz
         shade = 1.04 - 0.3 * lee + 0.055 * ripple * (1 - lee) - 0.5 * np.clip(depth, 0, 0.3)
         mist = (0.32, 0.14, 0.0)[layer]
         sand = _rgb(((238, 202, 146), (232, 186, 118), (224, 170, 98))[layer]) * light
-        _paint(
+        _generate(
             canvas.image, canvas.cover(-depth), (sand * (1 - mist) + haze * mist) * shade[..., None]
         )
 
@@ -262,19 +262,19 @@ def _box(x: Array, y: Array, cx: float, cy: float, half_x: float | Array, half_y
     return np.maximum(np.abs(x - cx) - half_x, np.abs(y - cy) - half_y)
 
 
-def _paint_house(c: _Canvas, hue: Array, light: Array, lamp: Array, x: float, base: float) -> None:
+def _draw_house(c: _Canvas, hue: Array, light: Array, lamp: Array, x: float, base: float) -> None:
     tall = OBJECT_HEIGHT
     half, eaves = 0.46 * tall, base - 0.56 * tall
     wall = hue * (1.0 - 0.16 * _smooth(x - half, x + half, c.x)[..., None])
     boards = 1 - 0.10 * _smooth(0.75, 0.95, np.mod((base - c.y) / (0.075 * tall), 1))[..., None]
-    _paint(
+    _generate(
         c.image,
         c.cover(_box(c.x, c.y, x, (base + eaves) / 2, half, (base - eaves) / 2)),
         wall * boards,
     )
     slope = (eaves - c.y) / (0.44 * tall)
     chimney = _box(c.x, c.y, x + 0.26 * tall, eaves - 0.28 * tall, 0.055 * tall, 0.13 * tall)
-    _paint(c.image, c.cover(chimney), 0.5 * hue * np.ones(3, np.float32))
+    _generate(c.image, c.cover(chimney), 0.5 * hue * np.ones(3, np.float32))
     roof = np.maximum(
         (np.abs(c.x - x) - 1.2 * half * (1 - slope)) * 0.62,
         np.maximum(-slope, slope - 1) * 0.4 * tall,
@@ -282,30 +282,30 @@ def _paint_house(c: _Canvas, hue: Array, light: Array, lamp: Array, x: float, ba
     tiles = 1 - 0.16 * (
         np.sin(slope * 44) * 0.5 + 0.5 * np.sin(c.x * 190 + 3 * np.floor(slope * 7))
     )
-    _paint(c.image, c.cover(roof), 0.58 * hue * tiles[..., None])
+    _generate(c.image, c.cover(roof), 0.58 * hue * tiles[..., None])
     for side in (-0.58, 0.58):
         cx, cy = x + side * half, base - 0.34 * tall
-        _paint(
+        _generate(
             c.image,
             c.cover(_box(c.x, c.y, cx, cy, 0.1 * tall, 0.1 * tall)),
             _rgb((250, 246, 236)) * light,
         )
         pane = np.minimum(np.abs(c.x - cx), np.abs(c.y - cy)) - 0.008 * tall
         glass = np.maximum(_box(c.x, c.y, cx, cy, 0.082 * tall, 0.082 * tall), -pane)
-        _paint(c.image, c.cover(glass), lamp)
+        _generate(c.image, c.cover(glass), lamp)
     door = _box(c.x, c.y, x, base - 0.18 * tall, 0.085 * tall, 0.18 * tall)
-    _paint(c.image, c.cover(door), _rgb((92, 58, 40)) * light)
+    _generate(c.image, c.cover(door), _rgb((92, 58, 40)) * light)
     knob = np.hypot(c.x - x - 0.05 * tall, c.y - base + 0.17 * tall) - 0.014 * tall
-    _paint(c.image, c.cover(knob), _rgb((240, 210, 110)) * light)
+    _generate(c.image, c.cover(knob), _rgb((240, 210, 110)) * light)
 
 
-def _paint_tree(c: _Canvas, hue: Array, light: Array, seed: int, x: float, base: float) -> None:
+def _draw_tree(c: _Canvas, hue: Array, light: Array, seed: int, x: float, base: float) -> None:
     tall = OBJECT_HEIGHT
     up = np.clip((base - c.y) / tall, 0, 1)
     trunk = np.abs(c.x - x) - tall * (0.055 + 0.06 * (1 - np.clip(up * 4, 0, 1)) ** 2)
     trunk = np.maximum(trunk, np.maximum(c.y - base, base - 0.55 * tall - c.y))
     bark = 0.86 + 0.14 * np.sin(260 * (c.x - x) + 8 * np.sin(30 * c.y))
-    _paint(c.image, c.cover(trunk), _rgb((112, 74, 46)) * light * bark[..., None])
+    _generate(c.image, c.cover(trunk), _rgb((112, 74, 46)) * light * bark[..., None])
     rng = np.random.default_rng(seed)
     centre = base - 0.66 * tall
     # Leafy blobs from the back to the front, each lit from above.
@@ -324,10 +324,10 @@ def _paint_tree(c: _Canvas, hue: Array, light: Array, seed: int, x: float, base:
         distance = (np.sqrt(dx * dx + dy * dy) - edge) * size * tall
         lit = np.clip(0.84 - 0.24 * dy - 0.1 * dx, 0.5, 1.15)
         leaves = 0.07 * np.sin(150 * (c.x + 0.4 * c.y)) * np.sin(150 * (c.y - 0.4 * c.x))
-        _paint(c.image, c.cover(distance), np.clip(hue * (lit + leaves)[..., None], 0, 1))
+        _generate(c.image, c.cover(distance), np.clip(hue * (lit + leaves)[..., None], 0, 1))
 
 
-def _paint_tower(c: _Canvas, hue: Array, light: Array, lamp: Array, x: float, base: float) -> None:
+def _draw_tower(c: _Canvas, hue: Array, light: Array, lamp: Array, x: float, base: float) -> None:
     tall = OBJECT_HEIGHT * 1.08
     up = np.clip((base - c.y) / tall, -0.1, 1.2)
     half = tall * (0.19 - 0.075 * up)
@@ -337,31 +337,31 @@ def _paint_tower(c: _Canvas, hue: Array, light: Array, lamp: Array, x: float, ba
     bricks = np.mod(across * 3 + 0.5 * np.mod(np.floor(up * 22), 2), 1)
     mortar = 1 - 0.13 * np.maximum(_smooth(0.8, 0.95, joints), _smooth(0.88, 0.97, bricks))
     body = np.maximum(np.abs(c.x - x) - half, np.maximum(-up, up - 0.74) * tall)
-    _paint(c.image, c.cover(body), np.clip(hue * (rounded * mortar)[..., None], 0, 1))
+    _generate(c.image, c.cover(body), np.clip(hue * (rounded * mortar)[..., None], 0, 1))
     gallery = _box(c.x, c.y, x, base - 0.75 * tall, 0.19 * tall, 0.022 * tall)
-    _paint(c.image, c.cover(gallery), 0.55 * hue * np.ones(3, np.float32))
-    _paint(c.image, c.cover(_box(c.x, c.y, x, base - 0.8 * tall, 0.1 * tall, 0.04 * tall)), lamp)
+    _generate(c.image, c.cover(gallery), 0.55 * hue * np.ones(3, np.float32))
+    _generate(c.image, c.cover(_box(c.x, c.y, x, base - 0.8 * tall, 0.1 * tall, 0.04 * tall)), lamp)
     roof_up = (base - 0.84 * tall - c.y) / (0.16 * tall)
     roof = np.maximum(
         (np.abs(c.x - x) - 0.17 * tall * (1 - roof_up)) * 0.7,
         np.maximum(-roof_up, roof_up - 1) * 0.16 * tall,
     )
-    _paint(c.image, c.cover(roof), 0.7 * hue * np.clip(1 - across * 0.2, 0.6, 1.2)[..., None])
+    _generate(c.image, c.cover(roof), 0.7 * hue * np.clip(1 - across * 0.2, 0.6, 1.2)[..., None])
     for level in (0.3, 0.55):
         cy = base - level * tall
         arch = np.minimum(
             _box(c.x, c.y, x, cy, 0.036 * tall, 0.04 * tall),
             np.hypot(c.x - x, c.y - cy + 0.04 * tall) - 0.036 * tall,
         )
-        _paint(c.image, c.cover(arch), lamp)
+        _generate(c.image, c.cover(arch), lamp)
     door = np.minimum(
         _box(c.x, c.y, x, base - 0.06 * tall, 0.06 * tall, 0.06 * tall),
         np.hypot(c.x - x, c.y - base + 0.12 * tall) - 0.06 * tall,
     )
-    _paint(c.image, c.cover(np.maximum(door, c.y - base)), _rgb((80, 52, 40)) * light)
+    _generate(c.image, c.cover(np.maximum(door, c.y - base)), _rgb((80, 52, 40)) * light)
 
 
-def _paint_balloon(c: _Canvas, hue: Array, light: Array, x: float, base: float) -> None:
+def _draw_balloon(c: _Canvas, hue: Array, light: Array, x: float, base: float) -> None:
     tall = OBJECT_HEIGHT * 1.06
     foot = base - 0.04
     radius, centre = 0.37 * tall, foot - 0.64 * tall
@@ -386,21 +386,21 @@ def _paint_balloon(c: _Canvas, hue: Array, light: Array, x: float, base: float) 
             - 0.004,
             np.maximum(c.y - foot + 0.1 * tall, foot - 0.26 * tall - c.y),
         )
-        _paint(c.image, 0.9 * c.cover(rope), _rgb((70, 52, 40)) * light)
+        _generate(c.image, 0.9 * c.cover(rope), _rgb((70, 52, 40)) * light)
     stripes = np.clip(hue * (shine * (0.92 + 0.16 * gore))[..., None], 0, 1)
-    _paint(c.image, c.cover(envelope), stripes)
+    _generate(c.image, c.cover(envelope), stripes)
     band = np.maximum(envelope, np.abs(down - 0.05) - 0.09)
-    _paint(
+    _generate(
         c.image,
         c.cover(band),
         np.clip(hue + 0.55 * (1 - hue), 0, 1) * np.clip(shine, 0.5, 1)[..., None],
     )
     basket = _box(c.x, c.y, x, foot - 0.06 * tall, 0.085 * tall, 0.065 * tall)
     weave = 0.85 + 0.15 * np.sin(230 * c.x) * np.sin(230 * c.y)
-    _paint(c.image, c.cover(basket), _rgb((150, 100, 58)) * light * weave[..., None])
+    _generate(c.image, c.cover(basket), _rgb((150, 100, 58)) * light * weave[..., None])
 
 
-def _paint_object(canvas: _Canvas, scene: Scene, seed: int, x: float, base: float) -> None:
+def _draw_object(canvas: _Canvas, scene: Scene, seed: int, x: float, base: float) -> None:
     light = np.asarray(_OBJECT_LIGHT[scene.sky], np.float32)
     hue = _rgb(OBJECT_RGB[scene.object_colour]) * light
     lamp = _rgb((70, 92, 120) if scene.sky == "day" else (255, 214, 120))
@@ -410,29 +410,29 @@ def _paint_object(canvas: _Canvas, scene: Scene, seed: int, x: float, base: floa
         if scene.land == "sea":
             sand = _rgb((226, 196, 138)) * np.asarray(_LAND_LIGHT[scene.sky], np.float32) ** 0.7
             foam = _smooth(1.22, 1.08, ellipse) * (0.55 + 0.25 * np.sin(60 * ground.x))
-            _paint(ground.image, 0.6 * foam, _rgb((236, 246, 250)) * light)
-            _paint(
+            _generate(ground.image, 0.6 * foam, _rgb((236, 246, 250)) * light)
+            _generate(
                 ground.image, _smooth(1.06, 1.0, ellipse), sand * (1.05 - 0.25 * ellipse[..., None])
             )
         else:
-            _paint(ground.image, 0.45 * _smooth(1.15, 0.45, ellipse), np.zeros(3, np.float32))
+            _generate(ground.image, 0.45 * _smooth(1.15, 0.45, ellipse), np.zeros(3, np.float32))
     else:
         ground = canvas.window(x - 0.4, x + 0.4, base, base + 0.1)
         ellipse = np.sqrt(((ground.x - x) / 0.15) ** 2 + ((ground.y - base - 0.05) / 0.03) ** 2)
-        _paint(ground.image, 0.35 * _smooth(1.2, 0.3, ellipse), np.zeros(3, np.float32))
+        _generate(ground.image, 0.35 * _smooth(1.2, 0.3, ellipse), np.zeros(3, np.float32))
     part = canvas.window(x - 0.28, x + 0.28, base - 0.46, base + 0.02)
     if scene.object == "house":
-        _paint_house(part, hue, light, lamp, x, base)
+        _draw_house(part, hue, light, lamp, x, base)
     elif scene.object == "tree":
-        _paint_tree(part, hue, light, seed, x, base)
+        _draw_tree(part, hue, light, seed, x, base)
     elif scene.object == "tower":
-        _paint_tower(part, hue, light, lamp, x, base)
+        _draw_tower(part, hue, light, lamp, x, base)
     else:
-        _paint_balloon(part, hue, light, x, base)
+        _draw_balloon(part, hue, light, x, base)
 
 
 def render(scene: Scene, height: int, width: int) -> Array:
-    """Paint `scene`: an array [height, width, 3] of uint8, the same at every call."""
+    """Generate `scene`: an array [height, width, 3] of uint8, the same at every call."""
     if min(height, width) < 16:
         raise ValueError(f"render needs at least 16 pixels a side; got {height}x{width}")
     rng = np.random.default_rng(scene.seed)
@@ -442,13 +442,13 @@ def render(scene: Scene, height: int, width: int) -> Array:
     body_y = canvas.height * (0.215 + rng.uniform(-0.03, 0.03))
     object_x = canvas.width * (0.5 + rng.uniform(-0.13, 0.13))
     object_base = canvas.height * (0.885 + rng.uniform(-0.02, 0.02))
-    _paint_sky(canvas, scene, rng, horizon)
-    _paint_body(canvas, scene, body_x, body_y)
+    _draw_sky(canvas, scene, rng, horizon)
+    _draw_body(canvas, scene, body_x, body_y)
     if scene.land == "hills":
-        _paint_hills(canvas, scene, rng, horizon)
+        _draw_hills(canvas, scene, rng, horizon)
     elif scene.land == "sea":
-        _paint_sea(canvas, scene, rng, horizon, body_x)
+        _draw_sea(canvas, scene, rng, horizon, body_x)
     else:
-        _paint_desert(canvas, scene, rng, horizon)
-    _paint_object(canvas, scene, int(rng.integers(2**31)), object_x, object_base)
+        _draw_desert(canvas, scene, rng, horizon)
+    _draw_object(canvas, scene, int(rng.integers(2**31)), object_x, object_base)
     return (np.clip(canvas.image, 0, 1) * 255 + 0.5).astype(np.uint8)

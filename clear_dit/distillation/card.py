@@ -104,7 +104,7 @@ from clear_dit import apply_clear
 
     {command_line(options)}
 
-- {facts["samples"]:,} pictures that {index.model} made itself at {index.height} x {index.width} px,
+- {facts["samples"]:,} images that {index.model} made itself at {index.height} x {index.width} px,
   {index.steps} steps, guidance {index.guidance:g}, seeds from {index.seed}.
 - {len(losses):,} steps of {facts["effective_batch"]} samples, {options.optimizer} at learning rate
   {options.rate:g}, mixed precision {facts["mixed_precision"]}.

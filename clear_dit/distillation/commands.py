@@ -18,7 +18,7 @@ def sample(
     count: Annotated[int, typer.Option(help="How many samples.")],
     out: Annotated[Path, typer.Option(help="The folder to write, or to go on with.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
-    images: Annotated[bool, typer.Option(help="Write the pictures too.")] = False,
+    images: Annotated[bool, typer.Option(help="Write the images too.")] = False,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -28,7 +28,7 @@ def sample(
     device: Annotated[
         str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 4,
+    batch: Annotated[int, typer.Option(help="Images at once.")] = 4,
     shard_size: Annotated[int, typer.Option(help="Samples in a file.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")] = False,
 ) -> None:
@@ -108,7 +108,7 @@ def distill(
     ] = None,
     report_to: Annotated[str, typer.Option(help="tensorboard, wandb or none.")] = "tensorboard",
     validation_prompts: Annotated[
-        str | None, typer.Option(help="Paint the first four of a file's prompts, or demo.")
+        str | None, typer.Option(help="Generate the first four of a file's prompts, or demo.")
     ] = None,
     validation_steps: Annotated[int, typer.Option(help="Steps between validations.")] = 500,
     seed: Annotated[int, typer.Option(help="Of order, noise and noise levels.")] = 0,

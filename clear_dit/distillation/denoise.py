@@ -1,6 +1,6 @@
-"""Denoising a batch of pictures, each from its own seed: what the pipeline does, guidance batched.
+"""Denoising a batch of images, each from its own seed: what the pipeline does, guidance batched.
 
-The pictures are those of `CLEARFluxPipeline` for the same seeds, up to rounding, but guidance with
+The images are those of `CLEARFluxPipeline` for the same seeds, up to rounding, but guidance with
 an empty prompt runs as one batch of twice the size instead of two passes, latents stay in float32
 between the steps, and they come back packed.
 """
@@ -84,7 +84,7 @@ def denoise(
     steps: int,
     guidance: float,
 ) -> torch.Tensor:
-    """Packed latents of finished pictures, [n, tokens, channels] float32 on the pipeline's device.
+    """Packed latents of finished images, [n, tokens, channels] float32 on the pipeline's device.
 
     Args:
         pipe: whose transformer and scheduler are used.

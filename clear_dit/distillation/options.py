@@ -74,7 +74,7 @@ class DistillOptions:
         checkpointing_steps, checkpoints_total_limit: how often, and how many are kept.
         resume_from_checkpoint: "latest", or a checkpoint's folder; None to begin.
         report_to: "tensorboard", "wandb" or "none".
-        validation_prompts: a file of prompts, the first four of which are painted, or "demo".
+        validation_prompts: a file of prompts, the first four of which are generated, or "demo".
         validation_steps: how often.
         seed: of order, noise, noise levels, dropout and LoRA's start.
         cpu: do not use a GPU.

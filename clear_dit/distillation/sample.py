@@ -1,4 +1,4 @@
-"""Teacher samples: pictures the stock model makes itself, kept as what distillation reads."""
+"""Teacher samples: images the stock model makes itself, kept as what distillation reads."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class SampleRequest:
         seed: sample n starts from the noise of seed + n.
         dtype: "float32", "bfloat16" or "float16"; also that of the stored numbers.
         device: a torch device.
-        batch: pictures at once.
+        batch: images at once.
         shard_size: samples in a file, which is what a kill can cost.
-        images: write the pictures too.
+        images: write the images too.
 
     Raises:
         RequestError: the first thing that is wrong.
@@ -187,7 +187,7 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     start, made = time.perf_counter(), 0
     total = sum(len(samples.index.numbers(shard)) for shard in missing)
     hidden = not (progress and processes.is_local_main_process)
-    with tqdm(total=total, desc="sampling", unit="picture", disable=hidden) as bar:
+    with tqdm(total=total, desc="sampling", unit="image", disable=hidden) as bar:
         for shard in missing:
             texts = [prompts[number] for number in samples.index.numbers(shard)]
             with autocast(dtype, device):
@@ -258,7 +258,7 @@ def _make_shard(
 
 
 def _write_images(pipe: CLEARFluxPipeline, samples: SampleFolder, shard: int) -> None:
-    """Decode the pictures of a shard that are not there yet."""
+    """Decode the images of a shard that are not there yet."""
     index, folder = samples.index, samples.folder / "images"
     folder.mkdir(exist_ok=True)
     header = samples.header(shard)

@@ -43,7 +43,7 @@ class SampleIndex:
     Attributes:
         model: its name, as it was asked for.
         fingerprint: see `identity.fingerprint`.
-        height, width: of the pictures, in pixels.
+        height, width: of the images, in pixels.
         steps, guidance: see `GenerateRequest`.
         dtype: the computation's, and that of the stored numbers.
         prompts: a digest of all prompts, or "demo".

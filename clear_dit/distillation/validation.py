@@ -1,4 +1,4 @@
-"""Pictures painted while training, from the same prompts and seeds each time."""
+"""Images generated while training, from the same prompts and seeds each time."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def validation_prompts(source: str) -> list[str]:
 
 
 class Validator:
-    """Paints a few pictures with whatever the pipeline's transformer has become.
+    """Generates a few images with whatever the pipeline's transformer has become.
 
     Args:
         pipe: whole; its text encoders are used here and then dropped.
-        prompts: what to paint.
+        prompts: what to generate.
         index: size, steps and guidance are those of the samples.
         dtype: of the computation.
-        folder: where the pictures go, as PNG files.
+        folder: where the images go, as PNG files.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Validator:
             self.empty: Text | None = encode(pipe, [""], length) if guided else None
         pipe.text_encoder = pipe.text_encoder_2 = None
 
-    def paint(self) -> list[Any]:
-        """PIL pictures, one of each prompt."""
+    def generate(self) -> list[Any]:
+        """PIL images, one of each prompt."""
         index = self.index
         noise = initial_noise(self.pipe, range(len(self.prompts)), index.height, index.width)
         with autocast(self.dtype, self.pipe.device):
@@ -83,12 +83,12 @@ class Validator:
         return [decode(self.pipe, each[None], index.height, index.width) for each in latents]
 
     def run(self, step: int, trackers: list[Any], save: bool) -> None:
-        """Paint; if asked, save as `step-{step}-{i}.png` and show to the trackers.
+        """Generate; if asked, save as `step-{step}-{i}.png` and show to the trackers.
 
         Raises:
-            OSError: a picture cannot be written.
+            OSError: an image cannot be written.
         """
-        images = self.paint()
+        images = self.generate()
         if not save:
             return
         self.folder.mkdir(exist_ok=True)

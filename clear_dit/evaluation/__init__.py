@@ -1,1 +1,1 @@
-"""Teacher against students, from the same seeds and prompts: pictures, metrics, table, sheet."""
+"""Teacher against students, from the same seeds and prompts: images, metrics, table, sheet."""

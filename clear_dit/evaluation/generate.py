@@ -1,4 +1,4 @@
-"""Painting every variant of a request, whatever is missing of it, on one pipeline."""
+"""Generating every variant of a request, whatever is missing of it, on one pipeline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..generation.denoising import Text, decode, denoise, encode, two_passes
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.load import open_checked
-from .images import PictureSet
+from .images import ImageSet
 from .request import EvaluateRequest, Variant
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ TEXT_CACHE_MB = 4096
 
 
 def check_weights(pipe: FluxPipeline, variants: tuple[Variant, ...]) -> None:
-    """Refuse weights that do not fit, before anything is painted.
+    """Refuse weights that do not fit, before anything is generated.
 
     Raises:
         RequestError: what does not fit, by name.
@@ -109,61 +109,61 @@ class TextCache:
         return embeds, torch.stack([text[1] for text in found]).to(device)
 
 
-def paint_missing(
+def generate_missing(
     pipe: FluxPipeline,
     request: EvaluateRequest,
     variant: Variant,
-    pictures: PictureSet,
+    images: ImageSet,
     texts: TextCache,
     impl: str,
     progress: bool = True,
 ) -> int:
-    """Paint what is missing of a variant, in batches; the pipeline runs its attention already.
+    """Generate what is missing of a variant, in batches; the pipeline runs its attention already.
 
     Args:
         pipe: inside `attention_of(pipe, variant)`.
         request: prompts and settings.
         variant: for the progress bar.
-        pictures: where they go.
+        images: where they go.
         texts: the prompts, encoded.
-        impl: the attention that runs, noted in the pictures.
+        impl: the attention that runs, noted in the images.
         progress: show a bar on standard error.
 
     Returns:
-        How many were painted.
+        How many were generated.
 
     Raises:
-        OSError: a picture cannot be written; those before it stay.
+        OSError: an image cannot be written; those before it stay.
     """
-    missing = pictures.missing()
-    painting = request.painting
-    empty = texts([""]) if missing and two_passes(pipe, painting.guidance) else None
+    missing = images.missing()
+    generation = request.generation
+    empty = texts([""]) if missing and two_passes(pipe, generation.guidance) else None
     record = {"version": __version__, "impl": impl, "device": str(pipe.device)}
     bar = tqdm(
-        total=len(pictures.wanted),
-        initial=len(pictures.wanted) - len(missing),
+        total=len(images.wanted),
+        initial=len(images.wanted) - len(missing),
         desc=variant.label,
-        unit="picture",
+        unit="image",
         disable=not progress,
     )
     with bar:
         for first in range(0, len(missing), request.batch):
             chosen = missing[first : first + request.batch]
             text = texts([request.prompts[index] for index in chosen])
-            seeds = [painting.seed + index for index in chosen]
+            seeds = [generation.seed + index for index in chosen]
             latents = denoise(
                 pipe,
                 text,
                 empty,
                 seeds,
-                height=painting.height,
-                width=painting.width,
-                steps=painting.steps,
-                guidance=painting.guidance,
+                height=generation.height,
+                width=generation.width,
+                steps=generation.steps,
+                guidance=generation.guidance,
             )
             # One at a time: decoding takes more memory than denoising.
             for index, one in zip(chosen, latents, strict=True):
-                image = decode(pipe, one[None], painting.height, painting.width)
-                pictures.save(index, image, one, record)
+                image = decode(pipe, one[None], generation.height, generation.width)
+                images.save(index, image, one, record)
                 bar.update()
     return len(missing)

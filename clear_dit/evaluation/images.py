@@ -1,6 +1,6 @@
-"""The pictures of one variant on disk: each whole or absent, and used only if it is the one wanted.
+"""The images of one variant on disk: each whole or absent, and used only if it is the one wanted.
 
-A picture carries the settings it was painted with. Whatever stopped a run, the next one finds out
+An image carries the settings it was generated with. Whatever stopped a run, the next one finds out
 from the files alone what remains to be done.
 """
 
@@ -25,21 +25,21 @@ from ..files import whole_file
 from ..generation.image_output import save_png
 from ..pipelines.decoding.image_files import METADATA_KEY
 
-# What can be wrong with a picture or latents that something else wrote or cut.
+# What can be wrong with an image or latents that something else wrote or cut.
 BROKEN = (OSError, ValueError, SyntaxError, KeyError, UnidentifiedImageError, SafetensorError)
 _LATENTS = "latents"
 _SAMPLED_VALUES = 64
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """Pictures 00000.png, ... in a folder, and what each has to be.
+class ImageSet:
+    """Images 00000.png, ... in a folder, and what each has to be.
 
     Attributes:
         folder: of the variant.
-        wanted: the settings of each picture, as JSON would give them back.
+        wanted: the settings of each image, as JSON would give them back.
         size: height and width, in pixels.
-        keep_latents: of so many first pictures the final latents are kept beside them.
+        keep_latents: of so many first images the final latents are kept beside them.
     """
 
     folder: Path
@@ -48,17 +48,17 @@ class PictureSet:
     keep_latents: int = 0
 
     def path(self, index: int) -> Path:
-        """Of a picture."""
+        """Of an image."""
         return self.folder / f"{index:05d}.png"
 
     def missing(self) -> list[int]:
-        """The pictures still to be painted: absent, unreadable, or painted with other settings."""
+        """The images still to be generated: absent, unreadable, or made with other settings."""
         return [index for index in range(len(self.wanted)) if not self._is_done(index)]
 
     def _is_done(self, index: int) -> bool:
         try:
             with Image.open(self.path(index)) as image:
-                painted = json.loads(image.info[METADATA_KEY])
+                generated = json.loads(image.info[METADATA_KEY])
                 if (image.height, image.width) != self.size or image.mode != "RGB":
                     return False
                 image.load()
@@ -66,17 +66,17 @@ class PictureSet:
                 self.latents(index)
         except BROKEN:
             return False
-        return all(painted.get(name) == value for name, value in self.wanted[index].items())
+        return all(generated.get(name) == value for name, value in self.wanted[index].items())
 
     def save(
         self, index: int, image: Image.Image, latents: torch.Tensor, record: Mapping[str, Any]
     ) -> None:
-        """Write a picture, its latents (tokens, channels) before it, its settings in it.
+        """Write an image, its latents (tokens, channels) before it, its settings in it.
 
         Args:
-            index: which picture.
+            index: which image.
             image: of `size`.
-            latents: written only of the pictures whose latents are kept.
+            latents: written only of the images whose latents are kept.
             record: more for the reader, such as the version; not compared.
 
         Raises:
@@ -94,16 +94,16 @@ class PictureSet:
             raise OSError(f"{path} could not be written ({reason}).") from error
 
     def latents(self, index: int) -> torch.Tensor:
-        """The final latents of a picture, packed: (tokens, channels)."""
+        """The final latents of an image, packed: (tokens, channels)."""
         return load_file(self.path(index).with_suffix(".safetensors"))[_LATENTS]
 
     def read(self, index: int) -> torch.Tensor:
-        """A picture as uint8 (3, height, width)."""
+        """An image as uint8 (3, height, width)."""
         with Image.open(self.path(index)) as image:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def batches(self, batch: int) -> Iterator[torch.Tensor]:
-        """The pictures in order, uint8 (<= batch, 3, height, width)."""
+        """The images in order, uint8 (<= batch, 3, height, width)."""
         for first in range(0, len(self.wanted), batch):
             indices = range(first, min(first + batch, len(self.wanted)))
             yield torch.stack([self.read(index) for index in indices])

@@ -1,4 +1,4 @@
-"""Which metrics can be computed here, and their values from the pictures on disk."""
+"""Which metrics can be computed here, and their values from the images on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import RequestError
-from .images import PictureSet
+from .images import ImageSet
 from .metrics import METRICS, MS_SSIM_ABOVE, PIXEL_METRICS, Features, names_attributes
 from .request import EvaluateRequest, Variant
 
@@ -41,10 +41,10 @@ def choose_metrics(
 def _missing(name: str, request: EvaluateRequest, networks: Mapping[str, Any]) -> str | None:
     metric = METRICS[name]
     if len(request.prompts) < metric.least:
-        return f"needs {metric.least} pictures or more"
-    least_side = min(request.painting.height, request.painting.width)
+        return f"needs {metric.least} images or more"
+    least_side = min(request.generation.height, request.generation.width)
     if name == "ms_ssim" and least_side <= MS_SSIM_ABOVE:
-        return f"needs pictures of more than {MS_SSIM_ABOVE} px a side"
+        return f"needs images of more than {MS_SSIM_ABOVE} px a side"
     if metric.network is not None and (reason := networks[metric.network].missing()) is not None:
         return reason
     if name == "attributes" and not names_attributes(request.prompts):
@@ -54,16 +54,16 @@ def _missing(name: str, request: EvaluateRequest, networks: Mapping[str, Any]) -
 
 def measure(
     request: EvaluateRequest,
-    sets: Mapping[str, PictureSet],
+    sets: Mapping[str, ImageSet],
     names: list[str],
     networks: Mapping[str, Any],
     progress: bool = True,
 ) -> Values:
-    """The values of the metrics that are computed from pictures.
+    """The values of the metrics that are computed from images.
 
     Args:
         request: whose first variant is the teacher.
-        sets: the complete pictures of every variant, by the variant's folder.
+        sets: the complete images of every variant, by the variant's folder.
         names: metrics that `choose_metrics` chose.
         networks: by name; one after the other is loaded, and let go.
         progress: show bars on standard error.
@@ -72,18 +72,18 @@ def measure(
         {variant's folder: {metric: value}}.
     """
     teacher, *students = request.variants
-    device = torch.device(request.painting.device)
+    device = torch.device(request.generation.device)
     values: Values = {variant.folder: {} for variant in request.variants}
     pair_measures = {name: PIXEL_METRICS[name] for name in names if name in PIXEL_METRICS}
     if "lpips" in names:
         pair_measures["lpips"] = networks["lpips"].pair_measure(device)
     for student in students if pair_measures else []:
         sums = dict.fromkeys(pair_measures, 0.0)
-        # One pair at a time: the windows of SSIM multiply the memory of a picture.
+        # One pair at a time: the windows of SSIM multiply the memory of an image.
         pairs = zip(sets[teacher.folder].batches(1), sets[student.folder].batches(1), strict=True)
         bar = _bar(pairs, len(request.prompts), f"pixels: {student.label}", progress)
         for pair in bar:
-            one, other = (pictures.to(device).float() / 255 for pictures in pair)
+            one, other = (images.to(device).float() / 255 for images in pair)
             for name, function in pair_measures.items():
                 sums[name] += float(function(one, other).sum())
         means = {name: total / len(request.prompts) for name, total in sums.items()}
@@ -113,7 +113,7 @@ def measure(
 def _features(
     request: EvaluateRequest,
     variant: Variant,
-    sets: Mapping[str, PictureSet],
+    sets: Mapping[str, ImageSet],
     network: Any,
     progress: bool,
 ) -> Features:
@@ -121,9 +121,9 @@ def _features(
     steps = -(-len(request.prompts) // batch)
     parts: dict[str, list[torch.Tensor]] = {}
     bar = _bar(sets[variant.folder].batches(batch), steps, f"features: {variant.label}", progress)
-    for index, pictures in enumerate(bar):
+    for index, images in enumerate(bar):
         prompts = request.prompts[index * batch : (index + 1) * batch]
-        for key, value in network.features(pictures, prompts).items():
+        for key, value in network.features(images, prompts).items():
             parts.setdefault(key, []).append(value)
     return {key: torch.cat(tensors) for key, tensors in parts.items()}
 

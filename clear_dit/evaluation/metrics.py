@@ -1,4 +1,4 @@
-"""The metrics by name, each computed by torchmetrics from pictures or from a network's features."""
+"""The metrics by name, each computed by torchmetrics from images or from a network's features."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-# What a network says of the pictures of one variant, by name: (pictures, ...).
+# What a network says of the images of one variant, by name: (images, ...).
 Features = Mapping[str, torch.Tensor]
 
-# Scales 5, window 11: the smallest picture is one pixel more (Wang et al. 2003, torchmetrics).
+# Scales 5, window 11: the smallest image is one pixel more (Wang et al. 2003, torchmetrics).
 MS_SSIM_ABOVE = 160
 KID_SUBSET, KID_SUBSETS = 1000, 100
 IS_SPLITS = 10
@@ -30,7 +30,7 @@ class Metric:
         better: "higher" or "lower".
         digits: after the point.
         network: that it needs, see `networks.py`; None for arithmetic on pixels or predictions.
-        least: pictures it needs.
+        least: images it needs.
         of_teacher: whether the teacher has a value too, as it compares with no other variant.
         from_features: (teacher's, variant's, prompts) -> value, where it is made of features.
     """
@@ -45,7 +45,7 @@ class Metric:
 
 
 def psnr(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """10 log10(1 / MSE) of each picture, dB; infinite where they are identical."""
+    """10 log10(1 / MSE) of each image, dB; infinite where they are identical."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     value = peak_signal_noise_ratio(
@@ -56,7 +56,7 @@ def psnr(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each picture (Wang et al. 2004; Gaussian window, sigma 1.5)."""
+    """Structural similarity of each image (Wang et al. 2004; Gaussian window, sigma 1.5)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     value = structural_similarity_index_measure(student, teacher, data_range=1.0, reduction="none")
@@ -65,7 +65,7 @@ def ssim(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 def ms_ssim(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Multi-scale structural similarity of each picture (Wang et al. 2003; five scales)."""
+    """Multi-scale structural similarity of each image (Wang et al. 2003; five scales)."""
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     return multiscale_structural_similarity_index_measure(
@@ -73,13 +73,13 @@ def ms_ssim(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     )
 
 
-# On float pictures (batch, 3, height, width) in [0, 1]: a value for each. LPIPS joins them once its
+# On float images (batch, 3, height, width) in [0, 1]: a value for each. LPIPS joins them once its
 # network is loaded.
 PIXEL_METRICS = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
 
 
 class _Features(nn.Module):
-    """Stands where torchmetrics expects a network, and is given features instead of pictures."""
+    """Stands where torchmetrics expects a network, and is given features instead of images."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -99,9 +99,9 @@ def _seeded_and_quiet() -> Iterator[None]:
 
 
 def frechet_distance(teacher: torch.Tensor, student: torch.Tensor) -> float:
-    """FID (Heusel et al. 2017) of features (pictures, channels), in float64.
+    """FID (Heusel et al. 2017) of features (images, channels), in float64.
 
-    Depends on the number of pictures: compare only values of equally many.
+    Depends on the number of images: compare only values of equally many.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -115,7 +115,7 @@ def frechet_distance(teacher: torch.Tensor, student: torch.Tensor) -> float:
 def kernel_distance(teacher: torch.Tensor, student: torch.Tensor) -> float:
     """KID (Binkowski et al. 2018), the unbiased estimate; near or below 0 for equal distributions.
 
-    Of all pictures up to KID_SUBSET, beyond that the mean over KID_SUBSETS random subsets.
+    Of all images up to KID_SUBSET, beyond that the mean over KID_SUBSETS random subsets.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -131,7 +131,7 @@ def kernel_distance(teacher: torch.Tensor, student: torch.Tensor) -> float:
 
 
 def inception_score(logits: torch.Tensor) -> float:
-    """IS (Salimans et al. 2016) of logits (pictures, classes): mean over IS_SPLITS."""
+    """IS (Salimans et al. 2016) of logits (images, classes): mean over IS_SPLITS."""
     from torchmetrics.image.inception import InceptionScore
 
     with _seeded_and_quiet():
@@ -148,7 +148,7 @@ def mean_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def attribute_accuracy(seen: torch.Tensor, prompts: Sequence[str]) -> float:
-    """Percent of the attributes named in the prompts that the pictures show."""
+    """Percent of the attributes named in the prompts that the images show."""
     from ..demo.probe import asked_labels
 
     asked = asked_labels(prompts)

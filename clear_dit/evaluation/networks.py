@@ -1,4 +1,4 @@
-"""The networks metrics need: which are here, how to get the others, and what they say of pictures.
+"""The networks metrics need: which are here, how to get the others, and what they say of images.
 
 Nothing is downloaded: an evaluation must not depend on what the network happened to give.
 """
@@ -29,7 +29,7 @@ PairMeasure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Network(ABC):
-    """One network: whether it is here, and its features of pictures."""
+    """One network: whether it is here, and its features of images."""
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -39,8 +39,8 @@ class Network(ABC):
         """Read its weights onto a device."""
         raise NotImplementedError
 
-    def features(self, pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What it says of pictures uint8 (batch, 3, height, width) and their prompts.
+    def features(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What it says of images uint8 (batch, 3, height, width) and their prompts.
 
         Returns:
             Tensors on the CPU, (batch, ...) each.
@@ -49,9 +49,9 @@ class Network(ABC):
 
 
 class ProbeNetwork(Network):
-    """The demo's own classifier, trained on rendered pictures of its world: no general measure.
+    """The demo's own classifier, trained on rendered images of its world: no general measure.
 
-    features: (batch, 128), its last hidden layer, scaled to a mean square of 1 on rendered pictures
+    features: (batch, 128), its last hidden layer, scaled to a mean square of 1 on rendered images
     (KID's polynomial is meant for numbers near 1); seen: (batch, 7), the attributes it reads.
     """
 
@@ -61,9 +61,9 @@ class ProbeNetwork(Network):
 
     def missing(self) -> str | None:
         if not self.path.is_file():
-            return "reads pictures of the demo's world only, and this model has no probe/ folder"
+            return "reads images of the demo's world only, and this model has no probe/ folder"
         if not self.square:
-            return "the demo's probe reads square pictures only"
+            return "the demo's probe reads square images only"
         return None
 
     def load(self, device: torch.device) -> None:
@@ -73,10 +73,10 @@ class ProbeNetwork(Network):
         self.scale = rendered_features(self.probe).square().mean().rsqrt()
 
     @torch.no_grad()
-    def features(self, pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def features(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         from ..demo.probe import shrink
 
-        small = shrink(pictures.permute(0, 2, 3, 1).numpy())
+        small = shrink(images.permute(0, 2, 3, 1).numpy())
         return {
             "features": self.probe.features(small) * self.scale,
             "seen": self.probe.read_labels(small),
@@ -101,8 +101,8 @@ class InceptionNetwork(Network):
         ).to(device)
 
     @torch.no_grad()
-    def features(self, pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        features, logits = self.network(pictures.to(self.device))
+    def features(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        features, logits = self.network(images.to(self.device))
         return {"features": features.cpu(), "logits": logits.cpu()}
 
 
@@ -114,11 +114,11 @@ class LpipsNetwork(Network):
 
     def missing(self) -> str | None:
         if self.least_side < LPIPS_LEAST_SIDE:
-            return f"needs pictures of {LPIPS_LEAST_SIDE} px or more"
+            return f"needs images of {LPIPS_LEAST_SIDE} px or more"
         return _cannot_import("torchvision") or _not_cached(ALEXNET_URL)
 
     def pair_measure(self, device: torch.device) -> PairMeasure:
-        """A function of two batches of pictures in [0, 1] that gives a value for each pair."""
+        """A function of two batches of images in [0, 1] that gives a value for each pair."""
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True)
@@ -135,7 +135,7 @@ class LpipsNetwork(Network):
 class TransformersNetwork(Network):
     """An image encoder of transformers, from the hub's cache or a folder.
 
-    CLIP: features (batch, channels) of the pictures and text (batch, channels) of the prompts.
+    CLIP: features (batch, channels) of the images and text (batch, channels) of the prompts.
     DINO: features (batch, channels), the class token of the last layer.
     """
 
@@ -177,19 +177,19 @@ class TransformersNetwork(Network):
                 self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     @torch.no_grad()
-    def features(self, pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    def features(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         model = self.model
-        pixels = self.processor(list(pictures), return_tensors="pt")["pixel_values"]
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(model.device)
         if not self.is_clip:
             hidden = model(pixel_values=pixels).last_hidden_state
             return {"features": hidden[:, 0].float().cpu()}
-        images = model.visual_projection(model.vision_model(pixels).pooler_output)
+        projected = model.visual_projection(model.vision_model(pixels).pooler_output)
         tokens = self.tokenizer(
             list(prompts), padding=True, truncation=True, return_tensors="pt"
         ).to(model.device)
         texts = model.text_projection(model.text_model(**tokens).pooler_output)
-        return {"features": images.float().cpu(), "text": texts.float().cpu()}
+        return {"features": projected.float().cpu(), "text": texts.float().cpu()}
 
 
 def _cannot_import(module: str) -> str | None:
@@ -215,7 +215,7 @@ def _not_cached(url: str) -> str | None:
 
 
 def make_networks(model_folder: str, height: int, width: int) -> dict[str, Any]:
-    """All networks by name, none loaded, for pictures of height x width pixels of a model."""
+    """All networks by name, none loaded, for images of height x width pixels of a model."""
     return {
         "probe": ProbeNetwork(model_folder, square=height == width),
         "inception": InceptionNetwork(),

@@ -1,7 +1,7 @@
 """How far a student's prediction is from the teacher's at the same point of the same path.
 
 The measure that distillation's output term lowers: x_t = (1 - s) x_0 + s noise, x_0 the teacher's
-own final latents, s the noise level; mean over LEVELS, pictures, tokens and channels of
+own final latents, s the noise level; mean over LEVELS, images, tokens and channels of
 (student(x_t) - teacher(x_t))^2. One pass, with the prompt; no second pass for guidance.
 """
 
@@ -20,26 +20,26 @@ from tqdm import tqdm
 from ..files import whole_file
 from ..generation.models import TOKEN_PIXELS
 from .generate import TextCache
-from .images import BROKEN, PictureSet
+from .images import BROKEN, ImageSet
 from .request import EvaluateRequest
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-# Of so many first pictures; each adds len(LEVELS) predictions to every variant's work.
-PICTURES = 16
+# Of so many first images; each adds len(LEVELS) predictions to every variant's work.
+IMAGES = 16
 FILE = "output_mse.json"
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where predictions are compared: one picture's path, at all LEVELS.
+    """Where predictions are compared: one image's path, at all LEVELS.
 
     Attributes:
-        prompt: of the picture.
+        prompt: of the image.
         latents: x_0, the teacher's final latents, (tokens, channels).
-        seed: of the noise; differs from those of the pictures.
+        seed: of the noise; differs from those of the images.
     """
 
     prompt: str
@@ -55,11 +55,11 @@ class Point:
         return (1 - level) * clean + level * noise
 
 
-def make_points(request: EvaluateRequest, teacher: PictureSet) -> list[Point]:
-    """The points of the first pictures of the teacher, which are painted already."""
-    count = min(PICTURES, len(request.prompts))
-    # A stream of their own: the initial noise of picture i is that of seed + i.
-    seeds = [(request.painting.seed + index) ^ 0x5EED << 32 for index in range(count)]
+def make_points(request: EvaluateRequest, teacher: ImageSet) -> list[Point]:
+    """The points of the first images of the teacher, which are generated already."""
+    count = min(IMAGES, len(request.prompts))
+    # A stream of their own: the initial noise of image i is that of seed + i.
+    seeds = [(request.generation.seed + index) ^ 0x5EED << 32 for index in range(count)]
     return [Point(request.prompts[i], teacher.latents(i), seeds[i]) for i in range(count)]
 
 
@@ -72,8 +72,8 @@ def predict(
     Returns:
         float32 on the CPU, (levels, tokens, channels).
     """
-    rows = request.painting.height // TOKEN_PIXELS
-    columns = request.painting.width // TOKEN_PIXELS
+    rows = request.generation.height // TOKEN_PIXELS
+    columns = request.generation.width // TOKEN_PIXELS
     device, dtype = pipe.device, pipe.dtype
     embeds, pooled = texts([point.prompt])
     # float32: bfloat16 cannot tell neighbours above 256 apart.
@@ -85,7 +85,7 @@ def predict(
     for first in range(0, len(LEVELS), request.batch):
         x_t = noisy[first : first + request.batch]
         level = torch.tensor(LEVELS[first : first + request.batch], device=device, dtype=dtype)
-        guidance = torch.full((len(x_t),), request.painting.guidance, device=device)
+        guidance = torch.full((len(x_t),), request.generation.guidance, device=device)
         output = pipe.transformer(
             hidden_states=x_t,
             encoder_hidden_states=embeds.expand(len(x_t), -1, -1),
@@ -108,7 +108,7 @@ def predict_all(
     progress: bool = True,
 ) -> list[torch.Tensor]:
     """`predict` at every point."""
-    bar = tqdm(points, "predictions", unit="picture", disable=not progress)
+    bar = tqdm(points, "predictions", unit="image", disable=not progress)
     return [predict(pipe, request, point, texts) for point in bar]
 
 
@@ -122,7 +122,7 @@ def mean_squared_error(teacher: Sequence[torch.Tensor], student: Sequence[torch.
 def question(request: EvaluateRequest, points: Sequence[Point], teacher: str, student: str) -> str:
     """A digest of all that the value depends on; teacher and student are fingerprints."""
     digest = hashlib.sha256(json.dumps([teacher, student, LEVELS]).encode())
-    digest.update(f"{request.painting.guidance} {request.painting.dtype}".encode())
+    digest.update(f"{request.generation.guidance} {request.generation.dtype}".encode())
     for point in points:
         digest.update(f"{point.prompt} {point.seed} {tuple(point.latents.shape)}".encode())
         digest.update(point.latents.float().numpy().tobytes())

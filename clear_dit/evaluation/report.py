@@ -10,7 +10,7 @@ from ..generation.checks import find_window
 from ..versions import __version__
 from .measure import Values
 from .metrics import METRICS
-from .output_error import LEVELS, PICTURES
+from .output_error import IMAGES, LEVELS
 from .request import EvaluateRequest, Variant
 
 _ARROWS = {"higher": "↑", "lower": "↓"}
@@ -21,13 +21,13 @@ def layer_gflop(request: EvaluateRequest, variant: Variant, text: int, channels:
 
     Args:
         request: gives the size.
-        variant: gives the window; full attention is a window larger than the picture.
+        variant: gives the window; full attention is a window larger than the image.
         text: text tokens.
         channels: heads times head_dim.
     """
-    painting = request.painting
-    radius = painting.height + painting.width if variant.radius is None else variant.radius
-    window = find_window(painting.height, painting.width, radius, variant.down_factor, text)
+    generation = request.generation
+    radius = generation.height + generation.width if variant.radius is None else variant.radius
+    window = find_window(generation.height, generation.width, radius, variant.down_factor, text)
     return window.attention_flops(1, channels) / 1e9
 
 
@@ -46,7 +46,7 @@ def make_report(
         metrics' values, null where they have none}], metrics [names, in the table's order],
         left_out {metric: reason}, distilled_against_untuned, version.
     """
-    painting = request.painting
+    generation = request.generation
     keys = ("model", "height", "width", "steps", "guidance", "seed", "dtype", "device")
     names = [name for name in METRICS if any(name in row for row in values.values())]
     rows = [
@@ -63,7 +63,7 @@ def make_report(
         }
         for variant in request.variants
     ]
-    settings = {key: asdict(painting)[key] for key in keys}
+    settings = {key: asdict(generation)[key] for key in keys}
     return {
         "settings": settings | {"prompts": request.source, "count": len(request.prompts)},
         "metrics": names,
@@ -75,7 +75,7 @@ def make_report(
 
 
 def _for_json(value: float | None) -> float | str | None:
-    """JSON has no infinity, which is the PSNR of identical pictures."""
+    """JSON has no infinity, which is the PSNR of identical images."""
     if value is None or math.isfinite(value):
         return value
     return str(value)
@@ -112,7 +112,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {row['label']} | {' | '.join([*cells, gflop])} |")
     lines += [
         "",
-        f"{settings['count']} pictures of {settings['height']} x {settings['width']} px each, "
+        f"{settings['count']} images of {settings['height']} x {settings['width']} px each, "
         f"model {settings['model']}, prompts {settings['prompts']}, {settings['steps']} steps, "
         f"guidance {settings['guidance']:g}, seeds from {settings['seed']}, {settings['dtype']}.",
         "All values are against full attention from the same seeds, except those the first row has "
@@ -132,12 +132,11 @@ def markdown(report: dict[str, Any]) -> str:
 
 _NOTES = {
     "fid_demo": "fid_demo and kid_demo are FID and KID on the last hidden layer of the demo's own "
-    "probe, trained on rendered pictures of its world: they compare with nothing published.",
+    "probe, trained on rendered images of its world: they compare with nothing published.",
     "output_mse": "output MSE: between the transformer's predictions and the teacher's, at noise "
-    f"levels {', '.join(map(str, LEVELS))} of the first {PICTURES} (or all) of the teacher's own "
+    f"levels {', '.join(map(str, LEVELS))} of the first {IMAGES} (or all) of the teacher's own "
     "final latents.",
-    "attributes": "attributes: those named in the prompts that the demo's probe sees in the "
-    "picture.",
+    "attributes": "attributes: those named in the prompts that the demo's probe sees in the image.",
 }
 
 

@@ -29,7 +29,7 @@ class Variant:
 
     Attributes:
         label: for people.
-        folder: where its pictures lie; different for weights that differ.
+        folder: where its images lie; different for weights that differ.
         radius, down_factor: of the window, in tokens; None and 1 for full attention.
         weights: fine-tuned weights, None for the model's own.
     """
@@ -61,20 +61,20 @@ class EvaluateRequest:
     """What to evaluate, complete and checked. `make_evaluate_request` fills in what is not said.
 
     Attributes:
-        painting: model, size, steps, guidance, seed, dtype and device of every picture; picture i
+        generation: model, size, steps, guidance, seed, dtype and device of every image; image i
             starts from noise of seed + i.
-        prompts: one for each picture.
+        prompts: one for each image.
         source: where they are from: "demo" or a file.
         variants: the teacher, then the students.
         metrics: names out of METRICS.
         explicit: whether the metrics were asked for by name, so that none may be left out.
-        batch: pictures at once.
+        batch: images at once.
 
     Raises:
         RequestError: the first thing that is wrong.
     """
 
-    painting: GenerateRequest
+    generation: GenerateRequest
     prompts: tuple[str, ...]
     source: str
     variants: tuple[Variant, ...]
@@ -85,11 +85,11 @@ class EvaluateRequest:
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= MAX_BATCH:
             raise RequestError(f"--batch must be from 1 to {MAX_BATCH}, got {self.batch}.")
-        if self.painting.seed + len(self.prompts) > 2**63:
-            raise RequestError("--seed: the last picture's seed must be below 2^63.")
+        if self.generation.seed + len(self.prompts) > 2**63:
+            raise RequestError("--seed: the last image's seed must be below 2^63.")
         for variant in self.variants[1:]:
             assert variant.radius is not None
-            size = (self.painting.height, self.painting.width)
+            size = (self.generation.height, self.generation.width)
             find_window(*size, variant.radius, variant.down_factor)
 
 
@@ -110,7 +110,7 @@ def make_evaluate_request(
     Args:
         model: "demo", a folder in diffusers format, or a hub repository (owner/name).
         prompts: "demo" for the demo's held-out captions, or a file (see `read_prompts`).
-        count: pictures of each variant: the first prompts there are.
+        count: images of each variant: the first prompts there are.
         weights: each a file, CLEAR weights or a LoRA, whose metadata or published name says radius
             and down_factor, or else the only one of `radii` and `down_factor` do; or a folder or
             hub repository, of which the files for `radii` and `down_factor` are taken. Each comes
@@ -118,7 +118,7 @@ def make_evaluate_request(
         radii: of untuned rows, in tokens; without them and without weights, the model's default.
         down_factor: that goes with `radii`, in tokens.
         metrics: names with commas, or "auto" for all that can be computed here.
-        batch: pictures at once.
+        batch: images at once.
         settings: height, width, steps, guidance, seed, dtype, device, as in `GenerateRequest`.
 
     Raises:
@@ -127,13 +127,13 @@ def make_evaluate_request(
     if not 1 <= count <= MAX_COUNT:
         raise RequestError(f"--count must be from 1 to {MAX_COUNT}, got {count}.")
     names = _metric_names(metrics)
-    painting = make_request("evaluation", model, **settings)
+    generation = make_request("evaluation", model, **settings)
     texts = evaluation_prompts(prompts, count)
     files = [file for name in weights for file in _weight_files(name, radii, down_factor)]
     if not files and not radii:
-        radii = [painting.radius]
+        radii = [generation.radius]
     return EvaluateRequest(
-        painting=painting,
+        generation=generation,
         prompts=tuple(texts),
         source=prompts,
         variants=_variants([(radius, down_factor) for radius in radii], files),

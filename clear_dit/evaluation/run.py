@@ -1,4 +1,4 @@
-"""The whole evaluation: paint, compare, write the table and the contact sheet."""
+"""The whole evaluation: generate, compare, write the table and the contact sheet."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..generation.image_output import save_png
 from ..generation.models import load_pipeline, model_path, text_length
 from ..pipelines.decoding.image_files import METADATA_KEY
 from . import output_error
-from .generate import TextCache, attention_of, check_weights, paint_missing
-from .images import PictureSet, fingerprint
+from .generate import TextCache, attention_of, check_weights, generate_missing
+from .images import ImageSet, fingerprint
 from .measure import Values, choose_metrics, measure
 from .networks import make_networks
 from .report import layer_gflop, make_report, markdown
@@ -34,10 +34,10 @@ REPORT, TABLE, SHEET = "report.json", "report.md", "contact-sheet.png"
 
 
 def evaluate(request: EvaluateRequest, out: Path, progress: bool = True) -> dict[str, Any]:
-    """Paint what is missing of every variant, compare the pictures, and write the result.
+    """Generate what is missing of every variant, compare the images, and write the result.
 
-    Pictures lie in out/pictures/VARIANT; a run that was stopped goes on where it was, and one with
-    other settings paints only what differs. Writes report.md, report.json and contact-sheet.png.
+    Images lie in out/images/VARIANT; a run that was stopped goes on where it was, and one with
+    other settings generates only what differs. Writes report.md, report.json and contact-sheet.png.
 
     Args:
         request: what to evaluate.
@@ -45,16 +45,18 @@ def evaluate(request: EvaluateRequest, out: Path, progress: bool = True) -> dict
         progress: show progress bars on standard error.
 
     Returns:
-        What report.json holds, see `make_report`; and painted, how many pictures this run painted.
+        What report.json holds, see `make_report`; and generated, how many images this run made.
 
     Raises:
         RequestError: a bad request, before any work.
         OSError: something cannot be written; nothing is left under its name.
     """
-    painting = request.painting
-    networks = make_networks(model_path(painting.model), painting.height, painting.width)
+    generation = request.generation
+    networks = make_networks(model_path(generation.model), generation.height, generation.width)
     names, left_out = choose_metrics(request, networks)
-    pipe = load_pipeline(painting.model, find_dtype(painting.dtype), find_device(painting.device))
+    pipe = load_pipeline(
+        generation.model, find_dtype(generation.dtype), find_device(generation.device)
+    )
     check_weights(pipe, request.variants)
     with own_folder(out):
         pipe.set_progress_bar_config(disable=True)
@@ -67,20 +69,20 @@ def evaluate(request: EvaluateRequest, out: Path, progress: bool = True) -> dict
         work = _Work(pipe, request, out, "output_mse" in names, progress)
         for variant in request.variants:
             work.do(variant)
-        sets, values, painted = work.sets, work.values, work.painted
+        sets, values, generated = work.sets, work.values, work.generated
         # The metrics' networks may need the room.
         del pipe, work
         found = measure(request, sets, names, networks, progress)
         for folder, more in found.items():
             values[folder].update(more)
-        impls = {folder: _impl(pictures) for folder, pictures in sets.items()}
+        impls = {folder: _impl(images) for folder, images in sets.items()}
         report = make_report(request, values, left_out, gflop, impls)
         _write(report, request, sets, out)
-    return report | {"painted": painted}
+    return report | {"generated": generated}
 
 
 class _Work:
-    """What needs the pipeline: pictures and predictions, one variant after the other."""
+    """What needs the pipeline: images and predictions, one variant after the other."""
 
     def __init__(
         self,
@@ -93,37 +95,37 @@ class _Work:
         self.pipe, self.request, self.out = pipe, request, out
         self.output_mse, self.progress = output_mse, progress
         self.texts = TextCache(pipe)
-        self.sets: dict[str, PictureSet] = {}
+        self.sets: dict[str, ImageSet] = {}
         self.values: Values = {variant.folder: {} for variant in request.variants}
-        self.painted = 0
+        self.generated = 0
         self.points: list[output_error.Point] = []
         self.teacher_fingerprint = ""
         self.teacher_predictions: list[Any] | None = None
 
     def do(self, variant: Variant) -> None:
-        """Paint a variant; the teacher comes first."""
+        """Generate a variant; the teacher comes first."""
         with attention_of(self.pipe, variant) as impl:
             name = fingerprint(self.pipe)
-            pictures = self._pictures(variant, name)
-            self.sets[variant.folder] = pictures
-            self.painted += paint_missing(
-                self.pipe, self.request, variant, pictures, self.texts, impl, self.progress
+            images = self._images(variant, name)
+            self.sets[variant.folder] = images
+            self.generated += generate_missing(
+                self.pipe, self.request, variant, images, self.texts, impl, self.progress
             )
         if not self.output_mse:
             return
         if variant.kind == "teacher":
-            self.points = output_error.make_points(self.request, pictures)
+            self.points = output_error.make_points(self.request, images)
             self.teacher_fingerprint = name
             return
         asked = output_error.question(self.request, self.points, self.teacher_fingerprint, name)
-        value = output_error.read_value(pictures.folder, asked)
+        value = output_error.read_value(images.folder, asked)
         if value is None:
             if self.teacher_predictions is None:
                 self.teacher_predictions = self._predictions()
             with attention_of(self.pipe, variant):
                 student = self._predictions()
             value = output_error.mean_squared_error(self.teacher_predictions, student)
-            output_error.write_value(pictures.folder, asked, value)
+            output_error.write_value(images.folder, asked, value)
         self.values[variant.folder]["output_mse"] = value
 
     def _predictions(self) -> list[Any]:
@@ -131,11 +133,11 @@ class _Work:
             self.pipe, self.request, self.points, self.texts, self.progress
         )
 
-    def _pictures(self, variant: Variant, pipe_fingerprint: str) -> PictureSet:
-        painting = self.request.painting
+    def _images(self, variant: Variant, pipe_fingerprint: str) -> ImageSet:
+        generation = self.request.generation
         common = {
             key: value
-            for key, value in asdict(painting).items()
+            for key, value in asdict(generation).items()
             if key in ("height", "width", "steps", "guidance", "dtype")
         }
         common |= {
@@ -144,22 +146,22 @@ class _Work:
             "fingerprint": pipe_fingerprint,
         }
         wanted = [
-            {"prompt": prompt, "seed": painting.seed + index, **common}
+            {"prompt": prompt, "seed": generation.seed + index, **common}
             for index, prompt in enumerate(self.request.prompts)
         ]
-        keep = output_error.PICTURES if variant.kind == "teacher" else 0
-        folder = self.out / "pictures" / variant.folder
-        return PictureSet(folder, wanted, (painting.height, painting.width), keep)
+        keep = output_error.IMAGES if variant.kind == "teacher" else 0
+        folder = self.out / "images" / variant.folder
+        return ImageSet(folder, wanted, (generation.height, generation.width), keep)
 
 
-def _impl(pictures: PictureSet) -> str:
-    """The attention that painted, as the first picture says."""
-    with Image.open(pictures.path(0)) as image:
+def _impl(images: ImageSet) -> str:
+    """The attention that generated, as the first image says."""
+    with Image.open(images.path(0)) as image:
         return str(json.loads(image.info[METADATA_KEY])["impl"])
 
 
 def _write(
-    report: dict[str, Any], request: EvaluateRequest, sets: dict[str, PictureSet], out: Path
+    report: dict[str, Any], request: EvaluateRequest, sets: dict[str, ImageSet], out: Path
 ) -> None:
     with whole_file(out / REPORT) as file:
         file.write(json.dumps(report, indent=2, ensure_ascii=False).encode())
@@ -174,7 +176,7 @@ def _write(
     save_png(sheet, out / SHEET, report["settings"])
 
 
-def _thumbnail(pictures: PictureSet, index: int) -> Image.Image:
-    with Image.open(pictures.path(index)) as image:
+def _thumbnail(images: ImageSet, index: int) -> Image.Image:
+    with Image.open(images.path(index)) as image:
         image.thumbnail((1024, 1024))
         return image.copy()

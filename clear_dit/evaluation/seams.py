@@ -1,6 +1,6 @@
-"""Seams: how much steeper a picture is across the borders of tiles than beside them.
+"""Seams: how much steeper an image is across the borders of tiles than beside them.
 
-A picture decoded in tiles shows where they meet if each has its own tone or sharpness. Measured is
+An image decoded in tiles shows where they meet if each has its own tone or sharpness. Measured is
 the mean absolute difference between the two rows (or columns) of pixels at a border, against the
 same at lines nearby: 1.0 means that nothing tells the borders from the rest.
 """
@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import RequestError
-from ..generation.image_input import open_picture
+from ..generation.image_input import open_image
 
-# A border is compared with lines 8 and 16 pixels away on both sides: near, so that the picture is
+# A border is compared with lines 8 and 16 pixels away on both sides: near, so that the image is
 # alike there, and at the same place in an autoencoder's own pattern of 8 pixels.
 _STEP, _STEPS = 8, 2
 # Added to both sides of a ratio, in grey levels out of 255: two flat places are alike.
@@ -28,7 +28,7 @@ _STRIP = 256
 
 @dataclass(frozen=True)
 class Seams:
-    """The seam metric of a picture.
+    """The seam metric of an image.
 
     Attributes:
         ratio: mean gradient across all borders by that at lines nearby; 1.0 for no seams.
@@ -44,22 +44,22 @@ class Seams:
     worst_at: tuple[str, int]
 
 
-def measure_seams(picture: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> Seams:
-    """The seam metric of a picture in memory.
+def measure_seams(image: np.ndarray, rows: Sequence[int], columns: Sequence[int]) -> Seams:
+    """The seam metric of an image in memory.
 
     Args:
-        picture: (height, width) or (height, width, channels), in grey levels from 0 to 255; any
+        image: (height, width) or (height, width, channels), in grey levels from 0 to 255; any
             dtype.
         rows, columns: the first row or column of pixels beyond each border.
 
     Raises:
-        ValueError: no border, or one outside the picture.
+        ValueError: no border, or one outside the image.
     """
-    return seams_of_profiles(*gradient_profiles([picture]), rows, columns)
+    return seams_of_profiles(*gradient_profiles([image]), rows, columns)
 
 
 def gradient_profiles(strips: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean absolute differences between neighbouring rows and columns of a picture.
+    """Mean absolute differences between neighbouring rows and columns of an image.
 
     Args:
         strips: (rows, width) or (rows, width, channels) from top to bottom, in grey levels.
@@ -136,40 +136,40 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def seams_of_file(path: Path, tile: int) -> dict[str, Any]:
-    """The seam metric of a picture file whose tiles start at its upper left corner.
+    """The seam metric of an image file whose tiles start at its upper left corner.
 
     Args:
         path: in a format that Pillow reads, up to 16384 x 16384 pixels.
         tile: side of a tile, in pixels.
 
     Returns:
-        The fields of `Seams`, with picture, height, width and tile.
+        The fields of `Seams`, with image, height, width and tile.
 
     Raises:
-        RequestError: not a picture, or too large; a tile out of range, or with no border in it.
+        RequestError: not an image, or too large; a tile out of range, or with no border in it.
     """
-    with open_picture(path) as image:
+    with open_image(path) as image:
         width, height = image.size
         rows, columns = range(tile, height, tile), range(tile, width, tile)
         longest = max(height, width)
         if tile < 2 * _STEP or tile >= longest:
             raise RequestError(
                 f"--tile must be from {2 * _STEP} to {longest - 1} pixels, below the longer side "
-                f"of the picture ({width} x {height}), got {tile}."
+                f"of the image ({width} x {height}), got {tile}."
             )
         try:
             profiles = gradient_profiles(_strips(image))
         except (OSError, SyntaxError, ValueError) as error:
             raise RequestError(f"{path} is damaged or cut off ({error}).") from error
     found = seams_of_profiles(*profiles, rows, columns)
-    return {"picture": str(path), "height": height, "width": width, "tile": tile, **asdict(found)}
+    return {"image": str(path), "height": height, "width": width, "tile": tile, **asdict(found)}
 
 
 def report(result: dict[str, Any]) -> str:
     """What `seams_of_file` found, for people."""
     kind, place = result["worst_at"]
     return (
-        f"{result['picture']}: seam metric {result['ratio']:.3f} at tiles of {result['tile']} px "
+        f"{result['image']}: seam metric {result['ratio']:.3f} at tiles of {result['tile']} px "
         f"(1.000 is none); worst {result['worst']:.3f} at {kind} {place}"
     )
 

@@ -16,14 +16,14 @@ _INK, _PAPER = (24, 24, 24), (255, 255, 255)
 def contact_sheet(
     columns: Sequence[tuple[str, Sequence[Image.Image]]], prompts: Sequence[str]
 ) -> Image.Image:
-    """Pictures side by side.
+    """Images side by side.
 
     Args:
-        columns: a label and one picture for each prompt, all of one size.
+        columns: a label and one image for each prompt, all of one size.
         prompts: written above their rows; what is too long for MAX_LINES lines ends in dots.
 
     Returns:
-        An RGB picture with tiles whose longer side is TILE pixels.
+        An RGB image with tiles whose longer side is TILE pixels.
     """
     font = ImageFont.load_default(FONT_SIZE)
     first = columns[0][1][0]
@@ -40,11 +40,11 @@ def contact_sheet(
         y += LINE * len(lines) + height + 2 * GAP
     sheet = Image.new("RGB", (2 * MARGIN + inner, y - GAP + MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, (lines, (_, pictures)) in enumerate(zip(heads, columns, strict=True)):
+    for column, (lines, (_, images)) in enumerate(zip(heads, columns, strict=True)):
         x = MARGIN + column * pitch
         _write(draw, (x, MARGIN), lines, font)
-        for top, text, picture in zip(tops, texts, pictures, strict=True):
-            tile = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        for top, text, image in zip(tops, texts, images, strict=True):
+            tile = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(tile, (x, top + LINE * len(text)))
     for top, lines in zip(tops, texts, strict=True):
         _write(draw, (MARGIN, top), lines, font)

@@ -56,7 +56,7 @@ FAMILY = Family(
         "FluxIPAdapterAttnProcessor": LayerProcessor,
     },
     read=_read,
-    order="text, picture",
+    order="text, image",
     grid_from="img_ids",
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",

@@ -1,6 +1,6 @@
-"""CogView4: one stream of text and picture, rotary embedding of the picture only.
+"""CogView4: one stream of text and image, rotary embedding of the image only.
 
-Positions are whole numbers up to 255 a side, to which larger pictures are squeezed: past 256 tokens
+Positions are whole numbers up to 255 a side, to which larger images are squeezed: past 256 tokens
 neighbours would share a position.
 """
 
@@ -73,7 +73,7 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
         raise ValueError(
             f"CLEAR: this CogView4 model has {row_limit} x {column_limit} positions, which the "
             f"neighbours among {rows} x {columns} tokens would have to share; make a smaller "
-            "picture."
+            "image."
         )
     layout = Layout(text.shape[1], rows, columns)
     mask = given.get("attention_mask")
@@ -92,7 +92,7 @@ FAMILY = Family(
     stacks=("transformer_blocks",),
     processors={"CogView4AttnProcessor": CogView4Processor},
     read=_read,
-    order="text, picture",
+    order="text, image",
     grid_from="the latents' shape",
     heads="32 x 128",
     positions="256 tokens a side: beyond, neighbours share positions",

@@ -97,7 +97,7 @@ class Family:
         for name, module in model.named_modules():
             if hasattr(module, "set_processor") and name not in ours:
                 prefix = name.partition(".")[0]
-                why = self.kept.get(prefix, "is not attention over the picture")
+                why = self.kept.get(prefix, "is not attention over the image")
                 found.setdefault(why, []).append(name)
         return found
 
@@ -123,7 +123,7 @@ def check_image_length(layout: Layout, source: str, hidden_states: torch.Tensor)
 
     Args:
         source: what the layout was read from, such as "img_ids".
-        hidden_states: (batch, picture + references, channels).
+        hidden_states: (batch, image + references, channels).
 
     Raises:
         ValueError: another number of tokens.

@@ -46,7 +46,7 @@ FAMILY = Family(
     },
     read=read_ids,
     reference_grids=grids_from_ids,
-    order="text, picture, references",
+    order="text, image, references",
     grid_from="img_ids, or the rotary table",
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",

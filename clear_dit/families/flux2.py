@@ -112,7 +112,7 @@ FAMILY = Family(
     },
     read=_read,
     reference_grids=grids_from_ids,
-    order="text, picture, references",
+    order="text, image, references",
     grid_from="img_ids (four numbers: group, row, column, text position)",
     heads="48 x 128 (dev), 24 x 128 (klein 4B), 32 x 128 (klein 9B)",
     positions="no limit: sine and cosine of any position",

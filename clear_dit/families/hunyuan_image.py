@@ -1,4 +1,4 @@
-"""HunyuanImage 2.1: double and single blocks, picture first, rotary embedding of the picture only.
+"""HunyuanImage 2.1: double and single blocks, image first, rotary embedding of the image only.
 
 A token is 32 x 32 pixels. Text comes from two encoders and is padded to 1128 tokens; the model puts
 the valid tokens of both before the padding. What all prompts of a batch leave empty is cut off.
@@ -73,7 +73,7 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
         return None
     *frame_patch, row_patch, column_patch = model.config.patch_size
     if frame_patch and latents.shape[2] != frame_patch[0]:
-        raise ValueError(f"CLEAR: HunyuanImage's pictures have one frame, got {latents.shape[2]}.")
+        raise ValueError(f"CLEAR: HunyuanImage's images have one frame, got {latents.shape[2]}.")
     rows, columns = latents.shape[-2] // row_patch, latents.shape[-1] // column_patch
     mask = mask.bool()
     length = used_length(mask)
@@ -110,7 +110,7 @@ FAMILY = Family(
     stacks=("transformer_blocks", "single_transformer_blocks"),
     processors={"HunyuanImageAttnProcessor": HunyuanImageProcessor},
     read=_read,
-    order="picture, text",
+    order="image, text",
     grid_from="the latents' shape",
     heads="28 x 128",
     positions="no limit: sine and cosine of any position",

@@ -62,7 +62,7 @@ class JointProcessor(CLEARProcessor):
         """Local attention over text and image that a layer has apart.
 
         Args:
-            image: query, key, value of picture and references, (batch, image, heads, head_dim).
+            image: query, key, value of image and references, (batch, image, heads, head_dim).
             text: the same of the text, (batch, text, heads, head_dim); None in a layer in which
                 image tokens attend to each other only.
             key: see `WindowTracker.told`.

@@ -1,6 +1,6 @@
-"""Qwen-Image: 60 double blocks, text first, complex rotary tables with the picture's centre at 0.
+"""Qwen-Image: 60 double blocks, text first, complex rotary tables with the image's centre at 0.
 
-The text's positions begin where the longer half side of the picture ends, so padding is cut off at
+The text's positions begin where the longer half side of the image ends, so padding is cut off at
 its end only: the tokens that stay keep their positions.
 """
 
@@ -81,18 +81,18 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
         return None
     if model.config.use_layer3d_rope:
         raise ValueError(
-            "CLEAR: Qwen-Image-Layered is not supported: it makes several pictures at once, one "
-            "behind the other, and CLEAR's window is one picture's."
+            "CLEAR: Qwen-Image-Layered is not supported: it makes several images at once, one "
+            "behind the other, and CLEAR's window is one image's."
         )
-    pictures = _pictures(given)
+    images = _image_shapes(given)
     if isinstance(shapes, list) and any(other != shapes[0] for other in shapes):
         raise ValueError(
-            f"CLEAR: all pictures of a batch must have one size, got img_shapes={shapes}."
+            f"CLEAR: all images of a batch must have one size, got img_shapes={shapes}."
         )
-    frames, rows, columns = pictures[0]
+    frames, rows, columns = images[0]
     if frames != 1:
-        raise ValueError(f"CLEAR: Qwen-Image's pictures have one frame, got {frames}.")
-    references = sum(f * h * w for f, h, w in pictures[1:])
+        raise ValueError(f"CLEAR: Qwen-Image's images have one frame, got {frames}.")
+    references = sum(f * h * w for f, h, w in images[1:])
     layout = Layout(text.shape[1], rows, columns, references)
     check_image_length(layout, f"img_shapes={shapes}", latents)
     mask, changes = given.get("encoder_hidden_states_mask"), dict[str, Any]()
@@ -106,12 +106,12 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
         changes["encoder_hidden_states"] = text[:, :length]
         # The stock forward makes a mask of what is left; the processor has its own.
         changes["encoder_hidden_states_mask"] = None
-    _check_positions(model, pictures, layout.text_length)
+    _check_positions(model, images, layout.text_length)
     return Reading(layout, latents, mask, changes)
 
 
-def _pictures(given: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-    """(frames, rows, columns) of the picture and the reference images; of the batch's first."""
+def _image_shapes(given: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """(frames, rows, columns) of the image and the reference images; of the batch's first."""
     shapes = given["img_shapes"]
     first = shapes[0] if isinstance(shapes, list) else shapes
     return first if isinstance(first, list) else [first]
@@ -119,7 +119,7 @@ def _pictures(given: Mapping[str, Any]) -> list[tuple[int, int, int]]:
 
 def _reference_grids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int, int], ...]:
     """`Family.reference_grids`."""
-    _, *references = _pictures(given)
+    _, *references = _image_shapes(given)
     if any(frames != 1 for frames, _, _ in references):
         raise ValueError(
             "CLEAR: references='local' is for reference images of one frame, got img_shapes="
@@ -128,17 +128,17 @@ def _reference_grids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[in
     return tuple((rows, columns) for _, rows, columns in references)
 
 
-def _check_positions(model: Any, pictures: list[tuple[int, int, int]], text_length: int) -> None:
+def _check_positions(model: Any, images: list[tuple[int, int, int]], text_length: int) -> None:
     """The model's table of positions is finite, and slices of it past its end are just shorter."""
     limit = len(model.pos_embed.pos_freqs)
-    furthest = max(max(rows - rows // 2, columns - columns // 2) for _, rows, columns in pictures)
-    text_start = max(max(rows // 2, columns // 2) for _, rows, columns in pictures)
+    furthest = max(max(rows - rows // 2, columns - columns // 2) for _, rows, columns in images)
+    text_start = max(max(rows // 2, columns // 2) for _, rows, columns in images)
     if max(furthest, text_start + text_length) > limit:
-        _, rows, columns = pictures[0]
+        _, rows, columns = images[0]
         raise ValueError(
             f"CLEAR: Qwen-Image has {limit} positions, but {rows} x {columns} tokens with "
             f"{text_length} text tokens need {max(furthest, text_start + text_length)} (half the "
-            "longer side, and the text behind it); make a smaller picture."
+            "longer side, and the text behind it); make a smaller image."
         )
 
 
@@ -150,7 +150,7 @@ FAMILY = Family(
     processors={"QwenDoubleStreamAttnProcessor2_0": QwenProcessor},
     read=_read,
     reference_grids=_reference_grids,
-    order="text, picture, references",
+    order="text, image, references",
     grid_from="img_shapes",
     heads="24 x 128",
     positions="4096: half the longer side and the text behind it, in tokens",

@@ -1,6 +1,6 @@
-"""Stable Diffusion 3 and 3.5: picture first, no rotary embedding, a finite table of positions.
+"""Stable Diffusion 3 and 3.5: image first, no rotary embedding, a finite table of positions.
 
-Some blocks of SD3.5-medium have a second attention, `attn2`, over the picture alone.
+Some blocks of SD3.5-medium have a second attention, `attn2`, over the image alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     if limit is not None and max(rows, columns) > limit:
         raise ValueError(
             f"CLEAR: this SD3 model has positions for {limit} x {limit} tokens, got {rows} x "
-            f"{columns}; make a smaller picture."
+            f"{columns}; make a smaller image."
         )
     return Reading(Layout(text.shape[1], rows, columns, image_first=True), latents)
 
@@ -77,7 +77,7 @@ FAMILY = Family(
     stacks=("transformer_blocks",),
     processors={"JointAttnProcessor2_0": SD3Processor},
     read=_read,
-    order="picture, text",
+    order="image, text",
     grid_from="the latents' shape",
     heads="38 x 64 (3.5-large), 24 x 64 (3.5-medium, 3-medium)",
     positions="192 tokens a side (3-medium, 3.5-large), 384 (3.5-medium): a table, pos_embed",

@@ -1,9 +1,9 @@
-"""Z-Image: single-stream blocks, picture first, then the captions; complex rotary tables.
+"""Z-Image: single-stream blocks, image first, then the captions; complex rotary tables.
 
-Picture and caption are each padded to a multiple of 32 tokens with a token of their own, which
-everybody sees, as a text token: padding behind the picture is counted with the references, that
+Image and caption are each padded to a multiple of 32 tokens with a token of their own, which
+everybody sees, as a text token: padding behind the image is counted with the references, that
 behind the caption with the text. Only where captions of a batch still differ in length is there
-padding that nobody may see. The blocks of `noise_refiner` attend over the picture alone.
+padding that nobody may see. The blocks of `noise_refiner` attend over the image alone.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class ZImageProcessor(JointProcessor):
         attention_mask: torch.Tensor | None = None,
         freqs_cis: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(batch, picture + captions, channels); arguments are the stock processor's.
+        """(batch, image + captions, channels); arguments are the stock processor's.
 
         The mask of shorter captions is known already: it follows from the forward's arguments.
         """
         self._refuse_foreign_settings(None)
         assert freqs_cis is not None
         layout, valid_text, window = self.under_way(freqs_cis)
-        # The picture's positions follow the caption's: one table where captions have one length.
+        # The image's positions follow the caption's: one table where captions have one length.
         tables = freqs_cis[:1] if valid_text is None else freqs_cis
         if hidden_states.shape[1] == layout.image_only.sequence_length:
             layout, valid_text, window = layout.image_only, None, None
@@ -78,18 +78,18 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
         return None
     if isinstance(latents[0], list):
         raise ValueError(
-            "CLEAR: Z-Image-Omni is not supported: pictures it is given stand before the one it "
+            "CLEAR: Z-Image-Omni is not supported: images it is given stand before the one it "
             "makes, with captions between them."
         )
     sizes = {tuple(latent.shape[1:]) for latent in latents}
     if len(sizes) > 1:
         raise ValueError(
-            "CLEAR: all pictures of a batch must have one size, got latents of "
+            "CLEAR: all images of a batch must have one size, got latents of "
             f"{sorted(sizes)} (frames, height, width)."
         )
     frames, height, width = sizes.pop()
     if frames != given.get("f_patch_size", 1):
-        raise ValueError(f"CLEAR: Z-Image's pictures have one frame, got {frames}.")
+        raise ValueError(f"CLEAR: Z-Image's images have one frame, got {frames}.")
     patch = given.get("patch_size", 2)
     rows, columns = height // patch, width // patch
     lengths = torch.tensor([len(caption) + -len(caption) % MULTIPLE for caption in captions])
@@ -107,9 +107,9 @@ def _check_positions(model: Any, rows: int, columns: int, text_length: int) -> N
     if rows > row_limit or columns > column_limit:
         raise ValueError(
             f"CLEAR: this Z-Image model has positions for {row_limit} x {column_limit} tokens, got "
-            f"{rows} x {columns}; make a smaller picture."
+            f"{rows} x {columns}; make a smaller image."
         )
-    if text_length + 2 > text_limit:  # captions begin at 1, the picture follows them
+    if text_length + 2 > text_limit:  # captions begin at 1, the image follows them
         raise ValueError(
             f"CLEAR: this Z-Image model has positions for {text_limit - 2} tokens of text, got "
             f"{text_length} with padding; shorten the prompt."
@@ -123,7 +123,7 @@ FAMILY = Family(
     stacks=("noise_refiner", "layers"),
     processors={"ZSingleStreamAttnProcessor": ZImageProcessor},
     read=_read,
-    order="picture, padding, captions",
+    order="image, padding, captions",
     grid_from="the latents' shapes",
     heads="30 x 128",
     positions="512 tokens a side: tables, axes_lens",

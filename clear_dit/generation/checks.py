@@ -57,7 +57,7 @@ def find_window(
     text_length: int = 0,
     token_pixels: int = TOKEN_PIXELS,
 ) -> Window:
-    """The window of a picture of height x width pixels; token_pixels: side of a token in pixels."""
+    """The window of an image of height x width pixels; token_pixels: side of a token in pixels."""
     check_size("height", height, token_pixels)
     check_size("width", width, token_pixels)
     try:

@@ -1,4 +1,4 @@
-"""The parts of painting, one by one: prompts to embeddings, noise to latents, latents to pixels."""
+"""The parts of a generation: prompts to embeddings, noise to latents, latents to pixels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def denoise(
         pipe: whose attention is what it is.
         text: of the prompts, on the pipeline's device.
         empty: of one empty prompt, where guidance takes two passes (see `two_passes`).
-        seeds: a picture depends on its own seed only, not on the others in the batch.
+        seeds: an image depends on its own seed only, not on the others in the batch.
         height, width: in pixels.
         steps, guidance: see `GenerateRequest`.
         stages: image, strength, low_resolution_guidance, stages_dir and callback_on_step_end, see
@@ -76,13 +76,13 @@ def denoise(
 
 
 def unpack(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Packed latents of a picture of height x width pixels: (batch, channels, rows, columns)."""
+    """Packed latents of an image of height x width pixels: (batch, channels, rows, columns)."""
     return pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
 
 
 def decode(pipe: FluxPipeline, latents: torch.Tensor, height: int, width: int) -> Any:
     """Packed latents (1, tokens, channels) to a PIL image of height x width pixels."""
-    from ..pipelines.decoding.autoencoder import decode as decode_picture
+    from ..pipelines.decoding.autoencoder import decode as decode_image
 
-    pixels = decode_picture(pipe.vae, unpack(pipe, latents, height, width))
+    pixels = decode_image(pipe.vae, unpack(pipe, latents, height, width))
     return pipe.image_processor.postprocess(pixels, output_type="pil")[0]

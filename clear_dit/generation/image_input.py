@@ -1,4 +1,4 @@
-"""Opening pictures that users name, however large or broken."""
+"""Opening images that users name, however large or broken."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..errors import RequestError
 from .checks import MAX_SIDE
 
 
-def read_picture(path: Path) -> Image.Image:
-    """A picture with its pixels, turned as its camera says.
+def read_image(path: Path) -> Image.Image:
+    """An image with its pixels, turned as its camera says.
 
     Raises:
-        RequestError: see `open_picture`; or it is damaged.
+        RequestError: see `open_image`; or it is damaged.
     """
-    with open_picture(path) as image:
+    with open_image(path) as image:
         try:
             return ImageOps.exif_transpose(image)
         except (OSError, SyntaxError, ValueError) as error:
@@ -26,8 +26,8 @@ def read_picture(path: Path) -> Image.Image:
 
 
 @contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
-    """A picture whose pixels are not read yet.
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image whose pixels are not read yet.
 
     Raises:
         RequestError: it is not one, or has more than `MAX_SIDE` pixels a side.
@@ -43,7 +43,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
                 )
             yield image
     except UnidentifiedImageError as error:
-        raise RequestError(f"{path} is not a picture.") from error
+        raise RequestError(f"{path} is not an image.") from error
     except OSError as error:
         raise RequestError(f"{path} cannot be read ({error.strerror or error}).") from error
     finally:

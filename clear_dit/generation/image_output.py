@@ -30,7 +30,7 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, object]) -> 
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """The settings that `save_png` or `save_rows` put into a picture; empty if it has none."""
+    """The settings that `save_png` or `save_rows` put into an image; empty if it has none."""
     with Image.open(path) as image:
         if isinstance(image, TiffImageFile):
             software = image.tag_v2.get(_SOFTWARE)

@@ -55,7 +55,7 @@ def check_prompt(prompt: object, who: str) -> str:
         raise RequestError(f"{who}: a prompt must be text, got {type(prompt).__name__}.")
     prompt = prompt.strip()
     if not prompt:
-        raise RequestError(f"{who}: the prompt is empty; describe a picture.")
+        raise RequestError(f"{who}: the prompt is empty; describe an image.")
     if len(prompt) > MAX_CHARACTERS:
         raise RequestError(
             f"{who}: a prompt may have {MAX_CHARACTERS} characters, got {len(prompt)}."

@@ -1,4 +1,4 @@
-"""One prompt, one picture: the request, its checks, and the work."""
+"""One prompt, one image: the request, its checks, and the work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..weights.known import AUTO
 from .checks import find_device, find_dtype, find_impl, find_window
-from .image_input import read_picture
+from .image_input import read_image
 from .models import TOKEN_PIXELS, ModelDefaults, model_defaults, model_path
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ NO_WEIGHTS = "none"
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to paint, and how: complete and checked. `make_request` fills in what is not said.
+    """What to generate, and how: complete and checked. `make_request` fills in what is not said.
 
     Attributes:
         prompt: the text.
         model: "demo", a folder in diffusers format, or a hub repository (owner/name).
-        height, width: of the picture, in pixels, multiples of 16.
+        height, width: of the image, in pixels, multiples of 16.
         radius: of the window, in tokens (16 pixels).
         down_factor: side of a pooling cell, in tokens; 1 for none.
         weights: CLEAR weights: a file, a folder or a hub repository; "auto" for those known to fit
@@ -37,7 +37,7 @@ class GenerateRequest:
         guidance: strength of guidance: FLUX.1-dev's embedded scale; for a model without one, the
             scale of classifier-free guidance against an empty prompt (two passes), 1 for none.
         seed: of the initial noise.
-        image: a picture to enlarge to height x width, of that aspect ratio; None to start from
+        image: an image to enlarge to height x width, of that aspect ratio; None to start from
             noise.
         strength: of the stages above the native size, from 0 to 1: one for all, or one for each;
             None for the default. See `CLEARFluxPipeline`.
@@ -71,7 +71,7 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise RequestError("the prompt is empty; describe a picture.")
+            raise RequestError("the prompt is empty; describe an image.")
         model_path(self.model)
         find_window(self.height, self.width, self.radius, self.down_factor)
         if self.attention not in ("clear", "full"):
@@ -139,12 +139,12 @@ def make_request(
 
 
 def _enlarged_size(settings: dict[str, Any]) -> tuple[int, int]:
-    """Height and width of the picture that an image is enlarged to."""
-    from ..pipelines.cascade.given_image import check_picture, enlarged_size
+    """Height and width of the image that an image is enlarged to."""
+    from ..pipelines.cascade.given_image import check_image, enlarged_size
 
-    image = read_picture(Path(settings["image"]))
+    image = read_image(Path(settings["image"]))
     try:
-        check_picture(image, TOKEN_PIXELS)
+        check_image(image, TOKEN_PIXELS)
         return enlarged_size(
             settings.get("height"),
             settings.get("width"),

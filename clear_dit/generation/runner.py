@@ -1,4 +1,4 @@
-"""One loaded pipeline that paints one request after the other."""
+"""One loaded pipeline that generates one request after the other."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from ..errors import RequestError, first_line, is_out_of_memory
 from ..files import check_writable
 from ..memory import peak_mb, reset_peak
-from ..pipelines.decoding.image_files import PICTURE_SUFFIXES
+from ..pipelines.decoding.image_files import IMAGE_SUFFIXES
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.known import AUTO, known_weights
 from .checks import find_device, find_dtype, find_impl
 from .denoising import denoise, two_passes, unpack
-from .image_input import read_picture
+from .image_input import read_image
 from .models import TOKEN_PIXELS, load_pipeline
 from .sharing import check_shared, encode_once
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """`should_stop` said so: the picture was not finished, and no file was written."""
+    """`should_stop` said so: the image was not finished, and no file was written."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Step:
     Attributes:
         step: its number in its stage, from 1.
         steps: of this stage.
-        stage: the number of the stage, from 1; pictures near the native size have one only.
-        stages: of this picture.
-        height, width: of the stage's picture, in pixels.
-        sigma: the noise level of `latents`, from 1 (noise) to 0 (the picture).
+        stage: the number of the stage, from 1; images near the native size have one only.
+        stages: of this image.
+        height, width: of the stage's image, in pixels.
+        sigma: the noise level of `latents`, from 1 (noise) to 0 (the image).
         latents: packed, (1, tokens, channels), on the pipeline's device; not to be changed. With
-            those of the step before, x and s, they tell the picture that is coming:
+            those of the step before, x and s, they tell the image that is coming:
             `latents - sigma * (latents - x) / (sigma - s)`.
     """
 
@@ -63,14 +63,14 @@ class Step:
     latents: torch.Tensor
 
 
-class Painter:
+class PipelineRunner:
     """A pipeline, loaded once, that is switched to what each request asks for.
 
-    A picture depends on its request alone, not on those painted before. For one thread at a time.
+    An image depends on its request alone, not on those generated before. For one thread at a time.
 
     Args:
         model, dtype, device: see `GenerateRequest`; the same for all requests.
-        ranks: that share every picture, each with a painter and the same requests; the first has
+        ranks: that share every image, each with a runner and the same requests; the first has
             the text encoders and writes.
 
     Attributes:
@@ -90,7 +90,7 @@ class Painter:
         self._attention: tuple[Any, ...] | None = None
         self._told: set[str] = set()
 
-    def paint(
+    def generate(
         self,
         request: GenerateRequest,
         out: Path,
@@ -100,38 +100,38 @@ class Painter:
         notes: Mapping[str, object] | None = None,
         progress: bool = False,
     ) -> dict[str, Any]:
-        """Paint a request and write the picture, whole or not at all.
+        """Generate a request and write the image, whole or not at all.
 
         Args:
-            request: what to paint.
+            request: what to generate.
             out: the PNG or TIFF to write; its settings stand in it.
             on_step: called after every denoising step.
-            should_stop: asked after every step and every decoded strip of the picture; True ends
+            should_stop: asked after every step and every decoded strip of the image; True ends
                 the work there.
-            notes: stand in the picture besides its settings.
+            notes: stand in the image besides its settings.
             progress: show a bar on standard error.
 
         Returns:
-            out, height, width (pixels), tokens (of the picture), impl (the attention that ran: an
+            out, height, width (pixels), tokens (of the image), impl (the attention that ran: an
             implementation of local attention, or "full"), weights (the name of the CLEAR weights,
             None for the model's own), ranks (their number), seconds {total, text, denoise, decode},
-            peak_memory_mb (of this picture, in this process).
+            peak_memory_mb (of this image, in this process).
 
         Raises:
             Stopped: `should_stop` returned True.
-            RequestError: a bad request; nothing was painted.
+            RequestError: a bad request; nothing was generated.
             FloatingPointError: the model's output is NaN or infinite.
             MemoryError: there is not enough; what the attempt had taken is free again.
-            OSError: the picture cannot be written.
+            OSError: the image cannot be written.
         """
         for name, value in self._made_for.items():
             if getattr(request, name) != value:
                 raise ValueError(
-                    f"Painter: {name} is {value!r} here, and the request says "
-                    f"{getattr(request, name)!r}; make another Painter for it."
+                    f"PipelineRunner: {name} is {value!r} here, and the request says "
+                    f"{getattr(request, name)!r}; make another PipelineRunner for it."
                 )
         if self._writes:
-            check_writable(out, PICTURE_SUFFIXES)
+            check_writable(out, IMAGE_SUFFIXES)
         reset_peak(self.device)
         ranks = 1 if self._ranks is None else len(self._ranks.members)
         timer = Timer({})
@@ -219,7 +219,7 @@ class Painter:
         if found is None:
             logger.warning(
                 "no weights are known for %s: the model is not tuned for its window, which changes "
-                "pictures; name weights with --weights (none: go without, quietly)",
+                "images; name weights with --weights (none: go without, quietly)",
                 setting,
             )
         else:
@@ -241,7 +241,7 @@ class Painter:
             one = len(request.strength) == 1
             stages["strength"] = request.strength[0] if one else request.strength
         if request.image is not None:
-            stages["image"] = read_picture(Path(request.image))
+            stages["image"] = read_image(Path(request.image))
         with timer.measure("denoise", self.device):
             try:
                 latents = denoise(
@@ -270,14 +270,14 @@ class Painter:
         settings: dict[str, Any],
         watch: _Watch,
     ) -> None:
-        """Decode and write a picture strip by strip."""
+        """Decode and write an image strip by strip."""
         from ..pipelines.decoding.autoencoder import decode_rows
         from ..pipelines.decoding.image_files import save_rows
         from ..pipelines.parallel.progress import Progress
         from ..pipelines.parallel.watch import until_failure
 
         height, width = request.height, request.width
-        group = None if self._ranks is None else self._ranks.team.group
+        group = None if self._ranks is None else self._ranks.process_group.group
         strips = decode_rows(self.pipe.vae, unpack(self.pipe, latents, height, width), group=group)
         if self._ranks is not None:
             self._ranks.watch.progress = Progress("decoding")
@@ -295,33 +295,34 @@ class Painter:
 def generate(
     request: GenerateRequest, out: Path, progress: bool = True, ranks: Ranks | None = None
 ) -> dict[str, Any]:
-    """Load the model of a request, paint it and write the picture.
+    """Load the model of a request, generate it and write the image.
 
     Args:
-        request: what to paint.
+        request: what to generate.
         out: the PNG or TIFF to write; its settings stand in it.
         progress: show a progress bar on standard error.
         ranks: that share the work, all with this request but for its device; the first writes and
             shows the bar.
 
     Returns:
-        What `Painter.paint` returns, with the loading in seconds' total and in peak_memory_mb.
+        What `PipelineRunner.generate` returns, with the loading in seconds' total and in
+        peak_memory_mb.
 
     Raises:
         RequestError: a bad request, before any work.
-        MemoryError: there is not enough for this picture.
-        OSError: the picture cannot be written; nothing is left under its name.
+        MemoryError: there is not enough for this image.
+        OSError: the image cannot be written; nothing is left under its name.
     """
     if ranks is not None:
         check_shared(request, ranks)
     if ranks is None or ranks.is_first:
-        check_writable(out, PICTURE_SUFFIXES)
+        check_writable(out, IMAGE_SUFFIXES)
     device = find_device(request.device)
     reset_peak(device)
     start = time.perf_counter()
-    painter = Painter(request.model, request.dtype, request.device, ranks)
+    runner = PipelineRunner(request.model, request.dtype, request.device, ranks)
     load_peak = round(peak_mb(device), 1)
-    result = painter.paint(request, out, progress=progress)
+    result = runner.generate(request, out, progress=progress)
     result["seconds"]["total"] = round(time.perf_counter() - start, 3)
     result["peak_memory_mb"] = max(load_peak, result["peak_memory_mb"])
     return result

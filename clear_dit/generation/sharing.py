@@ -1,4 +1,4 @@
-"""One picture by several ranks: joining them, and what they do once for all."""
+"""One image by several ranks: joining them, and what they do once for all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ..pipelines.parallel.start import Ranks
     from .request import GenerateRequest
 
-# How ranks share a picture: its rows; and the passes of guidance, too, each on half of the ranks.
+# How ranks share an image: its rows; and the passes of guidance, too, each on half of the ranks.
 PARALLEL = ("patch", "guidance")
 
 
 @contextmanager
 def joined_ranks(parallel: str | None, device: str | None) -> Iterator[Ranks | None]:
-    """The ranks that paint a picture together; None for this process alone.
+    """The ranks that generate an image together; None for this process alone.
 
     Args:
         parallel: one of PARALLEL, or None.
@@ -37,8 +37,8 @@ def joined_ranks(parallel: str | None, device: str | None) -> Iterator[Ranks | N
     if parallel is None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise RequestError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: every rank would paint the same; add "
-                "--parallel patch, or start without torchrun."
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: every rank would generate the same; "
+                "add --parallel patch, or start without torchrun."
             )
         yield None
         return
@@ -66,7 +66,7 @@ def check_shared(request: GenerateRequest, ranks: Ranks) -> None:
 
     facts = {name: repr(value) for name, value in asdict(request).items() if name != "device"}
     try:
-        agree(ranks.team, facts)
+        agree(ranks.process_group, facts)
         Bands(request.height // TOKEN_PIXELS, ranks.mesh.size(-1), 0, 0)
     except ValueError as error:
         raise RequestError(str(error)) from error
@@ -87,6 +87,6 @@ def encode_once(pipe: CLEARFluxPipeline, prompt: str, ranks: Ranks | None) -> Te
             torch.empty(1, config.pooled_projection_dim),
         )
     embeds, pooled = (part.to(pipe.device, pipe.dtype).contiguous() for part in text)
-    ranks.team.broadcast(embeds, 0)
-    ranks.team.broadcast(pooled, 0)
+    ranks.process_group.broadcast(embeds, 0)
+    ranks.process_group.broadcast(pooled, 0)
     return embeds, pooled

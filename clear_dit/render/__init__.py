@@ -1,1 +1,1 @@
-"""Many pictures from a file of jobs: validated first, painted one by one, resumed by content."""
+"""Many images from a file of jobs: validated first, generated one by one, resumed by content."""

@@ -1,4 +1,4 @@
-"""Who paints what, between processes that share a folder.
+"""Who generates what, between processes that share a folder.
 
 Every claim is a lock on one byte of one file. The system releases a process's locks when it ends,
 however it ends, so no claim is ever left behind by a dead owner; and such locks, unlike `flock`,
@@ -92,6 +92,6 @@ class Claims:
         except OSError as error:
             raise RequestError(
                 f"--out: the file system of {self._folder} has no locks ({error.strerror}), "
-                "without which two processes may paint the same job; name a folder on another."
+                "without which two processes may generate the same job; name a folder on another."
             ) from error
         return True

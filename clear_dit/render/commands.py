@@ -22,7 +22,7 @@ def render(
             "radius, down_factor, weights, attention, image, strength, low_resolution_guidance."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder for pictures and manifest.jsonl.")],
+    out: Annotated[Path, typer.Option(help="The folder for images and manifest.jsonl.")],
     watch: Annotated[
         bool, typer.Option("--watch", help="Wait for new lines; Ctrl-C ends it.")
     ] = False,
@@ -44,18 +44,18 @@ def render(
     impl: Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Strength of guidance.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of a job's first picture.")] = 0,
-    seeds: Annotated[int, typer.Option(help="Pictures of a job; each next seed adds 1.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of a job's first image.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Images of a job; each next seed adds 1.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[
         str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")] = False,
 ) -> None:
-    """Paint many pictures from a file of jobs; the same command goes on where it was stopped.
+    """Generate many images from a file of jobs; the same command goes on where it was stopped.
 
     Started several times, or by torchrun or accelerate launch, the processes share the jobs.
-    Ctrl-C ends after the current picture, twice at once.
+    Ctrl-C ends after the current image, twice at once.
     """
     from .fields import MAX_SEEDS
     from .launch import Launch
@@ -63,7 +63,7 @@ def render(
 
     if not 1 <= seeds <= MAX_SEEDS:
         raise RequestError(f"--seeds must be from 1 to {MAX_SEEDS}, got {seeds}.")
-    # What is told of single pictures would bury the bar; sidecars have it.
+    # What is told of single images would bury the bar; sidecars have it.
     logging.getLogger("clear_dit").setLevel(logging.WARNING)
     settings = {
         "model": model,
@@ -91,8 +91,8 @@ def render(
     elif Launch.from_environment().rank == 0:
         others = "".join(f", {result[key]} {key}" for key in ("failed", "waiting") if result[key])
         print(
-            f"{out}: {result['done']} of {result['jobs']} pictures done{others}; "
-            f"{result['painted']} painted now, in {result['seconds']:.1f} s (manifest.jsonl)"
+            f"{out}: {result['done']} of {result['jobs']} images done{others}; "
+            f"{result['generated']} generated now, in {result['seconds']:.1f} s (manifest.jsonl)"
         )
     if result["waiting"]:
         raise typer.Exit(130)

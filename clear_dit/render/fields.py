@@ -15,7 +15,7 @@ MAX_SEEDS = 10_000
 _MAX_TEXT = 4096
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 
-# By field: what it is. "id" is of the picture; "seeds" counts pictures, from "seed" on.
+# By field: what it is. "id" is of the image; "seeds" counts images, from "seed" on.
 FIELDS = {
     "id": "id",
     "prompt": "prompt",

@@ -1,4 +1,4 @@
-"""Painting one job into a folder: the picture, its sidecar, and what the manifest says of it."""
+"""Generating one job into a folder: the image, its sidecar, and what the manifest says of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import RequestError, first_line
-from ..generation.runner import Painter, Step
+from ..generation.runner import PipelineRunner, Step
 from ..versions import __version__
 from .images import complete_sidecar, finished, write_sidecar
 from .jobs import Job
@@ -24,26 +24,26 @@ _EXPECTED = (RequestError, OSError, FloatingPointError, MemoryError)
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-def paint_job(
-    painter: Painter, folder: Path, job: Job, on_step: Callable[[Step], None] | None = None
+def generate_job(
+    runner: PipelineRunner, folder: Path, job: Job, on_step: Callable[[Step], None] | None = None
 ) -> Entry:
-    """Paint a job that this process has claimed.
+    """Generate a job that this process has claimed.
 
     Args:
-        painter: of the request's model.
-        folder: where picture and sidecar go.
-        job: what to paint.
-        on_step: see `Painter.paint`.
+        runner: of the request's model.
+        folder: where image and sidecar go.
+        job: what to generate.
+        on_step: see `PipelineRunner.generate`.
 
     Returns:
         For the manifest: done, or failed with the error, which is logged too.
 
     Raises:
-        OSError: the disk is full or the device broken, so that no other job can be painted either.
+        OSError: the disk is full or the device broken, so that no other job can be done either.
     """
     notes = {"id": job.name, "job": job.identity}
     try:
-        result = painter.paint(job.request, folder / job.picture, on_step=on_step, notes=notes)
+        result = runner.generate(job.request, folder / job.image, on_step=on_step, notes=notes)
     except Exception as error:
         if isinstance(error, torch.AcceleratorError):
             raise OSError(f"{job.name}: the device failed: {first_line(error)}") from error
@@ -56,8 +56,8 @@ def paint_job(
     return entry_of(job, DONE, seconds=result["seconds"]["total"])
 
 
-def painted_before(folder: Path, job: Job) -> Entry | None:
-    """For the manifest, where a job's picture is there or its name taken; None where it is not.
+def finished_before(folder: Path, job: Job) -> Entry | None:
+    """For the manifest, where a job's image is there or its name taken; None where it is not.
 
     Raises:
         OSError: the sidecar is missing and cannot be written.

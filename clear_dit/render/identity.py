@@ -1,4 +1,4 @@
-"""What a picture depends on, as one digest: by it a job is known again in any line of any file."""
+"""What an image depends on, as one digest: by it a job is known again in any line of any file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from ..generation.models import model_path
 from ..generation.request import GenerateRequest
 
-# Where and with what help a picture is painted, not which picture it is.
+# Where and with what help an image is generated, not which image it is.
 _ELSEWHERE = ("device", "stages_dir")
 _MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
 # Of a large file: its beginning, which in safetensors names all tensors, and samples of the rest.
@@ -22,7 +22,7 @@ def identity(request: GenerateRequest, model: str, weights: str, image: str) -> 
     """A digest of a request, of 32 characters.
 
     Args:
-        request: what to paint.
+        request: what to generate.
         model, weights, image: digests of what its settings of these names stand for.
     """
     content = {name: value for name, value in asdict(request).items() if name not in _ELSEWHERE}

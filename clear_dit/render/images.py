@@ -1,4 +1,4 @@
-"""Finished pictures on the disk. They are the record that counts: each tells which job it is."""
+"""Finished images on the disk. They are the record that counts: each tells which job it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..files import whole_file
-from ..generation.image_input import open_picture
+from ..generation.image_input import open_image
 from ..pipelines.decoding.image_files import METADATA_KEY
 from .jobs import Job
 
@@ -17,16 +17,16 @@ _PNG_END = b"\0\0\0\0IEND"
 
 
 def finished(folder: Path, job: Job) -> dict[str, Any] | None:
-    """The settings that stand in a job's picture; None if it is not there, or another's.
+    """The settings that stand in a job's image; None if it is not there, or another's.
 
     Raises:
-        RequestError: a file has the picture's name that this program did not write.
+        RequestError: a file has the image's name that this program did not write.
     """
-    path = folder / job.picture
+    path = folder / job.image
     if not path.exists():
         return None
     try:
-        with open_picture(path) as image:
+        with open_image(path) as image:
             settings = json.loads(image.info.get(METADATA_KEY, "{}"))
         with path.open("rb") as file:
             file.seek(-12, 2)
@@ -41,7 +41,7 @@ def finished(folder: Path, job: Job) -> dict[str, Any] | None:
 
 
 def write_sidecar(folder: Path, job: Job, settings: dict[str, Any], **result: Any) -> None:
-    """Write what stands in the picture, and how it went, beside it.
+    """Write what stands in the image, and how it went, beside it.
 
     Raises:
         OSError: it cannot be written.
@@ -52,10 +52,10 @@ def write_sidecar(folder: Path, job: Job, settings: dict[str, Any], **result: An
 
 
 def complete_sidecar(folder: Path, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
-    """Write the sidecar of a finished picture if a killed process did not come to it.
+    """Write the sidecar of a finished image if a killed process did not come to it.
 
     Returns:
-        seconds (of the whole painting), if it is known.
+        seconds (of the whole generation), if it is known.
 
     Raises:
         OSError: it cannot be written.

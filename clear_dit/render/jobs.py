@@ -23,13 +23,13 @@ _TOLD = 20
 
 @dataclass(frozen=True)
 class Job:
-    """One picture.
+    """One image.
 
     Attributes:
         name: of its files in the folder, without suffix: the line's id, where it has one.
         line: its number in the file, from 1.
-        request: what to paint.
-        identity: see `identity`; two jobs that have the same are the same picture.
+        request: what to generate.
+        identity: see `identity`; two jobs that have the same are the same image.
     """
 
     name: str
@@ -38,8 +38,8 @@ class Job:
     identity: str
 
     @property
-    def picture(self) -> str:
-        """The name of its picture's file."""
+    def image(self) -> str:
+        """The name of its image's file."""
         return f"{self.name}.png"
 
     @property
@@ -53,8 +53,8 @@ class JobReader:
 
     Args:
         settings: what a line does not say, as `make_request` takes it, and "seeds", the number of
-            pictures of a line; None for the model's default.
-        folder: what relative paths of pictures and weights in lines start from.
+            images of a line; None for the model's default.
+        folder: what relative paths of images and weights in lines start from.
 
     Raises:
         RequestError: the settings alone are wrong, or the model is not found.
@@ -96,7 +96,7 @@ class JobReader:
             for job in found:
                 jobs.setdefault(job.name.lower(), job)
             if len(jobs) > MAX_JOBS:
-                raise RequestError(f"{path}: at most {MAX_JOBS:,} pictures in one file; split it.")
+                raise RequestError(f"{path}: at most {MAX_JOBS:,} images in one file; split it.")
         return list(jobs.values()), errors
 
     def jobs_of(self, entry: Mapping[str, Any], line: int) -> list[Job]:
@@ -185,4 +185,4 @@ def refusal(path: Path, errors: list[str]) -> RequestError:
     if len(errors) > _TOLD:
         told.append(f"  and {len(errors) - _TOLD:,} more")
     lines = "1 line" if len(errors) == 1 else f"{len(errors):,} lines"
-    return RequestError("\n".join([f"{path}: {lines} cannot be painted:", *told]))
+    return RequestError("\n".join([f"{path}: {lines} cannot be generated:", *told]))

@@ -27,15 +27,15 @@ def entry_of(job: Job, status: str, **more: Any) -> Entry:
 
     Args:
         job: which.
-        status: "done": the picture is there; "failed": `error` says why; "waiting": not yet.
-        more: error, and seconds of the painting.
+        status: "done": the image is there; "failed": `error` says why; "waiting": not yet.
+        more: error, and seconds of the generation.
     """
     request = job.request
     return {
         "id": job.name,
         "status": status,
         "line": job.line,
-        "picture": job.picture,
+        "image": job.image,
         "prompt": request.prompt,
         "height": request.height,
         "width": request.width,

@@ -1,4 +1,4 @@
-"""Names of pictures: those of jobs' ids, or made from the prompt; never a path."""
+"""Names of images: those of jobs' ids, or made from the prompt; never a path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_id(value: str) -> str:
     """
     if not _ID.fullmatch(value) or value.endswith(".") or _DEVICES.fullmatch(value):
         raise RequestError(
-            f"an id names the picture's file: up to 100 of A-Z a-z 0-9 . _ - that begin with a "
+            f"an id names the image's file: up to 100 of A-Z a-z 0-9 . _ - that begin with a "
             f"letter or digit, do not end with a dot and name no device (con, nul); got "
             f"{value[:100]!r}."
         )
@@ -35,4 +35,4 @@ def name_from(prompt: str, identity: str) -> str:
         if len(slug) + len(word) > _SLUG_LENGTH:
             break
         slug += f"{word}-"
-    return f"{slug or 'picture-'}{identity[:12]}"
+    return f"{slug or 'image-'}{identity[:12]}"

@@ -1,4 +1,4 @@
-"""The bar of a rendering: pictures, and the time left by how much work each of them is."""
+"""The bar of a rendering: images, and the time left by how much work each of them is."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Progress:
 
     def count(self, settled: int, jobs: int) -> None:
         """How many of how many are done or failed."""
-        self._bar.set_description_str(f"{settled:,} of {jobs:,} pictures")
+        self._bar.set_description_str(f"{settled:,} of {jobs:,} images")
 
     def settle(self, request: GenerateRequest) -> None:
         """One is done or failed."""

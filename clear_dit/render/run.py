@@ -1,4 +1,4 @@
-"""`clear-dit render`: a file of jobs to a folder of pictures."""
+"""`clear-dit render`: a file of jobs to a folder of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..errors import RequestError
 from ..files import TEMPORARY_PREFIX
 from ..generation.checks import find_device
-from ..generation.runner import Painter
+from ..generation.runner import PipelineRunner
 from .claims import Claims
 from .jobs import Job, JobReader, refusal
 from .launch import Launch
@@ -32,15 +32,15 @@ def render(
     *,
     watch: bool = False,
     progress: bool = True,
-    make_painter: Callable[[str, str, str], Painter] = Painter,
+    make_runner: Callable[[str, str, str], PipelineRunner] = PipelineRunner,
 ) -> dict[str, Any]:
-    """Paint every job of a file that is not painted yet.
+    """Generate every job of a file that is not generated yet.
 
-    Everything is validated first. Each picture appears whole, with its settings in it and in
+    Everything is validated first. Each image appears whole, with its settings in it and in
     NAME.json beside it; manifest.jsonl says what became of every job (see `read_manifest`). A job
-    is known again by its content: a picture that is there and tells the same settings is not
-    painted again, wherever its line stands now. Any number of processes, on one machine or on
-    several that share the folder, paint together; none does what another does.
+    is known again by its content: an image that is there and tells the same settings is not
+    generated again, wherever its line stands now. Any number of processes, on one machine or on
+    several that share the folder, generate together; none does what another does.
 
     Args:
         path: a .jsonl, .csv or .txt file, see `JobReader`.
@@ -48,10 +48,10 @@ def render(
         settings: what a line does not say, see `JobReader`.
         watch: go on with lines that are written later, until asked to end.
         progress: show a bar on standard error.
-        make_painter: of model, dtype and device.
+        make_runner: of model, dtype and device.
 
     Returns:
-        out, jobs, done, failed, waiting (numbers of pictures), painted (by this process), seconds,
+        out, jobs, done, failed, waiting (numbers of images), generated (by this process), seconds,
         stopped (whether a signal ended it).
 
     Raises:
@@ -79,7 +79,7 @@ def render(
     manifest = Manifest(out, claims)
     try:
         with stop_by_signal() as stop, logging_redirect_tqdm():
-            work = Work(out, claims, manifest, make_painter, stop, bar, launch)
+            work = Work(out, claims, manifest, make_runner, stop, bar, launch)
             with claims.arriving() as alone:
                 if alone:
                     _remove_unfinished(out)
@@ -100,7 +100,7 @@ def render(
         "done": results.count(DONE),
         "failed": results.count(FAILED),
         "waiting": len(work.pending),
-        "painted": work.painted,
+        "generated": work.generated,
         "seconds": round(time.monotonic() - start, 3),
         "stopped": stop.asked,
     }

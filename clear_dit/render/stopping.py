@@ -1,4 +1,4 @@
-"""Ctrl-C: once to end after the current picture, twice to end now."""
+"""Ctrl-C: once to end after the current image, twice to end now."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Stop:
     """Whether somebody asked to end.
 
     Attributes:
-        asked: it is so; the work ends after the current picture.
+        asked: it is so; the work ends after the current image.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ def stop_by_signal() -> Iterator[Stop]:
             return
         stop.asked, first = True, time.monotonic()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        print(f"\n{name}: finishing this picture; once more stops now.", file=sys.stderr)
+        print(f"\n{name}: finishing this image; once more stops now.", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""Painting what is left of some jobs in a folder, beside other processes that do the same."""
+"""Generating what is left of some jobs in a folder, beside other processes that do the same."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..generation.runner import Painter
+from ..generation.runner import PipelineRunner
 from .claims import Claims
-from .generate import failed, paint_job, painted_before
+from .generate import failed, finished_before, generate_job
 from .images import complete_sidecar, finished
 from .jobs import Job
 from .launch import Launch
@@ -25,17 +25,17 @@ class Work:
     """The jobs of one process: which are settled, and which are left.
 
     Args:
-        folder: of the pictures.
+        folder: of the images.
         claims, manifest: of that folder.
-        make_painter: of model, dtype and device; called when the first picture is to be painted.
-        stop: asked between pictures.
+        make_runner: of model, dtype and device; called when the first image is to be generated.
+        stop: asked between images.
         progress: told of every job.
         launch: this process among others, which begin elsewhere in the list.
 
     Attributes:
         settled: what became of jobs, DONE or FAILED, by name.
-        pending: the others, by name, in the order in which they will be painted.
-        painted: how many pictures this process painted.
+        pending: the others, by name, in the order in which they will be generated.
+        generated: how many images this process generated.
     """
 
     def __init__(
@@ -43,22 +43,22 @@ class Work:
         folder: Path,
         claims: Claims,
         manifest: Manifest,
-        make_painter: Callable[[str, str, str], Painter],
+        make_runner: Callable[[str, str, str], PipelineRunner],
         stop: Stop,
         progress: Progress,
         launch: Launch,
     ) -> None:
         self._folder, self._claims, self._manifest = folder, claims, manifest
-        self._make_painter, self._stop = make_painter, stop
+        self._make_runner, self._stop = make_runner, stop
         self._progress, self._launch = progress, launch
-        self._painter: Painter | None = None
+        self._runner: PipelineRunner | None = None
         self._jobs: dict[str, Job] = {}
         self.settled: dict[str, str] = {}
         self.pending: dict[str, Job] = {}
-        self.painted = 0
+        self.generated = 0
 
     def take(self, jobs: list[Job], alone: bool) -> list[str]:
-        """Make these the jobs, in the manifest too; what is painted already counts as done.
+        """Make these the jobs, in the manifest too; what is generated already counts as done.
 
         Args:
             jobs: all of them; others that were taken before are left.
@@ -93,16 +93,16 @@ class Work:
         return errors
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Paint what nobody else does, until all jobs are settled or somebody asks to end.
+        """Generate what nobody else does, until all jobs are settled or somebody asks to end.
 
-        A job that another process has claimed is waited for, and painted here if its owner dies.
+        A job that another process has claimed is waited for, and generated here if its owner dies.
 
         Args:
-            until: asked between pictures too.
+            until: asked between images too.
 
         Raises:
             RequestError: the model cannot be loaded.
-            OSError: the disk is full, or the device broken; no job could be painted any more.
+            OSError: the disk is full, or the device broken; no job could be generated any more.
         """
         while self.pending and not self._stop.asked:
             before = len(self.pending)
@@ -155,31 +155,31 @@ class Work:
                 self._settle(job, entry["status"])
 
     def _try(self, job: Job) -> None:
-        """Paint a job, unless another process does or did."""
+        """Generate a job, unless another process does or did."""
         with self._claims.job(job.name) as mine:
             if not mine:
                 return
             self._hear()  # its owner may have settled it just before
             if job.name not in self.pending:
                 return
-            entry = painted_before(self._folder, job)  # or was killed before it could say so
+            entry = finished_before(self._folder, job)  # or was killed before it could say so
             if entry is None:
-                if self._painter is None:
+                if self._runner is None:
                     r = job.request
-                    self._painter = self._make_painter(r.model, r.dtype, r.device)
+                    self._runner = self._make_runner(r.model, r.dtype, r.device)
                 if self._stop.asked:
                     return
-                entry = self._paint(self._painter, job)
+                entry = self._generate(self._runner, job)
             self._manifest.add(entry)
             self._settle(job, entry["status"])
 
-    def _paint(self, painter: Painter, job: Job) -> Entry:
+    def _generate(self, runner: PipelineRunner, job: Job) -> Entry:
         try:
-            entry = paint_job(painter, self._folder, job, self._progress.step)
+            entry = generate_job(runner, self._folder, job, self._progress.step)
         except OSError as error:
             self._manifest.add(failed(job, error))
             raise
-        self.painted += entry["status"] == DONE
+        self.generated += entry["status"] == DONE
         return entry
 
     def _settle(self, job: Job, status: str) -> None:
@@ -200,7 +200,7 @@ def _refuse_another(job: Job, told: Entry | None) -> None:
 def _ordered(jobs: list[Job], launch: Launch) -> list[Job]:
     """By what the pipeline is switched to, then by size, the largest first.
 
-    So it is seldom switched, a picture that is too large is known early, and processes end at
+    So it is seldom switched, an image that is too large is known early, and processes end at
     about the same time.
     """
     jobs = sorted(jobs, key=_geometry)

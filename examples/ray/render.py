@@ -1,6 +1,6 @@
-"""`clear-dit render` on a Ray cluster: the jobs of a file, painted by as many actors as asked for.
+"""`clear-dit render` on a Ray cluster: the jobs of a file, shared by as many actors as asked for.
 
-    python examples/ray/render.py jobs.jsonl --out /shared/pictures --actors 8 --gpus 1
+    python examples/ray/render.py jobs.jsonl --out /shared/images --actors 8 --gpus 1
 
 See README.md beside this file. Ray is needed by `main` only.
 """
@@ -12,25 +12,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clear_dit.generation.runner import Painter
+from clear_dit.generation.runner import PipelineRunner
 from clear_dit.render.claims import Claims
-from clear_dit.render.generate import paint_job, painted_before
+from clear_dit.render.generate import finished_before, generate_job
 from clear_dit.render.jobs import Job, read_jobs
 from clear_dit.render.manifest import DONE, FILE, WAITING, Entry, entry_of, write_manifest
 
 
-class Paint:
+class Generate:
     """What an actor does: one pipeline; a row of the data set in, an entry of the manifest out.
 
     Args:
         jobs: the job file, on the shared file system.
-        out: the folder of the pictures, there too.
+        out: the folder of the images, there too.
         settings: what lines do not say.
-        make_painter: of model, dtype and device.
+        make_runner: of model, dtype and device.
     """
 
     def __init__(
-        self, jobs: str, out: str, settings: Mapping[str, Any], make_painter: Any = Painter
+        self, jobs: str, out: str, settings: Mapping[str, Any], make_runner: Any = PipelineRunner
     ) -> None:
         self.jobs = {job.name: job for job in read_jobs(Path(jobs), settings)}
         self.out = Path(out)
@@ -38,23 +38,23 @@ class Paint:
         with self.claims.arriving():  # until this process ends
             pass
         request = next(iter(self.jobs.values())).request
-        self.painter = make_painter(request.model, request.dtype, request.device)
+        self.runner = make_runner(request.model, request.dtype, request.device)
 
     def __call__(self, row: dict[str, Any]) -> Entry:
-        """Paint the job whose id the row has, unless it is done."""
+        """Generate the job whose id the row has, unless it is done."""
         # Every row of a data set has the same columns.
-        return {"error": None, "seconds": None, **self._paint(self.jobs[row["id"]])}
+        return {"error": None, "seconds": None, **self._generate(self.jobs[row["id"]])}
 
-    def _paint(self, job: Job) -> Entry:
+    def _generate(self, job: Job) -> Entry:
         # Ray gives a row to another actor when it loses sight of one, which may still be at work.
         with self.claims.job(job.name) as mine:
             if not mine:
                 return entry_of(job, WAITING)
-            return painted_before(self.out, job) or paint_job(self.painter, self.out, job)
+            return finished_before(self.out, job) or generate_job(self.runner, self.out, job)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Paint a file of jobs on a Ray cluster.")
+    parser = argparse.ArgumentParser(description="Generate a file of jobs on a Ray cluster.")
     parser.add_argument("jobs", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="on the shared file system")
     parser.add_argument("--model", default="demo")
@@ -73,16 +73,16 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     write_manifest(options.out / FILE, [entry_of(job, WAITING) for job in jobs])
     rows = [{"id": job.name} for job in jobs]
-    painted = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        Paint,
+    generated = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        Generate,
         fn_constructor_args=(str(options.jobs.resolve()), str(options.out.resolve()), settings),
         concurrency=options.actors,
         num_gpus=options.gpus,
     )
     entries = {}
-    for entry in painted.iter_rows():
+    for entry in generated.iter_rows():
         entries[entry["id"]] = entry
-        print(f"{len(entries)} of {len(jobs)}: {entry['picture']} {entry['status']}", flush=True)
+        print(f"{len(entries)} of {len(jobs)}: {entry['image']} {entry['status']}", flush=True)
     write_manifest(options.out / FILE, [entries[job.name] for job in jobs])
     return int(any(entry["status"] != DONE for entry in entries.values()))
 

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from ..merge import merge_
+
+# Keys and queries that `attend_all` takes at a time: where there is no fused attention, scores are
+# stored.
+KEYS = 4096
+QUERIES = 1024
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -48,6 +55,30 @@ def attend(
     out = torch.exp(scores - lse[..., None]).to(value.dtype) @ value
     # Wide, because many parts are merged: rounding each merge to half precision would add up.
     return out.to(lse.dtype), lse
+
+
+def attend_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query over any number of keys, by blocks of both.
+
+    Args:
+        query: (batch, queries, heads, head_dim), head_dim contiguous.
+        key, value: (batch, keys, heads, head_dim), at least one key, head_dim contiguous.
+
+    Returns:
+        out, shaped as `query`, and lse (batch, queries, heads), float32 or wider.
+    """
+    dtype = compute_dtype(query.dtype, query.device)
+    out = query.new_zeros(query.shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    lse = out.new_full(out.shape[:-1], float("-inf"))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    blocks = (x.split(QUERIES, 2) for x in (query, out.transpose(1, 2), lse.transpose(1, 2)))
+    for queries, part_out, part_lse in zip(*blocks, strict=True):
+        queries = queries.to(dtype)
+        for keys, values in zip(key.split(KEYS, 2), value.split(KEYS, 2), strict=True):
+            merge_(part_out, part_lse, *attend(queries, keys.to(dtype), values.to(dtype), scale))
+    return out, lse
 
 
 def attend_backward(

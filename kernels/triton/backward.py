@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..opaque import Geometry, Gradients
 from .forward import load_tile
 from .geometry import visits
 from .launch import OPTIONS, channels, readable_by_descriptor
@@ -470,7 +471,7 @@ class _Walked:
     value: torch.Tensor
     lse: torch.Tensor
     delta: torch.Tensor
-    scale: float
+    geometry: Geometry
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -484,14 +485,13 @@ class _Walked:
 
     @property
     def scales(self) -> tuple[float, float]:
-        return self.scale, self.scale * math.log2(math.e)
+        return self.geometry.scale, self.geometry.scale * math.log2(math.e)
 
 
 def _walk_image(
     kernel: Any,
     config: TileConfig,
     walked: _Walked,
-    window: tuple[int, int, int, int],
     more: Sequence[torch.Tensor],
     visited: tuple[torch.Tensor, torch.Tensor],
     targets: Sequence[torch.Tensor],
@@ -499,9 +499,9 @@ def _walk_image(
 ) -> None:
     """Launch a kernel whose programs own tiles; `visited` are the two tensors its lists lead to.
 
-    window: height, width, text length, radius; more: inputs of this kernel only.
+    more: inputs of this kernel only.
     """
-    height, width, text_length, radius = window
+    height, width, text_length, radius, *_ = walked.geometry
     tiling, size = config.tiling, channels(walked.heads[1])
     lists = visits(height, width, radius, tiling, walked.query.device)
     tiles_x = lists.column_class.numel()
@@ -561,15 +561,11 @@ def attention_backward(
     pooled_value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    geometry: Geometry,
     *,
-    height: int,
-    width: int,
-    text_length: int,
-    radius: int,
-    scale: float,
     config: BackwardConfig,
     programs: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Gradients:
     """Gradients of CLEAR attention.
 
     Args:
@@ -579,8 +575,7 @@ def attention_backward(
         pooled_key, pooled_value: (batch, pooled, heads, head_dim), contiguous; pooled may be 0.
         lse: float32 (batch, text + image, heads), contiguous: natural-log log-sum-exp of the
             scaled scores of all keys a query sees.
-        height, width, text_length, radius: in tokens, as in `Window` (the radius: `disc_radius`).
-        scale: factor on query times key.
+        geometry: of the window; all rows are queries.
         config: shapes of the kernels.
 
     Returns:
@@ -604,14 +599,14 @@ def attention_backward(
         M=PREPARE_ROWS, **channels(head_dim), **OPTIONS,
     )  # fmt: skip
 
-    walked = _Walked(grad, query, key, value, lse_log2, delta, scale)
-    window = height, width, text_length, radius
+    text_length = geometry.text_length
+    walked = _Walked(grad, query, key, value, lse_log2, delta, geometry)
     _walk_image(
-        image_query_backward, config.query, walked, window,
+        image_query_backward, config.query, walked,
         (pooled_key, pooled_value), (key, value), (grad_query,), (pooled_length,),
     )  # fmt: skip
     _walk_image(
-        image_key_backward, config.key, walked, window,
+        image_key_backward, config.key, walked,
         (), (query, grad), (grad_key, grad_value), (),
     )  # fmt: skip
     if text_length:

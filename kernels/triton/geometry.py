@@ -159,7 +159,7 @@ def visits(
 
 
 def executed_keys(window: Window, tiling: Tiling, text_block: int = 64) -> float:
-    """Keys a program computes for each image query, the mean over the picture.
+    """Keys a program computes for each image query, the mean over the image.
 
     Text and pooled keys, in blocks of `text_block`, are included; masked keys and queries beyond
     the border too.
@@ -179,5 +179,5 @@ def executed_keys(window: Window, tiling: Tiling, text_block: int = 64) -> float
 
 
 def exact_keys(window: Window) -> float:
-    """Keys an image query attends to, text and pooled included, the mean over the picture."""
+    """Keys an image query attends to, text and pooled included, the mean over the image."""
     return window.disc_pairs() / window.image_length + window.text_length + window.pooled_length

@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..opaque import Geometry
 from .dense import text_forward, text_merge
 from .device import architecture
 from .forward import image_forward
@@ -50,22 +51,14 @@ def image_attention(
     pooled_value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    height: int,
-    width: int,
-    text_length: int,
-    radius: int,
-    scale: float,
+    geometry: Geometry,
     config: ForwardConfig,
-    query_rows: tuple[int, int] | None = None,
 ) -> None:
-    """Write the image tokens' part of `out` and `lse`, both contiguous.
-
-    query_rows: (start, stop) of the rows that are queries; all where None.
-    """
+    """Write the image tokens' part of `out` and `lse`, both contiguous."""
+    height, width, text_length, radius, scale, start, stop = geometry
     batch, queries, heads, head_dim = query.shape
     tiling = config.tiling
-    start, stop = query_rows or (0, height)
-    text_queries = queries - (stop - start) * width
+    text_queries = queries - geometry.image_queries
     found = visits(height, width, radius, tiling, query.device, (start, stop))
     size = channels(head_dim)
     image_key, image_value = key[:, text_length:], value[:, text_length:]

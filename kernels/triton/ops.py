@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ..opaque import attention_op, channels_contiguous, run_attention_op
+from ..opaque import Geometry, Gradients, attention_op, channels_contiguous, run_attention_op
 from ..window import Window
 from . import tables
 from .backward import attention_backward
@@ -55,35 +55,26 @@ def _forward(
     value: torch.Tensor,
     pooled_key: torch.Tensor,
     pooled_value: torch.Tensor,
-    height: int,
-    width: int,
-    text_length: int,
-    radius: int,
-    scale: float,
-    query_start: int,
-    query_stop: int,
+    geometry: Geometry,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = channels_contiguous(query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     entry_key = table_key(query.device, query.dtype, query.shape[-1])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    if query.shape[1] > (query_stop - query_start) * width:
+    if query.shape[1] > geometry.image_queries:
         with torch.cuda.device_of(query):
             text_attention(
-                query, key, value, out, lse, text_length, scale,
+                query, key, value, out, lse, geometry.text_length, geometry.scale,
                 tables.text_config(*entry_key), programs(query.device),
             )  # fmt: skip
-    run = partial(
-        image_attention, query, key, value, pooled_key, pooled_value, out, lse,
-        height, width, text_length, radius, scale,
-        query_rows=(query_start, query_stop),
-    )  # fmt: skip
+    run = partial(image_attention, query, key, value, pooled_key, pooled_value, out, lse, geometry)
     entries = tables.forward_configs(*entry_key)
     if not all(map(readable_by_descriptor, (key, value))):
         entries = tuple(entry for entry in entries if not entry.descriptor)
     kind = (
-        query.device, query.dtype, query.shape[-1], radius, text_length > 0, pooled_key.shape[1] > 0
+        query.device, query.dtype, query.shape[-1],
+        geometry.radius, geometry.text_length > 0, pooled_key.shape[1] > 0,
     )  # fmt: skip
     with torch.cuda.device_of(query):
         run(choose(entries, kind, run))
@@ -99,19 +90,14 @@ def _backward(
     pooled_value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    height: int,
-    width: int,
-    text_length: int,
-    radius: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    geometry: Geometry,
+) -> Gradients:
     grad, query, key, value = channels_contiguous(grad, query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     entry_key = table_key(query.device, query.dtype, query.shape[-1])
     with torch.cuda.device_of(query):
         return attention_backward(
-            grad, query, key, value, pooled_key, pooled_value, out, lse,
-            height=height, width=width, text_length=text_length, radius=radius, scale=scale,
+            grad, query, key, value, pooled_key, pooled_value, out, lse, geometry,
             config=tables.backward_config(*entry_key), programs=programs(query.device),
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The picture a cascade is given to start from: checked, and as tensors."""
+"""The image a cascade is given to start from: checked, and as tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WHO = "CLEARFluxPipeline: image"
 
 
 def pixels_from(image: Any, token_pixels: int) -> list[torch.Tensor]:
-    """Pictures as (1, 3, height, width), float32 in [-1, 1], all of one size.
+    """Images as (1, 3, height, width), float32 in [-1, 1], all of one size.
 
     Args:
         image: a PIL image, a list of them, or a float tensor in [0, 1], (3, height, width) or
@@ -27,22 +27,22 @@ def pixels_from(image: Any, token_pixels: int) -> list[torch.Tensor]:
             values outside [0, 1] or not finite.
     """
     if isinstance(image, torch.Tensor):
-        pictures = list(_checked(image).split(1))
+        found = list(_checked(image).split(1))
     else:
         images = image if isinstance(image, list) else [image]
         for one in images:
-            check_picture(one, token_pixels)
-        pictures = [_from_pil(one) for one in images]
-    sizes = {tuple(picture.shape[-2:]) for picture in pictures}
+            check_image(one, token_pixels)
+        found = [_from_pil(one) for one in images]
+    sizes = {tuple(one.shape[-2:]) for one in found}
     if len(sizes) != 1:
         listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)) or "none"
-        raise ValueError(f"{_WHO}: all pictures must have one size, got {listed}.")
+        raise ValueError(f"{_WHO}: all images must have one size, got {listed}.")
     height, width = sizes.pop()
     _check_size(height, width, token_pixels)
-    return pictures
+    return found
 
 
-def check_picture(image: Any, token_pixels: int) -> None:
+def check_image(image: Any, token_pixels: int) -> None:
     """Refuse a PIL image that cannot be enlarged; its pixels are not read.
 
     Raises:
@@ -76,15 +76,15 @@ def _check_size(height: int, width: int, token_pixels: int) -> None:
 def enlarged_size(
     height: int | None, width: int | None, image_size: tuple[int, int], token_pixels: int
 ) -> tuple[int, int]:
-    """The size asked for, or twice the picture's own, to the nearest multiple of a token.
+    """The size asked for, or twice the image's own, to the nearest multiple of a token.
 
     Args:
         height, width: in pixels; where one is None it follows from the other, where both are they
             are doubled.
-        image_size: (height, width) of the picture, in pixels.
+        image_size: (height, width) of the image, in pixels.
 
     Raises:
-        ValueError: smaller than the picture, or of another aspect ratio.
+        ValueError: smaller than the image, or of another aspect ratio.
     """
     scales = [
         asked / side for asked, side in zip((height, width), image_size, strict=True) if asked
@@ -95,12 +95,12 @@ def enlarged_size(
     own = f"{image_size[1]}x{image_size[0]}"
     if max(side - given for side, given in zip(size, image_size, strict=True)) <= -token_pixels:
         raise ValueError(
-            f"{_WHO} is larger ({own}) than the picture asked for ({size[1]}x{size[0]}); ask for "
+            f"{_WHO} is larger ({own}) than the image asked for ({size[1]}x{size[0]}); ask for "
             "more, or give a smaller one."
         )
     if any(abs(side - other) > token_pixels for side, other in zip(size, natural, strict=True)):
         raise ValueError(
-            f"{_WHO} is {own} and the picture asked for {size[1]}x{size[0]}, another aspect "
+            f"{_WHO} is {own} and the image asked for {size[1]}x{size[0]}, another aspect "
             f"ratio; ask for {natural[1]}x{natural[0]}, or crop the image."
         )
     return size

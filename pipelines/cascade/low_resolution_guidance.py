@@ -1,7 +1,7 @@
-"""Low frequencies of the previous stage's picture steer a stage (as I-Max, arXiv 2410.07536).
+"""Low frequencies of the previous stage's image steer a stage (as I-Max, arXiv 2410.07536).
 
 Measured on the demo pipeline, a desert enlarged from 512 to 1024 px, radius 8, strength 0.75, 8
-steps of a schedule: PSNR of the result, scaled down, to the picture it came from, and gradient
+steps of a schedule: PSNR of the result, scaled down, to the image it came from, and gradient
 energy against its Lanczos enlargement:
 
     weight 0    25.1 dB  1.24
@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 # Larger sides than this, in pixels, are steered by default, with this weight.
 GUIDED_ABOVE = 4096
 DEFAULT_WEIGHT = 1.0
-# Latents a wave must be longer than to count as low, in steps of the previous picture's grid.
+# Latents a wave must be longer than to count as low, in steps of the previous image's grid.
 COARSER = 2.0
 
 
@@ -25,15 +25,15 @@ class LowResolutionGuidance:
     """Steers the latents of one stage after each of its Euler steps.
 
     A step of flow matching from noise level s to t moves on the line from x_s through the predicted
-    picture x0: x_t = r x_s + (1 - r) x0, with r = t / s. Were the enlarged previous picture y the
+    image x0: x_t = r x_s + (1 - r) x0, with r = t / s. Were the enlarged previous image y the
     prediction, the step would end at r x_s + (1 - r) y. The low frequencies of the step that was
     taken are moved towards those of that one by the share weight * s, so that steering fades as
     detail is formed, and nothing above the cut-off is touched.
 
     Args:
-        reference: latents of the enlarged previous picture, (batch, channels, height, width).
+        reference: latents of the enlarged previous image, (batch, channels, height, width).
         start: latents the stage starts from, the same shape.
-        enlargement: of the previous picture, at least 1.
+        enlargement: of the previous image, at least 1.
         weight: 0 (none) to 1.
     """
 

@@ -1,4 +1,4 @@
-"""Rotary position tables for pictures larger than a FLUX model was trained at.
+"""Rotary position tables for images larger than a FLUX model was trained at.
 
 A rotary table turns the position p of a token along an axis into angles p * frequency, one for
 every pair of channels. Most methods here are a change of those frequencies, axis by axis; position
@@ -18,12 +18,12 @@ METHODS = ("none", "ntk", "yarn", "interpolation", "two")
 # NTK-by-parts (arXiv 2309.00071, section 3.2): a pair of channels that turns at least YARN_FAST
 # times over the trained extent keeps its frequency, one that turns at most YARN_SLOW times is
 # interpolated. The paper's 32 is for texts of thousands of tokens: over the 64 tokens of a FLUX
-# picture's side the fastest pair turns 64 / 2 pi = 10 times, so that 32 would leave nothing as is.
+# image's side the fastest pair turns 64 / 2 pi = 10 times, so that 32 would leave nothing as is.
 # Of four ramps tried on the demo at twice its size, 4 to 1 (and less so 4 to 1/4) left a dark line
 # along a row or column near the border, and 8 to 2 was softer.
 YARN_FAST, YARN_SLOW = 2.0, 0.5
 
-# Tokens that "two" leaves free at both ends of the trained extent. A picture ends at the first and
+# Tokens that "two" leaves free at both ends of the trained extent. An image ends at the first and
 # the last trained position; with several tokens as near to them as that, the demo drew lines along
 # the borders (2048 px: the step of brightness there 35 times the usual one, with the margin 2).
 MARGIN = 0.5
@@ -45,7 +45,7 @@ class ExtendedPosEmbed(nn.Module):
             blended. YaRN's attention temperature is left to `proportional_base`.
         "interpolation": all frequencies divided by the factor (arXiv 2306.15595): the grid keeps
             the trained extent.
-        "two": the frequencies of the model, and a second table in which the picture's positions
+        "two": the frequencies of the model, and a second table in which the image's positions
             are divided by the factors, and begin at `MARGIN` on axes whose factor is not 1: CLEAR's
             processors score keys inside the disc by the first and all others by the second
             (`two_position_attention`); `applied` gives models with stock processors ones that do so
@@ -102,7 +102,7 @@ class ExtendedPosEmbed(nn.Module):
         Returns:
             cos and sin, (text + image, sum(axes_dim)) each, float32: every angle in two
             neighbouring channels. With "two" also cos and sin of the scaled positions, where
-            reference pictures (groups other than 0) keep theirs.
+            reference images (groups other than 0) keep theirs.
         """
         if self.method != "two":
             return self._table(ids)
@@ -110,7 +110,7 @@ class ExtendedPosEmbed(nn.Module):
         starts = [0.0 if factor == 1 else MARGIN for factor in self.factors]
         scaled = ids / torch.tensor(self.factors, device=ids.device)
         scaled += torch.tensor(starts, device=ids.device)
-        return *self._table(ids), *self._table(torch.where(_of_picture(ids), scaled, ids))
+        return *self._table(ids), *self._table(torch.where(_of_image(ids), scaled, ids))
 
     def _table(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.float32 if ids.device.type in FLOAT32_DEVICES else torch.float64
@@ -144,10 +144,10 @@ class ExtendedPosEmbed(nn.Module):
         return frequencies
 
 
-def _of_picture(ids: torch.Tensor) -> torch.Tensor:
+def _of_image(ids: torch.Tensor) -> torch.Tensor:
     """(text + image, 1): True for tokens of group 0 but text, which is at 0 on every axis.
 
-    So is the picture's first token, which follows on the text.
+    So is the image's first token, which follows on the text.
     """
     at_zero = (ids == 0).all(dim=1, keepdim=True).long()
     text_length = at_zero.cumprod(dim=0).sum() - 1

@@ -1,6 +1,6 @@
-"""What a pipeline needs to paint a picture larger than its model was trained at, in one table.
+"""What a pipeline needs to generate an image larger than its model was trained at, in one table.
 
-| picture | positions, factor | shift | proportional attention |
+| image | positions, factor | shift | proportional attention |
 |---|---|---|---|
 | FLUX.1, up to 1.25 times 1024 x 1024 pixels | as trained | the scheduler's | no |
 | FLUX.1, larger | "ntk", 10; from 9K on more | 3 | from 64^2 + text tokens |
@@ -15,7 +15,7 @@ Why these; all are options of `Resolution`:
   2.1 at 2K, 4.2 at 4K and 8.6 at 8K: 10 is enough there, and the formula takes over beyond. FLUX.1
   was not run here.
 - "yarn" needs no constant found for one model. On the demo pipeline (512 px to 1024 px at strength
-  0.55, 8 steps, guidance 2): PSNR of the result, scaled down, to the 512-px picture and gradient
+  0.55, 8 steps, guidance 2): PSNR of the result, scaled down, to the 512-px image and gradient
   energy against its Lanczos enlargement, with full attention and with radius 8:
 
       none                        22.8 dB 0.81 (a second moon)  27.4 dB 1.51 (sea in the desert)
@@ -26,7 +26,7 @@ Why these; all are options of `Resolution`:
       interpolation               30.5 dB 0.64 (soft)
       interpolation, proportional 30.8 dB 0.73 (a fine grid)    28.4 dB 0.67 (a fine grid)
 
-  On a second picture, proportional, radius 8: yarn 28.6 dB 1.75, ntk 10 29.2 dB 1.81 (a streak).
+  On a second image, proportional, radius 8: yarn 28.6 dB 1.75, ntk 10 29.2 dB 1.81 (a streak).
   These were yarn with a ramp from 4 turns to 1. On a third, one pass, weights made for radius 8:
   that ramp 30.8 dB 1.34 (a dark line), the present one 29.6 dB 1.47, ntk 10 29.4 dB 1.41 (lines).
 - Proportional attention is part of CLEAR's recipe, with base 4608 = 64^2 + 512. Above it adds
@@ -34,7 +34,7 @@ Why these; all are options of `Resolution`:
 - Shift 3 is CLEAR's, and FLUX.1-dev's own at its native size is 3.16. With the start and the number
   of steps given, shifts 1, 3 and 6 came within 0.01 dB on the demo.
 - "two" is for local attention: inside the disc true distances are never new to the model, so that
-  nothing need be stretched; only text (and pooled keys) look across the picture, by positions that
+  nothing need be stretched; only text (and pooled keys) look across the image, by positions that
   fill the trained extent. On the demo it left no streak at 2048 px, where "yarn" drew several:
   512 px to 1024 and 2048 px, 12 steps, radius 8 with its weights, fidelity and sharpness as above:
 
@@ -42,11 +42,11 @@ Why these; all are options of `Resolution`:
       a house  yarn 23.0 dB 1.66, 21.7 dB 3.01    two 23.2 dB 1.81, 22.2 dB 3.52
 
   That was without `MARGIN`, which takes lines along the borders away and adds up to 0.5 dB.
-  Pooled keys, made of keys closer together than in training, blurred the picture with it (1024 px:
+  Pooled keys, made of keys closer together than in training, blurred the image with it (1024 px:
   yarn 1.5 and 1.5, two 0.4 and 0.7 times the enlargement's gradient energy).
 - FLUX.1 was trained at many shapes; a model trained at squares repeats things beyond their side: at
-  736 x 352 the demo painted second suns and balloons, cut off what stands on the ground, and "yarn"
-  did not help. "two" fits the scene into the picture, and true distances nearby keep things in
+  736 x 352 the demo showed second suns and balloons, cut off what stands on the ground, and "yarn"
+  did not help. "two" fits the scene into the image, and true distances nearby keep things in
   shape: full attention with `NEAR` of 5/32 drew suns as ellipses, 8/32 and 3/8 round ones.
 """
 
@@ -68,7 +68,7 @@ from .two_position_processor import two_positions_in_full_attention
 
 (FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
 
-# A picture of up to this many times the native pixels is painted as the model was trained.
+# An image of up to this many times the native pixels is generated as the model was trained.
 NATIVE_SLACK = 1.25
 
 FLUX_NATIVE_SIZE = 1024  # pixels a side
@@ -81,7 +81,7 @@ NEAR = 3 / 8
 
 @dataclass(frozen=True)
 class Resolution:
-    """How a picture of one size is painted; the default is as the model was trained.
+    """How an image of one size is generated; the default is as the model was trained.
 
     Attributes:
         rope: how positions are extended: "none", "ntk", "yarn", "interpolation" or "two"; see
@@ -125,14 +125,14 @@ def settings_for(
     token_pixels: int = 16,
     local: bool = False,
 ) -> Resolution:
-    """The table's line for a picture.
+    """The table's line for an image.
 
     "two" gives rows and columns the trained extent, each by its own factor: things keep their shape
     by the true positions near them. Other methods enlarge both alike; only "yarn" goes further on
     an axis that would otherwise be longer than the trained extent.
 
     Args:
-        height, width: of the picture, in pixels.
+        height, width: of the image, in pixels.
         native_size: side of the square the model was trained at, in pixels. 1024 is FLUX.1.
         text_length: text tokens the model is given.
         token_pixels: side of a token.
@@ -167,7 +167,7 @@ def settings_for(
 
 @contextmanager
 def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
-    """Within it a pipeline paints with these settings; afterwards, or after an error, as before.
+    """Within it a pipeline generates with these settings; afterwards, or after an error, as before.
 
     Proportional attention comes by way of the position table, so that it holds whatever computes
     attention: CLEAR, the stock processors, any backend. A `proportional_base` that CLEAR's

@@ -1,7 +1,7 @@
-"""Running a plan: text-to-image, then image-to-image from the enlarged picture, stage by stage.
+"""Running a plan: text-to-image, then image-to-image from the enlarged image, stage by stage.
 
 Every stage is one call of `FluxPipeline.__call__`: its own loop, given noised latents and the end
-of a schedule where there is a picture to start from.
+of a schedule where there is an image to start from.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 @dataclass(frozen=True)
 class Request:
-    """What a cascade paints, complete and checked.
+    """What a cascade generates, complete and checked.
 
     Attributes:
         stages: the plan.
         options: what every stage gives to `FluxPipeline.__call__`: embeddings, guidance.
-        batch: number of pictures.
-        steps: of a whole schedule; a stage that starts from a picture takes its share.
+        batch: number of images.
+        steps: of a whole schedule; a stage that starts from an image takes its share.
         sigmas: noise levels of the first stage, before the scheduler's shift; None for evenly
             spaced ones.
         generator: of the first stage's noise; those of the other stages follow from its state.
         latents: noise of the first stage, packed; None to draw it.
-        pixels: pictures to start from, (1, 3, height, width) in [-1, 1]: one, or one for each of
+        pixels: images to start from, (1, 3, height, width) in [-1, 1]: one, or one for each of
             the batch; none to start from noise.
         guidance_weight: of low-resolution guidance in every stage that enlarges; None is
             `DEFAULT_WEIGHT` in stages with a side above `GUIDED_ABOVE` pixels.
@@ -74,7 +74,7 @@ class Request:
 def run_stages(pipe: Any, request: Request, files: StageFiles | None) -> tuple[torch.Tensor, Stage]:
     """Packed latents, (batch, tokens, channels), of the last stage that was run, and that stage.
 
-    It is not the last of the plan only if `pipe.interrupt` was set; then its picture may be
+    It is not the last of the plan only if `pipe.interrupt` was set; then its image may be
     unfinished, or only enlarged.
 
     Raises:
@@ -91,12 +91,12 @@ def run_stages(pipe: Any, request: Request, files: StageFiles | None) -> tuple[t
         previous, stage = stage, request.stages[index]
         with _settings(pipe, request.stages, index):
             if stage.strength is None:
-                latents = _paint(pipe, request, stage)
+                latents = _generate(pipe, request, stage)
             else:
-                pictures: Iterable[torch.Tensor] = request.pixels
+                images: Iterable[torch.Tensor] = request.pixels
                 if latents is not None:
-                    pictures = pictures_from(pipe, latents, previous)
-                latents = _repaint(pipe, request, stage, pictures, generators[index])
+                    images = images_from(pipe, latents, previous)
+                latents = _repaint(pipe, request, stage, images, generators[index])
         if pipe.interrupt:
             break
         if files is not None:
@@ -126,13 +126,13 @@ def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None
             pipe._progress_bar_config, pipe._stage, pipe._stages = bar, None, ()
 
 
-def pictures_from(pipe: Any, latents: torch.Tensor, stage: Stage) -> Iterator[torch.Tensor]:
+def images_from(pipe: Any, latents: torch.Tensor, stage: Stage) -> Iterator[torch.Tensor]:
     """Decoded one by one, (1, 3, height, width) in [-1, 1]."""
     latents = _unpack(pipe, latents, stage)
     return (decode(pipe.vae, one, group=_tile_group(pipe)) for one in latents.split(1))
 
 
-def _paint(pipe: Any, request: Request, stage: Stage) -> torch.Tensor:
+def _generate(pipe: Any, request: Request, stage: Stage) -> torch.Tensor:
     """Text-to-image; packed latents."""
     return _denoise(
         pipe,
@@ -150,12 +150,12 @@ def _repaint(
     pipe: Any,
     request: Request,
     stage: Stage,
-    pictures: Iterable[torch.Tensor],
+    images: Iterable[torch.Tensor],
     generator: Generators,
 ) -> torch.Tensor:
-    """Image-to-image from pictures (1, 3, height, width) of any smaller size; packed latents."""
+    """Image-to-image from images (1, 3, height, width) of any smaller size; packed latents."""
     encoded, enlargement = [], 1.0
-    for pixels in pictures:
+    for pixels in images:
         enlargement = max(stage.height / pixels.shape[-2], stage.width / pixels.shape[-1])
         enlarged = encode(pipe.vae, _enlarge(pixels, stage), group=_tile_group(pipe))
         encoded.append(enlarged.to(pipe._execution_device))
@@ -251,7 +251,7 @@ def _pack(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 def _fork(generator: Generators, stage: int) -> Generators:
     """A generator for a stage's noise that depends on the state of the given one alone.
 
-    So a stage paints the same whether the stages before it were painted or read from files.
+    So a stage generates the same whether the stages before it were generated or read from files.
     """
     if isinstance(generator, list):
         return [_forked(one, stage) for one in generator]
@@ -259,7 +259,7 @@ def _fork(generator: Generators, stage: int) -> Generators:
 
 
 def _advance(generator: Generators) -> None:
-    """So that the next call with this generator paints another picture, as text-to-image does."""
+    """So that the next call with this generator generates another image, as text-to-image does."""
     for one in generator if isinstance(generator, list) else [generator]:
         if one is not None:
             torch.rand(1, generator=one, device=one.device)

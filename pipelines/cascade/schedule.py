@@ -1,6 +1,6 @@
-"""Noise levels that suit the size of a picture.
+"""Noise levels that suit the size of an image.
 
-The more tokens a picture has, the more noise it takes to hide its content; samplers follow by
+The more tokens an image has, the more noise it takes to hide its content; samplers follow by
 shifting the noise levels (sigmas) up: sigma' = shift sigma / (1 + (shift - 1) sigma)
 (arXiv 2403.03206, section 5.3.2). FLUX's dynamic shifting takes log(shift) to be linear in the
 tokens. That holds up to about 2 megapixels, where it was fitted; beyond, it is extrapolation: 25
@@ -47,12 +47,12 @@ def sigmas_for(
     strength: float = 1.0,
     token_pixels: int = 16,
 ) -> list[float]:
-    """The noise levels at which the steps of a picture start; pass them inside `given_sigmas`.
+    """The noise levels at which the steps of an image start; pass them inside `given_sigmas`.
 
     Args:
         scheduler: of the pipeline, a `FlowMatchEulerDiscreteScheduler`; it is not changed.
         steps: of a whole schedule, from sigma 1; a part of it has its share, rounded up.
-        height, width: of the picture, in pixels.
+        height, width: of the image, in pixels.
         strength: the sigma to start at, over 0 and at most 1. 1 starts from noise alone; an
             image-to-image stage starts from (1 - strength) image + strength noise.
         token_pixels: side of a token.
@@ -87,7 +87,7 @@ def sigmas_for(
 
 
 def static_scheduler(scheduler: Any, shift: float) -> Any:
-    """A copy that shifts sigmas by a constant, whatever the size of the picture.
+    """A copy that shifts sigmas by a constant, whatever the size of the image.
 
     Raises:
         ValueError: the scheduler is no `FlowMatchEulerDiscreteScheduler`.
@@ -117,11 +117,11 @@ def given_sigmas(pipe: Any) -> Iterator[None]:
 
 
 def check_dynamic_shift(scheduler: Any, height: int, width: int, token_pixels: int = 16) -> None:
-    """Refuse a picture size that dynamic shifting was never meant for.
+    """Refuse an image size that dynamic shifting was never meant for.
 
     Args:
         scheduler: any; one without dynamic shifting passes.
-        height, width: of the picture, in pixels.
+        height, width: of the image, in pixels.
         token_pixels: side of a token.
 
     Raises:
@@ -137,7 +137,7 @@ def check_dynamic_shift(scheduler: Any, height: int, width: int, token_pixels: i
         raise ValueError(
             f"CLEAR: at {width} x {height} pixels the scheduler's dynamic shifting is extrapolated "
             f"to a shift of {math.exp(min(log_shift, 700.0)):.2g}, which leaves noise in the "
-            f"picture (at most {LARGEST_DYNAMIC_SHIFT:g} is taken). Set a static one: "
+            f"image (at most {LARGEST_DYNAMIC_SHIFT:g} is taken). Set a static one: "
             "pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, "
             "use_dynamic_shifting=False, shift=3.0)."
         )

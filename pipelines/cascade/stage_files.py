@@ -94,7 +94,7 @@ class StageFiles:
 
 
 def digest(value: Any) -> str:
-    """A short SHA-256 of nested lists and dicts of tensors, arrays, pictures and plain values.
+    """A short SHA-256 of nested lists and dicts of tensors, arrays, images and plain values.
 
     Raises:
         TypeError: something else is in it.

@@ -1,9 +1,9 @@
-"""Encoding and decoding pictures of any size by tiles that leave no trace.
+"""Encoding and decoding images of any size by tiles that leave no trace.
 
 Tiles are computed with all the surroundings they depend on (`tiles.py`) and share the statistics of
-the whole picture (`group_norm.py`), so that they fit without blending: the result is that of the
+the whole image (`group_norm.py`), so that they fit without blending: the result is that of the
 autoencoder run at once, but for rounding. Several processes can share them out, which changes
-nothing: bit for bit the same comes out. One thing is an approximation, of pictures with more
+nothing: bit for bit the same comes out. One thing is an approximation, of images with more
 pixels than 1024 x 1024: an AutoencoderKL's attention, quadratic in the pixels, looks a fixed
 distance around (`autoencoder_segments.py`).
 """
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup, Work
 
-from ..offloading import loaded
-from ..process_group import Team
+from clear_dit.process_group import RankGroup
+
 from .group_norm import SharedGroupNorm, measure
+from .offloading import loaded
 from .segments import decoder_stages, encoder_stages, side_factor
 from .tiles import Box, Segment, output_box, run_tile, side_before, tile_rows, whole
 
@@ -35,7 +36,7 @@ def encode(
     tile_pixels: int | None = None,
     group: ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """A picture's latents as the transformer takes them: shifted and scaled, not packed.
+    """An image's latents as the transformer takes them: shifted and scaled, not packed.
 
     Args:
         vae: diffusers' AutoencoderKL (the mode of its distribution is taken) or AutoencoderTiny.
@@ -54,7 +55,7 @@ def encode(
         FloatingPointError: the autoencoder's output is not finite.
     """
     factor = side_factor(vae)
-    _check_picture("encode", "pixels", pixels, 3)
+    _check_image("encode", "pixels", pixels, 3)
     height, width = pixels.shape[-2:]
     if height % factor or width % factor:
         raise ValueError(
@@ -64,7 +65,7 @@ def encode(
     tile = _tile_side("encode", tile_pixels, factor, height, width) // factor
     stages = encoder_stages(vae, height // factor, width // factor)
     with loaded(vae) as device:
-        return _last_tiles(stages, pixels, tile, device, vae.dtype, Team(group)).together()
+        return _last_tiles(stages, pixels, tile, device, vae.dtype, RankGroup(group)).together()
 
 
 @torch.no_grad()
@@ -75,10 +76,10 @@ def decode(
     tile_pixels: int | None = None,
     group: ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """The picture of `decode_rows`, (1, 3, factor * height, factor * width), on all ranks."""
+    """The image of `decode_rows`, (1, 3, factor * height, factor * width), on all ranks."""
     stages, tile = _plan_decoding(vae, latents, tile_pixels)
     with loaded(vae) as device:
-        return _last_tiles(stages, latents, tile, device, vae.dtype, Team(group)).together()
+        return _last_tiles(stages, latents, tile, device, vae.dtype, RankGroup(group)).together()
 
 
 def decode_rows(
@@ -88,7 +89,7 @@ def decode_rows(
     tile_pixels: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Iterator[torch.Tensor]:
-    """A picture from latents, strip by strip, in memory that hardly grows with the picture.
+    """An image from latents, strip by strip, in memory that hardly grows with the image.
 
     Args:
         vae: diffusers' AutoencoderKL or AutoencoderTiny.
@@ -102,28 +103,32 @@ def decode_rows(
     Returns:
         Strips (3, rows, factor * width) from top to bottom, in [-1, 1] but for overshoot (not
         clamped), in the autoencoder's dtype, on the device of `latents`. An AutoencoderKL first
-        goes over the picture for its statistics, which takes about ten times as long as the rest.
+        goes over the image for its statistics, which takes about ten times as long as the rest.
 
     Raises:
         ValueError: another autoencoder, shape or tile, or latents that are not finite; at once.
         FloatingPointError: the autoencoder's output is not finite, on the way.
     """
-    return _decode_rows(vae, latents, *_plan_decoding(vae, latents, tile_pixels), Team(group))
+    return _decode_rows(vae, latents, *_plan_decoding(vae, latents, tile_pixels), RankGroup(group))
 
 
 @torch.no_grad()
 def _decode_rows(
-    vae: Any, latents: torch.Tensor, stages: Sequence[Sequence[Segment]], tile: int, team: Team
+    vae: Any,
+    latents: torch.Tensor,
+    stages: Sequence[Sequence[Segment]],
+    tile: int,
+    process_group: RankGroup,
 ) -> Iterator[torch.Tensor]:
     with loaded(vae) as device:
-        yield from _last_tiles(stages, latents, tile, device, vae.dtype, team).strips()
+        yield from _last_tiles(stages, latents, tile, device, vae.dtype, process_group).strips()
 
 
 def _plan_decoding(
     vae: Any, latents: torch.Tensor, tile_pixels: int | None
 ) -> tuple[list[list[Segment]], int]:
     factor = side_factor(vae)
-    _check_picture("decode", "latents", latents, vae.config.latent_channels)
+    _check_image("decode", "latents", latents, vae.config.latent_channels)
     height, width = latents.shape[-2:]
     tile = _tile_side("decode", tile_pixels, factor, factor * height, factor * width)
     return decoder_stages(vae, height, width), tile
@@ -131,11 +136,11 @@ def _plan_decoding(
 
 def _last_tiles(
     stages: Sequence[Sequence[Segment]],
-    picture: torch.Tensor,
+    image: torch.Tensor,
     tile: int,
     device: torch.device,
     dtype: torch.dtype,
-    team: Team,
+    process_group: RankGroup,
 ) -> _Tiles:
     """The last of some networks in a row; what those before it make is held whole.
 
@@ -144,45 +149,45 @@ def _last_tiles(
     for index, segments in enumerate(stages[:-1]):
         after = [segment for stage in stages[index + 1 :] for segment in stage]
         side = side_before(after, tile)
-        picture = _Tiles(segments, picture, side, device, dtype, team).together()
-    return _Tiles(stages[-1], picture, tile, device, dtype, team)
+        image = _Tiles(segments, image, side, device, dtype, process_group).together()
+    return _Tiles(stages[-1], image, tile, device, dtype, process_group)
 
 
 class _Tiles:
-    """What a network makes of a picture, computed tile by tile on a device.
+    """What a network makes of an image, computed tile by tile on a device.
 
     Args:
         segments: the network.
-        picture: its input, (1, channels, height, width), on any device.
+        image: its input, (1, channels, height, width), on any device.
         tile: side of a tile, in output pixels.
         device, dtype: of the network.
-        team: the ranks that share out the tiles.
+        process_group: the ranks that share out the tiles.
     """
 
     def __init__(
         self,
         segments: Sequence[Segment],
-        picture: torch.Tensor,
+        image: torch.Tensor,
         tile: int,
         device: torch.device,
         dtype: torch.dtype,
-        team: Team,
+        process_group: RankGroup,
     ) -> None:
         self._segments = [Segment(lambda x: x.to(device, dtype)), *segments]
-        self._picture = picture
-        self._device, self._dtype, self._team = device, dtype, team
-        self._rows = list(tile_rows(output_box(segments, whole(picture)), tile))
+        self._image = image
+        self._device, self._dtype, self._process_group = device, dtype, process_group
+        self._rows = list(tile_rows(output_box(segments, whole(image)), tile))
         self._boxes = [box for row in self._rows for box in row]
-        self._owner = {box: team.owner(index) for index, box in enumerate(self._boxes)}
+        self._owner = {box: process_group.owner(index) for index, box in enumerate(self._boxes)}
         alone = len(self._boxes) == 1
-        self._moments = [] if alone else measure(self._segments, picture, tile, team)
+        self._moments = [] if alone else measure(self._segments, image, tile, process_group)
 
     def strips(self) -> Iterator[torch.Tensor]:
-        """(channels, rows, width) of one row of tiles after the other, where the picture is.
+        """(channels, rows, width) of one row of tiles after the other, where the image is.
 
         On the first rank; the others compute and send their tiles.
         """
-        if self._team.rank == 0:
+        if self._process_group.rank == 0:
             channels = 0
             for row in self._rows:
                 strip = self._filled(row, self._to_first(row, channels))
@@ -190,11 +195,11 @@ class _Tiles:
                 yield strip
             return
         sent: Work | None = None
-        for box in self._team.share(self._boxes):
+        for box in self._process_group.share(self._boxes):
             tile = self._tile(box).contiguous()
             if sent is not None:
                 sent.wait()
-            sent = self._team.send(tile, 0)
+            sent = self._process_group.send(tile, 0)
         if sent is not None:
             sent.wait()
 
@@ -205,23 +210,27 @@ class _Tiles:
                 tile = self._tile(box)
             else:
                 tile = self._empty(channels, box)
-                self._team.receive(tile, self._owner[box])
+                self._process_group.receive(tile, self._owner[box])
             channels = len(tile)
             yield tile
 
     def together(self) -> torch.Tensor:
-        """The whole output, (1, channels, height, width), where the picture is, on every rank."""
-        own = map(self._tile, self._team.share(self._boxes))
-        tiles = own if self._team.size == 1 else self._to_all([tile.contiguous() for tile in own])
+        """The whole output, (1, channels, height, width), where the image is, on every rank."""
+        own = map(self._tile, self._process_group.share(self._boxes))
+        tiles = (
+            own
+            if self._process_group.size == 1
+            else self._to_all([tile.contiguous() for tile in own])
+        )
         return self._filled(self._boxes, tiles)[None]
 
     def _to_all(self, own: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        channels = max(self._team.gather(len(own[0]) if own else 0))
+        channels = max(self._process_group.gather(len(own[0]) if own else 0))
         waiting = iter(own)
         for box, owner in self._owner.items():
-            mine = owner == self._team.rank
+            mine = owner == self._process_group.rank
             tile = next(waiting) if mine else self._empty(channels, box)
-            self._team.broadcast(tile, owner)
+            self._process_group.broadcast(tile, owner)
             yield tile
 
     def _empty(self, channels: int, box: Box) -> torch.Tensor:
@@ -236,14 +245,14 @@ class _Tiles:
         for box, tile in zip(boxes, tiles, strict=True):
             if out is None:
                 shape = (len(tile), part.bottom - part.top, part.right - part.left)
-                out = tile.new_empty(shape, device=self._picture.device)
+                out = tile.new_empty(shape, device=self._image.device)
             box.within(part).of(out).copy_(tile)
         assert out is not None
         return out
 
     def _tile(self, box: Box) -> torch.Tensor:
         with SharedGroupNorm(self._moments) if len(self._boxes) > 1 else nullcontext():
-            tile = run_tile(self._segments, self._picture, box)[0]
+            tile = run_tile(self._segments, self._image, box)[0]
         _check_output(tile)
         return tile
 
@@ -255,16 +264,16 @@ def _check_output(tile: torch.Tensor) -> None:
         )
 
 
-def _check_picture(who: str, what: str, picture: torch.Tensor, channels: int) -> None:
-    shape = tuple(picture.shape)
+def _check_image(who: str, what: str, image: torch.Tensor, channels: int) -> None:
+    shape = tuple(image.shape)
     if len(shape) != 4 or shape[:2] != (1, channels) or 0 in shape:
         raise ValueError(f"{who}: {what} must be (1, {channels}, height, width), got {shape}.")
-    if not picture.isfinite().all():
+    if not image.isfinite().all():
         raise ValueError(f"{who}: {what} are not finite (NaN or infinity in them).")
 
 
 def _tile_side(who: str, tile_pixels: int | None, factor: int, height: int, width: int) -> int:
-    """Side of a tile; one that holds the whole picture where that is small."""
+    """Side of a tile; one that holds the whole image where that is small."""
     if tile_pixels is None:
         return max(height, width) if height * width <= TILE_PIXELS**2 else TILE_PIXELS
     if tile_pixels < factor or tile_pixels % factor:

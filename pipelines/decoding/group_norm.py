@@ -1,8 +1,8 @@
-"""GroupNorm with the statistics of a whole picture, where only a tile of it is at hand.
+"""GroupNorm with the statistics of a whole image, where only a tile of it is at hand.
 
 Statistics taken tile by tile give every tile a tone of its own. Here those of one layer after the
 other are measured over all tiles, with the layers before it normalised by what was measured for
-them: what comes out is what the whole picture would give, but for rounding. Measuring all layers in
+them: what comes out is what the whole image would give, but for rounding. Measuring all layers in
 one sweep with estimates, and repeating that, does not converge: a deep network amplifies the error.
 """
 
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..process_group import Team
+from clear_dit.process_group import RankGroup
+
 from .tiles import Box, Segment, output_box, run_tile, side_before, tile_rows, whole
 
 # Channels whose float32 copy is made at once for their statistics.
@@ -118,45 +119,45 @@ class SharedGroupNorm(TorchFunctionMode):
 
 
 def measure(
-    segments: Sequence[Segment], picture: torch.Tensor, tile: int, team: Team
+    segments: Sequence[Segment], image: torch.Tensor, tile: int, process_group: RankGroup
 ) -> list[Moments]:
-    """The statistics of every group norm of a network over the whole of a picture, exactly.
+    """The statistics of every group norm of a network over the whole of an image, exactly.
 
     One pass over all tiles for each layer, as far into the network as that layer. The tiles are
     merged in the same order however many ranks share them out: the result is the same bit for bit.
 
     Args:
         segments: the network.
-        picture: its whole input, (1, channels, height, width).
+        image: its whole input, (1, channels, height, width).
         tile: side of a tile, in output pixels.
-        team: the ranks that share out the tiles.
+        process_group: the ranks that share out the tiles.
     """
     found: list[Moments] = []
     for index, segment in enumerate(segments):
         before = segments[:index]
-        limit = output_box(before, whole(picture))
+        limit = output_box(before, whole(image))
         side = side_before(segments[index:], tile)
         for _ in range(segment.norms):
-            found.append(_measure_next(before, segment, picture, limit, side, found, team))
+            found.append(_measure_next(before, segment, image, limit, side, found, process_group))
     return found
 
 
 def _measure_next(
     before: Sequence[Segment],
     segment: Segment,
-    picture: torch.Tensor,
+    image: torch.Tensor,
     limit: Box,
     side: int,
     found: Sequence[Moments],
-    team: Team,
+    process_group: RankGroup,
 ) -> Moments:
     cores = [core for row in tile_rows(limit, side) for core in row]
     own: list[tuple[int, list[float], list[float]]] = []
-    for core in team.share(cores):
+    for core in process_group.share(cores):
         given = core.grown(segment.reach, segment.down, limit)
         try:
             with SharedGroupNorm(found, core.within(given)):
-                segment.run(run_tile(before, picture, given))
+                segment.run(run_tile(before, image, given))
         except _Reached as reached:
             part = reached.moments
             own.append((part.count, part.mean.tolist(), part.variance.tolist()))
@@ -166,6 +167,6 @@ def _measure_next(
             torch.tensor(mean, dtype=torch.float64),
             torch.tensor(variance, dtype=torch.float64),
         )
-        for count, mean, variance in team.in_order(own, len(cores))
+        for count, mean, variance in process_group.in_order(own, len(cores))
     ]
     return reduce(Moments.merged, parts)

@@ -1,4 +1,4 @@
-"""Pictures written strip by strip, as they are decoded, in memory that does not grow with them."""
+"""Images written strip by strip, as they are decoded, in memory that does not grow with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clear_dit.files import whole_file
 # The key under which the settings stand in a PNG's text, as JSON.
 METADATA_KEY = "clear_dit"
 # What `save_rows` writes.
-PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".tif", ".tiff")
 
 # Rows that are rounded at once.
 _ROWS_AT_ONCE = 64
@@ -48,7 +48,7 @@ def save_rows(
     width: int,
     settings: Mapping[str, object],
 ) -> None:
-    """Write a picture from its strips, whole or not at all (see `whole_file`).
+    """Write an image from its strips, whole or not at all (see `whole_file`).
 
     Args:
         strips: (3, rows, width) in [-1, 1] from top to bottom, such as `decode_rows` gives; any
@@ -56,7 +56,7 @@ def save_rows(
         path: a .png, .tif or .tiff: 8 bits, RGB, compressed without loss; a TIFF beyond 4 GB
             becomes a BigTIFF.
         height, width: in pixels.
-        settings: stand in the picture's text as JSON; `read_settings` of
+        settings: stand in the image's text as JSON; `read_settings` of
             `clear_dit.generation.image_output` finds them.
 
     Raises:
@@ -79,7 +79,7 @@ def _checked(strips: Iterable[torch.Tensor], height: int, width: int) -> Iterato
         if strip.shape != (3, strip.shape[1], width) or done > height:
             break
         if not strip.isfinite().all():
-            raise ValueError("save_rows: the picture is not finite (NaN or infinity in it).")
+            raise ValueError("save_rows: the image is not finite (NaN or infinity in it).")
         for part in strip.split(_ROWS_AT_ONCE, dim=1):
             yield to_bytes(part).permute(1, 2, 0).contiguous().numpy()
     else:
@@ -108,7 +108,7 @@ def _png_chunks(
     """What a PNG consists of (https://www.w3.org/TR/png-3), for pypng to write.
 
     Rows are stored as differences to the row above, modulo 256, which its own writer cannot do: a
-    picture of the demo is 1.5 times as large without.
+    image of the demo is 1.5 times as large without.
     """
     # 8 bits a sample, RGB, deflate, filters by row, not interlaced.
     yield b"IHDR", struct.pack("!2I5B", width, height, 8, 2, 0, 0, 0)

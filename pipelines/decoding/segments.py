@@ -24,7 +24,7 @@ from clear_dit.kernels.window import Window
 
 from .tiles import Segment
 
-# Attention of the autoencoder: over all latent pixels up to as many as a picture of 1024 x 1024
+# Attention of the autoencoder: over all latent pixels up to as many as an image of 1024 x 1024
 # pixels has, the largest size autoencoders are trained at; above, over a disc with as many.
 WHOLE_ATTENTION = 128 * 128
 ATTENTION_RADIUS = 72
@@ -35,7 +35,7 @@ def decoder_stages(vae: Any, height: int, width: int) -> list[list[Segment]]:
 
     Args:
         vae: an AutoencoderKL or AutoencoderTiny of diffusers.
-        height, width: of the whole picture, in latent pixels.
+        height, width: of the whole image, in latent pixels.
 
     Returns:
         One network after the other. What lies between two is as small as latents are, and dear to
@@ -69,7 +69,7 @@ def encoder_stages(vae: Any, height: int, width: int) -> list[list[Segment]]:
 
     Args:
         vae: an AutoencoderKL or AutoencoderTiny of diffusers.
-        height, width: of the whole picture, in latent pixels.
+        height, width: of the whole image, in latent pixels.
 
     Returns:
         As `decoder_stages`.

@@ -3,7 +3,7 @@
 A network is a list of segments. For a tile of the output every segment is asked, from the last to
 the first, which part of its input it needs; then the parts are computed from the first to the last,
 each cropped to what the next one needs. The halo of a tile thus shrinks segment by segment, and
-where it meets the picture's border the network pads as it does without tiles: the result is exact.
+where it meets the image's border the network pads as it does without tiles: the result is exact.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Segment:
     """A part of a network that maps (1, channels, height, width) to another size and channels.
 
     Attributes:
-        run: the part itself; beyond its input it pads as the network does at a picture's border.
+        run: the part itself; beyond its input it pads as the network does at an image's border.
         reach: how far an output pixel looks beyond the input pixels it covers, in input pixels.
         up, down: factors on height and width; one of them is 1.
-        norms: number of group norms in it, all on pictures of its input's size.
+        norms: number of group norms in it, all on images of its input's size.
     """
 
     run: Callable[[torch.Tensor], torch.Tensor]
@@ -34,16 +34,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Box:
-    """Rows top to bottom and columns left to right (exclusive) of a picture, in its pixels."""
+    """Rows top to bottom and columns left to right (exclusive) of an image, in its pixels."""
 
     top: int
     bottom: int
     left: int
     right: int
 
-    def of(self, picture: torch.Tensor) -> torch.Tensor:
-        """This part of a picture (..., height, width), a view."""
-        return picture[..., self.top : self.bottom, self.left : self.right]
+    def of(self, image: torch.Tensor) -> torch.Tensor:
+        """This part of an image (..., height, width), a view."""
+        return image[..., self.top : self.bottom, self.left : self.right]
 
     def within(self, outer: Box) -> Box:
         """The same part, counted from the corner of a box around it."""
@@ -55,7 +55,7 @@ class Box:
         )
 
     def scaled(self, up: int, down: int) -> Box:
-        """In a picture that is up / down times as large; pixels it covers in part count whole."""
+        """In an image that is up / down times as large; pixels it covers in part count whole."""
         return Box(
             self.top * up // down,
             -(-self.bottom * up // down),
@@ -73,31 +73,31 @@ class Box:
         )
 
 
-def whole(picture: torch.Tensor) -> Box:
-    """All of a picture (..., height, width)."""
-    return Box(0, picture.shape[-2], 0, picture.shape[-1])
+def whole(image: torch.Tensor) -> Box:
+    """All of an image (..., height, width)."""
+    return Box(0, image.shape[-2], 0, image.shape[-1])
 
 
-def tile_rows(picture: Box, tile: int) -> Iterator[list[Box]]:
-    """The tiles of a picture, one row of tiles after the other.
+def tile_rows(image: Box, tile: int) -> Iterator[list[Box]]:
+    """The tiles of an image, one row of tiles after the other.
 
     Args:
-        picture: the whole.
+        image: the whole.
         tile: height and width of a tile, in pixels; the last ones may be smaller.
     """
-    for top in range(picture.top, picture.bottom, tile):
-        bottom = min(top + tile, picture.bottom)
+    for top in range(image.top, image.bottom, tile):
+        bottom = min(top + tile, image.bottom)
         yield [
-            Box(top, bottom, left, min(left + tile, picture.right))
-            for left in range(picture.left, picture.right, tile)
+            Box(top, bottom, left, min(left + tile, image.right))
+            for left in range(image.left, image.right, tile)
         ]
 
 
-def output_box(segments: Sequence[Segment], picture: Box) -> Box:
-    """All of what a network makes of a picture."""
+def output_box(segments: Sequence[Segment], image: Box) -> Box:
+    """All of what a network makes of an image."""
     for segment in segments:
-        picture = picture.scaled(segment.up, segment.down)
-    return picture
+        image = image.scaled(segment.up, segment.down)
+    return image
 
 
 def side_before(segments: Sequence[Segment], side: int) -> int:
@@ -107,15 +107,15 @@ def side_before(segments: Sequence[Segment], side: int) -> int:
     return side
 
 
-def needed_boxes(segments: Sequence[Segment], picture: Box, tile: Box) -> list[Box]:
+def needed_boxes(segments: Sequence[Segment], image: Box, tile: Box) -> list[Box]:
     """What a tile needs of the input of every segment, and last the tile itself.
 
     Args:
         segments: the network.
-        picture: its whole input.
+        image: its whole input.
         tile: the part wanted, in output pixels.
     """
-    limits = [picture]
+    limits = [image]
     for segment in segments[:-1]:
         limits.append(limits[-1].scaled(segment.up, segment.down))
     needed = [tile]
@@ -125,19 +125,19 @@ def needed_boxes(segments: Sequence[Segment], picture: Box, tile: Box) -> list[B
     return needed[::-1]
 
 
-def run_tile(segments: Sequence[Segment], picture: torch.Tensor, tile: Box) -> torch.Tensor:
+def run_tile(segments: Sequence[Segment], image: torch.Tensor, tile: Box) -> torch.Tensor:
     """A part of a network's output, as if the whole had been computed.
 
     Args:
         segments: the network, at least one.
-        picture: its whole input, (1, channels, height, width).
+        image: its whole input, (1, channels, height, width).
         tile: the part wanted, in output pixels.
 
     Returns:
         (1, channels, rows, columns) of the tile.
     """
-    needed = needed_boxes(segments, whole(picture), tile)
-    hidden = needed[0].of(picture)
+    needed = needed_boxes(segments, whole(image), tile)
+    hidden = needed[0].of(image)
     for segment, given, wanted in zip(segments, needed, needed[1:], strict=False):
         made = given.scaled(segment.up, segment.down)
         hidden = wanted.within(made).of(segment.run(hidden))

@@ -1,6 +1,6 @@
-"""Ranks that are about to paint one picture, compared before the first step.
+"""Ranks that are about to generate one image, compared before the first step.
 
-Two that differ in a seed, a prompt or an adapter would exchange rows of two pictures, and none
+Two that differ in a seed, a prompt or an adapter would exchange rows of two images, and none
 would notice.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..process_group import Team
+from clear_dit.process_group import RankGroup
+
 from .watch import Member
 
 
-def agree(team: Team, facts: Mapping[str, str]) -> None:
-    """Refuse facts that are not the same on all ranks of a team; all must call this.
+def agree(process_group: RankGroup, facts: Mapping[str, str]) -> None:
+    """Refuse facts that are not the same on all ranks of a process group; all must call this.
 
     Args:
         facts: names people know, to values or digests.
@@ -21,7 +22,7 @@ def agree(team: Team, facts: Mapping[str, str]) -> None:
     Raises:
         ValueError: they differ, on every rank; what differs and on which ranks is named.
     """
-    everywhere = team.gather([str(Member.here()), dict(facts)])
+    everywhere = process_group.gather([str(Member.here()), dict(facts)])
     first_name, first = everywhere[0]
     differences = [
         f"{name} has {key} {_shown(other.get(key))}, {first_name} has {_shown(first.get(key))}"

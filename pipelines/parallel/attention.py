@@ -1,4 +1,4 @@
-"""CLEAR attention of one rank's band of a picture: what all ranks together compute is exact."""
+"""CLEAR attention of one rank's band of an image: what all ranks together compute is exact."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .exchange import Gathered, HaloRows, MergedText, Traffic
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
-class SharedPicture:
-    """A picture of one layout whose rows the ranks of a group share; `tracker.share` of its layers.
+class SharedImage:
+    """An image of one layout whose rows the ranks of a group share; `tracker.share` of its layers.
 
     Text, and reference images, are on every rank ("text" below means both). A layer's queries of
     this rank's rows attend to the text, to their discs (the halo comes from the neighbours) and to
-    the pooled tokens of the whole picture; text queries attend to all, by way of `MergedText`.
+    the pooled tokens of the whole image; text queries attend to all, by way of `MergedText`.
 
     Args:
-        whole: the picture, in tokens.
+        whole: the image, in tokens.
         radius, down_factor: of the window.
-        group: its ranks, from the top of the picture to the bottom.
+        group: its ranks, from the top of the image to the bottom.
         traffic: counts what is sent.
         keeps_halos: whether every layer's halo is kept for the next step, where `stale` may be set.
 
@@ -80,13 +80,13 @@ class SharedPicture:
         image = tokens[:, own.start * columns : own.stop * columns]
         return torch.cat([image, tokens[:, self.whole.image_length :]], dim=1)
 
-    def whole_picture(self, tokens: torch.Tensor) -> torch.Tensor:
+    def whole_image(self, tokens: torch.Tensor) -> torch.Tensor:
         """The reverse of `own_part`, on every rank."""
         own = self.layout.image_length
         room = self.bands.largest * self.whole.columns
         padded = tokens.new_zeros(tokens.shape[0], room, tokens.shape[2])
         padded[:, :own] = tokens[:, :own]
-        parts = Gathered(padded, self.group, self.traffic, "picture").wait()
+        parts = Gathered(padded, self.group, self.traffic, "image").wait()
         lengths = [len(self.bands.of(rank)) * self.whole.columns for rank in range(len(parts))]
         image = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
         return torch.cat([*image, tokens[:, own:]], dim=1)
@@ -134,7 +134,7 @@ class SharedPicture:
         return previous if self.stale and previous is not None else rows
 
     def forget_halos(self) -> None:
-        """Drop what was kept: another picture begins."""
+        """Drop what was kept: another image begins."""
         for rows in self._kept.values():
             rows.wait()
         self._kept.clear()
@@ -151,7 +151,7 @@ class SharedPicture:
         spatial_weight: torch.Tensor | None,
         impl: str,
     ) -> torch.Tensor:
-        """What `local_attention` gives the text and this rank's rows in the whole picture.
+        """What `local_attention` gives the text and this rank's rows in the whole image.
 
         Args:
             halo: what `send` returned for this layer.
@@ -289,7 +289,7 @@ class SharedPicture:
         return Gathered(padded, self.group, self.traffic, "pooled")
 
     def _pooled(self, pooling: Gathered) -> KeyValue:
-        """Pooled key and value of the whole picture, (batch, pooled, heads, head_dim)."""
+        """Pooled key and value of the whole image, (batch, pooled, heads, head_dim)."""
         parts = pooling.wait()
         rows = math.ceil(self.whole.rows / self.window.down_factor)
         wide = torch.promote_types(parts[0].dtype, torch.float32)

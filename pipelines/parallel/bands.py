@@ -1,4 +1,4 @@
-"""Whose rows are whose: a picture cut into bands of rows of tokens, one for each rank.
+"""Whose rows are whose: an image cut into bands of rows of tokens, one for each rank.
 
 A band's queries see rows of other bands too, at most `reach` = radius - 1 above and below: the
 halo. Queries that do not see it, the interior, need not wait for it.
@@ -23,10 +23,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bands:
-    """A picture of `rows` rows of tokens, shared by `ranks` ranks, as seen by one of them.
+    """An image of `rows` rows of tokens, shared by `ranks` ranks, as seen by one of them.
 
     Attributes:
-        rows: of the picture, in tokens.
+        rows: of the image, in tokens.
         ranks: number of bands; they differ by one row at most.
         rank: whose view this is, from 0; bands lie from top to bottom.
         reach: rows above and below a query that it sees, at least 0.
@@ -43,8 +43,8 @@ class Bands:
     def __post_init__(self) -> None:
         if self.ranks > self.rows:
             raise ValueError(
-                f"patch parallel: a picture of {self.rows} rows of tokens can be shared by at most "
-                f"{self.rows} ranks, got {self.ranks}; use fewer ranks or a larger picture."
+                f"patch parallel: an image of {self.rows} rows of tokens can be shared by at most "
+                f"{self.rows} ranks, got {self.ranks}; use fewer ranks or a larger image."
             )
 
     def of(self, rank: int) -> range:

@@ -1,4 +1,4 @@
-"""Caches of diffusers whose choice to skip blocks depends on the picture: ranks choose together.
+"""Caches of diffusers whose choice to skip blocks depends on the image: ranks choose together.
 
 A rank that skips while another computes is a deadlock. Caches that go by the number of the step
 agree by themselves.
@@ -18,7 +18,7 @@ from clear_dit.compat import names_from
 FBCHeadBlockHook, FBC_HEAD = names_from(
     "diffusers.hooks.first_block_cache", "FBCHeadBlockHook", "_FBC_LEADER_BLOCK_HOOK"
 )
-# It looks at spatial frequencies, for which a rank would need the whole picture.
+# It looks at spatial frequencies, for which a rank would need the whole image.
 SEA_CACHE = "sea_cache_root"
 DECISION = "_should_compute_remaining_blocks"
 
@@ -26,7 +26,7 @@ DECISION = "_should_compute_remaining_blocks"
 class SharedDecisions:
     """FirstBlockCache's decision over all ranks of a group: that of one process.
 
-    It compares means over the picture, which are sums over the ranks' bands.
+    It compares means over the image, which are sums over the ranks' bands.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -36,14 +36,14 @@ class SharedDecisions:
         """Before a forward: take over the decision of a cache that is enabled.
 
         Args:
-            image_tokens: of this rank's band; None where it has the whole picture.
+            image_tokens: of this rank's band; None where it has the whole image.
 
         Raises:
             ValueError: a cache that cannot be shared.
         """
         if _hook(model, SEA_CACHE) is not None:
             raise ValueError(
-                "patch parallel: SeaCache needs the whole picture on every rank; use "
+                "patch parallel: SeaCache needs the whole image on every rank; use "
                 "FirstBlockCacheConfig, or disable_cache()."
             )
         head = _hook(_first_block(model), FBC_HEAD)

@@ -1,4 +1,4 @@
-"""What ranks send each other while they share a picture, and how many bytes it is.
+"""What ranks send each other while they share an image, and how many bytes it is.
 
 Everything is started at once and waited for where it is needed, so that it travels while the rank
 computes. Tensors of one kind have one shape on all ranks, or shapes that every rank knows.
@@ -26,7 +26,7 @@ class Traffic:
     part to every other rank, all-reduce 2 (ranks - 1) / ranks of the tensor.
 
     Attributes:
-        sent: bytes by kind: "halo", "text", "pooled", "picture" and "guidance" (the latter two
+        sent: bytes by kind: "halo", "text", "pooled", "image" and "guidance" (the latter two
             once a forward, not per layer).
         layers: number of attention layers computed.
         waiting: whether this process waits for what others send.
@@ -85,7 +85,7 @@ class HaloRows:
     Args:
         tokens: (batch, own rows * width, channels), this rank's band.
         bands: who has which rows.
-        width: of the picture, in tokens.
+        width: of the image, in tokens.
         group: of the ranks, in the order of the bands.
     """
 

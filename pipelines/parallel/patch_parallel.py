@@ -1,4 +1,4 @@
-"""One picture on many GPUs, exactly: every rank holds a band of its rows.
+"""One image on many GPUs, exactly: every rank holds a band of its rows.
 
     with start_ranks() as ranks:
         pipe = CLEARFluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev").to(ranks.device)
@@ -6,7 +6,7 @@
         pipe.enable_patch_parallel(ranks.mesh)
         image = pipe("a fox", height=8192, width=8192, generator=torch.Generator().manual_seed(0))
 
-Every rank runs this with the same arguments, and gets the same picture: noise is drawn whole from
+Every rank runs this with the same arguments, and gets the same image: noise is drawn whole from
 the seed, and the latents are whole on every rank between steps. Within the transformer a rank has
 its band, all layers but attention being per token. In attention it gets the radius - 1 rows beside
 its band from the neighbours, while it computes what does not need them. The authors of CLEAR
@@ -36,7 +36,7 @@ from clear_dit.families.table import attention_layers, transformer_of
 from clear_dit.weights.state import ClearState
 
 from ..cascade.stage_attention import runs_clear
-from .attention import SharedPicture
+from .attention import SharedImage
 from .bands import Bands
 from .caches import SharedDecisions
 from .exchange import Gathered, Traffic
@@ -52,7 +52,7 @@ CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 def parallelize(
     pipe_or_model: Any, mesh: DeviceMesh, stale_halos_after: int | None = None
 ) -> PatchParallel:
-    """Share every picture that a FLUX transformer under CLEAR paints among the ranks of a mesh.
+    """Share every image that a FLUX transformer under CLEAR generates among the ranks of a mesh.
 
     `CLEARFluxPipeline.enable_patch_parallel` does this and more; this is for stock pipelines.
     Every rank must call it, and the model, with the same arguments. ControlNets run whole on
@@ -60,7 +60,7 @@ def parallelize(
 
     Args:
         pipe_or_model: a pipeline with a FLUX transformer, or the transformer, under `apply_clear`.
-        mesh: with a dimension "patch", from the top of the picture to the bottom.
+        mesh: with a dimension "patch", from the top of the image to the bottom.
         stale_halos_after: None is exact. A number of steps, at least 1, is an approximation
             (DistriFusion, arXiv 2402.19481): after so many steps every layer takes the neighbours'
             rows from the step before, so that nothing waits for them. Text stays exact.
@@ -75,7 +75,7 @@ def parallelize(
     clear = ClearState.on(model)
     if clear is None or clear.tracker is None:
         raise ValueError(
-            f"{WHO}: the picture is shared by way of local attention, and the transformer has "
+            f"{WHO}: the image is shared by way of local attention, and the transformer has "
             "full attention; call apply_clear first."
         )
     patches = PatchParallel(mesh, stale_halos_after)
@@ -89,7 +89,7 @@ def parallelize(
 
 
 class PatchParallel:
-    """The ranks that share pictures, as one of them sees it; hooks on the transformer's forward.
+    """The ranks that share images, as one of them sees it; hooks on the transformer's forward.
 
     Args:
         mesh: of dimensions "patch" and, optionally, "guidance" of size 1 or 2: its first half
@@ -128,8 +128,8 @@ class PatchParallel:
         self.traffic = Traffic()
         self._guidance_scale: float | None = None
         self._decisions = SharedDecisions(self.group)
-        self._shares: dict[tuple[Layout, int, int], SharedPicture] = {}
-        self._share: SharedPicture | None = None
+        self._shares: dict[tuple[Layout, int, int], SharedImage] = {}
+        self._share: SharedImage | None = None
         self._steps = _Steps()
         self._handles: list[Any] = []
 
@@ -140,11 +140,11 @@ class PatchParallel:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks that share a picture's rows."""
+        """Number of ranks that share an image's rows."""
         return self.group.size()
 
     def attach(self, model: nn.Module) -> None:
-        """Share what a transformer paints from now on."""
+        """Share what a transformer generates from now on."""
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after),
@@ -161,7 +161,7 @@ class PatchParallel:
             clear.tracker.share = None
 
     def check(self, rows: int) -> None:
-        """Refuse a picture of fewer rows of tokens than ranks, with a ValueError."""
+        """Refuse an image of fewer rows of tokens than ranks, with a ValueError."""
         Bands(rows, self.ranks, self.group.rank(), 0)
 
     @contextmanager
@@ -224,7 +224,7 @@ class PatchParallel:
         del given["self"]
         return (), given | changed
 
-    def _shared(self, clear: ClearState) -> SharedPicture:
+    def _shared(self, clear: ClearState) -> SharedImage:
         tracker = clear.tracker
         assert tracker is not None
         assert tracker.announced is not None  # ClearState's hook came first
@@ -242,7 +242,7 @@ class PatchParallel:
             self._shares = {
                 other: share for other, share in self._shares.items() if other[0][1:] == layout[1:]
             }
-            self._shares[key] = SharedPicture(
+            self._shares[key] = SharedImage(
                 *key, self.group, self.traffic, keeps_halos=self.stale_halos_after is not None
             )
         return self._shares[key]
@@ -263,7 +263,7 @@ class PatchParallel:
         is_tuple = isinstance(output, tuple)
         sample = output[0] if is_tuple else output.sample
         if self._share is not None:
-            sample = self._share.whole_picture(sample)
+            sample = self._share.whole_image(sample)
         if self._guidance_scale is not None:
             assert self.guidance_group is not None
             both = Gathered(sample, self.guidance_group, self.traffic, "guidance").wait()
@@ -273,7 +273,7 @@ class PatchParallel:
 
 @functools.cache
 def _announce_whole() -> None:
-    logger.info("full attention is not shared: every rank computes the whole picture")
+    logger.info("full attention is not shared: every rank computes the whole image")
 
 
 def _refuse_other_processors(model: nn.Module) -> None:
@@ -286,14 +286,14 @@ def _refuse_other_processors(model: nn.Module) -> None:
 
 
 class _Steps:
-    """Counts the steps of a picture, and the forward passes of a step, by their timesteps."""
+    """Counts the steps of an image, and the forward passes of a step, by their timesteps."""
 
     def __init__(self) -> None:
         self.step = self.forward_pass = 0
         self._timestep: float | None = None
 
     def count(self, timestep: float) -> bool:
-        """Count a forward; whether another picture begins with it."""
+        """Count a forward; whether another image begins with it."""
         last, self._timestep = self._timestep, timestep
         if last is not None and timestep == last:
             self.forward_pass += 1

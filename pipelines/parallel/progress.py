@@ -48,7 +48,7 @@ class Progress:
         return self._where
 
 
-class PaintingProgress:
+class GenerationProgress:
     """A `Progress` that is read off a pipeline: attention layers of a stage.
 
     Coding and decoding between stages, and stages with full attention, which every rank runs

@@ -1,4 +1,4 @@
-"""The processes ("ranks") that paint one picture together: their start, mesh, agreement and end.
+"""The processes ("ranks") that generate one image together: their start, mesh, agreement and end.
 
 Started by torchrun, or by anything that sets its variables, on one node or many:
 
@@ -29,9 +29,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from clear_dit.errors import first_line
+from clear_dit.process_group import RankGroup
 
-from ..process_group import Team
-from .progress import Followed, PaintingProgress
+from .progress import Followed, GenerationProgress
 from .watch import SILENCE_LIMIT, Member, Watch
 
 # Dimensions of the mesh: passes of guidance, and bands of rows.
@@ -43,7 +43,7 @@ _MEET = 60.0
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that paint together.
+    """This process among those that generate together.
 
     Attributes:
         rank: its number, from 0.
@@ -61,12 +61,12 @@ class Ranks:
 
     def follow(self, pipe: Followed) -> None:
         """Have the watch say which step a failure came in, and find a rank that hangs in one."""
-        self.watch.progress = PaintingProgress(pipe)
+        self.watch.progress = GenerationProgress(pipe)
 
     @property
-    def team(self) -> Team:
+    def process_group(self) -> RankGroup:
         """All ranks."""
-        return Team(dist.group.WORLD)
+        return RankGroup(dist.group.WORLD)
 
     @property
     def is_first(self) -> bool:
@@ -188,7 +188,7 @@ def _meeting(rank: int) -> tuple[list[Member], Callable[[], dict[int, Connection
         local = address in ("127.0.0.1", "localhost")
         listener = Listener((address if local else "", 0), backlog=128, authkey=key.encode())
         here |= {"port": listener.address[1], "key": key}
-    everyone = Team(dist.group.WORLD).gather(here)
+    everyone = RankGroup(dist.group.WORLD).gather(here)
     members = [Member(**other["member"]) for other in everyone]
 
     def connect() -> dict[int, Connection]:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from clear_dit.errors import first_line
 
-from .progress import HangDetector, PaintingProgress, Progress
+from .progress import GenerationProgress, HangDetector, Progress
 
 Item = TypeVar("Item")
 
@@ -97,7 +97,7 @@ class Watch:
         silence_limit: float,
         hang_limit: float | None,
     ) -> None:
-        self._progress: Progress | PaintingProgress = Progress("the start")
+        self._progress: Progress | GenerationProgress = Progress("the start")
         self.failure: Failure | None = None
         self._members = members
         self._rank = rank
@@ -116,11 +116,11 @@ class Watch:
         thread.start()
 
     @property
-    def progress(self) -> Progress | PaintingProgress:
+    def progress(self) -> Progress | GenerationProgress:
         return self._progress
 
     @progress.setter
-    def progress(self, progress: Progress | PaintingProgress) -> None:
+    def progress(self, progress: Progress | GenerationProgress) -> None:
         self._progress = progress
         self._send(self._to_thread, {"kind": "progress"})  # others hear of it at once
 

@@ -81,7 +81,7 @@ def test_generate_with_progress_and_preview_then_cancel_and_generate_again(page)
     page.wait_for_function("document.querySelector('#status').innerText.includes('step')")
     page.click("#cancel")
     page.wait_for_selector(".status.cancelled")
-    assert page.locator(".card").count() == 1, "a cancelled picture is not kept"
+    assert page.locator(".card").count() == 1, "a cancelled image is not kept"
     enter(page, "a blue house in the hills at night")
     finished(page)
     page.wait_for_function("document.querySelectorAll('.card:not(.pending)').length == 2")
@@ -102,10 +102,10 @@ def test_compare_shows_both_with_a_slider_seconds_and_flops(page):
     slider.press("Home")
     left = over.evaluate("pane => pane.style.clipPath")
     assert left != middle
-    assert float(re.findall(r"[\d.]+px\)", left)[0][:-3]) < 20, "the right picture is all shown"
+    assert float(re.findall(r"[\d.]+px\)", left)[0][:-3]) < 20, "the right image is all shown"
 
 
-def test_zoom_into_a_large_picture_by_tiles(browser, app_server):
+def test_zoom_into_a_large_image_by_tiles(browser, app_server):
     opened = open_page(browser, app_server)
     page = next(opened)
     tiles = []
@@ -116,7 +116,7 @@ def test_zoom_into_a_large_picture_by_tiles(browser, app_server):
     page.wait_for_function("document.querySelector('iframe.viewer').contentWindow.viewers")
     frame = next(frame for frame in page.frames if "/view/" in frame.url)
     frame.wait_for_function("viewers[0].world.getItemAt(0)?.getFullyLoaded()")
-    assert not any("/11/" in url for url in tiles), "the whole picture's pixels are not sent"
+    assert not any("/11/" in url for url in tiles), "the whole image's pixels are not sent"
     frame.click("#one")
     frame.wait_for_function("document.querySelector('#zoom').textContent == '100%'")
     frame.wait_for_function("viewers[0].world.getItemAt(0).getFullyLoaded()")
@@ -146,7 +146,7 @@ def test_history_survives_a_reload_and_a_restart(browser, tmp_path):
     server.stop()
 
 
-def test_a_reload_follows_the_picture_at_work(page):
+def test_a_reload_follows_the_image_at_work(page):
     enter(page, "a red balloon over a green island", steps=100, size=512)
     page.wait_for_selector(".status.running")
     page.reload()

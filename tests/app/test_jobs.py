@@ -1,4 +1,4 @@
-"""Every accepted job ends, whatever the painter does; a failure harms no other job."""
+"""Every accepted job ends, whatever the runner does; a failure harms no other job."""
 
 import threading
 import time
@@ -12,16 +12,16 @@ from clear_dit.app.request import Entry, make_requests
 from clear_dit.app.settings import MAX_JOBS_OF_VISITOR, Settings
 from clear_dit.app.store import ENDED, Store, new_secret, visitor_of
 from clear_dit.errors import RequestError
-from clear_dit.generation.runner import Painter, Step, Stopped
+from clear_dit.generation.runner import PipelineRunner, Step, Stopped
 from clear_dit.pipelines.decoding.image_files import save_rows
 
 
-class ScriptedPainter(Painter):
-    """Does what the prompt says: raises an error, or waits for `go` and writes a grey picture."""
+class ScriptedRunner(PipelineRunner):
+    """Does what the prompt says: raises an error, or waits for `go` and writes a grey image."""
 
     go = threading.Event()
 
-    def paint(self, request, out, *, on_step=None, should_stop=None, notes=None, progress=False):
+    def generate(self, request, out, *, on_step=None, should_stop=None, notes=None, progress=False):
         tokens = request.height * request.width // 256
         channels = self.pipe.transformer.config.in_channels
         for step in range(1, request.steps + 1):
@@ -49,16 +49,16 @@ class ScriptedPainter(Painter):
 
 
 @pytest.fixture(scope="module")
-def painter():
-    return ScriptedPainter("demo", "float32", "cpu")
+def runner():
+    return ScriptedRunner("demo", "float32", "cpu")
 
 
 @pytest.fixture
-def jobs(tmp_path, painter):
-    painter.go.clear()
+def jobs(tmp_path, runner):
+    runner.go.clear()
     settings = Settings(models=("demo",), out=tmp_path, queue_size=4, device="cpu")
     store = Store(tmp_path)
-    jobs = Jobs(settings, store, lambda *wanted: painter)
+    jobs = Jobs(settings, store, lambda *wanted: runner)
     jobs.start("demo", "float32", "cpu")
     jobs.settings, jobs.store = settings, store
     yield jobs
@@ -89,7 +89,7 @@ def visitors(count):
 def test_a_failure_is_told_to_its_visitor_and_harms_no_other(jobs, prompt, words):
     one, two = visitors(2)
     bad, good = submit(jobs, one, prompt), submit(jobs, two)
-    jobs._painter.go.set()
+    jobs._runner.go.set()
     found = ended(jobs, one, bad)
     assert found["state"] == "failed"
     assert words in found["error"]
@@ -101,7 +101,7 @@ def test_a_failure_is_told_to_its_visitor_and_harms_no_other(jobs, prompt, words
 def test_places_progress_and_cancel(jobs):
     one, two, three = visitors(3)
     running = submit(jobs, one)
-    while jobs.status(one, running)["phase"] != "writing the picture":
+    while jobs.status(one, running)["phase"] != "writing the image":
         time.sleep(0.01)
     told = jobs.status(one, running)
     assert told["fraction"] == pytest.approx(1)
@@ -115,17 +115,17 @@ def test_places_progress_and_cancel(jobs):
     assert jobs.status(three, second)["place"] == 1
     assert jobs.cancel(one, running)
     assert ended(jobs, one, running)["state"] == "cancelled"
-    jobs._painter.go.set()
+    jobs._runner.go.set()
     assert ended(jobs, three, second)["state"] == "done"
     assert not jobs.cancel(three, second), "it has ended"
 
 
 def test_both_attentions_are_one_job(jobs):
     (one,) = visitors(1)
-    jobs._painter.go.set()
+    jobs._runner.go.set()
     found = ended(jobs, one, submit(jobs, one, attention="both"))
-    assert [picture["attention"] for picture in found["pictures"]] == ["clear", "full"]
-    assert found["pictures"][0]["flops"] < found["pictures"][1]["flops"]
+    assert [image["attention"] for image in found["images"]] == ["clear", "full"]
+    assert found["images"][0]["flops"] < found["images"][1]["flops"]
     assert jobs.store.history(one) == [found]
 
 

@@ -49,7 +49,7 @@ def connect(server, secret=None):
 
 @pytest.fixture(scope="module")
 def done(app_server):
-    """A visitor's finished picture: client, its HTTP client and the result."""
+    """A visitor's finished image: client, its HTTP client and the result."""
     client, http = connect(app_server)
     result = client.predict("a red house", **SMALL, attention="both", api_name="/generate")
     assert result["state"] == "done"
@@ -58,10 +58,10 @@ def done(app_server):
 
 def test_the_documented_api(done):
     client, http, result = done
-    assert [one["attention"] for one in result["pictures"]] == ["clear", "full"]
-    clear, full = result["pictures"]
+    assert [one["attention"] for one in result["images"]] == ["clear", "full"]
+    clear, full = result["images"]
     assert 0 < clear["flops"] <= full["flops"]
-    for one in result["pictures"]:
+    for one in result["images"]:
         answer = http.get(one["file"])
         assert answer.status_code == 200
         assert len(answer.content) == one["bytes"]
@@ -71,21 +71,21 @@ def test_the_documented_api(done):
     assert client.predict(result["id"], api_name="/cancel") is False
 
 
-def test_nobody_else_sees_a_picture(app_server, done):
+def test_nobody_else_sees_an_image(app_server, done):
     _, http, result = done
     stranger, other = connect(app_server)
     name = result["id"]
     paths = [
-        f"pictures/{name}",
+        f"images/{name}",
         f"view/{name}",
-        f"pictures/{name}/clear.png",
-        f"pictures/{name}/clear/8/0_0.jpg",
+        f"images/{name}/clear.png",
+        f"images/{name}/clear/8/0_0.jpg",
     ]
     for path in paths:
         assert http.get(path).status_code == 200, path
         assert other.get(path).status_code == 404, path
     for function in ("/status",):
-        with pytest.raises(AppError, match="no such picture"):
+        with pytest.raises(AppError, match="no such image"):
             stranger.predict(name, api_name=function)
     assert stranger.predict(name, api_name="/cancel") is False
     assert stranger.predict(api_name="/history") == []
@@ -102,11 +102,11 @@ def test_nothing_else_of_the_disk_is_served(app_server, done):
         f"file={secret}",
         "gradio_api/file=https://example.org/",
         "gradio_api/proxy=https://example.org/",
-        f"pictures/{name}/job.json",
-        f"pictures/{name}/..%2f..%2fclear.png",
-        f"pictures/{name}/clear/../job.json",
-        f"pictures/{name}/clear/99/0_0.jpg",
-        f"pictures/..%2f{folder.parent.name}/{name}",
+        f"images/{name}/job.json",
+        f"images/{name}/..%2f..%2fclear.png",
+        f"images/{name}/clear/../job.json",
+        f"images/{name}/clear/99/0_0.jpg",
+        f"images/..%2f{folder.parent.name}/{name}",
         "viewer/..%2fstore.py",
         "viewer/page.py",
         f"visitors/{folder.parent.name}/{name}/clear.png",
@@ -118,7 +118,7 @@ def test_nothing_else_of_the_disk_is_served(app_server, done):
 
 def test_uploads_are_bounded_and_enlarged(app_server, tmp_path):
     client, http = connect(app_server)
-    assert "not a picture" in http.post("uploads", content=b"%!PS-Adobe").json()["error"]
+    assert "not an image" in http.post("uploads", content=b"%!PS-Adobe").json()["error"]
     # A decompression bomb: small as a file, 100 million pixels.
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     answer = http.post("uploads", content=(tmp_path / "bomb.png").read_bytes())
@@ -133,7 +133,7 @@ def test_uploads_are_bounded_and_enlarged(app_server, tmp_path):
     result = client.predict("a house", **SMALL, image=told["name"], api_name="/generate")
     assert result["state"] == "done"
     stranger, _ = connect(app_server)
-    with pytest.raises(AppError, match="uploaded picture is gone"):
+    with pytest.raises(AppError, match="uploaded image is gone"):
         stranger.predict("a house", **SMALL, image=told["name"], api_name="/generate")
 
 
@@ -158,7 +158,7 @@ def test_auth_keeps_others_out(tmp_path):
 
 
 class Visitor(threading.Thread):
-    """Asks for pictures until the time is over; cancels some, goes away from some."""
+    """Asks for images until the time is over; cancels some, goes away from some."""
 
     def __init__(self, server, seed, end):
         super().__init__()

@@ -14,7 +14,7 @@ def store(tmp_path):
 
 
 def add(store, visitor, state="done", **more):
-    record = {"id": new_name(), "state": state, "created": time.time(), "pictures": [], **more}
+    record = {"id": new_name(), "state": state, "created": time.time(), "images": [], **more}
     folder = store.new_folder(visitor, record["id"])
     (folder / "clear.png").write_bytes(b"png")
     store.write(visitor, record)
@@ -57,7 +57,7 @@ def test_what_a_dead_server_left_has_failed(store):
     assert (store.folder(visitor, done) / "clear.png").exists()
 
 
-def test_old_pictures_and_uploads_are_removed(store):
+def test_old_images_and_uploads_are_removed(store):
     visitor = visitor_of(new_secret())
     old, new, running = add(store, visitor), add(store, visitor), add(store, visitor, "running")
     upload = store.new_upload(visitor)

@@ -1,4 +1,4 @@
-"""The pyramid holds the picture's pixels, at every size."""
+"""The pyramid holds the image's pixels, at every size."""
 
 import tracemalloc
 
@@ -12,14 +12,14 @@ from clear_dit.pipelines.decoding.image_files import save_rows
 
 
 def save(path, height, width):
-    """A smooth picture, which JPEG keeps."""
+    """A smooth image, which JPEG keeps."""
     y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None, :]
     pixels = torch.stack([y.expand(height, width), x.expand(height, width), (x * y)])
     save_rows(pixels.split(100, dim=1), path, height=height, width=width, settings={})
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (512, 512), (513, 1025), (700, 333)])
-def test_every_level_is_the_picture_halved(tmp_path, height, width):
+def test_every_level_is_the_image_halved(tmp_path, height, width):
     save(tmp_path / "a.png", height, width)
     top = write_tiles(tmp_path / "a.png", tmp_path / "tiles")
     assert 2**top >= max(height, width) > 2**top / 2 - 1
@@ -51,7 +51,7 @@ def test_the_thumbnail_is_one_tile(tmp_path):
     assert [p.name for p in (tmp_path / "tiles" / str(THUMBNAIL_LEVEL)).iterdir()] == ["0_0.jpg"]
 
 
-def test_memory_does_not_grow_with_the_picture(tmp_path):
+def test_memory_does_not_grow_with_the_image(tmp_path):
     peaks = []
     for height in (4096, 8192):
         save(tmp_path / "a.png", height, 512)

@@ -69,7 +69,7 @@ def test_text_length_is_inferred(rows, columns, text):
 
 @pytest.mark.parametrize(("rows", "columns", "text"), [(1, 1, 4), (1, 9, 4), (9, 1, 4)])
 def test_ambiguous_text_length_is_refused(rows, columns, text):
-    with pytest.raises(ValueError, match="cannot tell text from picture"):
+    with pytest.raises(ValueError, match="cannot tell text from image"):
         layout_from_rotary(*rotary_of(ids_of(rows, columns), text))
 
 
@@ -89,7 +89,7 @@ NOT_ONE_RASTER = {
     ),
     "its group again behind a reference": lambda ids: torch.cat([second(ids), ids]),
     "no raster before a reference": lambda ids: torch.cat([shuffled(ids), second(ids)[30:]]),
-    "a second picture with the same ids": lambda ids: torch.cat([ids, ids]),
+    "a second image with the same ids": lambda ids: torch.cat([ids, ids]),
     "a token short": lambda ids: ids[:-1],
     "the first token missing": lambda ids: ids[1:],
     "starts within a row": lambda ids: ids[3:-2],

@@ -111,7 +111,7 @@ def test_a_plan_of_the_demo():
     assert two["efficiency"] == pytest.approx(alone["seconds"] / 2 / two["seconds"])
     assert ring["mb_per_layer"] > two["mb_per_layer"]
     assert rows["ulysses", 2]["seconds"] is None  # 3 heads
-    # Six layers of five messages one after the other, then half of the picture's 64 channels.
+    # Six layers of five messages one after the other, then half of the image's 64 channels.
     sent = 6 * two["mb_per_layer"] * 1e6 + 128 * 128 * 64 * 2 / 2
     assert two["communication_seconds"] == pytest.approx(sent / 1e9 + 6 * 5 * 10e-6)
 

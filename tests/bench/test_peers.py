@@ -66,7 +66,7 @@ def test_the_square_is_moved_inside_at_borders():
     assert inner[2:5, 3:6].all()
     assert image[0, :3, :3].all()
     assert image[-1, 3:, 6:].all()
-    # Inside the picture it holds the disc.
+    # Inside the image it holds the disc.
     disc = all_rows(sees_disc, window)[2:, 2:].unflatten(0, (6, 9))[1:-1, 1:-1]
     square = seen[2:, 2:].unflatten(0, (6, 9))[1:-1, 1:-1]
     assert (square | ~disc).all()

@@ -13,7 +13,7 @@ from clear_dit.errors import RequestError
 from clear_dit.families.table import CONTROLNETS, MODELS
 
 # Parameters of the transformer in millions; layers, heads and head_dim of attention over the
-# picture; layers over the picture alone.
+# image; layers over the image alone.
 MODELS_AT_4096 = {
     "chroma": (8_900, 57, 24, 128, 0),
     "flux2-dev": (32_223, 56, 48, 128, 0),

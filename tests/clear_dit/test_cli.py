@@ -25,7 +25,7 @@ def run(monkeypatch, *arguments):
     return exit_info.value.code or 0
 
 
-def paint(monkeypatch, out, *arguments):
+def generate(monkeypatch, out, *arguments):
     small = ("--height", 64, "--width", 96, "--steps", 2, "--out", out)
     return run(monkeypatch, "generate", PROMPT, *small, *arguments)
 
@@ -34,9 +34,9 @@ def last_json(capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-def test_generate_writes_a_picture_with_its_settings(monkeypatch, tmp_path, capsys):
-    out = tmp_path / "picture.png"
-    assert paint(monkeypatch, out, "--radius", 2, "--seed", 7, "--json") == 0
+def test_generate_writes_an_image_with_its_settings(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "image.png"
+    assert generate(monkeypatch, out, "--radius", 2, "--seed", 7, "--json") == 0
     result = last_json(capsys)
     assert result["out"] == str(out)
     assert (result["height"], result["width"], result["tokens"]) == (64, 96, 24)
@@ -52,8 +52,8 @@ def test_generate_writes_a_picture_with_its_settings(monkeypatch, tmp_path, caps
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_same_seed_same_picture_and_radius_past_the_diagonal_is_full(monkeypatch, tmp_path):
-    pictures = {}
+def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(monkeypatch, tmp_path):
+    images = {}
     for name, options in {
         "wide": ("--radius", 20),
         "again": ("--radius", 20),
@@ -61,12 +61,12 @@ def test_same_seed_same_picture_and_radius_past_the_diagonal_is_full(monkeypatch
         "narrow": ("--radius", 2),
         "other": ("--radius", 20, "--seed", 1),
     }.items():
-        assert paint(monkeypatch, tmp_path / f"{name}.png", *options) == 0
+        assert generate(monkeypatch, tmp_path / f"{name}.png", *options) == 0
         with Image.open(tmp_path / f"{name}.png") as image:
-            pictures[name] = list(image.convert("RGB").tobytes())
+            images[name] = list(image.convert("RGB").tobytes())
 
     def difference(a, b):
-        return max(abs(x - y) for x, y in zip(pictures[a], pictures[b], strict=True))
+        return max(abs(x - y) for x, y in zip(images[a], images[b], strict=True))
 
     assert difference("wide", "again") == 0
     assert difference("wide", "full") <= 1
@@ -76,9 +76,9 @@ def test_same_seed_same_picture_and_radius_past_the_diagonal_is_full(monkeypatch
 
 @pytest.mark.parametrize("options", [("--impl", "reference"), ("--impl", "tiled")])
 def test_generate_in_bfloat16_and_pooled(monkeypatch, tmp_path, capsys, options):
-    out = tmp_path / "picture.png"
+    out = tmp_path / "image.png"
     arguments = ("--radius", 2, "--down-factor", 2, "--dtype", "bfloat16", "--json", *options)
-    assert paint(monkeypatch, out, *arguments) == 0
+    assert generate(monkeypatch, out, *arguments) == 0
     assert last_json(capsys)["impl"] == options[1]
 
 
@@ -108,7 +108,7 @@ def test_generate_in_bfloat16_and_pooled(monkeypatch, tmp_path, capsys, options)
 )
 def test_bad_requests_are_one_line_and_status_2(monkeypatch, tmp_path, capsys, options, message):
     monkeypatch.chdir(tmp_path)
-    assert paint(monkeypatch, "picture.png", *options) == 2
+    assert generate(monkeypatch, "image.png", *options) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
@@ -122,24 +122,24 @@ def test_weights_of_another_model_are_refused(monkeypatch, tmp_path, capsys):
 
     weights = tmp_path / "other.safetensors"
     save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(3072, 3072)}, weights)
-    assert paint(monkeypatch, tmp_path / "picture.png", "--weights", weights) == 2
+    assert generate(monkeypatch, tmp_path / "image.png", "--weights", weights) == 2
     assert "weights for another model" in capsys.readouterr().err
-    assert not (tmp_path / "picture.png").exists()
+    assert not (tmp_path / "image.png").exists()
 
 
 def test_a_huge_radius_is_full_attention(monkeypatch, tmp_path):
-    assert paint(monkeypatch, tmp_path / "picture.png", "--radius", 10**10) == 0
+    assert generate(monkeypatch, tmp_path / "image.png", "--radius", 10**10) == 0
 
 
 def test_a_copied_model_without_guidance_embedding_runs_one_pass(monkeypatch, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(DEMO, copy)
-    out = tmp_path / "picture.png"
-    assert paint(monkeypatch, out, "--model", copy, "--radius", 2) == 0
+    out = tmp_path / "image.png"
+    assert generate(monkeypatch, out, "--model", copy, "--radius", 2) == 0
     assert read_settings(out)["guidance"] == 1.0
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     capsys.readouterr()
-    assert paint(monkeypatch, out, "--model", copy) == 2
+    assert generate(monkeypatch, out, "--model", copy) == 2
     assert "cannot be loaded" in capsys.readouterr().err
 
 
@@ -151,17 +151,17 @@ def test_an_empty_prompt_is_refused(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("picture.jpg", "--out must end in .png"),
-        ("no/such/folder/picture.png", "there is no folder"),
+        ("image.jpg", "--out must end in .png"),
+        ("no/such/folder/image.png", "there is no folder"),
         ("folder.png", "--out is a folder"),
-        ("/proc/picture.png", "cannot write /proc/picture.png"),
+        ("/proc/image.png", "cannot write /proc/image.png"),
         (f"{'long' * 64}.png", "File name too long"),
     ],
 )
 def test_bad_outputs_are_refused_before_work(monkeypatch, tmp_path, capsys, out, message):
     (tmp_path / "folder.png").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert paint(monkeypatch, out) == 2
+    assert generate(monkeypatch, out) == 2
     assert message in capsys.readouterr().err
 
 
@@ -173,25 +173,25 @@ def test_a_full_disk_leaves_nothing(monkeypatch, tmp_path, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(png, "write_chunks", no_space)
-    (tmp_path / "picture.png").write_bytes(b"older picture")
-    assert paint(monkeypatch, tmp_path / "picture.png") == 1
+    (tmp_path / "image.png").write_bytes(b"older image")
+    assert generate(monkeypatch, tmp_path / "image.png") == 1
     assert "No space left on device" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
-    assert (tmp_path / "picture.png").read_bytes() == b"older picture"
+    assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
+    assert (tmp_path / "image.png").read_bytes() == b"older image"
 
 
-def test_a_picture_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys):
+def test_an_image_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys):
     small, out, stages = tmp_path / "small.png", tmp_path / "large.tif", tmp_path / "stages"
-    assert paint(monkeypatch, small) == 0
+    assert generate(monkeypatch, small) == 0
     arguments = ("generate", PROMPT, "--image", small, "--steps", 4, "--radius", 2)
     arguments += ("--strength", "0.5", "--stages-dir", stages, "--out", out)
     assert run(monkeypatch, *arguments) == 0
-    with Image.open(out) as picture:
-        assert (picture.format, picture.size) == ("TIFF", (192, 128))  # twice
+    with Image.open(out) as image:
+        assert (image.format, image.size) == ("TIFF", (192, 128))  # twice
     settings = read_settings(out)
     assert (settings["image"], settings["strength"]) == (str(small), [0.5])
     assert [path.name for path in stages.glob("*.safetensors")] == ["stage-1-192x128.safetensors"]
-    # The finished stage is not painted again, and the picture is the same.
+    # The finished stage is not generated again, and the image is the same.
     again = tmp_path / "again.tif"
     monkeypatch.setattr(cascade_run, "_repaint", None)
     assert run(monkeypatch, *arguments[:-1], again) == 0
@@ -208,8 +208,8 @@ def test_a_photo_is_turned_as_its_camera_says(monkeypatch, tmp_path):
     Image.new("RGB", (96, 64)).save(photo, exif=exif)
     arguments = ("--image", photo, "--steps", 1, "--radius", 2, "--out", out)
     assert run(monkeypatch, "generate", PROMPT, *arguments) == 0
-    with Image.open(out) as picture:
-        assert picture.size == (128, 192)
+    with Image.open(out) as image:
+        assert image.size == (128, 192)
 
 
 @pytest.mark.parametrize(
@@ -220,19 +220,19 @@ def test_a_photo_is_turned_as_its_camera_says(monkeypatch, tmp_path):
         (("--strength", "nan"), "--strength must be from 0 to 1, got nan"),
         (("--low-resolution-guidance", "-1"), "--low-resolution-guidance must be from 0 to 1"),
         (("--image", "none.png"), "none.png cannot be read (No such file or directory)"),
-        (("--image", "text.png"), "text.png is not a picture"),
+        (("--image", "text.png"), "text.png is not an image"),
         (("--image", "alpha.png"), "has an alpha channel (mode RGBA)"),
         (("--image", "deep.png"), "has more than 8 bits a channel (mode I;16)"),
         (("--image", "cut.png"), "cut.png is damaged or cut off"),
         (("--image", "dot.png"), "must have at least 64 pixels a side, got 1x1"),
         (("--image", "bomb.png"), "bomb.png has 20000 x 1 pixels; at most 16384 a side are read"),
         (("--image", "wide.png"), "another aspect ratio; ask for 64x64, or crop the image"),
-        (("--strength", "0.5,0.5"), "has 2 values, but 0 stages enlarge a picture"),
+        (("--strength", "0.5,0.5"), "has 2 values, but 0 stages enlarge an image"),
     ],
 )
 def test_bad_requests_of_the_cascade(monkeypatch, tmp_path, capsys, options, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     for name, mode, size in (
         ("alpha", "RGBA", (96, 64)),
         ("deep", "I;16", (96, 64)),
@@ -256,7 +256,7 @@ def test_ctrl_c_is_one_line(monkeypatch, tmp_path, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cascade_run, "_denoise", interrupt)
-    assert paint(monkeypatch, tmp_path / "out.png", "--stages-dir", tmp_path / "stages") == 130
+    assert generate(monkeypatch, tmp_path / "out.png", "--stages-dir", tmp_path / "stages") == 130
     assert capsys.readouterr().err.endswith("clear-dit: interrupted; the same command goes on.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["stages"]
 

@@ -41,7 +41,7 @@ def test_geometry(pipe):
     assert pipe.tokenizer_2.model_max_length <= 64
 
 
-def test_padding_to_512_does_not_change_the_picture(pipe):
+def test_padding_to_512_does_not_change_the_image(pipe):
     images = [
         pipe(
             TEXT,
@@ -82,13 +82,13 @@ def test_autoencoder_is_faithful(pipe):
     from clear_dit.demo.world import render
 
     scene = Scene("sunset", "desert", "moon", "white", "right", "balloon", "violet", seed=3)
-    picture = to_tensor(render(scene, 512, 512)[None])
+    image = to_tensor(render(scene, 512, 512)[None])
     with torch.no_grad():
-        output = pipe.vae.decode(pipe.vae.encode(picture).latents).sample
-    assert psnr(output, picture) > 30
-    assert (output - picture).mean((2, 3)).abs().max() < 0.03
+        output = pipe.vae.decode(pipe.vae.encode(image).latents).sample
+    assert psnr(output, image) > 30
+    assert (output - image).mean((2, 3)).abs().max() < 0.03
 
 
-def test_probe_reads_rendered_pictures():
+def test_probe_reads_rendered_images():
     probe = load_probe(DEMO / "probe" / "probe.safetensors")
     assert probe_accuracy(probe, count=64, size=128).mean() >= 0.99

@@ -43,7 +43,7 @@ def test_length_of_padding_does_not_matter(encoders):
 
 def test_pooling_takes_the_end_of_the_text(encoders):
     alone = encoders([TEXT], 32)[0]
-    beside_longer = encoders([TEXT, "a picture of " + TEXT], 32)[0][:1]
+    beside_longer = encoders([TEXT, "an image of " + TEXT], 32)[0][:1]
     assert (alone - beside_longer).abs().max() < 1e-5
     assert (alone - encoders([TEXT.replace("left", "right")], 32)[0]).abs().max() > 1e-3
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from clear_dit.demo import train
 from clear_dit.demo.checkpoint import load_checkpoint
-from clear_dit.demo.evaluate import contact_sheet, paint, score
+from clear_dit.demo.evaluate import contact_sheet, generate, score
 from clear_dit.demo.probe import (
     held_out_captions,
     held_out_scenes,
@@ -44,8 +44,8 @@ def trained(tmp_path_factory):
 
 def test_all_stages_make_a_stock_pipeline(trained):
     pipe = FluxPipeline.from_pretrained(trained / "demo")
-    picture = pipe("a blue house", height=64, width=96, num_inference_steps=1).images[0]
-    assert picture.size == (96, 64)
+    image = pipe("a blue house", height=64, width=96, num_inference_steps=1).images[0]
+    assert image.size == (96, 64)
 
 
 def test_export_is_clean(trained):
@@ -56,7 +56,7 @@ def test_export_is_clean(trained):
     with Image.open(trained / "demo" / "loss.png") as curve:
         assert curve.size == (960, 360)
     card = (trained / "demo" / "README.md").read_text()
-    assert "2 steps of 2 pictures, 4x4 tokens" in card
+    assert "2 steps of 2 images, 4x4 tokens" in card
     assert str(trained) not in card
 
 
@@ -91,22 +91,22 @@ def test_finished_stages_are_not_repeated(trained):
 
 
 def test_probe_and_score(trained, tmp_path):
-    probe = train_probe(TINY.pictures(trained / "work")[0], epochs=1)
+    probe = train_probe(TINY.image_sets(trained / "work")[0], epochs=1)
     save_probe(probe, tmp_path / "probe.safetensors")
     probe = load_probe(tmp_path / "probe.safetensors")
     pipe = FluxPipeline.from_pretrained(trained / "demo")
-    pictures = paint(
+    images = generate(
         pipe, ["", "a tree", "a tower"], size=64, steps=1, true_cfg_scale=2.0, seed=0, batch=2
     )
-    assert pictures.shape == (3, 64, 64, 3)
-    result = score(probe, pictures, held_out_captions(3))
+    assert images.shape == (3, 64, 64, 3)
+    result = score(probe, images, held_out_captions(3))
     assert result["hits"].shape == result["shuffled"].shape == (7,)
-    assert contact_sheet(pictures, 2, 32).size == (64, 64)
+    assert contact_sheet(images, 2, 32).size == (64, 64)
 
 
 def test_score_tells_right_from_shuffled():
     class Perfect:
-        def read(self, pictures):
+        def read(self, images):
             return np.array([scene.labels for scene in held_out_scenes(32)])
 
     result = score(Perfect(), np.zeros((32, 8, 8, 3), np.uint8), held_out_captions(32))

@@ -18,12 +18,12 @@ def test_render_is_deterministic_and_depends_on_the_seed():
 def test_render_any_size(height, width):
     for land in ATTRIBUTES["land"]:
         for sky in ATTRIBUTES["sky"]:
-            picture = render(
+            image = render(
                 Scene(sky, land, "moon", "white", "right", "tree", "pink"), height, width
             )
-            assert picture.shape == (height, width, 3)
-            assert picture.dtype == np.uint8
-            assert picture.std() > 10
+            assert image.shape == (height, width, 3)
+            assert image.dtype == np.uint8
+            assert image.std() > 10
 
 
 def test_sizes_agree():
@@ -46,8 +46,8 @@ def test_sun_is_where_and_what_it_should_be(colour, place):
 @pytest.mark.parametrize("colour", ATTRIBUTES["object_colour"])
 @pytest.mark.parametrize("kind", ATTRIBUTES["object"])
 def test_object_shows_its_colour(kind, colour):
-    picture = render(Scene("day", "desert", "moon", "white", "left", kind, colour), 96, 96)
-    pixels = picture[50:90, 25:71].reshape(-1, 3).astype(float)
+    image = render(Scene("day", "desert", "moon", "white", "left", kind, colour), 96, 96)
+    pixels = image[50:90, 25:71].reshape(-1, 3).astype(float)
     hue = np.array(OBJECT_RGB[colour], float)
     pixels /= np.linalg.norm(pixels, axis=1, keepdims=True) + 1
     assert (pixels @ (hue / np.linalg.norm(hue)) > 0.97).sum() > 100

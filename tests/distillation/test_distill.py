@@ -126,7 +126,7 @@ def test_training_lowers_the_distance_to_the_teacher(prepared):
     assert after.total < before.total
 
 
-def test_checkpoints_card_curves_and_pictures(run, tmp_path):
+def test_checkpoints_card_curves_and_images(run, tmp_path):
     folder = tmp_path / "run"
     run(
         max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2,

@@ -1,4 +1,4 @@
-"""Sampling: the stock model's own pictures, whatever the batch; folders that are refused."""
+"""Sampling: the stock model's own images, whatever the batch; folders that are refused."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def opened(folder):
     return SampleFolder(folder, read_index(folder))
 
 
-def test_a_sample_is_what_the_pipeline_paints(samples):
+def test_a_sample_is_what_the_pipeline_generates(samples):
     found = opened(samples)
     pipe = load_pipeline("demo", torch.float32, torch.device("cpu"))
     pipe.set_progress_bar_config(disable=True)
@@ -97,7 +97,7 @@ def test_a_folder_grows_and_a_finished_one_is_left_alone(samples, tmp_path):
     assert len(opened(out).header(4)["numbers"]) == 2
 
 
-def test_dtype_and_pictures(tmp_path):
+def test_dtype_and_images(tmp_path):
     out = tmp_path / "out"
     make_samples(out, 2, dtype="bfloat16", images=True)
     found = opened(out)

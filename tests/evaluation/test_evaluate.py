@@ -29,8 +29,8 @@ def report_of(out):
     return json.loads((out / "report.json").read_text())
 
 
-def pictures_of(out):
-    return sorted(out.glob("pictures/*/[0-9]*.png"))
+def images_of(out):
+    return sorted(out.glob("images/*/[0-9]*.png"))
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +79,18 @@ def test_what_cannot_be_computed_is_named_in_both_reports(finished):
     left_out = report_of(finished)["left_out"]
     assert set(left_out) >= {"ms_ssim"}
     table = (finished / "report.md").read_text()
-    assert "- MS-SSIM: needs pictures of more than 160 px a side." in table
+    assert "- MS-SSIM: needs images of more than 160 px a side." in table
     for name in left_out:
         assert name not in report_of(finished)["metrics"]
     assert "| full attention | - |" in table
     assert "| CLEAR r=2, distilled |" in table
 
 
-def test_values_are_those_of_the_pictures(finished):
+def test_values_are_those_of_the_images(finished):
     teacher, wide = (
         [
             np.array(Image.open(path)) / 255
-            for path in sorted((finished / "pictures" / f).glob("*.png"))
+            for path in sorted((finished / "images" / f).glob("*.png"))
         ]
         for f in ("full", "r3")
     )
@@ -99,12 +99,12 @@ def test_values_are_those_of_the_pictures(finished):
 
 
 def test_files_are_whole_and_say_what_they_are(finished, weights):
-    assert len(pictures_of(finished)) == 12
-    settings = [read_settings(path) for path in sorted((finished / "pictures/r3").glob("*.png"))]
+    assert len(images_of(finished)) == 12
+    settings = [read_settings(path) for path in sorted((finished / "images/r3").glob("*.png"))]
     assert [one["seed"] for one in settings] == [0, 1, 2]
     assert {(one["radius"], one["down_factor"], one["steps"]) for one in settings} == {(3, 1, 2)}
     assert len({one["prompt"] for one in settings}) == 3
-    latents = load_file(finished / "pictures" / "full" / "00002.safetensors")["latents"]
+    latents = load_file(finished / "images" / "full" / "00002.safetensors")["latents"]
     assert latents.shape == (16, 64)
     with Image.open(finished / "contact-sheet.png") as sheet:
         assert sheet.width > 4 * 256
@@ -114,51 +114,51 @@ def test_files_are_whole_and_say_what_they_are(finished, weights):
     assert modes <= {"0o644"}
 
 
-def test_a_second_run_paints_nothing_and_finds_the_same(finished, evaluate, weights, capsys):
+def test_a_second_run_generates_nothing_and_finds_the_same(finished, evaluate, weights, capsys):
     before = report_of(finished)
     arguments = ("--radius", 3, "--weights", weights, "--batch", 2, "--json")
     assert evaluate(finished, *arguments) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["painted"] == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["generated"] == 0
     after = report_of(finished)
     for row, again in zip(before["rows"], after["rows"], strict=True):
         assert again == pytest.approx(row) if row["psnr"] is None else again["psnr"] == row["psnr"]
 
 
-def last_painted(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])["painted"]
+def last_generated(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])["generated"]
 
 
-def test_pictures_are_used_again_only_if_all_settings_match(tmp_path, evaluate, capsys):
+def test_images_are_used_again_only_if_all_settings_match(tmp_path, evaluate, capsys):
     arguments = ("--radius", 2, "--metrics", "psnr", "--json")
     assert evaluate(tmp_path, *arguments, count=2) == 0
-    assert last_painted(capsys) == 4
+    assert last_generated(capsys) == 4
     assert evaluate(tmp_path, *arguments) == 0
-    assert last_painted(capsys) == 2  # one more of each
+    assert last_generated(capsys) == 2  # one more of each
     assert evaluate(tmp_path, *arguments, "--seed", 1) == 0
-    assert last_painted(capsys) == 6
+    assert last_generated(capsys) == 6
     assert evaluate(tmp_path, *arguments, "--seed", 1, "--steps", 1) == 0
-    assert last_painted(capsys) == 6
-    (tmp_path / "pictures" / "r2" / "00001.png").write_bytes(
-        (tmp_path / "pictures" / "r2" / "00001.png").read_bytes()[:900]
+    assert last_generated(capsys) == 6
+    (tmp_path / "images" / "r2" / "00001.png").write_bytes(
+        (tmp_path / "images" / "r2" / "00001.png").read_bytes()[:900]
     )
-    (tmp_path / "pictures" / "full" / "00000.safetensors").write_bytes(b"cut")
-    (tmp_path / "pictures" / "full" / "00002.png").unlink()
+    (tmp_path / "images" / "full" / "00000.safetensors").write_bytes(b"cut")
+    (tmp_path / "images" / "full" / "00002.png").unlink()
     assert evaluate(tmp_path, *arguments, "--seed", 1, "--steps", 1) == 0
-    assert last_painted(capsys) == 3
+    assert last_generated(capsys) == 3
 
 
-def test_another_model_of_the_same_name_is_painted_again(tmp_path, evaluate, capsys):
+def test_another_model_of_the_same_name_is_generated_again(tmp_path, evaluate, capsys):
     model = tmp_path / "model"
     shutil.copytree(DEMO, model)
     arguments = ("--model", model, "--radius", 2, "--metrics", "psnr", "--json")
     assert evaluate(tmp_path / "out", *arguments, count=1) == 0
-    assert last_painted(capsys) == 2
+    assert last_generated(capsys) == 2
     path = model / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     tensors["single_transformer_blocks.3.attn.to_q.weight"] *= 1.01
     save_file(tensors, path, metadata={"format": "pt"})
     assert evaluate(tmp_path / "out", *arguments, count=1) == 0
-    assert last_painted(capsys) == 2
+    assert last_generated(capsys) == 2
 
 
 def test_text_is_encoded_once_per_prompt(tmp_path, evaluate, monkeypatch):
@@ -175,7 +175,7 @@ def test_text_is_encoded_once_per_prompt(tmp_path, evaluate, monkeypatch):
 
 def test_prompts_from_a_file(tmp_path, evaluate):
     prompts = tmp_path / "prompts.csv"
-    prompts.write_text("prompt\na pink tower at night\nsome picture\n")
+    prompts.write_text("prompt\na pink tower at night\nsome image\n")
     arguments = ("--prompts", prompts, "--radius", 9, "--metrics", "attributes,psnr")
     assert evaluate(tmp_path / "out", *arguments, count=2) == 0
     report = report_of(tmp_path / "out")
@@ -200,15 +200,15 @@ def test_a_lora_is_weights_too(tmp_path, evaluate, lora):
         (("--count", 0), "--count must be from 1"),
         (("--metrics", "psnr,beauty"), "--metrics: unknown 'beauty'; choose auto, or of fid, kid"),
         (("--metrics", ""), "--metrics: unknown ''"),
-        (("--metrics", "ms_ssim"), "--metrics ms_ssim: needs pictures of more than 160 px"),
-        (("--metrics", "fid_demo", "--count", 1), "fid_demo: needs 2 pictures or more"),
-        (("--metrics", "attributes", "--width", 128), "the demo's probe reads square pictures"),
+        (("--metrics", "ms_ssim"), "--metrics ms_ssim: needs images of more than 160 px"),
+        (("--metrics", "fid_demo", "--count", 1), "fid_demo: needs 2 images or more"),
+        (("--metrics", "attributes", "--width", 128), "the demo's probe reads square images"),
         (("--batch", 0), "--batch must be from 1 to 256"),
         (("--steps", 0), "--steps must be from 1"),
         (("--height", 100), "--height must be a multiple of 16"),
         (("--radius", 0), "radius must be at least 1"),
         (("--radius", 2, "--down-factor", 5), "down_factor must not exceed the token grid"),
-        (("--seed", 2**63 - 1), "the last picture's seed must be below 2^63"),
+        (("--seed", 2**63 - 1), "the last image's seed must be below 2^63"),
         (("--model", "missing"), "--model must be 'demo', a folder"),
         (("--prompts", "missing.txt"), "missing.txt: there is no such file"),
         (("--prompts", "empty.txt"), "empty.txt: there is no prompt in it"),
@@ -259,7 +259,7 @@ def test_a_full_disk_names_the_file_and_leaves_it_unwritten(
     monkeypatch.setattr(Image.Image, "save", no_space)
     assert evaluate(tmp_path / "out", "--radius", 2, "--metrics", "psnr") == 1
     assert "00000.png could not be written (No space left on device)" in capsys.readouterr().err
-    assert not pictures_of(tmp_path / "out")
+    assert not images_of(tmp_path / "out")
     assert not list(tmp_path.rglob(f"{TEMPORARY_PREFIX}*"))
 
 
@@ -282,22 +282,22 @@ def test_killed_and_resumed_nothing_is_lost_and_nothing_twice(
     )
     try:
         deadline = time.monotonic() + 120
-        while len(pictures_of(out)) < survivors and process.poll() is None:
+        while len(images_of(out)) < survivors and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in pictures_of(out)}
+    kept = {path: path.stat().st_mtime_ns for path in images_of(out)}
     for path in kept:
         with Image.open(path) as image:
             image.load()
-    (out / "pictures" / "full" / f"{TEMPORARY_PREFIX}left.png").write_bytes(b"half")
+    (out / "images" / "full" / f"{TEMPORARY_PREFIX}left.png").write_bytes(b"half")
     assert evaluate(out, "--batch", 1, "--radius", 3, "--weights", weights, "--json") == 0
-    assert last_painted(capsys) == 12 - len(kept)
+    assert last_generated(capsys) == 12 - len(kept)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not list(out.rglob(f"{TEMPORARY_PREFIX}*"))
-    for path in pictures_of(out):
+    for path in images_of(out):
         with Image.open(path) as one, Image.open(finished / path.relative_to(out)) as other:
             assert np.abs(np.array(one, int) - np.array(other, int)).max() <= 1
     rows, whole = report_of(out)["rows"], report_of(finished)["rows"]
@@ -320,6 +320,6 @@ def test_the_kept_prediction_error_answers_its_own_question_only(tmp_path, evalu
     assert len(calls) == 2
     assert evaluate(tmp_path, *arguments, count=2) == 0
     assert len(calls) == 4
-    (tmp_path / "pictures" / "r2" / "output_mse.json").write_text("{")
+    (tmp_path / "images" / "r2" / "output_mse.json").write_text("{")
     assert evaluate(tmp_path, *arguments, count=2) == 0
     assert len(calls) == 6

@@ -19,7 +19,7 @@ from clear_dit.evaluation.metrics import (
 
 
 @pytest.fixture
-def pictures():
+def images():
     generator = torch.Generator().manual_seed(0)
     smooth = torch.rand(3, 3, 12, 12, generator=generator)
     one = torch.nn.functional.interpolate(smooth, (176, 176), mode="bilinear")
@@ -33,25 +33,25 @@ def features(count=40, channels=6, seed=0, shift=0.0):
     return torch.randn(count, channels, generator=generator) @ mixing + shift
 
 
-def test_psnr_is_the_formula(pictures):
-    one, other = (batch.double().numpy() for batch in pictures)
+def test_psnr_is_the_formula(images):
+    one, other = (batch.double().numpy() for batch in images)
     expected = [-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(one, other, strict=True)]
-    assert psnr(*pictures).numpy() == pytest.approx(expected, rel=1e-5)
+    assert psnr(*images).numpy() == pytest.approx(expected, rel=1e-5)
 
 
-def test_identical_pictures(pictures):
-    one, _ = pictures
+def test_identical_images(images):
+    one, _ = images
     assert psnr(one, one).isinf().all()
     assert torch.allclose(ssim(one, one), torch.ones(3))
     assert torch.allclose(ms_ssim(one, one), torch.ones(3))
 
 
-def test_ssim_is_the_formula(pictures):
+def test_ssim_is_the_formula(images):
     """Wang et al. 2004: 11 x 11 Gaussian windows of sigma 1.5; borders reflected."""
     axis = np.arange(11) - 5
     line = np.exp(-(axis**2) / (2 * 1.5**2))
     window = torch.tensor(np.outer(line, line) / line.sum() ** 2)[None, None]
-    a, b = (batch.double().reshape(-1, 1, 176, 176) for batch in pictures)
+    a, b = (batch.double().reshape(-1, 1, 176, 176) for batch in images)
 
     def blur(x):
         padded = torch.nn.functional.pad(x, (5, 5, 5, 5), mode="reflect")
@@ -63,7 +63,7 @@ def test_ssim_is_the_formula(pictures):
     value = (2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
     value /= (mean_a**2 + mean_b**2 + 0.01**2) * (var_a + var_b + 0.03**2)
     expected = value.reshape(3, -1).mean(1)
-    assert ssim(*pictures).numpy() == pytest.approx(expected.numpy(), rel=1e-4)
+    assert ssim(*images).numpy() == pytest.approx(expected.numpy(), rel=1e-4)
 
 
 def test_frechet_distance_is_the_formula():
@@ -99,7 +99,7 @@ def test_distances_know_sets_not_orders(distance):
     assert kernel_distance(a, a[order]) <= 0 < kernel_distance(a, features(seed=2, shift=9.0))
 
 
-def test_frechet_distance_with_fewer_pictures_than_channels():
+def test_frechet_distance_with_fewer_images_than_channels():
     a = features(5, 128)
     spread = float(torch.cov(a.double().T).trace())
     assert abs(frechet_distance(a, a)) < 1e-6 * spread

@@ -31,7 +31,7 @@ HEADS = {"num_attention_heads": 2}
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.randint(0, 256, (3, 3, 40, 64), generator=torch.Generator().manual_seed(0)).to(
         torch.uint8
     )
@@ -97,7 +97,7 @@ def test_a_torchvision_that_breaks_is_a_reason(monkeypatch):
     assert "(operator torchvision::nms does not exist)" in LpipsNetwork(64).missing()
 
 
-def test_the_probe_reads_pictures_and_its_features_are_near_one():
+def test_the_probe_reads_images_and_its_features_are_near_one():
     network = ProbeNetwork(str(DEMO), square=True)
     network.load(torch.device("cpu"))
     scenes = held_out_scenes(16)
@@ -108,14 +108,14 @@ def test_the_probe_reads_pictures_and_its_features_are_near_one():
     assert (found["seen"] == torch.tensor([scene.labels for scene in scenes])).float().mean() > 0.97
 
 
-def test_clip_is_transformers_own(clip_folder, pictures):
+def test_clip_is_transformers_own(clip_folder, images):
     network = TransformersNetwork(str(clip_folder))
     assert network.missing() is None
     network.load(torch.device("cpu"))
     prompts = ["a red house", "a", "red red red"]
-    found = network.features(pictures, prompts)
+    found = network.features(images, prompts)
     tokens = network.tokenizer(prompts, padding=True, return_tensors="pt")
-    pixels = network.processor(list(pictures.numpy()), return_tensors="pt")["pixel_values"]
+    pixels = network.processor(list(images.numpy()), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         output = network.model(pixel_values=pixels, **tokens)
     for name, expected in (("features", output.image_embeds), ("text", output.text_embeds)):
@@ -124,15 +124,15 @@ def test_clip_is_transformers_own(clip_folder, pictures):
         assert torch.allclose(normalised, expected, atol=1e-5)
 
 
-def test_dino_is_the_class_token(tmp_path, pictures):
+def test_dino_is_the_class_token(tmp_path, images):
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(**SIZES, **HEADS, image_size=32, patch_size=16)).eval()
     model.save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     network = TransformersNetwork(str(tmp_path))
     network.load(torch.device("cpu"))
-    found = network.features(pictures, [""] * 3)
-    pixels = network.processor(list(pictures), return_tensors="pt")["pixel_values"]
+    found = network.features(images, [""] * 3)
+    pixels = network.processor(list(images), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (3, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixel_values=pixels).last_hidden_state[:, 0]

@@ -8,7 +8,7 @@ def flat(colour, size=(64, 64)):
     return Image.new("RGB", size, colour)
 
 
-def test_every_picture_is_in_its_place_and_labels_are_ink():
+def test_every_image_is_in_its_place_and_labels_are_ink():
     columns = [
         ("full attention", [flat((255, 0, 0)), flat((0, 255, 0))]),
         ("CLEAR r=2, untuned", [flat((0, 0, 255)), flat((255, 255, 0))]),
@@ -25,7 +25,7 @@ def test_every_picture_is_in_its_place_and_labels_are_ink():
     assert (above.sum(-1) < 200).sum() > 200
 
 
-def test_wide_pictures_keep_their_shape():
+def test_wide_images_keep_their_shape():
     sheet = contact_sheet([("x", [flat((255, 0, 0), (512, 256))])], ["a"])
     red = np.nonzero((np.array(sheet) == (255, 0, 0)).all(-1))
     assert np.ptp(red[1]) + 1 == 2 * (np.ptp(red[0]) + 1) == TILE

@@ -122,7 +122,7 @@ def test_from_call_to_call(name):
         assert_same(run(model, given), expected(name, rows, columns, 2, text))
 
 
-# Tiny models with positions for a picture of 48 x 48 tokens.
+# Tiny models with positions for an image of 48 x 48 tokens.
 LARGER = {
     "sd3": {"pos_embed_max_size": 48},
     "z-image": {"axes_lens": [256, 48, 48]},
@@ -169,7 +169,7 @@ def test_gradients(name):
         else:
             masks = [
                 local_mask(length, [(start, 4, 6)], 2)
-                for length, start in FAMILIES[name].pictures(image, 5, references)
+                for length, start in FAMILIES[name].image_sequences(image, 5, references)
             ]
         with dense_masks(*([] if clear else masks)):
             out = model(**given, return_dict=False)[0]

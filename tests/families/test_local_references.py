@@ -95,7 +95,7 @@ def test_from_call_to_call(name):
 
 
 @families
-def test_pooled_keys_are_the_pictures(name):
+def test_pooled_keys_are_the_images(name):
     model, given = make_model(name), make_inputs(name, 5, 7, references=TWO)
     reference = run(local(model, down_factor=2, impl="reference"), given)
     assert_same(run(local(model, down_factor=2, impl="tiled"), given), reference)
@@ -112,17 +112,17 @@ def test_the_bare_processor():
 @pytest.mark.parametrize("image_first", [False, True])
 def test_layouts_of_either_order(image_first):
     """Brought into local attention's order, a sequence has the mask that its window has."""
-    text, picture = 3, (4, 5)
-    layout = Layout(text, *picture, 24, image_first, local_references=TWO)
+    text, image = 3, (4, 5)
+    layout = Layout(text, *image, 24, image_first, local_references=TWO)
     before = 0 if image_first else text
-    pictures = [(before, *picture), (before + 20, *TWO[0]), (before + 32, *TWO[1])]
-    mask = local_mask(layout.sequence_length, pictures, 2)
+    images = [(before, *image), (before + 20, *TWO[0]), (before + 32, *TWO[1])]
+    mask = local_mask(layout.sequence_length, images, 2)
     places = layout.to_local(torch.arange(len(mask))[None])[0]
     assert torch.equal(mask[places][:, places], layout.window(2, 1).mask())
 
 
 def test_kontext_pipeline(tiny_pipeline):
-    """Tokens are 4 x 4 pixels: a reference of 4 x 6 tokens beside a picture of 6 x 10."""
+    """Tokens are 4 x 4 pixels: a reference of 4 x 6 tokens beside an image of 6 x 10."""
     pipe = tiny_pipeline(FluxKontextPipeline)
     pixels = np.random.default_rng(0).integers(0, 255, (16, 24, 3), np.uint8)
 

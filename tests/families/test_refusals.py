@@ -141,7 +141,7 @@ def test_cached_reference_keys_of_flux2():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([[(1, 4, 6)], [(1, 6, 4)]], "all pictures of a batch must have one size"),
+        ([[(1, 4, 6)], [(1, 6, 4)]], "all images of a batch must have one size"),
         ([[(2, 4, 3)]] * 2, "have one frame, got 2"),
         ([[(1, 5, 6)]] * 2, "5 x 6 = 30 image tokens, but hidden_states has 24"),
     ],

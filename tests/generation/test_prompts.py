@@ -71,9 +71,9 @@ def test_refused_by_line(tmp_path, name, content, message):
 
 
 def test_a_limit_leaves_the_rest_alone(tmp_path):
-    lines = [json.dumps({"prompt": f"picture {i}"}) for i in range(5)]
+    lines = [json.dumps({"prompt": f"image {i}"}) for i in range(5)]
     path = write(tmp_path, "p.jsonl", "\n".join([*lines, "broken"]))
-    assert read_prompts(path, limit=5)[-1] == "picture 4"
+    assert read_prompts(path, limit=5)[-1] == "image 4"
 
 
 def test_paths_that_are_no_files(tmp_path):

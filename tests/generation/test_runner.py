@@ -1,4 +1,4 @@
-"""One pipeline that paints many requests: each as if it were the only one."""
+"""One pipeline that generates many requests: each as if it were the only one."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -12,15 +12,15 @@ from clear_dit.errors import RequestError
 from clear_dit.families.table import transformer_of
 from clear_dit.generation.image_output import read_settings
 from clear_dit.generation.request import make_request
-from clear_dit.generation.runner import Painter, Stopped, generate
+from clear_dit.generation.runner import PipelineRunner, Stopped, generate
 
 PROMPT = "a red house on a hill"
 SMALL = {"height": 64, "width": 96, "steps": 1, "radius": 2, "weights": "none", "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def painter():
-    return Painter("demo", "float32", "cpu")
+def runner():
+    return PipelineRunner("demo", "float32", "cpu")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def pixels(path):
         return np.array(image)
 
 
-def test_every_picture_is_as_if_it_were_the_only_one(painter, request_of, tmp_path):
+def test_every_image_is_as_if_it_were_the_only_one(runner, request_of, tmp_path):
     requests = [
         request_of(radius=4, weights="auto"),
         request_of(attention="full"),
@@ -46,33 +46,33 @@ def test_every_picture_is_as_if_it_were_the_only_one(painter, request_of, tmp_pa
         request_of(radius=4, weights="auto"),
     ]
     for index, request in enumerate(requests):
-        painter.paint(request, tmp_path / f"{index}.png")
-    painted = [pixels(tmp_path / f"{index}.png") for index in range(len(requests))]
+        runner.generate(request, tmp_path / f"{index}.png")
+    generated = [pixels(tmp_path / f"{index}.png") for index in range(len(requests))]
     for index in (0, 2, 3):
         generate(requests[index], tmp_path / "alone.png", progress=False)
-        np.testing.assert_array_equal(pixels(tmp_path / "alone.png"), painted[index])
-    np.testing.assert_array_equal(painted[1], painted[4])
-    np.testing.assert_array_equal(painted[0], painted[5])
-    assert len({picture.tobytes() for picture in painted[:4]}) == 4
+        np.testing.assert_array_equal(pixels(tmp_path / "alone.png"), generated[index])
+    np.testing.assert_array_equal(generated[1], generated[4])
+    np.testing.assert_array_equal(generated[0], generated[5])
+    assert len({image.tobytes() for image in generated[:4]}) == 4
 
 
-def test_the_model_gets_its_own_weights_back(painter, request_of, tmp_path):
-    model = transformer_of(painter.pipe, "test")
-    painter.paint(request_of(attention="full"), tmp_path / "out.png")
+def test_the_model_gets_its_own_weights_back(runner, request_of, tmp_path):
+    model = transformer_of(runner.pipe, "test")
+    runner.generate(request_of(attention="full"), tmp_path / "out.png")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    painter.paint(request_of(radius=4, weights="auto"), tmp_path / "out.png")
+    runner.generate(request_of(radius=4, weights="auto"), tmp_path / "out.png")
     assert any(not torch.equal(before[n], t) for n, t in model.state_dict().items() if n in before)
-    painter.paint(request_of(attention="full"), tmp_path / "out.png")
+    runner.generate(request_of(attention="full"), tmp_path / "out.png")
     assert set(before) == set(model.state_dict())
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-def test_steps_are_told_with_their_stage(painter, request_of, tmp_path):
+def test_steps_are_told_with_their_stage(runner, request_of, tmp_path):
     image = tmp_path / "start.png"
-    painter.paint(request_of(height=64, width=64), image)
+    runner.generate(request_of(height=64, width=64), image)
     steps = []
     request = request_of(height=256, width=256, image=str(image), steps=8, strength=(0.5,))
-    painter.paint(request, tmp_path / "out.png", on_step=steps.append)
+    runner.generate(request, tmp_path / "out.png", on_step=steps.append)
     stages = {}
     for told in steps:
         stages.setdefault((told.stage, told.stages, told.height, told.width), []).append(told)
@@ -84,13 +84,13 @@ def test_steps_are_told_with_their_stage(painter, request_of, tmp_path):
         assert sigmas[0] < 0.5
         assert sigmas == sorted(sigmas, reverse=True)
         assert sigmas[-1] == 0
-    assert steps[0].latents.shape == (1, 64, painter.pipe.transformer.config.in_channels)
-    assert painter.pipe.stages == ()
+    assert steps[0].latents.shape == (1, 64, runner.pipe.transformer.config.in_channels)
+    assert runner.pipe.stages == ()
 
 
-def test_a_step_tells_the_picture_that_is_coming(painter, request_of, tmp_path):
+def test_a_step_tells_the_image_that_is_coming(runner, request_of, tmp_path):
     steps = []
-    painter.paint(request_of(steps=6), tmp_path / "out.png", on_step=steps.append)
+    runner.generate(request_of(steps=6), tmp_path / "out.png", on_step=steps.append)
     final = steps[-1].latents
     errors = []
     for before, now in pairwise(steps):
@@ -103,10 +103,10 @@ def test_a_step_tells_the_picture_that_is_coming(painter, request_of, tmp_path):
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_stops_in_the_middle_of_denoising_and_paints_again(painter, request_of, tmp_path, after):
+def test_stops_in_the_middle_of_denoising_and_generates_again(runner, request_of, tmp_path, after):
     request, steps = request_of(steps=5), []
     with pytest.raises(Stopped):
-        painter.paint(
+        runner.generate(
             request,
             tmp_path / "out.png",
             on_step=steps.append,
@@ -114,12 +114,12 @@ def test_stops_in_the_middle_of_denoising_and_paints_again(painter, request_of, 
         )
     assert len(steps) == after
     assert list(tmp_path.iterdir()) == []
-    painter.paint(request, tmp_path / "out.png")
+    runner.generate(request, tmp_path / "out.png")
     generate(request, tmp_path / "alone.png", progress=False)
     np.testing.assert_array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "alone.png"))
 
 
-def test_stops_while_it_decodes(painter, request_of, tmp_path):
+def test_stops_while_it_decodes(runner, request_of, tmp_path):
     asked = []
 
     def should_stop():
@@ -127,49 +127,49 @@ def test_stops_while_it_decodes(painter, request_of, tmp_path):
         return len(asked) == 2  # after the only step, then at the first strip
 
     with pytest.raises(Stopped):
-        painter.paint(request_of(), tmp_path / "out.png", should_stop=should_stop)
+        runner.generate(request_of(), tmp_path / "out.png", should_stop=should_stop)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("CUDA out of memory. Tried to allocate"), MemoryError()]
 )
-def test_too_little_memory_is_told_and_harms_no_other(painter, request_of, tmp_path, error):
+def test_too_little_memory_is_told_and_harms_no_other(runner, request_of, tmp_path, error):
     def fail(step):
         raise error
 
     with pytest.raises(MemoryError, match=r"96 x 64 px do not fit into the memory of cpu") as told:
-        painter.paint(request_of(), tmp_path / "out.png", on_step=fail)
+        runner.generate(request_of(), tmp_path / "out.png", on_step=fail)
     assert told.value.__context__ is None  # its traceback would keep the tensors
     assert list(tmp_path.iterdir()) == []
-    assert painter.paint(request_of(), tmp_path / "out.png")["impl"] != "full"
+    assert runner.generate(request_of(), tmp_path / "out.png")["impl"] != "full"
 
 
-def test_weights_that_do_not_fit_leave_the_stock_model(painter, request_of, tmp_path):
-    painter.paint(request_of(attention="full"), tmp_path / "expected.png")
-    painter.paint(request_of(radius=4, weights="auto"), tmp_path / "out.png")
+def test_weights_that_do_not_fit_leave_the_stock_model(runner, request_of, tmp_path):
+    runner.generate(request_of(attention="full"), tmp_path / "expected.png")
+    runner.generate(request_of(radius=4, weights="auto"), tmp_path / "out.png")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(RequestError, match=r"bad\.safetensors"):
-        painter.paint(request_of(weights=str(tmp_path / "bad.safetensors")), tmp_path / "no.png")
-    painter.paint(request_of(attention="full"), tmp_path / "out.png")
+        runner.generate(request_of(weights=str(tmp_path / "bad.safetensors")), tmp_path / "no.png")
+    runner.generate(request_of(attention="full"), tmp_path / "out.png")
     np.testing.assert_array_equal(pixels(tmp_path / "out.png"), pixels(tmp_path / "expected.png"))
 
 
-def test_notes_stand_in_the_picture(painter, request_of, tmp_path):
-    result = painter.paint(request_of(), tmp_path / "out.png", notes={"job": "abc"})
+def test_notes_stand_in_the_image(runner, request_of, tmp_path):
+    result = runner.generate(request_of(), tmp_path / "out.png", notes={"job": "abc"})
     settings = read_settings(tmp_path / "out.png")
     assert settings["job"] == "abc"
     assert settings["prompt"] == PROMPT
     assert set(result["seconds"]) == {"total", "text", "denoise", "decode"}
 
 
-def test_unknown_weights_are_told_once(painter, request_of, tmp_path, caplog):
+def test_unknown_weights_are_told_once(runner, request_of, tmp_path, caplog):
     request = request_of(radius=3, weights="auto", height=128)
     for seed in (0, 1):
-        painter.paint(replace(request, seed=seed), tmp_path / "out.png")
+        runner.generate(replace(request, seed=seed), tmp_path / "out.png")
     assert sum("no weights are known" in text for text in caplog.messages) == 1
 
 
-def test_another_model_needs_another_painter(painter, request_of, tmp_path):
-    with pytest.raises(ValueError, match=r"dtype is 'float32' here.*make another Painter"):
-        painter.paint(request_of(dtype="bfloat16"), tmp_path / "out.png")
+def test_another_model_needs_another_runner(runner, request_of, tmp_path):
+    with pytest.raises(ValueError, match=r"dtype is 'float32' here.*make another PipelineRunner"):
+        runner.generate(request_of(dtype="bfloat16"), tmp_path / "out.png")

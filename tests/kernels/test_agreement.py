@@ -15,7 +15,7 @@ from support.oracle import attention_by_definition, mask_by_definition
 from clear_dit.kernels import flex
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.flex import flex_attention
-from clear_dit.kernels.tiled import bands, partial
+from clear_dit.kernels.tiled import backward, bands, partial
 from clear_dit.kernels.tiled.tiles import tile_columns
 from clear_dit.kernels.window import Window
 
@@ -106,7 +106,8 @@ def test_tiled_without_fused_attention(monkeypatch, dtype):
     """The form of the tiled path that runs on devices other than the CPU."""
     switch_off(monkeypatch)
     monkeypatch.setattr(partial, "has_flash", lambda device: False)
-    monkeypatch.setattr(bands, "compute_dtype", lambda dtype, device: dtype)
+    for module in (partial, bands, backward):
+        monkeypatch.setattr(module, "compute_dtype", lambda dtype, device: dtype)
     # 66 bands: what is merged so often must be held in float32.
     for window in (Window(11, 18, 7, 4, 2), Window(523, 8, 64, 3)):
         case = problem(window, batch=1, heads=1)
@@ -116,7 +117,8 @@ def test_tiled_without_fused_attention(monkeypatch, dtype):
 def test_float16_scores_do_not_overflow(monkeypatch):
     switch_off(monkeypatch)
     monkeypatch.setattr(partial, "has_flash", lambda device: False)
-    monkeypatch.setattr(bands, "compute_dtype", lambda dtype, device: dtype)
+    for module in (partial, bands, backward):
+        monkeypatch.setattr(module, "compute_dtype", lambda dtype, device: dtype)
     window = Window(8, 8, 2, 3)
     query = torch.full((1, 66, 1, 128), 23.0, dtype=torch.float16)
     out = local_attention(query, query, query, window, impl="tiled")

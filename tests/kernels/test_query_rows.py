@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clear_dit.kernels import dense
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.flex import flex_attention
+from clear_dit.kernels.tiled import partial
 from clear_dit.kernels.window import Window
 
 GRIDS = {
@@ -96,8 +97,8 @@ def test_flops_are_those_of_the_rows():
 
 @pytest.mark.parametrize("impl", ["tiled", *(["triton"] if interpreted else [])])
 def test_dense_attention_of_few_queries_over_many_keys(impl, monkeypatch):
-    monkeypatch.setattr(dense, "KEYS", 16)
-    monkeypatch.setattr(dense, "QUERIES", 2)
+    monkeypatch.setattr(partial, "KEYS", 16)
+    monkeypatch.setattr(partial, "QUERIES", 2)
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float16 if impl == "triton" else torch.float32
     query = torch.randn(2, 5, 2, 16, generator=generator).to(dtype)

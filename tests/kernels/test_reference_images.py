@@ -11,8 +11,9 @@ from support.triton_mode import interpreted
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from clear_dit.kernels import attention, dense
+from clear_dit.kernels import choice
 from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.tiled import partial
 from clear_dit.kernels.two_positions import two_position_attention
 from clear_dit.kernels.window import Window
 
@@ -34,7 +35,7 @@ def inputs(window, dtype=torch.float32, batch=2, heads=2, head_dim=16):
 
 
 def definition(query, key, value, window, scale):
-    """(out, lse) in float64: one row of keys after the other, and pooled keys for the picture."""
+    """(out, lse) in float64: one row of keys after the other, and pooled keys for the image."""
     query, key, value = (x.double() for x in (query, key, value))
     mask = mask_by_definition(window)
     before = window.text_length - sum(h * w for h, w in window.local_references)
@@ -61,8 +62,8 @@ def definition(query, key, value, window, scale):
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_references_see_all_but_of_themselves_their_disc(window, impl, dtype, monkeypatch):
-    monkeypatch.setattr(dense, "KEYS", 16)
-    monkeypatch.setattr(dense, "QUERIES", 7)
+    monkeypatch.setattr(partial, "KEYS", 16)
+    monkeypatch.setattr(partial, "QUERIES", 7)
     tensors = inputs(window, dtype)
     found = local_attention(*tensors, window, scale=0.3, impl=impl, return_lse=True)
     assert (found[0].dtype, found[1].dtype) == (dtype, torch.float32)
@@ -81,7 +82,7 @@ def test_any_strides():
 @pytest.mark.skipif(not interpreted, reason="needs Triton and its interpreter")
 @pytest.mark.parametrize("name", ["two", "pooled"])
 def test_by_triton(name, monkeypatch):
-    monkeypatch.setitem(attention._WHY_NOT, "triton", attention.runs_everywhere)
+    monkeypatch.setitem(choice._WHY_NOT, "triton", choice.runs_everywhere)
     window = WINDOWS[name]
     tensors = inputs(window, torch.float16, batch=1, heads=1)
     found = local_attention(*tensors, window, scale=0.3, impl="triton", return_lse=True)

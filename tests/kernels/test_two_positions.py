@@ -87,7 +87,7 @@ def test_equal_positions_are_local_attention(window):
     torch.testing.assert_close(out, expected)
 
 
-def test_the_pictures_own_window_is_made_once(monkeypatch):
+def test_the_images_own_window_is_made_once(monkeypatch):
     """What FlexAttention remembers on it then serves every layer and step."""
     seen = []
 

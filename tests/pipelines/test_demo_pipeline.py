@@ -21,7 +21,7 @@ def pipe():
     return pipe
 
 
-def paint(pipe, height, width, prompt=PROMPT, **options):
+def generate(pipe, height, width, prompt=PROMPT, **options):
     """Float pixels (batch, height, width, 3) in [0, 1]."""
     return pipe(
         prompt,
@@ -36,14 +36,14 @@ def paint(pipe, height, width, prompt=PROMPT, **options):
 
 
 def test_stock_pipeline_past_the_diagonal_is_full_attention(pipe):
-    full = [paint(pipe, *size) for size in SIZES]
+    full = [generate(pipe, *size) for size in SIZES]
     stock = pipe.transformer.attn_processors
     pipe.transformer.set_attn_processor(CLEARProcessor(radius=40))
-    clear = [paint(pipe, *size) for size in SIZES]
+    clear = [generate(pipe, *size) for size in SIZES]
     pipe.transformer.set_attn_processor(CLEARProcessor(radius=3))
-    local = [paint(pipe, *size) for size in SIZES]
+    local = [generate(pipe, *size) for size in SIZES]
     pipe.transformer.set_attn_processor(dict(stock))
-    again = paint(pipe, *SIZES[0])
+    again = generate(pipe, *SIZES[0])
     for exact, same, other in zip(full, clear, local, strict=True):
         assert np.abs(exact - same).max() < 1e-4
         assert np.abs(exact - other).max() > 1e-2
@@ -53,9 +53,9 @@ def test_stock_pipeline_past_the_diagonal_is_full_attention(pipe):
 def test_batch_and_two_passes_of_guidance(pipe):
     prompts = [PROMPT, "a pink balloon by the sea by day, a crimson sun on the left"]
     options = {"negative_prompt": ["", ""], "true_cfg_scale": 2.0}
-    full = paint(pipe, 128, 192, prompts, **options)
+    full = generate(pipe, 128, 192, prompts, **options)
     apply_clear(pipe, radius=40)
-    clear = paint(pipe, 128, 192, prompts, **options)
+    clear = generate(pipe, 128, 192, prompts, **options)
     remove_clear(pipe)
     assert np.abs(full[0] - full[1]).max() > 0.1
     assert np.abs(full - clear).max() < 1e-4
@@ -64,11 +64,11 @@ def test_batch_and_two_passes_of_guidance(pipe):
 def test_our_pipeline_takes_the_processor_in_one_line():
     pipe = CLEARFluxPipeline.from_pretrained(DEMO, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
-    full = paint(pipe, 128, 128)
+    full = generate(pipe, 128, 128)
     pipe.set_attn_processor(CLEARProcessor(radius=40))
-    assert np.abs(paint(pipe, 128, 128) - full).max() < 1e-4
+    assert np.abs(generate(pipe, 128, 128) - full).max() < 1e-4
     with pytest.raises(ValueError, match="height must be a multiple of 16 pixels, got 120"):
-        paint(pipe, 120, 128)
+        generate(pipe, 120, 128)
 
 
 def test_native_size_of_the_demo():
@@ -76,16 +76,16 @@ def test_native_size_of_the_demo():
     assert pipe.native_size == 512
 
 
-def test_cascade_is_faithful_to_its_first_picture():
+def test_cascade_is_faithful_to_its_first_image():
     pipe = CLEARFluxPipeline.from_pretrained(DEMO, use_safetensors=True, native_size=256)
     pipe.set_progress_bar_config(disable=True)
-    first = paint(pipe, 256, 256)[0]
+    first = generate(pipe, 256, 256)[0]
     apply_clear(pipe, radius=8)
-    (large,) = paint(pipe, 512, 512)
+    (large,) = generate(pipe, 512, 512)
     small = large.reshape(256, 2, 256, 2, 3).mean((1, 3))
     assert 10 * np.log10(1 / np.mean((small - first) ** 2)) > 22
     trained = {"cascade": False, "resolution": lambda height, width: Resolution()}
-    repeated = paint(pipe, 512, 512, **trained)[0].reshape(256, 2, 256, 2, 3).mean((1, 3))
+    repeated = generate(pipe, 512, 512, **trained)[0].reshape(256, 2, 256, 2, 3).mean((1, 3))
     assert np.mean((repeated - first) ** 2) > 4 * np.mean((small - first) ** 2)
 
 
@@ -99,9 +99,9 @@ def test_other_shapes_than_the_trained_square_show_what_is_asked(size):
     options = {"negative_prompt": [""] * 4, "true_cfg_scale": 2.0}
 
     def right(**more):
-        pictures = (255 * paint(pipe, *size, prompts, **options, **more)).astype(np.uint8)
+        images = (255 * generate(pipe, *size, prompts, **options, **more)).astype(np.uint8)
         asked = asked_labels(prompts)
-        return (probe.read(pictures) == asked)[asked >= 0].mean()
+        return (probe.read(images) == asked)[asked >= 0].mean()
 
     assert right() >= 0.9
     assert right(resolution=lambda height, width: Resolution()) < 0.8

@@ -1,4 +1,4 @@
-"""CLEARFluxPipeline and stock pipelines, from prompt to picture."""
+"""CLEARFluxPipeline and stock pipelines, from prompt to image."""
 
 import numpy as np
 import pytest
@@ -32,8 +32,8 @@ def as_trained(pipe, **options):
     return draw(pipe, **options)
 
 
-def assert_same(pictures, expected):
-    np.testing.assert_allclose(pictures, expected, atol=1e-5)
+def assert_same(images, expected):
+    np.testing.assert_allclose(images, expected, atol=1e-5)
 
 
 # Sizes in pixels; a token is 4 x 4.
@@ -172,10 +172,10 @@ def test_other_flux_pipelines(tiny_pipeline):
     stock = tiny_pipeline(FluxPipeline)
     pipe = FluxImg2ImgPipeline.from_pipe(stock)
     pipe.set_progress_bar_config(disable=True)
-    picture = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(1))
-    expected = draw(pipe, image=picture, strength=1.0)
+    image = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(1))
+    expected = draw(pipe, image=image, strength=1.0)
     apply_clear(pipe, radius=99)
-    assert_same(draw(pipe, image=picture, strength=1.0), expected)
+    assert_same(draw(pipe, image=image, strength=1.0), expected)
 
 
 def test_group_offloading(tiny_pipeline):

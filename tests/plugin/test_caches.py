@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxPipeline, TaylorSeerCacheConfig
-from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.pipelines.cascade.resolution import Resolution
@@ -34,7 +34,7 @@ def test_caches(tiny_transformer, tiny_inputs, name, cache_first):
     make, inputs = CONFIGURATIONS[name], tiny_inputs(4, 6)
     stock, model = tiny_transformer(), tiny_transformer()
     full = four_steps(stock, inputs, make())
-    mask = picture_mask(4, 6, radius=2)
+    mask = image_mask(4, 6, radius=2)
     with dense_masks(mask):
         expected, uncached = four_steps(stock, inputs, make()), four_steps(stock, inputs)
     assert_differs(expected, full)
@@ -74,7 +74,7 @@ def test_pipeline_with_true_guidance(tiny_pipeline):
         pipe.transformer.disable_cache()
         return images
 
-    with dense_masks(picture_mask(6, 10, radius=2, text=6)):
+    with dense_masks(image_mask(6, 10, radius=2, text=6)):
         expected = draw(tiny_pipeline(FluxPipeline))
     pipe, as_trained = tiny_pipeline(CLEARFluxPipeline), lambda height, width: Resolution()
     pipe.set_attn_processor(CLEARProcessor(radius=2))

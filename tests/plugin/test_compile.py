@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from support.ip_adapter import load_ip_adapters
-from support.models import assert_same, dense_masks, picture_mask, run
+from support.models import assert_same, dense_masks, image_mask, run
 
 from clear_dit import CLEARProcessor, apply_clear
 
@@ -16,14 +16,14 @@ def forget_graphs():
 
 
 def with_references(inputs, number):
-    """The last tokens of the picture's ids become those of a reference image."""
+    """The last tokens of the image's ids become those of a reference image."""
     ids = torch.cat([inputs["img_ids"], torch.ones(number, 3)])
     tokens = torch.randn(1, len(ids), 4, generator=torch.Generator().manual_seed(0))
     return inputs | {"hidden_states": tokens, "img_ids": ids}
 
 
 def test_another_resolution_compiles_nothing(tiny_transformer, tiny_inputs):
-    """Pictures of other sizes and aspect ratios; then reference images, of two sizes."""
+    """Images of other sizes and aspect ratios; then reference images, of two sizes."""
     stock, model = (tiny_transformer(num_layers=1, num_single_layers=1) for _ in range(2))
     apply_clear(model, radius=2)
     model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
@@ -33,7 +33,7 @@ def test_another_resolution_compiles_nothing(tiny_transformer, tiny_inputs):
             inputs = tiny_inputs(rows, columns)
             if number:
                 inputs = with_references(inputs, number)
-            with dense_masks(picture_mask(rows, columns, 2, references=number)):
+            with dense_masks(image_mask(rows, columns, 2, references=number)):
                 expected = run(stock, inputs)
             with torch.compiler.set_stance("fail_on_recompile" if call else "default"):
                 assert_same(run(model, inputs), expected)
@@ -46,7 +46,7 @@ def test_sizes_become_dynamic_by_themselves(tiny_transformer, tiny_inputs):
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     for rows, columns in ((4, 6), (5, 7), (9, 4), (3, 8)):
         inputs = tiny_inputs(rows, columns)
-        with dense_masks(picture_mask(rows, columns, 2)):
+        with dense_masks(image_mask(rows, columns, 2)):
             expected = run(stock, inputs)
         with torch.compiler.set_stance("default" if rows in (4, 5) else "fail_on_recompile"):
             assert_same(run(model, inputs), expected)
@@ -60,7 +60,7 @@ def test_ip_adapter(tiny_pipeline, tiny_inputs):
     def prompted():
         return run(model, inputs, joint_attention_kwargs={"ip_adapter_image_embeds": [prompt]})
 
-    with dense_masks(picture_mask(4, 6, radius=2)):
+    with dense_masks(image_mask(4, 6, radius=2)):
         expected = prompted()
     apply_clear(model, radius=2)
     model.transformer_blocks[0].compile(fullgraph=True, dynamic=True, backend="eager")

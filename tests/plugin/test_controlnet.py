@@ -11,7 +11,7 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
-from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask
+from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask
 
 from clear_dit import CLEARProcessor, apply_clear, load_clear_weights, remove_clear
 from clear_dit.families.table import attention_layers
@@ -58,7 +58,7 @@ def test_alone(tiny_inputs, kind, route):
         inputs["controlnet_mode"] = torch.tensor([[1]])
         text += 1  # the mode is a token of its own
     full = control(model, inputs)
-    with dense_masks(picture_mask(4, 6, 2, text)):
+    with dense_masks(image_mask(4, 6, 2, text)):
         expected = control(model, inputs)
     assert_differs(expected, full)
     route(model, radius=FAR)
@@ -108,7 +108,7 @@ def test_pipelines(control_pipeline, kind):
         nets, texts = FluxMultiControlNetModel([control_net(num_mode=3)]), (6, 7)
     pipe = control_pipeline(nets)
     full = draw(pipe)
-    with dense_masks(*(picture_mask(6, 10, 2, text) for text in texts)):
+    with dense_masks(*(image_mask(6, 10, 2, text) for text in texts)):
         expected = draw(pipe)
     assert np.abs(expected - full).max() > 1e-3
     apply_clear(pipe, radius=2)

@@ -12,11 +12,11 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from safetensors.torch import load_file
 from support.ip_adapter import load_ip_adapters as load
-from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
 
 from clear_dit import apply_clear, remove_clear, save_clear_weights
 
-# Two pictures as prompt of one sample.
+# Two images as prompt of one sample.
 IMAGE_PROMPT = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(7))
 
 
@@ -36,7 +36,7 @@ def prompted(pipe, inputs, adapters=1):
 
 
 def local(call, *args):
-    with dense_masks(picture_mask(4, 6, radius=2)):
+    with dense_masks(image_mask(4, 6, radius=2)):
         return call(*args)
 
 
@@ -169,7 +169,7 @@ def test_pipeline(pipe):
 
     load(pipe)
     full = draw()
-    with dense_masks(picture_mask(6, 10, radius=2, text=6)):
+    with dense_masks(image_mask(6, 10, radius=2, text=6)):
         expected = draw()
     apply_clear(pipe, radius=2)
     np.testing.assert_allclose(draw(), expected, atol=1e-5)

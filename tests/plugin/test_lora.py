@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
 
 from clear_dit import CLEARProcessor, apply_clear, remove_clear
 
@@ -24,7 +24,7 @@ def test_lora(tiny_pipeline, tiny_inputs, route, merged):
         pipe.fuse_lora(components=["transformer"])
     full = run(model, inputs)
     assert_differs(full, plain)
-    with dense_masks(picture_mask(4, 6, radius=2)):
+    with dense_masks(image_mask(4, 6, radius=2)):
         expected = run(model, inputs)
     assert_differs(expected, full)
     route(model, radius=FAR)
@@ -53,7 +53,7 @@ def test_files_in_pipelines(tiny_pipeline, tiny_inputs, tmp_path):
     pipe.load_lora_weights(tmp_path, adapter_name="style")
     pipe.set_adapters("style", 0.5)
     other.set_adapters("default", 0.5)
-    with dense_masks(picture_mask(4, 6, radius=2)):
+    with dense_masks(image_mask(4, 6, radius=2)):
         assert_same(run(model, inputs), run(other, inputs))
     assert_differs(run(model, inputs), plain)
     pipe.unload_lora_weights()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import FluxPipeline
-from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
 
 from clear_dit import apply_clear, remove_clear
 
@@ -98,7 +98,7 @@ def test_offloading(tiny_transformer, tiny_inputs, tmp_path, offload, clear_firs
 def test_offloaded_is_full_attention_or_masked(tiny_transformer, tiny_inputs, tmp_path, offload):
     stock, model, inputs = tiny_transformer(), tiny_transformer(), tiny_inputs(4, 6)
     full = run(stock, inputs)
-    with dense_masks(picture_mask(4, 6, radius=2)):
+    with dense_masks(image_mask(4, 6, radius=2)):
         expected = run(stock, inputs)
     assert_differs(expected, full)
     offload(model, tmp_path)

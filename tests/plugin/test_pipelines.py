@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
-from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
 from clear_dit.pipelines.cascade.resolution import Resolution
@@ -24,15 +24,15 @@ def draw(pipe, **options):
     ).images
 
 
-def assert_close(pictures, expected):
-    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
+def assert_close(images, expected):
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
 def test_from_pipe(tiny_pipeline):
     stock, as_trained = tiny_pipeline(FluxPipeline), lambda height, width: Resolution()
     source = {"image": torch.rand(1, 3, 24, 40), "strength": 1.0}
     full, full_again = draw(stock), draw(FluxImg2ImgPipeline.from_pipe(stock), **source)
-    with dense_masks(picture_mask(6, 10, radius=2, text=6)):
+    with dense_masks(image_mask(6, 10, radius=2, text=6)):
         expected = draw(stock)
         expected_again = draw(FluxImg2ImgPipeline.from_pipe(stock), **source)
     assert_differs(expected, full)
@@ -63,7 +63,7 @@ def test_schnell_takes_weights_of_dev(tiny_transformer, tiny_inputs, clear_weigh
     with torch.no_grad():
         for key, parameter in parameters_by_key(stock).items():
             parameter.copy_(lent[key])
-    with dense_masks(picture_mask(4, 6, radius=2)):
+    with dense_masks(image_mask(4, 6, radius=2)):
         assert_same(received, run(stock, inputs))
     apply_clear(schnell, radius=FAR)
     assert_same(run(schnell, inputs), run(stock, inputs))

@@ -194,7 +194,7 @@ def test_an_explicit_choice_of_default_processors_is_respected(tiny_transformer,
 
 
 def test_rounded_position_ids_are_put_right(tiny_transformer, tiny_inputs, position_ids):
-    """Above 256 tokens a side bfloat16 ids merge neighbours: the stock model's picture is wrong."""
+    """Above 256 tokens a side bfloat16 ids merge neighbours: the stock model's image is wrong."""
     inputs = tiny_inputs(2, 300)
     exact = run(tiny_transformer(), inputs)
     rounded = inputs | {"img_ids": position_ids(2, 300, torch.bfloat16)}

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
 
 from clear_dit import apply_clear, load_clear_weights, remove_clear, save_clear_weights
 
@@ -27,7 +27,7 @@ def test_attention_of_quantised_models(tiny_transformer, tiny_inputs, quantise):
     quantise(model)
     full = run(model, inputs)
     assert not torch.equal(full, exact)
-    with dense_masks(picture_mask(4, 6, radius=2)):
+    with dense_masks(image_mask(4, 6, radius=2)):
         expected = run(model, inputs)
     assert_differs(expected, full)
     apply_clear(model, radius=FAR)

@@ -1,21 +1,21 @@
-"""Reference images, as in FLUX.1-Kontext: tokens behind the picture, seen by all, seeing all."""
+"""Reference images, as in FLUX.1-Kontext: tokens behind the image, seen by all, seeing all."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
-from support.models import FAR, assert_differs, assert_same, dense_masks, picture_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
 
 from clear_dit import CLEARProcessor, apply_clear, remove_clear
 
 # Rows and columns of the reference images.
-REFERENCES = {"one": [(3, 5)], "of the picture's size": [(4, 6)], "two": [(2, 3), (5, 1)]}
+REFERENCES = {"one": [(3, 5)], "of the image's size": [(4, 6)], "two": [(2, 3), (5, 1)]}
 
 
 @pytest.fixture
 def edit_inputs(tiny_inputs, position_ids):
-    """Inputs with reference images behind the picture, each of its own group."""
+    """Inputs with reference images behind the image, each of its own group."""
 
     def make(rows, columns, references, text=3, dtype=torch.float32):
         ids = [position_ids(rows, columns, dtype)]
@@ -41,7 +41,7 @@ def bare(model, **settings):
 def test_everyone_sees_the_references(tiny_transformer, edit_inputs, route, references):
     model, inputs = tiny_transformer(), edit_inputs(4, 6, references)
     full = run(model, inputs)
-    with dense_masks(picture_mask(4, 6, radius=2, references=count(references))):
+    with dense_masks(image_mask(4, 6, radius=2, references=count(references))):
         expected = run(model, inputs)
     route(model, radius=FAR)
     assert_same(run(model, inputs), full)
@@ -62,15 +62,15 @@ def test_implementations_and_pooling(tiny_transformer, edit_inputs, impl):
 def test_from_call_to_call(tiny_transformer, edit_inputs, tiny_inputs):
     stock, model = tiny_transformer(), tiny_transformer()
     apply_clear(model, radius=2)
-    # A reference of 2 x 3 tokens, none, one as if the picture had another row, a longer text.
+    # A reference of 2 x 3 tokens, none, one as if the image had another row, a longer text.
     for text, references in ((3, [(2, 3)]), (3, []), (3, [(1, 6)]), (5, [(2, 3)])):
         inputs = edit_inputs(4, 6, references, text)
-        with dense_masks(picture_mask(4, 6, 2, text, count(references))):
+        with dense_masks(image_mask(4, 6, 2, text, count(references))):
             expected = run(stock, inputs)
         assert_same(run(model, inputs), expected)
 
 
-def test_rounded_ids_of_the_picture_are_put_right(tiny_transformer, edit_inputs):
+def test_rounded_ids_of_the_image_are_put_right(tiny_transformer, edit_inputs):
     exact = edit_inputs(2, 300, [(2, 3)])
     expected = run(tiny_transformer(num_single_layers=0), exact)
     model = tiny_transformer(num_single_layers=0)
@@ -80,7 +80,7 @@ def test_rounded_ids_of_the_picture_are_put_right(tiny_transformer, edit_inputs)
 
 def test_gradients(tiny_transformer, edit_inputs):
     models, inputs = [tiny_transformer(), tiny_transformer()], edit_inputs(4, 6, [(2, 3)])
-    with dense_masks(picture_mask(4, 6, 2, references=6)):
+    with dense_masks(image_mask(4, 6, 2, references=6)):
         models[0](**inputs).sample.square().sum().backward()
     apply_clear(models[1], radius=2)
     models[1](**inputs).sample.square().sum().backward()
@@ -134,7 +134,7 @@ def test_kontext_pipeline(tiny_pipeline):
     assert isinstance(pipe.transformer, FluxTransformer2DModel)
     for size in ((24, 40), (40, 16)):
         full = edit(stock, size)
-        with dense_masks(picture_mask(size[0] // 4, size[1] // 4, 2, text=6, references=24)):
+        with dense_masks(image_mask(size[0] // 4, size[1] // 4, 2, text=6, references=24)):
             local = edit(stock, size)
         apply_clear(pipe, radius=FAR)
         np.testing.assert_allclose(edit(pipe, size), full, atol=1e-5)

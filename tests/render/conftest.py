@@ -1,4 +1,4 @@
-"""Rendering without a pipeline: a painter that draws what a request says."""
+"""Rendering without a pipeline: a runner that draws what a request says."""
 
 import hashlib
 import multiprocessing
@@ -12,13 +12,13 @@ from clear_dit.pipelines.decoding.image_files import save_rows
 from clear_dit.versions import __version__
 
 
-class FakePainter:
-    """Paints noise that depends on the request, as `Painter` would.
+class FakeRunner:
+    """Generates noise that depends on the request, as `PipelineRunner` would.
 
     Args:
-        seconds: that a picture takes.
+        seconds: that an image takes.
         fail: prompts to errors.
-        log: a file that gets a line for every picture that is begun.
+        log: a file that gets a line for every image that is begun.
     """
 
     def __init__(self, seconds=0.0, fail=None, log=None):
@@ -27,7 +27,7 @@ class FakePainter:
     def __call__(self, model, dtype, device):
         return self
 
-    def paint(self, request, out, *, on_step=None, should_stop=None, notes=None, progress=False):
+    def generate(self, request, out, *, on_step=None, should_stop=None, notes=None, progress=False):
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(f"{out.name}\n")
@@ -43,9 +43,9 @@ class FakePainter:
 
 
 @pytest.fixture
-def fake_painter():
+def fake_runner():
     """The class."""
-    return FakePainter
+    return FakeRunner
 
 
 @pytest.fixture

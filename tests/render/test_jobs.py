@@ -43,7 +43,7 @@ def test_a_line_says_what_differs_from_the_flags(tmp_path):
     }
     (job,) = read_jobs(jsonl(tmp_path / "jobs.jsonl", line), FLAGS)
     request = job.request
-    assert (job.name, job.picture, job.sidecar, job.line) == ("house", "house.png", "house.json", 1)
+    assert (job.name, job.image, job.sidecar, job.line) == ("house", "house.png", "house.json", 1)
     assert (request.height, request.width, request.steps, request.seed) == (96, 64, 2, 7)
     assert (request.guidance, request.radius, request.weights) == (1.0, 4, None)
     assert request.strength == (0.5, 0.25)
@@ -60,7 +60,7 @@ def test_three_formats_are_the_same_jobs(tmp_path):
     assert [job.line for job in read[1]] == [2, 3]
 
 
-def test_seeds_are_pictures_of_their_own(tmp_path):
+def test_seeds_are_images_of_their_own(tmp_path):
     path = jsonl(
         tmp_path / "a.jsonl",
         {"prompt": "a house", "seeds": 3, "seed": 5, "id": "h"},
@@ -83,7 +83,7 @@ def test_identity_is_the_content_and_not_the_place(tmp_path):
         assert other[0].identity != first[0].identity, name
 
 
-def test_identity_knows_the_contents_of_pictures_and_weights(tmp_path, demo_weights):
+def test_identity_knows_the_contents_of_images_and_weights(tmp_path, demo_weights):
     (tmp_path / "w.safetensors").write_bytes(demo_weights.read_bytes())
     line = {"prompt": "a house", "image": "in.png", "weights": "w.safetensors", "radius": 4}
     path = jsonl(tmp_path / "a.jsonl", line | {"height": 128, "width": 128})
@@ -147,7 +147,7 @@ def test_the_same_line_twice_is_one_job(tmp_path):
 def test_bad_lines_are_named(tmp_path, line, told):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     text = refusal(tmp_path / "a.jsonl")
-    assert f"{tmp_path / 'a.jsonl'}: 1 line cannot be painted:" in text
+    assert f"{tmp_path / 'a.jsonl'}: 1 line cannot be generated:" in text
     assert told in text
 
 
@@ -160,9 +160,7 @@ def test_bad_lines_are_named(tmp_path, line, told):
 )
 def test_ids_cannot_leave_the_folder(tmp_path, name):
     path = jsonl(tmp_path / "a.jsonl", {"prompt": "a", "id": name})
-    assert "an id names the picture's file" in refusal(path) or "control characters" in refusal(
-        path
-    )
+    assert "an id names the image's file" in refusal(path) or "control characters" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +210,7 @@ def test_a_file_without_jobs_is_refused(tmp_path, kind, text):
 def test_many_errors_are_counted(tmp_path):
     jsonl(tmp_path / "a.jsonl", *({"prompt": "a", "steps": 0} for _ in range(50)))
     text = refusal(tmp_path / "a.jsonl")
-    assert "50 lines cannot be painted" in text
+    assert "50 lines cannot be generated" in text
     assert text.count("\n") == 21
     assert text.endswith("and 30 more")
 
@@ -224,7 +222,7 @@ def test_ten_thousand_lines_are_read_and_bounded(tmp_path, monkeypatch):
     assert time.process_time() - start < 20
     assert len({job.name for job in jobs}) == 10_000
     monkeypatch.setattr("clear_dit.render.jobs.MAX_JOBS", 9_999)
-    assert "at most 9,999 pictures" in refusal(path)
+    assert "at most 9,999 images" in refusal(path)
 
 
 def test_flags_are_refused_before_the_file_is_read(tmp_path):
@@ -262,8 +260,8 @@ def fuzzed(tmp_path_factory):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(kind=st.sampled_from([0, 1, 2]), edits=EDITS)
-def test_mutated_files_are_refused_or_painted_inside_the_folder(
-    fuzzed, fake_painter, monkeypatch, kind, edits
+def test_mutated_files_are_refused_or_generated_inside_the_folder(
+    fuzzed, fake_runner, monkeypatch, kind, edits
 ):
     folder, reader = fuzzed
     monkeypatch.setattr("clear_dit.render.run.JobReader", lambda *_: reader)
@@ -279,9 +277,9 @@ def test_mutated_files_are_refused_or_painted_inside_the_folder(
     except RequestError:
         jobs, errors = [], ["the file"]
     if not errors and jobs and sum(job.request.height * job.request.width for job in jobs) < 10**6:
-        result = render(path, folder / "out", {}, progress=False, make_painter=fake_painter())
+        result = render(path, folder / "out", {}, progress=False, make_runner=fake_runner())
         assert result["done"] == result["jobs"] == len(jobs)
-        assert all((folder / "out" / job.picture).is_file() for job in jobs)
+        assert all((folder / "out" / job.image).is_file() for job in jobs)
     expected = {"a.jsonl", "a.csv", "a.txt", "out"}
     assert {entry.name for entry in folder.iterdir()} <= expected
     assert all(entry.is_file() for entry in (folder / "out").glob("*"))

@@ -1,4 +1,4 @@
-"""Forty jobs of the demo, killed again and again: every picture once, as if never killed."""
+"""Forty jobs of the demo, killed again and again: every image once, as if never killed."""
 
 import json
 import random
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clear_dit.generation.runner import Painter
+from clear_dit.generation.runner import PipelineRunner
 from clear_dit.render.manifest import read_manifest
 from clear_dit.render.run import render
 
@@ -19,9 +19,9 @@ JOBS = 40
 
 
 @pytest.fixture(scope="module")
-def painter():
+def runner():
     """Loaded once; every forked process has it."""
-    loaded = Painter("demo", "float32", "cpu")
+    loaded = PipelineRunner("demo", "float32", "cpu")
     return lambda *_: loaded
 
 
@@ -43,25 +43,23 @@ def jobs(tmp_path):
     return path
 
 
-def pictures(folder):
+def images(folder):
     """By name; what is half-written has a name that begins with a dot."""
     return {path.name: np.array(Image.open(path)) for path in folder.glob("[!.]*.png")}
 
 
 def assert_same(folder, expected):
-    found = pictures(folder)
+    found = images(folder)
     assert found.keys() == expected.keys()
     for name, pixels in expected.items():
         np.testing.assert_array_equal(found[name], pixels)
 
 
 def assert_true_so_far(folder):
-    """Nothing is called done that is not there, and there is nothing but whole pictures."""
+    """Nothing is called done that is not there, and there is nothing but whole images."""
     entries = read_manifest(folder / "manifest.jsonl")
-    found = pictures(folder)  # reads every pixel
-    assert {entry["picture"] for entry in entries.values() if entry["status"] == "done"} <= set(
-        found
-    )
+    found = images(folder)  # reads every pixel
+    assert {entry["image"] for entry in entries.values() if entry["status"] == "done"} <= set(found)
     assert all(entry["status"] in ("done", "waiting") for entry in entries.values())
     return len(found)
 
@@ -72,40 +70,40 @@ def assert_complete(folder):
     assert len(lines) == JOBS
     assert all(line["status"] == "done" for line in lines)
     assert [line["line"] for line in lines] == list(range(1, JOBS + 1))
-    names = {name for line in lines for name in (line["picture"], f"{line['id']}.json")}
+    names = {name for line in lines for name in (line["image"], f"{line['id']}.json")}
     assert {path.name for path in folder.iterdir()} == names | {"manifest.jsonl", ".claims"}
     for line in lines:
         assert json.loads((folder / f"{line['id']}.json").read_text())["job"] == line["job"]
 
 
-def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, painter, jobs, tmp_path):
-    def paint(out):
-        return render(jobs, out, FLAGS, progress=False, make_painter=painter)
+def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, runner, jobs, tmp_path):
+    def generate(out):
+        return render(jobs, out, FLAGS, progress=False, make_runner=runner)
 
     begin = time.monotonic()
-    assert paint(tmp_path / "whole")["painted"] == JOBS
+    assert generate(tmp_path / "whole")["generated"] == JOBS
     seconds = time.monotonic() - begin
-    expected = pictures(tmp_path / "whole")
+    expected = images(tmp_path / "whole")
     assert len(expected) == JOBS
 
     chance, out, alone = random.Random(7), tmp_path / "killed", []
     for _ in range(5):
-        before = len(pictures(out))
-        process = fork(paint, out)
+        before = len(images(out))
+        process = fork(generate, out)
         process.join(timeout=chance.uniform(0.05, 0.25) * seconds)
         process.kill()
         process.join()
         if (out / "manifest.jsonl").exists():
             alone.append(assert_true_so_far(out) - before)
     assert sum(alone) > 0
-    result = paint(out)
-    assert result["painted"] == JOBS - sum(alone)
+    result = generate(out)
+    assert result["generated"] == JOBS - sum(alone)
     assert_same(out, expected)
     assert_complete(out)
 
     # The same with two processes: at each moment one of them dies, or both, and is started anew.
     shared = tmp_path / "shared"
-    pair = [fork(paint, shared), fork(paint, shared)]
+    pair = [fork(generate, shared), fork(generate, shared)]
     for _ in range(5):
         time.sleep(chance.uniform(0.02, 0.09) * seconds)
         victims = chance.sample(range(2), chance.choice((1, 1, 2)))
@@ -116,7 +114,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, painter, jobs,
             assert pair[one].exitcode == -signal.SIGKILL  # it was at work
             if (shared / "manifest.jsonl").exists():
                 assert_true_so_far(shared)
-            pair[one] = fork(paint, shared)
+            pair[one] = fork(generate, shared)
     for process in pair:
         process.join(timeout=600)
     assert [process.exitcode for process in pair] == [0, 0]
@@ -124,11 +122,11 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, painter, jobs,
     assert_complete(shared)
 
 
-def test_two_processes_paint_every_picture_once(fork, fake_painter, jobs, tmp_path):
+def test_two_processes_generate_every_image_once(fork, fake_runner, jobs, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
-    painter = fake_painter(seconds=0.02, log=log)
+    runner = fake_runner(seconds=0.02, log=log)
     processes = [
-        fork(render, jobs, out, FLAGS, progress=False, make_painter=painter) for _ in range(3)
+        fork(render, jobs, out, FLAGS, progress=False, make_runner=runner) for _ in range(3)
     ]
     for process in processes:
         process.join(timeout=300)
@@ -138,15 +136,15 @@ def test_two_processes_paint_every_picture_once(fork, fake_painter, jobs, tmp_pa
     assert_complete(out)
 
 
-def test_a_dead_owners_job_is_taken_over(fork, fake_painter, tmp_path):
+def test_a_dead_owners_job_is_taken_over(fork, fake_runner, tmp_path):
     jobs = tmp_path / "jobs.txt"
     jobs.write_text("a house\n")
     out, log = tmp_path / "out", tmp_path / "log"
-    slow, quick = fake_painter(seconds=600, log=log), fake_painter(log=log)
-    owner = fork(render, jobs, out, FLAGS, progress=False, make_painter=slow)
+    slow, quick = fake_runner(seconds=600, log=log), fake_runner(log=log)
+    owner = fork(render, jobs, out, FLAGS, progress=False, make_runner=slow)
     while not log.exists():
         time.sleep(0.02)
-    other = fork(render, jobs, out, FLAGS, progress=False, make_painter=quick)
+    other = fork(render, jobs, out, FLAGS, progress=False, make_runner=quick)
     other.join(timeout=1.5)
     assert other.is_alive()  # it waits for the owner
     assert len(log.read_text().split()) == 1
@@ -157,13 +155,13 @@ def test_a_dead_owners_job_is_taken_over(fork, fake_painter, tmp_path):
     assert entry["status"] == "done"
 
 
-def test_another_render_may_not_take_an_id_that_is_at_work(fork, fake_painter, tmp_path):
+def test_another_render_may_not_take_an_id_that_is_at_work(fork, fake_runner, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     for name, prompt in (("a", "a house"), ("b", "a cat")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt, "id": "x"}) + "\n")
-    painter = fake_painter(seconds=600, log=log)
-    fork(render, tmp_path / "a.jsonl", out, FLAGS, progress=False, make_painter=painter)
+    runner = fake_runner(seconds=600, log=log)
+    fork(render, tmp_path / "a.jsonl", out, FLAGS, progress=False, make_runner=runner)
     while not log.exists():
         time.sleep(0.02)
     with pytest.raises(ValueError, match="line 1: the id 'x' is that of another job, at which"):
-        render(tmp_path / "b.jsonl", out, FLAGS, progress=False, make_painter=painter)
+        render(tmp_path / "b.jsonl", out, FLAGS, progress=False, make_runner=runner)

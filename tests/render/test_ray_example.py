@@ -21,19 +21,19 @@ def example():
     return module
 
 
-def test_an_actor_paints_rows_and_render_knows_them(example, tmp_path, fake_painter):
+def test_an_actor_generates_rows_and_render_knows_them(example, tmp_path, fake_runner):
     jobs, out = tmp_path / "jobs.jsonl", tmp_path / "out"
     out.mkdir()
     lines = [{"prompt": "a house", "id": "house"}, {"prompt": "a cat", "id": "cat"}]
     jobs.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    painter = fake_painter(fail={"a cat": MemoryError("too large")}, log=tmp_path / "log")
-    actor = example.Paint(str(jobs), str(out), FLAGS, painter)
+    runner = fake_runner(fail={"a cat": MemoryError("too large")}, log=tmp_path / "log")
+    actor = example.Generate(str(jobs), str(out), FLAGS, runner)
     entries = [actor({"id": name}) for name in ("house", "cat", "house")]
     assert [entry["status"] for entry in entries] == ["done", "failed", "done"]
     assert {frozenset(entry) for entry in entries} == {frozenset(entries[0])}
     assert entries[1]["error"] == "too large"
     assert (tmp_path / "log").read_text().split() == ["house.png", "cat.png"]
     actor.claims.close()
-    result = render(jobs, out, FLAGS, progress=False, make_painter=fake_painter())
-    assert (result["done"], result["painted"]) == (2, 1)
+    result = render(jobs, out, FLAGS, progress=False, make_runner=fake_runner())
+    assert (result["done"], result["generated"]) == (2, 1)
     assert read_manifest(out / "manifest.jsonl").keys() == {"house", "cat"}

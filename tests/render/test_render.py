@@ -20,17 +20,15 @@ FLAGS = {"height": 32, "width": 32, "steps": 1, "radius": 2, "weights": "none", 
 
 
 @pytest.fixture
-def paint(tmp_path, fake_painter):
+def generate(tmp_path, fake_runner):
     """Renders lines into tmp_path/out."""
 
-    def run(*lines, painter=None, **options):
+    def run(*lines, runner=None, **options):
         path = tmp_path / "jobs.jsonl"
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         flags = FLAGS | options.pop("flags", {})
-        painter = painter or fake_painter()
-        return render(
-            path, tmp_path / "out", flags, progress=False, make_painter=painter, **options
-        )
+        runner = runner or fake_runner()
+        return render(path, tmp_path / "out", flags, progress=False, make_runner=runner, **options)
 
     return run
 
@@ -43,40 +41,40 @@ def statuses(folder):
 A, B, C = ({"prompt": f"a {name}", "id": name} for name in ("house", "cat", "tree"))
 
 
-def test_goes_on_after_a_failure_and_tries_it_again(paint, fake_painter, tmp_path, caplog):
-    failing = fake_painter(fail={"a cat": MemoryError("too large"), "a tree": KeyError("bug")})
-    result = paint(A, B, C, painter=failing)
+def test_goes_on_after_a_failure_and_tries_it_again(generate, fake_runner, tmp_path, caplog):
+    failing = fake_runner(fail={"a cat": MemoryError("too large"), "a tree": KeyError("bug")})
+    result = generate(A, B, C, runner=failing)
     assert (result["done"], result["failed"], result["waiting"]) == (1, 2, 0)
     entries = read_manifest(tmp_path / "out" / "manifest.jsonl")
     assert entries["cat"]["error"] == "too large"
     assert entries["tree"]["error"] == "KeyError: 'bug'"
     assert "cat (line 2) failed: too large" in caplog.text
-    result = paint(A, B, C)
-    assert (result["done"], result["painted"]) == (3, 2)
+    result = generate(A, B, C)
+    assert (result["done"], result["generated"]) == (3, 2)
     assert "error" not in read_manifest(tmp_path / "out" / "manifest.jsonl")["cat"]
 
 
-def test_a_full_disk_ends_the_run(paint, fake_painter, tmp_path):
+def test_a_full_disk_ends_the_run(generate, fake_runner, tmp_path):
     full = OSError("house.png could not be written (No space left on device).")
     full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space left"):
-        paint(A, B, painter=fake_painter(fail={"a house": full}))
+        generate(A, B, runner=fake_runner(fail={"a house": full}))
     assert statuses(tmp_path) == {"house": "failed", "cat": "waiting"}
 
 
-def test_jobs_are_known_by_their_content(paint, tmp_path):
-    assert paint(A, B)["painted"] == 2
-    assert paint(C, B, A)["painted"] == 1  # another order, one more
-    assert paint(B, flags={"seed": 1})["painted"] == 1  # the same id, another picture
+def test_jobs_are_known_by_their_content(generate, tmp_path):
+    assert generate(A, B)["generated"] == 2
+    assert generate(C, B, A)["generated"] == 1  # another order, one more
+    assert generate(B, flags={"seed": 1})["generated"] == 1  # the same id, another image
     assert statuses(tmp_path) == {"cat": "done"}
     assert (tmp_path / "out" / "house.png").is_file()  # of a line that is no longer there
-    assert paint(A, B)["painted"] == 1
-    result = paint(A, B)
-    assert (result["painted"], result["done"]) == (0, 2)
+    assert generate(A, B)["generated"] == 1
+    result = generate(A, B)
+    assert (result["generated"], result["done"]) == (0, 2)
 
 
-def test_what_a_killed_process_left_is_repaired(paint, tmp_path):
-    paint(A, B)
+def test_what_a_killed_process_left_is_repaired(generate, tmp_path):
+    generate(A, B)
     out = tmp_path / "out"
     before = json.loads((out / "cat.json").read_text())
     (out / "house.json").unlink()
@@ -84,34 +82,34 @@ def test_what_a_killed_process_left_is_repaired(paint, tmp_path):
     (out / ".clear-dit-abc.png").write_bytes(b"half")
     manifest = (out / "manifest.jsonl").read_bytes()
     (out / "manifest.jsonl").write_bytes(manifest[:-20])
-    assert paint(A, B)["painted"] == 0
+    assert generate(A, B)["generated"] == 0
     assert json.loads((out / "cat.json").read_text())["job"] == before["job"]
     assert (out / "house.json").is_file()
     assert not (out / ".clear-dit-abc.png").exists()
     assert statuses(tmp_path) == {"house": "done", "cat": "done"}
 
 
-def test_a_picture_that_is_cut_off_is_painted_again(paint, tmp_path):
-    paint(A)
-    picture = tmp_path / "out" / "house.png"
-    whole = picture.read_bytes()
-    picture.write_bytes(whole[:-30])
-    assert paint(A)["painted"] == 1
-    assert picture.read_bytes() == whole
+def test_an_image_that_is_cut_off_is_generated_again(generate, tmp_path):
+    generate(A)
+    image = tmp_path / "out" / "house.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-30])
+    assert generate(A)["generated"] == 1
+    assert image.read_bytes() == whole
 
 
 @pytest.mark.parametrize("content", [b"mine", None])
-def test_somebody_elses_file_is_not_replaced(paint, tmp_path, content):
-    picture = tmp_path / "out" / "house.png"
-    picture.parent.mkdir()
+def test_somebody_elses_file_is_not_replaced(generate, tmp_path, content):
+    image = tmp_path / "out" / "house.png"
+    image.parent.mkdir()
     if content is None:
-        picture.mkdir()
+        image.mkdir()
     else:
-        picture.write_bytes(content)
+        image.write_bytes(content)
     with pytest.raises(RequestError, match=r"line 1: there is a .*house.png that no render wrote"):
-        paint(A, B)
+        generate(A, B)
     assert not (tmp_path / "out" / "cat.png").exists()
-    assert content is None or picture.read_bytes() == content
+    assert content is None or image.read_bytes() == content
 
 
 def test_a_torn_line_does_not_hide_the_next(tmp_path):
@@ -133,7 +131,7 @@ def test_a_torn_line_does_not_hide_the_next(tmp_path):
     assert manifest.path.read_bytes().count(b"\n") == 2
 
 
-def test_one_signal_finishes_the_picture_and_two_stop_now(paint, fake_painter, tmp_path):
+def test_one_signal_finishes_the_image_and_two_stop_now(generate, fake_runner, tmp_path):
     log, handler = tmp_path / "log", signal.getsignal(signal.SIGINT)
 
     def send(*delays):
@@ -149,20 +147,20 @@ def test_one_signal_finishes_the_picture_and_two_stop_now(paint, fake_painter, t
         return thread
 
     thread = send(0)
-    result = paint(A, B, painter=fake_painter(seconds=0.4, log=log))
+    result = generate(A, B, runner=fake_runner(seconds=0.4, log=log))
     thread.join()
     assert (result["done"], result["waiting"], result["stopped"]) == (1, 1, True)
     assert sorted(statuses(tmp_path).values()) == ["done", "waiting"]
     log.unlink()
     thread = send(0, 0.6)
     with pytest.raises(KeyboardInterrupt):
-        paint(A, B, painter=fake_painter(seconds=30, log=log))
+        generate(A, B, runner=fake_runner(seconds=30, log=log))
     thread.join()
     assert sorted(statuses(tmp_path).values()) == ["done", "waiting"]
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_watches_for_whole_lines(paint, tmp_path, caplog):
+def test_watches_for_whole_lines(generate, tmp_path, caplog):
     path, out = tmp_path / "jobs.jsonl", tmp_path / "out"
 
     def until(name):
@@ -185,9 +183,9 @@ def test_watches_for_whole_lines(paint, tmp_path, caplog):
 
     thread = threading.Thread(target=write)
     thread.start()
-    result = paint(A, watch=True)
+    result = generate(A, watch=True)
     thread.join()
-    assert (result["done"], result["painted"], result["waiting"]) == (2, 4, 0)
+    assert (result["done"], result["generated"], result["waiting"]) == (2, 4, 0)
     assert caplog.text.count("line 3: not JSON") == 1
     assert statuses(tmp_path) == {"cat": "done", "house": "done"}
 
@@ -199,7 +197,7 @@ def run(monkeypatch, *arguments):
     return exit_status.value.code or 0
 
 
-def test_the_command_paints_with_the_demo(monkeypatch, tmp_path, capsys):
+def test_the_command_generates_with_the_demo(monkeypatch, tmp_path, capsys):
     (tmp_path / "jobs.txt").write_text("a red house\n")
     arguments = [tmp_path / "jobs.txt", "--out", tmp_path / "out", "--seeds", 2, "--json"]
     for name in ("height", "width"):
@@ -208,21 +206,21 @@ def test_the_command_paints_with_the_demo(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, *arguments) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
-    assert (result["jobs"], result["done"], result["painted"]) == (2, 2, 2)
-    assert "2 of 2 pictures 100%" in captured.err
+    assert (result["jobs"], result["done"], result["generated"]) == (2, 2, 2)
+    assert "2 of 2 images 100%" in captured.err
     for sidecar in (tmp_path / "out").glob("*.json"):
         assert json.loads(sidecar.read_text())["weights"] == "auto"
     assert len(list((tmp_path / "out").glob("a-red-house-*.png"))) == 2
 
 
-def test_the_command_tells_by_its_status(monkeypatch, tmp_path, capsys, fake_painter):
+def test_the_command_tells_by_its_status(monkeypatch, tmp_path, capsys, fake_runner):
     (tmp_path / "jobs.txt").write_text("a house\n\x07\n")
     arguments = (tmp_path / "jobs.txt", "--out", tmp_path / "out", "--steps", 1, "--device", "cpu")
     assert run(monkeypatch, *arguments) == 2
     assert "line 2: prompt: the prompt has the control character U+0007" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (tmp_path / "jobs.txt").write_text("a house\n")
-    result = {"done": 0, "failed": 1, "waiting": 0, "jobs": 1, "painted": 0, "seconds": 1.0}
+    result = {"done": 0, "failed": 1, "waiting": 0, "jobs": 1, "generated": 0, "seconds": 1.0}
     monkeypatch.setattr("clear_dit.render.run.render", lambda *_, **__: result)
     assert run(monkeypatch, *arguments) == 1
     result |= {"waiting": 1}

@@ -17,7 +17,7 @@ class AppServer:
     """Started by `with`, or `start`; ended by SIGTERM.
 
     Args:
-        out: the folder for pictures.
+        out: the folder for images.
         options: for the command line.
     """
 

@@ -23,7 +23,7 @@ SMALL = {"height": 64, "width": 96, "steps": 2, "shard_size": 2, "batch": 2, "de
 
 
 def make_samples(out, count=6, prompts="demo", **changes):
-    """`sample` of a few pictures."""
+    """`sample` of a few images."""
     request = make_request("demo", str(prompts), count, **(SMALL | changes))
     return sample(request, Path(out), progress=False)
 

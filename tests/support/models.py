@@ -25,8 +25,8 @@ def assert_differs(value, other):
     assert not torch.allclose(value, other, rtol=1e-2, atol=1e-3)
 
 
-def picture_mask(rows, columns, radius, text=3, references=0):
-    """CLEAR's mask over text, picture and reference images; the latter are seen and see all."""
+def image_mask(rows, columns, radius, text=3, references=0):
+    """CLEAR's mask over text, image and reference images; the latter are seen and see all."""
     image = rows * columns
     mask = torch.ones(text + image + references, text + image + references, dtype=torch.bool)
     disc = Window(rows, columns, 0, radius).mask()

@@ -27,10 +27,10 @@ from clear_dit.pipelines.parallel.agreement import agree
 from clear_dit.pipelines.parallel.exchange import HaloRows
 from clear_dit.pipelines.parallel.progress import Progress
 from clear_dit.pipelines.parallel.start import start_ranks
-from clear_dit.pipelines.process_group import Team
+from clear_dit.process_group import RankGroup
 from clear_dit.weights.known import known_weights
 
-PICTURE = {
+IMAGE = {
     "prompt": "a red circle",
     "height": 256,
     "width": 256,
@@ -113,16 +113,16 @@ def disagree(ranks):
     facts = {"seed": "7", "torch": "2.13", "model": f"digest of adapter {ranks.rank % 2}"}
     if ranks.rank == 2:
         facts["torch"] = "2.12"
-    agree(ranks.team, facts)
+    agree(ranks.process_group, facts)
 
 
-def paint(ranks, out, dies):
-    """Paint a small picture by tiles of 64 pixels; rank 1 may die in a step or in decoding."""
+def generate_image(ranks, out, dies):
+    """Generate a small image by tiles of 64 pixels; rank 1 may die in a step or in decoding."""
     autoencoder.TILE_PIXELS = 64
     if ranks.rank == 1 and dies is not None:
         where, name, after = {
             "step": (HaloRows, "wait", 20),
-            "decoding": (Team, "send", 2),
+            "decoding": (RankGroup, "send", 2),
         }[dies]
         original, calls = getattr(where, name), itertools.count()
 
@@ -132,10 +132,10 @@ def paint(ranks, out, dies):
             return original(*arguments)
 
         setattr(where, name, last_call)
-    generate(make_request(**PICTURE), out, progress=False, ranks=ranks)
+    generate(make_request(**IMAGE), out, progress=False, ranks=ranks)
 
 
-def paint_with_other_adapters(ranks):
+def generate_with_other_adapters(ranks):
     """What the second rank has was tuned for the window; it has another seed, too."""
     pipe = load_pipeline("demo", torch.float32, ranks.device)
     apply_clear(pipe, radius=4, weights=known_weights("demo", 4, 1) if ranks.rank else None)
@@ -179,6 +179,6 @@ def code(ranks, cases, folder):
     for kind, latents, tile in cases:
         vae = make_autoencoder(kind)
         strips = list(decode_rows(vae, latents, tile_pixels=tile, group=group))
-        picture = decode(vae, latents, tile_pixels=tile, group=group)
-        found.append((strips, picture, encode(vae, picture, tile_pixels=tile, group=group)))
+        image = decode(vae, latents, tile_pixels=tile, group=group)
+        found.append((strips, image, encode(vae, image, tile_pixels=tile, group=group)))
     torch.save(found, folder / f"coded-{ranks.rank}.pt")

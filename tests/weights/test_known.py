@@ -46,7 +46,7 @@ def test_known_weights(shipped):
 
 def test_auto_takes_the_fitting_weights_and_says_so(shipped, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="clear_dit")
-    pictures = {}
+    images = {}
     for name, weights in {"auto": None, "named": str(shipped), "none": "none"}.items():
         request = make_request("a house", radius=2, weights=weights, **SMALL)
         out = tmp_path / f"{name}.png"
@@ -55,8 +55,8 @@ def test_auto_takes_the_fitting_weights_and_says_so(shipped, tmp_path, caplog):
         )
         assert (f"weights for demo, radius 2: {shipped.name}" in caplog.text) == (name == "auto")
         caplog.clear()
-        pictures[name] = out.read_bytes()
-    pixels = {name: picture[picture.index(b"IDAT") :] for name, picture in pictures.items()}
+        images[name] = out.read_bytes()
+    pixels = {name: image[image.index(b"IDAT") :] for name, image in images.items()}
     assert pixels["auto"] == pixels["named"] != pixels["none"]
 
 
@@ -65,11 +65,11 @@ def test_auto_takes_the_fitting_weights_and_says_so(shipped, tmp_path, caplog):
     [
         ({"radius": 3}, True),
         ({"radius": 3, "weights": "none"}, False),
-        ({"radius": 100}, False),  # the window covers the picture
+        ({"radius": 100}, False),  # the window covers the image
         ({"attention": "full"}, False),
     ],
 )
 def test_a_window_nobody_tuned_for_is_warned_about(shipped, tmp_path, caplog, settings, warns):
     request = make_request("a house", **settings, **SMALL)
-    assert generate(request, tmp_path / "picture.png", progress=False)["weights"] is None
+    assert generate(request, tmp_path / "image.png", progress=False)["weights"] is None
     assert ("no weights are known for demo, radius 3" in caplog.text) == warns

@@ -1,9 +1,9 @@
-// Sends the chosen picture to the server; the component's value is the name it got there.
+// Sends the chosen image to the server; the component's value is the name it got there.
 const send = async (file) => {
   props.name = `${file.name}: sending…`;
   props.problem = "";
   const answer = await fetch("uploads", { method: "POST", body: file });
-  const told = await answer.json().catch(() => ({ error: "The picture could not be sent." }));
+  const told = await answer.json().catch(() => ({ error: "The image could not be sent." }));
   if (answer.ok) {
     props.name = `${file.name} (${told.width} × ${told.height})`;
     props.value = told.name;

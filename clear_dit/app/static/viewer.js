@@ -1,21 +1,21 @@
 "use strict";
-// A job's picture in OpenSeadragon; two pictures one over the other, with a slider between them.
+// A job's image in OpenSeadragon; two images one over the other, with a slider between them.
 (async () => {
   const byId = (id) => document.getElementById(id);
   const job = location.pathname.split("/").pop();
-  const answer = await fetch(`../pictures/${job}`);
+  const answer = await fetch(`../images/${job}`);
   if (!answer.ok) return;
   const record = await answer.json();
   const names = { clear: "CLEAR", full: "Full attention" };
 
-  const viewers = record.pictures.map((picture, index) => {
+  const viewers = record.images.map((image, index) => {
     const pane = document.createElement("div");
     pane.className = index ? "pane over" : "pane";
     byId("panes").append(pane);
     const source = {
-      width: picture.width, height: picture.height, tileSize: record.tile,
-      minLevel: 0, maxLevel: picture.levels - 1,
-      getTileUrl: (level, x, y) => `../pictures/${job}/${picture.attention}/${level}/${x}_${y}.jpg`,
+      width: image.width, height: image.height, tileSize: record.tile,
+      minLevel: 0, maxLevel: image.levels - 1,
+      getTileUrl: (level, x, y) => `../images/${job}/${image.attention}/${level}/${x}_${y}.jpg`,
     };
     return OpenSeadragon({
       element: pane, tileSources: source, showNavigationControl: false, animationTime: 0.5,
@@ -56,7 +56,7 @@
   if (second) {
     const slider = byId("slider");
     const slide = () => {
-      // The right picture lies above; it is cut off left of the line.
+      // The right image lies above; it is cut off left of the line.
       const half = 17, width = innerWidth - 2 * half;
       const x = half + (width * slider.value) / 100;
       second.element.style.clipPath = `inset(0 0 0 ${x}px)`;
@@ -65,8 +65,8 @@
     slider.oninput = slide;
     addEventListener("resize", slide);
     for (const id of ["slider", "line", "left", "right"]) byId(id).hidden = false;
-    byId("left").textContent = names[record.pictures[0].attention];
-    byId("right").textContent = names[record.pictures[1].attention];
+    byId("left").textContent = names[record.images[0].attention];
+    byId("right").textContent = names[record.images[1].attention];
     slide();
   }
 })();

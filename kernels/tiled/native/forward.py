@@ -11,6 +11,7 @@ from threading import Thread
 
 import torch
 
+from ...opaque import Geometry
 from ...window import Window
 from .build import BuildError, load
 
@@ -97,13 +98,7 @@ def attend_compiled(
     dense_value: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    height: int,
-    width: int,
-    text_length: int,
-    radius: int,
-    scale: float,
-    query_start: int,
-    query_stop: int,
+    geometry: Geometry,
 ) -> int:
     """Attention of text queries to all keys, of image queries to their disc and to dense keys.
 
@@ -112,9 +107,7 @@ def attend_compiled(
         key, value: (batch, text and image tokens, heads, head_dim), head_dim contiguous.
         dense_key, dense_value: (batch, dense tokens, heads, head_dim), none or more.
         lse: (batch, text and image queries, heads), float32.
-        height, width, text_length, radius: in tokens, see `Window`.
-        scale: factor on query times key.
-        query_start, query_stop: first row of image queries, and the row after the last.
+        geometry: of the window.
 
     Returns:
         The (query, key) pairs computed, masked ones too, over all batch items and heads. `out` and
@@ -125,15 +118,16 @@ def attend_compiled(
     """
     library = _library(query.shape[-1])
     assert isinstance(library, ctypes.CDLL), library
+    height, width, text_length, radius, scale, query_start, query_stop = geometry
     # The kernel believes these numbers.
     assert key.shape[1] == value.shape[1] == text_length + height * width
     assert 0 <= query_start < query_stop <= height
-    assert query.shape[1] >= (query_stop - query_start) * width
     dense_key, dense_value = (
         x.transpose(1, 2).to(torch.float32).contiguous().transpose(1, 2)
         for x in (dense_key, dense_value)
     )
-    text_queries = query.shape[1] - (query_stop - query_start) * width
+    text_queries = query.shape[1] - geometry.image_queries
+    assert text_queries >= 0
     tensors = (query, out, lse, key, value, dense_key, dense_value)
     problem = _Problem(
         *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors),

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clear_dit.kernels import flex
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.tiled import bands as tiled
+from clear_dit.kernels.tiled import partial, views
 from clear_dit.kernels.tiled.tiles import (
     TILE_COLUMNS,
     bands,
@@ -59,7 +60,7 @@ def test_large_masks_are_made_in_groups(monkeypatch, elements):
     query, key, value = tensors(window, requires_grad=True)
     expected = local_attention(query, key, value, window, impl="tiled")
     gradients = torch.autograd.grad(expected.square().sum(), (query, key, value))
-    monkeypatch.setattr(tiled, "MASK_ELEMENTS", elements)
+    monkeypatch.setattr(views, "MASK_ELEMENTS", elements)
     out = local_attention(query, key, value, window, impl="tiled")
     torch.testing.assert_close(out, expected)
     for grad, other in zip(
@@ -97,7 +98,8 @@ def test_executed_pairs_counts_what_runs(monkeypatch, compiled):
         nonlocal pairs
         pairs += attend_compiled(query, *args) // query.shape[2]
 
-    monkeypatch.setattr(tiled, "attend", counting)
+    for module in (tiled, partial):
+        monkeypatch.setattr(module, "attend", counting)
     monkeypatch.setattr(tiled, "attend_compiled", counting_compiled)
     local_attention(query, key, value, window, impl="tiled")
     assert pairs == tiled.executed_pairs(query, window)
@@ -136,7 +138,7 @@ def test_no_graph_break_under_compile():
         torch.testing.assert_close(grad, other)
 
 
-def test_8k_picture_under_fake_tensors():
+def test_8k_image_under_fake_tensors():
     window = Window(512, 512, 512, 8)
     with FakeTensorMode():
         shape = (1, window.sequence_length, 24, 128)

@@ -11,6 +11,7 @@ from support.agreement import WIDE, check, inputs, problem, problems
 from support.compiled import needs_compiler, switch_off
 
 from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.opaque import Geometry
 from clear_dit.kernels.tiled import bands
 from clear_dit.kernels.tiled.native.forward import (
     LARGEST_GRID,
@@ -37,8 +38,7 @@ def image_queries(query, key, value, window, dense=0):
     out, lse = torch.full_like(query, float("nan")), torch.full(query.shape[:-1], float("nan"))
     pairs = attend_compiled(
         query, key, value, key[:, :dense], value[:, :dense], out, lse,
-        window.height, window.width, 0, window.disc_radius, query.shape[-1] ** -0.5,
-        *window.image_query_rows,
+        Geometry.of(window, query.shape[-1] ** -0.5)._replace(text_length=0),
     )  # fmt: skip
     return out, lse, pairs
 
@@ -102,8 +102,7 @@ def test_pairs_are_counted(threads):
         out, lse = torch.empty_like(query), torch.empty(query.shape[:-1])
         pairs = attend_compiled(
             query, key, value, key[:, : window.text_length], value[:, : window.text_length],
-            out, lse, window.height, window.width, window.text_length, window.disc_radius, 0.2,
-            *window.image_query_rows,
+            out, lse, Geometry.of(window, 0.2),
         )  # fmt: skip
         assert pairs == 2 * 3 * executed_pairs(window, 24)
     image_pairs = Window(64, 64, 0, 8).disc_pairs()
@@ -204,10 +203,10 @@ from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.window import Window
 torch.set_num_threads(2)
 query = torch.randn(1, 480, 2, 24)
-def paint():
+def generate():
     threading.main_thread().join()
     print(local_attention(query, query, query, Window(40, 12, 0, 3), impl="tiled").shape)
-threading.Thread(target=paint).start()
+threading.Thread(target=generate).start()
 """
 
 

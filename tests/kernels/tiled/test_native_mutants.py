@@ -13,6 +13,7 @@ import torch
 from support.compiled import needs_compiler
 from support.oracle import relative_error
 
+from clear_dit.kernels.opaque import Geometry
 from clear_dit.kernels.tiled.native import build, forward
 from clear_dit.kernels.window import Window
 
@@ -56,7 +57,7 @@ def battery(library: ctypes.CDLL, monkeypatch) -> float:
         out, lse = torch.full_like(query, 9.0), torch.full(query.shape[:-1], 9.0)
         forward.attend_compiled(
             query, key, value, key[:, :text], value[:, :text], out, lse,
-            window.height, window.width, text, window.radius, 0.5, *window.image_query_rows,
+            Geometry.of(window, 0.5)._replace(radius=window.radius),
         )  # fmt: skip
         scores = torch.einsum("bqhd,bkhd->bqhk", query.double(), key.double()) * 0.5
         scores = scores.masked_fill(~window.mask()[None, :, None], float("-inf"))

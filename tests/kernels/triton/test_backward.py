@@ -9,6 +9,7 @@ import torch
 from support.oracle import mask_by_definition, relative_error
 from support.triton_mode import interpreted
 
+from clear_dit.kernels.opaque import Geometry
 from clear_dit.kernels.window import Window
 
 if not interpreted:
@@ -55,8 +56,7 @@ def tensors_of(window, batch=1, heads=1, head_dim=16, pooled=0, dtype=torch.floa
 def ours(tensors, grad, out, lse, window, scale, config=CONFIG, programs=8):
     return attention_backward(
         grad, *tensors, out.to(grad.dtype), lse.float().contiguous(),
-        height=window.height, width=window.width, text_length=window.text_length,
-        radius=window.disc_radius, scale=scale, config=config, programs=programs,
+        Geometry.of(window, scale), config=config, programs=programs,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from support.agreement import check, inputs, problem
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.choice import why_not
+from clear_dit.kernels.opaque import Geometry
 from clear_dit.kernels.reference import reference_attention
 from clear_dit.kernels.window import Window
 
@@ -89,7 +90,7 @@ def test_every_tile_shape_and_way_to_load(config):
     lse = torch.full(query.shape[:3], float("nan"))
     pooled = query[:, :0]
     launch.image_attention(
-        query, key, value, pooled, pooled, out, lse, 11, 19, 33, 6, 0.2, config
+        query, key, value, pooled, pooled, out, lse, Geometry.of(window, 0.2), config
     )  # fmt: skip
     exact, exact_lse = reference_attention(
         query.double(), key.double(), value.double(), window, scale=0.2, return_lse=True

@@ -61,7 +61,7 @@ def test_every_pair_is_visited_once_and_no_mask_is_left_out(height, width, radiu
                 assert disc[unmasked].all()
 
 
-def test_lists_do_not_grow_with_the_picture():
+def test_lists_do_not_grow_with_the_image():
     small = visits(64, 64, 8, TILINGS[0], CPU)
     large = visits(512, 512, 8, TILINGS[0], CPU)
     assert large.offsets.shape == small.offsets.shape

@@ -15,6 +15,7 @@ from support.oracle import pool_by_definition, relative_error
 from support.triton_mode import interpreted
 
 from clear_dit.kernels import window as original
+from clear_dit.kernels.opaque import Geometry
 
 if not interpreted:
     pytest.skip("needs Triton and its interpreter", allow_module_level=True)
@@ -131,6 +132,7 @@ def battery(launch, tables, geometry, backward, part) -> float:
     gradients = tables.BackwardConfig(tile, tile, run, run)
     for height, width, text, radius, factor in ((5, 9, 5, 6, 3), (9, 6, 16, 5, 1)):
         window = original.Window(height, width, text, radius, factor)
+        numbers = Geometry(height, width, text, radius, 0.25, 0, height)
         torch.manual_seed(0)
         # Values far from zero on average: a key more or less is then always seen.
         shape = (1, window.sequence_length, 2, 16)
@@ -141,14 +143,13 @@ def battery(launch, tables, geometry, backward, part) -> float:
         tensors = [x.float() for x in tensors]
         out, lse = torch.full(shape, float("nan")), torch.full(shape[:3], float("nan"))
         if part == "forward":
-            launch.image_attention(*tensors, out, lse, height, width, text, radius, 0.25, config)
+            launch.image_attention(*tensors, out, lse, numbers, config)
             launch.text_attention(*tensors[:3], out, lse, text, 0.25, run, 8)
             worst = max(worst, *map(error_of, (out, lse), truth))
             continue
         grads = backward.attention_backward(
             truth[0].float(), *tensors, truth[0].float(), truth[1].float(),
-            height=height, width=width, text_length=text, radius=radius, scale=0.25,
-            config=gradients, programs=8,
+            numbers, config=gradients, programs=8,
         )  # fmt: skip
         worst = max(worst, *map(error_of, grads, truth[2:]))
     return worst

@@ -264,7 +264,7 @@ def test_custom_ops_are_well_formed(size):
         torch.library.opcheck(norm_rope_backward, (grad, *args))
 
 
-def test_8k_picture_under_fake_tensors():
+def test_8k_image_under_fake_tensors():
     with FakeTensorMode():
         image = torch.empty(1, 512 * 512, 24 * 128 * 3, dtype=torch.bfloat16, device="cuda")
         image = image.chunk(3, dim=-1)[0].unflatten(-1, (24, 128))

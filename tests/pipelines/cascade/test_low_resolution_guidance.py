@@ -1,4 +1,4 @@
-"""Low frequencies of the previous picture steer a stage, and nothing else."""
+"""Low frequencies of the previous image steer a stage, and nothing else."""
 
 import pytest
 import torch

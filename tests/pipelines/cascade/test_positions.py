@@ -1,4 +1,4 @@
-"""Position tables for larger pictures: what each method does, and who still has to read them."""
+"""Position tables for larger images: what each method does, and who still has to read them."""
 
 import math
 from itertools import pairwise
@@ -103,8 +103,8 @@ def test_the_grid_is_found_in_every_table(position_ids, method, factors, axes):
 
 @pytest.mark.parametrize("text", [0, 1, TEXT])
 def test_two_positions_are_the_true_and_the_scaled(position_ids, text):
-    """The picture keeps away from the ends of the trained extent; text stays at its beginning."""
-    reference = torch.tensor([[1.0, 4.0, 6.0]])  # of another picture: stays where it is
+    """The image keeps away from the ends of the trained extent; text stays at its beginning."""
+    reference = torch.tensor([[1.0, 4.0, 6.0]])  # of another image: stays where it is
     ids = torch.cat([torch.zeros(text, 3), position_ids(ROWS, COLUMNS), reference])
     cos, sin, *far = table(ids, "two", (2.0, 3.0))
     assert same((cos, sin), table(ids, "none"))
@@ -189,7 +189,7 @@ SIDE = 4112 // 16
 
 
 def distinct_rows(ids):
-    """Rows of tokens that FLUX.1's rotary table tells apart, of a picture one token wide."""
+    """Rows of tokens that FLUX.1's rotary table tells apart, of an image one token wide."""
     return len(FluxPosEmbed(THETA, FLUX_AXES)(ids)[0].unique(dim=0))
 
 

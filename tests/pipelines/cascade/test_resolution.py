@@ -31,7 +31,7 @@ def draw(pipe, prompt="a red house", height=24, width=40, **options):
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (1024, 1280), (768, 1344), (512, 512)])
-def test_native_sizes_are_painted_as_trained(size):
+def test_native_sizes_are_generated_as_trained(size):
     assert settings_for(*size) == Resolution()
 
 
@@ -150,7 +150,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_each_setting_alone_changes_the_picture(tiny_pipeline, change):
+def test_each_setting_alone_changes_the_image(tiny_pipeline, change):
     pipe = tiny_pipeline(FluxPipeline)
     before = draw(pipe)
     with applied(pipe, Resolution(**CHANGES[change])):

@@ -27,7 +27,7 @@ def pipe(tiny_pipeline):
     return pipe
 
 
-def paint(pipe, prompt="a red house", seed=0, **options):
+def generate(pipe, prompt="a red house", seed=0, **options):
     options = {"height": 48, "width": 64, "output_type": "latent", **options}
     return pipe(
         prompt,
@@ -38,7 +38,7 @@ def paint(pipe, prompt="a red house", seed=0, **options):
     ).images
 
 
-def picture(height=24, width=40, mode="RGB"):
+def make_image(height=24, width=40, mode="RGB"):
     values = np.random.default_rng(0).integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
     return Image.fromarray(values, mode)
 
@@ -51,7 +51,7 @@ def watch(pipe, **options):
         seen.append((pipe.stage.name, step, timestep.item(), tuple(tensors["latents"].shape)))
         return tensors
 
-    return seen, paint(pipe, callback_on_step_end=callback, **options)
+    return seen, generate(pipe, callback_on_step_end=callback, **options)
 
 
 def test_stages_steps_and_callbacks(pipe):
@@ -70,35 +70,35 @@ def test_stages_steps_and_callbacks(pipe):
 
 def test_progress_is_named_by_stage_and_put_back(pipe, capsys):
     pipe.set_progress_bar_config(desc="mine", disable=False)
-    paint(pipe)
+    generate(pipe)
     shown = capsys.readouterr().err
     for description in ("stage 1 of 3, 20x12", "stage 2 of 3, 36x24", "stage 3 of 3, 64x48"):
         assert description in shown
-    paint(pipe, height=16, width=16)
+    generate(pipe, height=16, width=16)
     assert "mine" in capsys.readouterr().err
 
 
 def test_determined_by_the_seed_alone(pipe):
-    first = paint(pipe)
-    assert torch.equal(paint(pipe), first)
-    assert not torch.allclose(paint(pipe, seed=1), first, atol=1e-2)
+    first = generate(pipe)
+    assert torch.equal(generate(pipe), first)
+    assert not torch.allclose(generate(pipe, seed=1), first, atol=1e-2)
     seeds = [torch.Generator().manual_seed(seed) for seed in (5, 0)]
-    both = paint(pipe, ["a house", "a red house"], generator=seeds)
+    both = generate(pipe, ["a house", "a red house"], generator=seeds)
     torch.testing.assert_close(both[1:], first, atol=1e-5, rtol=1e-5)
-    copies = paint(pipe, num_images_per_prompt=2, output_type="np")
+    copies = generate(pipe, num_images_per_prompt=2, output_type="np")
     assert copies.shape == (2, 48, 64, 3)
     assert np.abs(copies[0] - copies[1]).max() > 1e-3
 
 
 def test_output_types(pipe):
-    pixels = paint(pipe, output_type="np")
+    pixels = generate(pipe, output_type="np")
     assert pixels.shape == (1, 48, 64, 3)
-    (image,) = paint(pipe, output_type="pil")
+    (image,) = generate(pipe, output_type="pil")
     assert image.size == (64, 48)
     assert np.abs(np.asarray(image) / 255 - pixels[0]).max() < 1 / 255
-    assert np.array_equal(paint(pipe, output_type="pt").permute(0, 2, 3, 1).numpy(), pixels)
+    assert np.array_equal(generate(pipe, output_type="pt").permute(0, 2, 3, 1).numpy(), pixels)
     assert isinstance(
-        paint_tuple := pipe(
+        generate_tuple := pipe(
             "a house",
             height=16,
             width=16,
@@ -108,79 +108,88 @@ def test_output_types(pipe):
         ),
         tuple,
     )
-    assert paint_tuple[0][0].size == (16, 16)
+    assert generate_tuple[0][0].size == (16, 16)
     with pytest.raises(
         ValueError, match="output_type must be one of pil, np, pt, latent; got 'jpg'"
     ):
-        paint(pipe, output_type="jpg")
+        generate(pipe, output_type="jpg")
 
 
 def test_guidance_of_both_kinds_acts_in_every_stage(pipe, tiny_transformer):
-    plain = paint(pipe, strength=0.0)
+    plain = generate(pipe, strength=0.0)
     guided = {"negative_prompt": "the sea", "true_cfg_scale": 3.0}
-    assert not torch.allclose(paint(pipe, strength=0.0, **guided), plain, atol=1e-3)
-    image = {"image": picture(), "height": 48, "width": 80}
-    one, two = paint(pipe, **image), paint(pipe, **image, **guided)
+    assert not torch.allclose(generate(pipe, strength=0.0, **guided), plain, atol=1e-3)
+    image = {"image": make_image(), "height": 48, "width": 80}
+    one, two = generate(pipe, **image), generate(pipe, **image, **guided)
     assert not torch.allclose(one, two, atol=1e-3)
-    batch = paint(pipe, ["a red house", "the sea"], **image, **guided)  # one negative prompt
+    batch = generate(pipe, ["a red house", "the sea"], **image, **guided)  # one negative prompt
     assert batch.shape[0] == 2
     pipe.register_modules(transformer=tiny_transformer(guidance_embeds=True))
-    weak, strong = (paint(pipe, **image, guidance_scale=scale) for scale in (1.0, 9.0))
+    weak, strong = (generate(pipe, **image, guidance_scale=scale) for scale in (1.0, 9.0))
     assert not torch.allclose(weak, strong, atol=1e-4)
 
 
 def test_embeddings_in_place_of_prompts(pipe):
     with torch.no_grad():
         embeds, pooled, _ = pipe.encode_prompt("a red house", None, max_sequence_length=6)
-    given = paint(pipe, None, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
-    assert torch.equal(given, paint(pipe))
-    copies = paint(
+    given = generate(pipe, None, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    assert torch.equal(given, generate(pipe))
+    copies = generate(
         pipe, None, prompt_embeds=embeds, pooled_prompt_embeds=pooled, num_images_per_prompt=2
     )
-    assert torch.equal(copies, paint(pipe, num_images_per_prompt=2))
+    assert torch.equal(copies, generate(pipe, num_images_per_prompt=2))
 
 
-def test_strength_zero_is_the_enlarged_picture(pipe):
+def test_strength_zero_is_the_enlarged_image(pipe):
     image = torch.rand(1, 3, 8, 12, generator=torch.Generator().manual_seed(3))
     image = torch.nn.functional.interpolate(image, (24, 36), mode="bicubic").clamp(0, 1)
-    kept = paint(pipe, image=image, height=48, width=72, strength=0.0)
-    repainted = paint(pipe, image=image, height=48, width=72, strength=1.0)
-    other = paint(pipe, image=1 - image, height=48, width=72, strength=1.0)
+    kept = generate(pipe, image=image, height=48, width=72, strength=0.0)
+    repainted = generate(pipe, image=image, height=48, width=72, strength=1.0)
+    other = generate(pipe, image=1 - image, height=48, width=72, strength=1.0)
     assert not torch.allclose(kept, repainted, atol=1e-2)
     assert torch.equal(repainted, other)  # from noise alone
     assert not torch.equal(
-        paint(pipe, image=image, strength=0.5, height=48, width=72),
-        paint(pipe, image=1 - image, strength=0.5, height=48, width=72),
+        generate(pipe, image=image, strength=0.5, height=48, width=72),
+        generate(pipe, image=1 - image, strength=0.5, height=48, width=72),
     )
 
 
 def test_sizes_with_an_image(pipe):
-    assert paint(pipe, image=picture(24, 40), height=None, width=None).shape[1] == 12 * 20
-    assert paint(pipe, image=picture(25, 41), height=None, width=40).shape[1] == 6 * 10
-    assert paint(
-        pipe, image=[picture(), picture()], prompt=["a", "a"], height=48, width=80
+    assert generate(pipe, image=make_image(24, 40), height=None, width=None).shape[1] == 12 * 20
+    assert generate(pipe, image=make_image(25, 41), height=None, width=40).shape[1] == 6 * 10
+    assert generate(
+        pipe, image=[make_image(), make_image()], prompt=["a", "a"], height=48, width=80
     ).shape == (2, 240, 4)
 
 
 ARGUMENTS = {
-    "alpha": ({"image": picture(mode="RGBA")}, r"image has an alpha channel \(mode RGBA\); paste"),
-    "one pixel": ({"image": picture(1, 1)}, "image must have at least 16 pixels a side, got 1x1"),
-    "tiny": ({"image": picture(15, 99)}, "at least 16 pixels a side, got 99x15"),
+    "alpha": (
+        {"image": make_image(mode="RGBA")},
+        r"image has an alpha channel \(mode RGBA\); paste",
+    ),
+    "one pixel": (
+        {"image": make_image(1, 1)},
+        "image must have at least 16 pixels a side, got 1x1",
+    ),
+    "tiny": ({"image": make_image(15, 99)}, "at least 16 pixels a side, got 99x15"),
     "4 channels": ({"image": torch.rand(1, 4, 24, 40)}, r"alpha channel \(4 channels\); give 3"),
     "integers": ({"image": torch.ones(3, 24, 40).byte()}, r"must be float, .* torch.uint8"),
     "range": ({"image": 2 * torch.ones(3, 24, 40)}, "values of a tensor must be from 0 to 1"),
     "nan": ({"image": torch.full((3, 24, 40), torch.nan)}, "must be from 0 to 1"),
     "a path": ({"image": "photo.png"}, "must be a PIL image, a list of them or a tensor, got str"),
-    "sizes differ": ({"image": [picture(), picture(40, 24)]}, "one size, got 40x24, 24x40"),
-    "no picture": ({"image": []}, "all pictures must have one size, got none"),
-    "three for one": ({"image": [picture()] * 3, "width": 80}, "3 pictures for 1; give one or all"),
+    "sizes differ": ({"image": [make_image(), make_image(40, 24)]}, "one size, got 40x24, 24x40"),
+    "no image": ({"image": []}, "all images must have one size, got none"),
+    "three for one": (
+        {"image": [make_image()] * 3, "width": 80},
+        "3 images for 1; give one or all",
+    ),
     "larger": (
-        {"image": picture(96, 128)},
-        r"larger \(128x96\) than the picture asked for \(64x48",
+        {"image": make_image(96, 128)},
+        r"larger \(128x96\) than the image asked for \(64x48",
     ),
     "aspect": (
-        {"image": picture(24, 40), "width": 48},
-        "40x24 and the picture asked for 48x48, another aspect ratio; ask for 80x48",
+        {"image": make_image(24, 40), "width": 48},
+        "40x24 and the image asked for 48x48, another aspect ratio; ask for 80x48",
     ),
     "size": ({"height": 50}, "height must be a multiple of 4 pixels, got 50"),
     "strength": ({"strength": 1.1}, "strength must be from 0 to 1, got 1.1"),
@@ -189,12 +198,12 @@ ARGUMENTS = {
     "latents": ({"latents": torch.zeros(1, 192, 4)}, r"for the first stage, 20x12: \(batch, 15,"),
     "nan latents": ({"latents": torch.full((1, 15, 4), torch.nan)}, "latents must be finite"),
     "latents and image": (
-        {"latents": torch.zeros(1, 15, 4), "image": picture(24, 32)},
-        "latents are the noise of a picture that has no image=",
+        {"latents": torch.zeros(1, 15, 4), "image": make_image(24, 32)},
+        "latents are the noise of an image that has no image=",
     ),
     "generators": (
-        {"generator": [torch.Generator()] * 2, "image": picture(), "width": 80},
-        "2 generators for 1 pictures; give one, or one for each",
+        {"generator": [torch.Generator()] * 2, "image": make_image(), "width": 80},
+        "2 generators for 1 images; give one, or one for each",
     ),
     "no generator": ({"generator": None, "stages_dir": "x"}, "stages_dir needs a generator"),
     "absurd": (
@@ -209,15 +218,15 @@ def test_refused_before_any_work(pipe, case, monkeypatch):
     options, message = ARGUMENTS[case]
     monkeypatch.setattr(pipe.transformer, "forward", None)
     with pytest.raises(ValueError, match=f"CLEARFluxPipeline.*{message}"):
-        paint(pipe, **options)
+        generate(pipe, **options)
 
 
 def test_memory_is_counted_for_the_batch(pipe, monkeypatch):
     need = 192 * 32 * 4 * memory_need.COPIES + 12 * 48 * 64
     monkeypatch.setattr(memory_need, "total_memory", lambda device: need)
-    paint(pipe)
-    with pytest.raises(ValueError, match="2 pictures of 64x48 pixels"):
-        paint(pipe, num_images_per_prompt=2)
+    generate(pipe)
+    with pytest.raises(ValueError, match="2 images of 64x48 pixels"):
+        generate(pipe, num_images_per_prompt=2)
 
 
 def test_native_size(pipe, tmp_path):
@@ -248,13 +257,13 @@ def test_not_finite_latents_are_refused_at_once(pipe):
         FloatingPointError,
         match=r"NaN or infinite after step 2 of 3 of stage 2 \(36x24\); use float32 or bfloat16",
     ):
-        paint(pipe, strength=1.0)
+        generate(pipe, strength=1.0)
     assert len(calls) == 5
     assert pipe.stage is None
 
 
 @pytest.mark.parametrize("stage", ["20x12", "36x24"])
-def test_interrupted_picture_has_the_size_of_its_stage(pipe, stage, tmp_path):
+def test_interrupted_image_has_the_size_of_its_stage(pipe, stage, tmp_path):
     steps = []
 
     def callback(pipe, step, timestep, tensors):
@@ -262,24 +271,24 @@ def test_interrupted_picture_has_the_size_of_its_stage(pipe, stage, tmp_path):
         pipe._interrupt = pipe.stage.name == stage
         return tensors
 
-    image = paint(pipe, callback_on_step_end=callback, output_type="pil", stages_dir=tmp_path)[0]
+    image = generate(pipe, callback_on_step_end=callback, output_type="pil", stages_dir=tmp_path)[0]
     assert f"{image.width}x{image.height}" == stage
     assert steps.count(stage) == 1
     assert {path.name for path in tmp_path.glob("stage*")} == (
         set() if stage == "20x12" else {"stage-1-20x12.safetensors"}
     )
-    assert len(paint(pipe, output_type="pil")) == 1  # and the next call is not
+    assert len(generate(pipe, output_type="pil")) == 1  # and the next call is not
 
 
 def test_clear_above_the_native_size_only(pipe, tmp_path):
-    expected = paint(pipe, strength=0.0)  # a picture of the first stage, full attention
+    expected = generate(pipe, strength=0.0)  # an image of the first stage, full attention
     apply_clear(pipe, radius=2)
     weights = {key: torch.randn(p.shape) for key, p in parameters_by_key(pipe.transformer).items()}
     save_file(weights, tmp_path / "clear_local_2.safetensors")
     pipe.load_clear_weights(tmp_path)
     installed = pipe.transformer.attn_processors
 
-    assert torch.equal(paint(pipe, strength=0.0), expected)
+    assert torch.equal(generate(pipe, strength=0.0), expected)
     processors = []
 
     def callback(pipe, step, timestep, tensors):
@@ -287,15 +296,15 @@ def test_clear_above_the_native_size_only(pipe, tmp_path):
         processors.append((pipe.stage.attention, *kinds))
         return tensors
 
-    local = paint(pipe, callback_on_step_end=callback)
+    local = generate(pipe, callback_on_step_end=callback)
     full = FullTwoPositionProcessor  # the first stage is no square
     assert set(processors) == {("full", full), ("clear", LayerProcessor)}
     assert pipe.transformer.attn_processors == installed
     for key, parameter in parameters_by_key(pipe.transformer).items():
         assert torch.equal(parameter, weights[key])
     remove_clear(pipe)
-    assert torch.equal(paint(pipe, strength=0.0), expected)
-    assert not torch.allclose(paint(pipe), local, atol=1e-3)
+    assert torch.equal(generate(pipe, strength=0.0), expected)
+    assert not torch.allclose(generate(pipe), local, atol=1e-3)
 
 
 def test_attention_comes_back_after_an_error(pipe, tmp_path):
@@ -306,7 +315,7 @@ def test_attention_comes_back_after_an_error(pipe, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        paint(pipe, callback_on_step_end=stop)
+        generate(pipe, callback_on_step_end=stop)
     assert pipe.transformer.attn_processors == installed
 
 
@@ -322,7 +331,7 @@ def test_fused_projections_keep_clear_weights_in_every_stage(pipe, tmp_path):
         seen.add(pipe.stage.attention)
         return tensors
 
-    paint(pipe, callback_on_step_end=callback)
+    generate(pipe, callback_on_step_end=callback)
     assert seen == {"clear"}
 
 
@@ -343,9 +352,9 @@ def stop_in(stage, step=1):
 @pytest.mark.parametrize("given", [{}, {"negative_prompt": "sea", "true_cfg_scale": 2.0}])
 def test_goes_on_after_the_last_finished_stage(pipe, tmp_path, stage, given):
     given = {"strength": 0.8, **given}
-    expected = paint(pipe, **given)
+    expected = generate(pipe, **given)
     with pytest.raises(StoppedError):
-        paint(pipe, stages_dir=tmp_path, callback_on_step_end=stop_in(stage), **given)
+        generate(pipe, stages_dir=tmp_path, callback_on_step_end=stop_in(stage), **given)
     kept = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     names = ["stage-1-20x12", "stage-2-36x24", "stage-3-64x48"]
     assert (
@@ -364,7 +373,7 @@ def test_goes_on_after_the_last_finished_stage(pipe, tmp_path, stage, given):
 
 def test_enlarging_a_batch_resumes_too(pipe, tmp_path):
     given = {
-        "image": picture(24, 32),
+        "image": make_image(24, 32),
         "height": 96,
         "width": 128,
         "prompt": ["a house", "the sea"],
@@ -373,7 +382,7 @@ def test_enlarging_a_batch_resumes_too(pipe, tmp_path):
 
     def once_more(**options):
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        return paint(pipe, generator=generators, **given, **options)
+        return generate(pipe, generator=generators, **given, **options)
 
     expected = once_more()
     with pytest.raises(StoppedError):
@@ -388,74 +397,74 @@ OTHERS = {
     "stages ": {"strength": 0.4},
     "steps, guidance or other setting": {"low_resolution_guidance": 0.5},
     "steps, guidance or other setting ": {"guidance_scale": 1.0},
-    "image": {"image": picture(24, 32)},
+    "image": {"image": make_image(24, 32)},
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_folder_of_another_request_is_refused(pipe, tmp_path, name):
-    paint(pipe, stages_dir=tmp_path)
+    generate(pipe, stages_dir=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
         ValueError, match=rf"stage-1-20x12.safetensors is of another request .*{name.strip()}"
     ):
-        paint(pipe, stages_dir=tmp_path, **OTHERS[name])
+        generate(pipe, stages_dir=tmp_path, **OTHERS[name])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_of_another_model_or_attention_is_refused(pipe, tmp_path):
-    paint(pipe, stages_dir=tmp_path)
+    generate(pipe, stages_dir=tmp_path)
     apply_clear(pipe, radius=2)
     with pytest.raises(ValueError, match=r"of another request .*model"):
-        paint(pipe, stages_dir=tmp_path)
+        generate(pipe, stages_dir=tmp_path)
     remove_clear(pipe)
-    paint(pipe, stages_dir=tmp_path)
+    generate(pipe, stages_dir=tmp_path)
     with torch.no_grad():
         pipe.transformer.transformer_blocks[1].attn.to_q.bias[0] += 1e-3
     with pytest.raises(ValueError, match=r"another request \(another model\)"):
-        paint(pipe, stages_dir=tmp_path)
+        generate(pipe, stages_dir=tmp_path)
 
 
 def test_stage_files_are_described_and_damaged_ones_refused(pipe, tmp_path):
-    paint(pipe, stages_dir=tmp_path)
+    generate(pipe, stages_dir=tmp_path)
     path = tmp_path / "stage-2-36x24.safetensors"
     with safe_open(path, framework="pt") as file:
         assert file.get_tensor("latents").shape == (1, 6 * 9, 4)
         assert len(json.loads(file.metadata()["request"])["stages"]) == 3
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"36x24.safetensors is not a finished stage of this prog"):
-        paint(pipe, stages_dir=tmp_path)
+        generate(pipe, stages_dir=tmp_path)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="remove it or name another folder"):
-        paint(pipe, stages_dir=tmp_path)
+        generate(pipe, stages_dir=tmp_path)
 
 
 def test_stages_dir_must_be_a_folder(pipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"stages_dir: cannot write in the folder"):
-        paint(pipe, stages_dir=tmp_path / "file")
+        generate(pipe, stages_dir=tmp_path / "file")
     with pytest.raises(ValueError, match=r"cannot tell whether a .* is the same"):
-        paint(pipe, stages_dir=tmp_path, joint_attention_kwargs={"mask": object()})
+        generate(pipe, stages_dir=tmp_path, joint_attention_kwargs={"mask": object()})
 
 
 def test_model_offload(pipe):
-    image = picture()
-    expected = [paint(pipe), paint(pipe, image=image, height=48, width=80)]
+    image = make_image()
+    expected = [generate(pipe), generate(pipe, image=image, height=48, width=80)]
     pipe.enable_model_cpu_offload(device="cpu")
-    assert torch.equal(paint(pipe), expected[0])
-    assert torch.equal(paint(pipe, image=image, height=48, width=80), expected[1])
+    assert torch.equal(generate(pipe), expected[0])
+    assert torch.equal(generate(pipe, image=image, height=48, width=80), expected[1])
 
 
 def test_a_new_pipeline_has_no_progress_bar_yet(pipe):
     del pipe._progress_bar_config
-    assert paint(pipe, height=16, width=16).isfinite().all()
+    assert generate(pipe, height=16, width=16).isfinite().all()
 
 
 def test_a_generator_moves_on(pipe):
     generator = torch.Generator().manual_seed(0)
-    for options in ({}, {"image": picture(), "height": 48, "width": 80}):
-        first = paint(pipe, generator=generator, **options)
-        assert not torch.allclose(paint(pipe, generator=generator, **options), first, atol=1e-2)
+    for options in ({}, {"image": make_image(), "height": 48, "width": 80}):
+        first = generate(pipe, generator=generator, **options)
+        assert not torch.allclose(generate(pipe, generator=generator, **options), first, atol=1e-2)
 
 
 def test_settings_of_stages_can_be_given(pipe):
@@ -465,12 +474,12 @@ def test_settings_of_stages_can_be_given(pipe):
         seen.append((height, width))
         return Resolution(rope="interpolation", rope_factors=(2.0, 2.0), shift=5.0)
 
-    given = paint(pipe, resolution=resolution)
+    given = generate(pipe, resolution=resolution)
     assert seen == [(12, 20), (24, 36), (48, 64)]
-    assert not torch.allclose(given, paint(pipe), atol=1e-2)
+    assert not torch.allclose(given, generate(pipe), atol=1e-2)
 
 
-def test_low_resolution_guidance_is_for_large_pictures():
+def test_low_resolution_guidance_is_for_large_images():
     request = Request((), {}, 1, 3, None, None, None, [], None, None, ())
     weights = [
         request.weight(Stage(side, 64, 0.5, "clear", Resolution())) for side in (4096, 4112, 8192)
@@ -478,40 +487,40 @@ def test_low_resolution_guidance_is_for_large_pictures():
     assert weights == [0.0, 1.0, 1.0]
 
 
-def test_full_attention_in_large_pictures_is_warned_about(pipe, caplog):
-    paint(pipe)
+def test_full_attention_in_large_images_is_warned_about(pipe, caplog):
+    generate(pipe)
     assert "full attention at 64x48 pixels is slow" in caplog.text
     caplog.clear()
     apply_clear(pipe, radius=2)
-    paint(pipe)
+    generate(pipe)
     assert "is slow" not in caplog.text
 
 
-def test_what_an_autoencoder_overflows_to_is_no_picture(pipe):
+def test_what_an_autoencoder_overflows_to_is_no_image(pipe):
     with torch.no_grad():
         next(pipe.vae.decoder.parameters()).fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="the autoencoder's output is NaN or infinite"):
-        paint(pipe, height=16, width=16, output_type="pil")
+        generate(pipe, height=16, width=16, output_type="pil")
 
 
 def test_a_wrong_autoencoder_is_refused_before_any_work(pipe, monkeypatch):
     monkeypatch.setattr(pipe.transformer, "forward", None)
     pipe.vae.encoder = torch.nn.Identity()
     with pytest.raises(ValueError, match="autoencoder: "):
-        paint(pipe)
+        generate(pipe)
 
 
 def test_an_extrapolated_shift_is_refused(pipe, monkeypatch):
     monkeypatch.setattr(pipe.transformer, "forward", None)
     pipe.scheduler.register_to_config(use_dynamic_shifting=True, base_shift=9.0)
     with pytest.raises(ValueError, match="dynamic shifting is extrapolated"):
-        paint(pipe, height=16, width=16)
+        generate(pipe, height=16, width=16)
 
 
 def test_bfloat16(pipe):
-    expected = paint(pipe)
+    expected = generate(pipe)
     pipe.to(torch.bfloat16)
-    latents = paint(pipe)
+    latents = generate(pipe)
     assert latents.dtype == torch.bfloat16
     assert (latents.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 

@@ -54,7 +54,7 @@ def test_every_stage_at_most_doubles_and_the_first_is_native(height, width, nati
         return
     assert len(stages) == 1 + max(1, math.ceil(math.log(excess / NATIVE_SLACK, 4)))
     first = stages[0]
-    # A long, thin picture cannot be rounded to whole tokens as closely.
+    # A long, thin image cannot be rounded to whole tokens as closely.
     for own, target in ((first.height, height), (first.width, width)):
         exact = target / math.sqrt(excess)
         assert exact - 8 <= own <= max(exact * math.sqrt(NATIVE_SLACK), exact) + 16
@@ -92,7 +92,7 @@ def test_strength():
         (-0.1, "strength must be from 0 to 1, got -0.1"),
         (float("nan"), "strength must be from 0 to 1, got nan"),
         ([0.5, 2.0], "strength must be from 0 to 1, got 2.0"),
-        ([0.5], "strength has 1 values, but 2 stages enlarge a picture; give one number, or one"),
+        ([0.5], "strength has 1 values, but 2 stages enlarge an image; give one number, or one"),
     ],
 )
 def test_strength_is_refused(strength, message):

@@ -86,7 +86,7 @@ def test_tiles_are_the_whole(vae, size, tile):
 
 
 @pytest.mark.parametrize("name", ["kl", "demo"])
-def test_a_picture_of_1024_pixels_in_tiles(name, demo):
+def test_an_image_of_1024_pixels_in_tiles(name, demo):
     vae = (
         demo
         if name == "demo"
@@ -95,8 +95,8 @@ def test_a_picture_of_1024_pixels_in_tiles(name, demo):
     latents = make_latents(128, 128)
     whole, tiled = decode_at_once(vae, latents), decode(vae, latents, tile_pixels=512)
     assert psnr(whole, tiled) > 90
-    grey = [to_bytes(picture[0]).permute(1, 2, 0).numpy() for picture in (whole, tiled)]
-    expected, found = (measure_seams(picture, [512], [512]).ratio for picture in grey)
+    grey = [to_bytes(image[0]).permute(1, 2, 0).numpy() for image in (whole, tiled)]
+    expected, found = (measure_seams(image, [512], [512]).ratio for image in grey)
     assert found == pytest.approx(expected, rel=0.005)
 
 
@@ -128,7 +128,7 @@ def test_other_layers_of_an_autoencoder_kl():
     )
 
 
-def test_attention_of_a_large_picture_is_local_and_knows_no_tiles(kl, monkeypatch):
+def test_attention_of_a_large_image_is_local_and_knows_no_tiles(kl, monkeypatch):
     monkeypatch.setattr(segments, "WHOLE_ATTENTION", 100)
     monkeypatch.setattr(segments, "ATTENTION_RADIUS", 6)
     latents = make_latents(24, 20)

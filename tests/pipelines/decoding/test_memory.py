@@ -1,4 +1,4 @@
-"""Decoding's memory hardly grows with the picture: bytes of all tensors alive at once."""
+"""Decoding's memory hardly grows with the image: bytes of all tensors alive at once."""
 
 import itertools
 
@@ -46,12 +46,12 @@ def test_streamed_into_a_file(tmp_path):
 def test_of_flux_at_4096_pixels_against_2048(monkeypatch):
     """FLUX's own autoencoder, its operations not computed but for their sizes."""
 
-    def statistics(segments, picture, tile, team):  # measuring takes no more than decoding
+    def statistics(segments, image, tile, process_group):  # measuring takes no more than decoding
         count = sum(segment.norms for segment in segments)
         return [Moments(1, torch.zeros(32), torch.ones(32))] * count
 
     monkeypatch.setattr(autoencoder, "measure", statistics)
-    for check in ("_check_picture", "_check_output"):  # which read values
+    for check in ("_check_image", "_check_output"):  # which read values
         monkeypatch.setattr(autoencoder, check, lambda *_: None)
     peaks = {}
     with FakeTensorMode():

@@ -37,8 +37,8 @@ def alone():
     found = []
     for kind, latents, tile in CASES:
         vae = rank_tasks.make_autoencoder(kind)
-        picture = decode(vae, latents, tile_pixels=tile)
-        found.append((picture, encode(vae, picture, tile_pixels=tile)))
+        image = decode(vae, latents, tile_pixels=tile)
+        found.append((image, encode(vae, image, tile_pixels=tile)))
     return found
 
 
@@ -48,11 +48,11 @@ def test_ranks_together_are_one_process(alone, world, tmp_path):
     assert statuses == [0] * world, said
     for rank in range(world):
         coded = torch.load(tmp_path / f"coded-{rank}.pt", weights_only=True)
-        for (strips, picture, latents), (expected, encoded) in zip(coded, alone, strict=True):
-            torch.testing.assert_close(picture, expected, rtol=1e-5, atol=1e-5)
+        for (strips, image, latents), (expected, encoded) in zip(coded, alone, strict=True):
+            torch.testing.assert_close(image, expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(latents, encoded, rtol=1e-5, atol=1e-5)
             # The first rank writes; the others are given nothing to write.
             if rank == 0:
-                assert torch.equal(torch.cat(strips, dim=1)[None], picture)
+                assert torch.equal(torch.cat(strips, dim=1)[None], image)
             else:
                 assert strips == []

@@ -129,7 +129,7 @@ def test_what_is_refused(fake_ranks, tiny_pipeline, tiny_transformer, tiny_input
     inputs = tiny_inputs(6, 5)
     with pytest.raises(ValueError, match="6 x 5 = 30 image tokens, but hidden_states has 24"):
         model(**inputs | {"hidden_states": inputs["hidden_states"][:, :24]})
-    # A layer that would see a part of the picture only.
+    # A layer that would see a part of the image only.
     stock = tiny_transformer().transformer_blocks[0].attn.processor
     model.transformer_blocks[0].attn.set_processor(stock)
     with pytest.raises(ValueError, match=r"transformer_blocks.0.attn has a FluxAttnProcessor"):
@@ -144,19 +144,19 @@ def test_what_is_refused(fake_ranks, tiny_pipeline, tiny_transformer, tiny_input
     pipe = tiny_pipeline(CLEARFluxPipeline)
     pipe.enable_patch_parallel(both)
 
-    def paint(**options):
+    def generate(**options):
         given = {"height": 24, "width": 40, "num_inference_steps": 1, "max_sequence_length": 6}
         given["generator"] = torch.Generator().manual_seed(0)
         pipe("a red house", **given | {"output_type": "latent"} | options)
 
     with pytest.raises(ValueError, match="this pipeline has full attention; call apply_clear"):
-        paint()
+        generate()
     apply_clear(pipe, radius=2)
     with pytest.raises(ValueError, match="must draw the same noise"):
-        paint(generator=None)
+        generate(generator=None)
     with pytest.raises(ValueError, match="stages_dir does not work with patch parallelism"):
-        paint(stages_dir="nowhere")
+        generate(stages_dir="nowhere")
     with pytest.raises(ValueError, match="guidance ranks need two passes"):
-        paint()
+        generate()
     with pytest.raises(ValueError, match="at most 1 ranks, got 2"):
-        paint(height=4, width=16)
+        generate(height=4, width=16)

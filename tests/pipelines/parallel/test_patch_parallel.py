@@ -1,4 +1,4 @@
-"""Ranks that share a picture paint what one process paints: gloo on the CPU, float32."""
+"""Ranks that share an image generate what one process generates: gloo on the CPU, float32."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from support import patches
-from support.patches import CASCADE, CASES, OTHERS, PICTURES, denoise, paint
+from support.patches import CASCADE, CASES, IMAGES, OTHERS, denoise, generate
 
 # Children are forked from a server that imported everything once: starting one takes no seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -53,11 +53,11 @@ def alone():
 
     def latents(name):
         if name not in found:
-            pictures, cases = PICTURES | CASCADE, CASES | OTHERS
+            images, cases = IMAGES | CASCADE, CASES | OTHERS
             if name in cases:
                 found[name] = denoise(None, **cases[name])[0]
             else:
-                found[name] = paint(None, **pictures[name])
+                found[name] = generate(None, **images[name])
         return found[name]
 
     return latents
@@ -69,9 +69,9 @@ def difference(value, expected):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_ranks_paint_what_one_process_paints(world, shared, alone):
+def test_ranks_generate_what_one_process_generates(world, shared, alone):
     latents, _ = shared(world)
-    names = [*patches.cases(world), *patches.pictures(world)]
+    names = [*patches.cases(world), *patches.images(world)]
     errors = {name: difference(latents[name], alone(name)) for name in names}
     assert max(errors.values()) <= 1e-5, errors
 

@@ -64,7 +64,7 @@ def test_what_differs_is_named_with_its_rank(tmp_path):
 
 
 def test_other_adapters_and_seeds_are_found_before_the_first_step(tmp_path):
-    statuses, said = run_ranks(rank_tasks.paint_with_other_adapters, 2, tmp_path)
+    statuses, said = run_ranks(rank_tasks.generate_with_other_adapters, 2, tmp_path)
     assert 0 not in statuses
     told = next(text for text in said if "the ranks do not agree" in text)
     assert re.search(r"rank 1 \(.+\) has seed \w+, rank 0", told)

@@ -1,6 +1,6 @@
 """A tiny random transformer of each family's real class, and inputs for it.
 
-Two heads of 16 channels and two blocks of each kind. Pictures are given in tokens; text in tokens
+Two heads of 16 channels and two blocks of each kind. Images are given in tokens; text in tokens
 of a sample, of which the padded part is masked.
 """
 
@@ -20,8 +20,8 @@ from diffusers import (
 )
 
 HEADS, HEAD_DIM, TEXT_CHANNELS = 2, 16, 8
-# Z-Image pads pictures and captions to a multiple of this. Captions are longer than is asked for,
-# one of them still longer where they differ: so that no length is that of a picture, too.
+# Z-Image pads images and captions to a multiple of this. Captions are longer than is asked for,
+# one of them still longer where they differ: so that no length is that of an image, too.
 Z_IMAGE_MULTIPLE = 32
 Z_IMAGE_LONGER, Z_IMAGE_LONGEST = 2 * Z_IMAGE_MULTIPLE, 5 * Z_IMAGE_MULTIPLE
 
@@ -33,8 +33,8 @@ class TinyFamily(NamedTuple):
         model_class: of diffusers.
         config: of the tiny model.
         inputs: the keyword arguments of a forward, see `make_inputs`.
-        pictures: (length, start) of every sequence with the picture that a layer attends over, in
-            tokens, from the number of the picture's tokens, of text and of the references'.
+        image_sequences: (length, start) of every sequence with the image that a layer attends
+            over, in tokens, from the number of the image's tokens, of text and of the references'.
         masks_text: whether padded text can be told.
         takes_references: whether a sequence can hold reference images.
         guided: changes to `config` for a model with a guidance embedding; None: there are none.
@@ -43,7 +43,7 @@ class TinyFamily(NamedTuple):
     model_class: type
     config: dict[str, Any]
     inputs: Callable[..., dict[str, Any]]
-    pictures: Callable[[int, int, int], list[tuple[int, int]]]
+    image_sequences: Callable[[int, int, int], list[tuple[int, int]]]
     masks_text: bool = False
     takes_references: bool = False
     guided: dict[str, Any] | None = None
@@ -74,7 +74,7 @@ def make_inputs(
     """Random inputs of a forward.
 
     Args:
-        rows, columns: of the picture, in tokens.
+        rows, columns: of the image, in tokens.
         text: tokens of text in every sample.
         padded: all samples but the first have two tokens fewer, and padding in their place.
         guidance: with a guidance scale, for models with an embedding for it.
@@ -138,11 +138,11 @@ def flux_inputs(random, rows, columns, text, batch, references=()):
 def chroma_inputs(random, rows, columns, text, batch, padding=0):
     inputs = flux_inputs(random, rows, columns, text, batch)
     del inputs["pooled_projections"]
-    picture = torch.ones(batch, rows * columns, dtype=torch.bool)
-    # Of text and picture together. The pipeline has it in the dtype of the prompt; diffusers then
+    image = torch.ones(batch, rows * columns, dtype=torch.bool)
+    # Of text and image together. The pipeline has it in the dtype of the prompt; diffusers then
     # adds ones and zeros to the scores, which hides nothing.
     inputs["attention_mask"] = torch.cat(
-        [text_mask(batch, text, padding, torch.bool), picture], dim=1
+        [text_mask(batch, text, padding, torch.bool), image], dim=1
     )
     return inputs
 
@@ -229,7 +229,7 @@ def padded_to(multiple: int, length: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def z_image_pictures(image: int, text: int, references: int) -> list[tuple[int, int]]:
+def z_image_sequences(image: int, text: int, references: int) -> list[tuple[int, int]]:
     # In the noise refiner alone; with the longest caption of a batch, padded or not.
     alone = padded_to(Z_IMAGE_MULTIPLE, image)
     captions = [
@@ -300,7 +300,7 @@ FAMILIES = {
             "qk_norm": "rms_norm",
         },
         sd3_inputs,
-        # The second attention of a block with two is over the picture alone.
+        # The second attention of a block with two is over the image alone.
         lambda image, text, references: [(image + text, 0), (image, 0)],
     ),
     "qwen-image": TinyFamily(
@@ -332,7 +332,7 @@ FAMILIES = {
             "axes_lens": [256, 16, 16],
         },
         z_image_inputs,
-        z_image_pictures,
+        z_image_sequences,
         masks_text=True,
     ),
     "hunyuan-image": TinyFamily(

@@ -1,4 +1,4 @@
-"""The oracle: a stock model whose every attention over the picture gets CLEAR's dense mask."""
+"""The oracle: a stock model whose every attention over the image gets CLEAR's dense mask."""
 
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -12,17 +12,17 @@ from .models import FAMILIES, make_inputs, make_model, run
 FAR = 100  # a radius past every diagonal here, in tokens
 
 
-def local_mask(length: int, pictures: Sequence[tuple[int, int, int]], radius: int) -> torch.Tensor:
-    """(length, length) bool: every token sees every other one, except inside a picture.
+def local_mask(length: int, images: Sequence[tuple[int, int, int]], radius: int) -> torch.Tensor:
+    """(length, length) bool: every token sees every other one, except inside an image.
 
     There a token at (y, x) sees those at (y', x') with (y - y')^2 + (x - x')^2 < radius^2.
 
     Args:
         length: of the sequence, in tokens.
-        pictures: (start, rows, columns) of each.
+        images: (start, rows, columns) of each.
     """
     mask = torch.ones(length, length, dtype=torch.bool)
-    for start, rows, columns in pictures:
+    for start, rows, columns in images:
         ys, xs = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
         stop = start + rows * columns
         for y in range(rows):
@@ -73,14 +73,14 @@ def expected(
     """
     count = sum(h * w for h, w in references)
     masks = []
-    for length, start in FAMILIES[name].pictures(rows * columns, text, count):
-        pictures = [(start, rows, columns)]
+    for length, start in FAMILIES[name].image_sequences(rows * columns, text, count):
+        images = [(start, rows, columns)]
         if local_references:
             after = start + rows * columns
             for h, w in references:
-                pictures.append((after, h, w))
+                images.append((after, h, w))
                 after += h * w
-        masks.append(local_mask(length, pictures, radius))
+        masks.append(local_mask(length, images, radius))
     given = make_inputs(name, rows, columns, text, references=references, **inputs)
     with dense_masks(*masks):
         return run(make_model(name, **config or {}), given)

@@ -60,7 +60,7 @@ def call_options(name: str) -> dict[str, Any]:
 
 
 def draw(pipe: Any, name: str, rows: int = 4, columns: int = 6, **options: Any) -> torch.Tensor:
-    """Two pictures of two steps and of two prompts, (2, height, width, 3), from a fixed seed.
+    """Two images of two steps and of two prompts, (2, height, width, 3), from a fixed seed.
 
     Args:
         rows, columns: even, in tokens.

@@ -14,7 +14,7 @@ Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
-class Team:
+class RankGroup:
     """Ranks that take the parts of some work in turn: part n is that of rank n modulo their number.
 
     Attributes:
