@@ -65,7 +65,7 @@ def enlarge(
     """The image at twice the size, and the median seconds of a step."""
     height, width = 2 * base.height, 2 * base.width
     settings = settings_for(
-        height, width, pipe.native_size, text_length=text[0].shape[1], local=row.local
+        height, width, pipe.native_size, text_length=text.words.shape[1], local=row.local
     )
     marks = [time.perf_counter()]
 

@@ -15,19 +15,20 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..errors import RequestError
+from ..errors import RequestError, first_line
 from ..generation.checks import check_size, find_device, find_dtype
-from ..generation.denoising import decode
+from ..generation.denoising import Text, decode, denoise, encode, two_passes
 from ..generation.image_output import save_png
-from ..generation.models import load_pipeline, model_defaults, model_path, text_length
+from ..generation.models import load_pipeline, model_defaults, model_path
 from ..generation.prompts import read_prompts
 from ..generation.request import MAX_STEPS
+from ..pipelines.cascade.resolution import Resolution
 from ..versions import versions
 from .cpu_attention import PerHeadAttention
-from .denoise import autocast, denoise, encode, initial_noise, weights_dtype
 from .files import refuse_full_disk
 from .identity import fingerprint, same_model
-from .samples import INDEX, MAX_COUNT, SampleFolder, SampleIndex, Text, read_index
+from .precision import autocast, weights_dtype
+from .samples import INDEX, MAX_COUNT, SampleFolder, SampleIndex, read_index
 
 if TYPE_CHECKING:
     from ..pipelines.flux import CLEARFluxPipeline
@@ -169,12 +170,12 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     pipe = load_pipeline(request.model, weights_dtype(dtype, device), device)
     if weights_dtype(dtype, device) != dtype:
         pipe.transformer.set_attn_processor(PerHeadAttention())
+    pipe.set_progress_bar_config(disable=True)
     samples = SampleFolder(out, _index(request, pipe, prompts))
     _check_other(samples)
     processes.wait_for_everyone()  # nobody writes before everybody has looked
-    length = text_length(pipe)
     with autocast(dtype, device):
-        empty = encode(pipe, [""], length)
+        empty = encode(pipe, [""])
     refuse_full_disk(out, _bytes(samples, empty, pipe.transformer.config.in_channels))
     if processes.is_main_process:
         out.mkdir(exist_ok=True)
@@ -183,7 +184,7 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     processes.wait_for_everyone()
     own = range(processes.process_index, samples.index.shards, processes.num_processes)
     missing = [shard for shard in samples.missing() if shard in own]
-    guided = not pipe.transformer.config.guidance_embeds and request.guidance > 1
+    guided = two_passes(pipe, request.guidance)
     start, made = time.perf_counter(), 0
     total = sum(len(samples.index.numbers(shard)) for shard in missing)
     hidden = not (progress and processes.is_local_main_process)
@@ -229,10 +230,9 @@ def _make_shard(
     bar: Any,
 ) -> tuple[torch.Tensor, Text]:
     """Latents of a shard's samples and the embeddings of its different prompts."""
-    length = text_length(pipe)
     different = list(dict.fromkeys(texts))
     parts = [
-        encode(pipe, different[first : first + request.batch], length)
+        encode(pipe, different[first : first + request.batch])
         for first in range(0, len(different), request.batch)
     ]
     text = Text(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -242,19 +242,49 @@ def _make_shard(
     for first in range(0, len(texts), request.batch):
         chosen = slice(first, first + request.batch)
         latents.append(
-            denoise(
+            denoise_as_trained(
                 pipe,
-                initial_noise(pipe, seeds[chosen], index.height, index.width),
                 Text(text.words[rows[chosen]], text.pooled[rows[chosen]]),
                 empty,
-                height=index.height,
-                width=index.width,
-                steps=index.steps,
-                guidance=index.guidance,
+                seeds[chosen],
+                index,
             )
         )
         bar.update(len(latents[-1]))
     return torch.cat(latents), text
+
+
+def denoise_as_trained(
+    pipe: CLEARFluxPipeline, text: Text, empty: Text | None, seeds: list[int], index: SampleIndex
+) -> torch.Tensor:
+    """Packed latents, (batch, tokens, channels), of images of an index's size and settings.
+
+    In one stage and with the positions the model was trained with, at any size: those that the
+    student learns with.
+
+    Raises:
+        RequestError: the pipeline cannot do this size, or the latents are not finite.
+    """
+    try:
+        return denoise(
+            pipe,
+            text,
+            empty,
+            seeds,
+            height=index.height,
+            width=index.width,
+            steps=index.steps,
+            guidance=index.guidance,
+            cascade=False,
+            resolution=lambda height, width: Resolution(),
+        )
+    except FloatingPointError as error:
+        raise RequestError(
+            f"{index.model} in {index.dtype} gives latents that are not finite "
+            f"({first_line(error)}); use another --dtype."
+        ) from error
+    except ValueError as error:
+        raise RequestError(first_line(error)) from error
 
 
 def _write_images(pipe: CLEARFluxPipeline, samples: SampleFolder, shard: int) -> None:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import RequestError, first_line
 from ..generation.checks import DTYPES
+from ..generation.denoising import Text
 from ..generation.models import TOKEN_PIXELS
 from .files import write_tensors, write_text
 from .identity import same_model
@@ -87,13 +88,6 @@ class SampleIndex:
         for name in ("model", "fingerprint", "count", "versions"):
             del kept[name]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Text(NamedTuple):
-    """Embeddings of prompts: words [n, text tokens, channels] and pooled [n, channels]."""
-
-    words: torch.Tensor
-    pooled: torch.Tensor
 
 
 class Sample(NamedTuple):

@@ -22,11 +22,11 @@ from . import checkpoint
 from .card import card, hardware, mean_losses
 from .cpu_attention import PerHeadAttention
 from .data import Batch, Draws
-from .denoise import quiet_norms, weights_dtype
 from .files import write_text
 from .identity import fingerprint
 from .losses import Losses, attention_outputs, distillation_losses, noisy, parse_layers
 from .options import DistillOptions
+from .precision import quiet_norms, weights_dtype
 from .samples import SampleIndex, open_samples, read_index
 from .setup import check_room, make_accelerator, make_optimizer, make_schedule
 from .sharded import ShardedAverage, ShardedOptimizer, deal_out

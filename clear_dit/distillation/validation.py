@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..generation.denoising import decode
+from ..generation.denoising import Text, decode, encode, two_passes
 from ..generation.image_output import save_png
-from ..generation.models import text_length
 from ..generation.prompts import read_prompts
-from .denoise import autocast, denoise, encode, initial_noise
-from .sample import DEMO_PROMPTS
-from .samples import SampleIndex, Text
+from .precision import autocast
+from .sample import DEMO_PROMPTS, denoise_as_trained
+from .samples import SampleIndex
 
 if TYPE_CHECKING:
     from ..pipelines.flux import CLEARFluxPipeline
@@ -57,28 +56,19 @@ class Validator:
     ) -> None:
         self.pipe, self.prompts, self.index, self.folder = pipe, prompts, index, folder
         self.dtype = dtype
-        length = text_length(pipe)
+        pipe.set_progress_bar_config(disable=True)
         with autocast(dtype, pipe.device):
-            self.text = encode(pipe, prompts, length)
-            guided = not pipe.transformer.config.guidance_embeds and index.guidance > 1
-            self.empty: Text | None = encode(pipe, [""], length) if guided else None
+            self.text = encode(pipe, prompts)
+            guided = two_passes(pipe, index.guidance)
+            self.empty: Text | None = encode(pipe, [""]) if guided else None
         pipe.text_encoder = pipe.text_encoder_2 = None
 
     def generate(self) -> list[Any]:
         """PIL images, one of each prompt."""
         index = self.index
-        noise = initial_noise(self.pipe, range(len(self.prompts)), index.height, index.width)
+        seeds = list(range(len(self.prompts)))
         with autocast(self.dtype, self.pipe.device):
-            latents = denoise(
-                self.pipe,
-                noise,
-                self.text,
-                self.empty,
-                height=index.height,
-                width=index.width,
-                steps=index.steps,
-                guidance=index.guidance,
-            )
+            latents = denoise_as_trained(self.pipe, self.text, self.empty, seeds, index)
         latents = latents.to(self.pipe.vae.dtype)
         return [decode(self.pipe, each[None], index.height, index.width) for each in latents]
 

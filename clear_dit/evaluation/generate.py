@@ -98,15 +98,14 @@ class TextCache:
         fresh: dict[str, Text] = {}
         if new:
             embeds, pooled = (tensor.cpu() for tensor in encode(self._pipe, new))
-            fresh = {p: (embeds[i].clone(), pooled[i].clone()) for i, p in enumerate(new)}
+            fresh = {p: Text(embeds[i].clone(), pooled[i].clone()) for i, p in enumerate(new)}
         found = [fresh.get(prompt) or self._kept[prompt] for prompt in prompts]
         for prompt, text in fresh.items():
             self._bytes += sum(tensor.nbytes for tensor in text)
             if self._bytes <= TEXT_CACHE_MB * 2**20:
                 self._kept[prompt] = text
         device = self._pipe.device
-        embeds = torch.stack([text[0] for text in found]).to(device)
-        return embeds, torch.stack([text[1] for text in found]).to(device)
+        return Text(*(torch.stack(part).to(device) for part in zip(*found, strict=True)))
 
 
 def generate_missing(

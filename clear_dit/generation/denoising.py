@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -11,17 +11,22 @@ from .models import text_length
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
-# Of some prompts: (batch, text tokens, channels), and pooled (batch, channels).
-Text = tuple[torch.Tensor, torch.Tensor]
+
+class Text(NamedTuple):
+    """Embeddings of prompts: words (batch, text tokens, channels) and pooled (batch, channels)."""
+
+    words: torch.Tensor
+    pooled: torch.Tensor
 
 
 @torch.no_grad()
 def encode(pipe: FluxPipeline, prompts: list[str]) -> Text:
-    """Prompts as the transformer takes them, padded to `text_length(pipe)`."""
+    """Prompts as the transformer takes them, in its dtype, padded to `text_length(pipe)`."""
     embeds, pooled, _ = pipe.encode_prompt(
         prompt=prompts, prompt_2=None, device=pipe.device, max_sequence_length=text_length(pipe)
     )
-    return embeds, pooled
+    dtype = pipe.transformer.dtype  # under autocast the encoders' output has another
+    return Text(embeds.to(dtype), pooled.to(dtype))
 
 
 def two_passes(pipe: FluxPipeline, guidance: float) -> bool:
@@ -50,16 +55,16 @@ def denoise(
         seeds: an image depends on its own seed only, not on the others in the batch.
         height, width: in pixels.
         steps, guidance: see `GenerateRequest`.
-        stages: image, strength, low_resolution_guidance, stages_dir and callback_on_step_end, see
-            `CLEARFluxPipeline`.
+        stages: image, strength, cascade, low_resolution_guidance, stages_dir, resolution and
+            callback_on_step_end, see `CLEARFluxPipeline`.
 
     Returns:
         Packed, (batch, tokens, channels), in the pipeline's dtype.
     """
-    arguments: dict[str, Any] = {"prompt_embeds": text[0], "pooled_prompt_embeds": text[1]}
+    arguments: dict[str, Any] = {"prompt_embeds": text.words, "pooled_prompt_embeds": text.pooled}
     if empty is not None:
-        arguments["negative_prompt_embeds"] = empty[0].expand_as(text[0])
-        arguments["negative_pooled_prompt_embeds"] = empty[1].expand_as(text[1])
+        arguments["negative_prompt_embeds"] = empty.words.expand_as(text.words)
+        arguments["negative_pooled_prompt_embeds"] = empty.pooled.expand_as(text.pooled)
     embedded = bool(pipe.transformer.config.guidance_embeds)
     return pipe(
         height=height,

@@ -82,11 +82,11 @@ def encode_once(pipe: CLEARFluxPipeline, prompt: str, ranks: Ranks | None) -> Te
         text = encode(pipe, [prompt])
     else:
         config = pipe.transformer.config
-        text = (
+        text = Text(
             torch.empty(1, text_length(pipe), config.joint_attention_dim),
             torch.empty(1, config.pooled_projection_dim),
         )
-    embeds, pooled = (part.to(pipe.device, pipe.dtype).contiguous() for part in text)
-    ranks.process_group.broadcast(embeds, 0)
-    ranks.process_group.broadcast(pooled, 0)
-    return embeds, pooled
+    text = Text(*(part.to(pipe.device, pipe.dtype).contiguous() for part in text))
+    for part in text:
+        ranks.process_group.broadcast(part, 0)
+    return text
