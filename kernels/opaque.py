@@ -20,6 +20,8 @@ from .window import Window
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Backward = Callable[..., Gradients]
+# The arguments of `local_attention` -> (out, lse).
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Geometry(NamedTuple):
@@ -52,12 +54,16 @@ class Geometry(NamedTuple):
         return (self.query_stop - self.query_start) * self.width
 
 
-def attention_op(name: str, forward: Forward, backward: Backward) -> Forward:
-    """Register `clear_dit::{name}_attention` and its backward op; returns the forward op.
+def attention_op(name: str, forward: Forward, backward: Backward) -> Attention:
+    """Register `clear_dit::{name}_attention` and its backward op; returns what calls the former.
 
     An operator takes the numbers of a `Geometry` one by one; its backward one those up to the
     scale. Pooled key and value are (batch, pooled, heads, head_dim), empty without pooling; lse is
     float32 or wider.
+
+    Returns:
+        A function of the arguments of `local_attention`. It returns (out, lse), whether or not
+        `return_lse` asks for both; only `out` carries gradients.
     """
 
     def run_forward(
@@ -110,25 +116,25 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Forward:
     operators = torch.ops.clear_dit
     register_flop_formula(getattr(operators, f"{name}_attention"))(_flops)
     register_flop_formula(getattr(operators, f"{name}_attention_backward"))(_backward_flops)
-    return op
 
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: Window,
+        *,
+        scale: float,
+        spatial_weight: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if window.down_factor > 1:
+            pooled_key = pool_tokens(key, window, spatial_weight)
+            pooled_value = pool_tokens(value, window, spatial_weight)
+        else:
+            pooled_key = pooled_value = key.new_empty(key.shape[0], 0, *key.shape[2:])
+        return op(query, key, value, pooled_key, pooled_value, *Geometry.of(window, scale))
 
-def run_attention_op(
-    op: Forward,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: Window,
-    scale: float,
-    spatial_weight: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call an op of `attention_op` with the arguments of `local_attention`: (out, lse)."""
-    if window.down_factor > 1:
-        pooled_key = pool_tokens(key, window, spatial_weight)
-        pooled_value = pool_tokens(value, window, spatial_weight)
-    else:
-        pooled_key = pooled_value = key.new_empty(key.shape[0], 0, *key.shape[2:])
-    return op(query, key, value, pooled_key, pooled_value, *Geometry.of(window, scale))
+    return attend
 
 
 def channels_contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:

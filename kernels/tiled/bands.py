@@ -15,7 +15,7 @@ import logging
 import torch
 
 from ..merge import merge_
-from ..opaque import Geometry, attention_op, channels_contiguous, run_attention_op
+from ..opaque import Geometry, attention_op, channels_contiguous
 from ..window import Window
 from .backward import backward_in_bands
 from .native import forward
@@ -25,24 +25,6 @@ from .tiles import bands, executed_tile_pairs, tile_columns
 from .views import Masks, column_major, heads_first, key_tiles, query_tiles, tokens_first
 
 logger = logging.getLogger(__name__)
-
-
-def tiled_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: Window,
-    *,
-    scale: float,
-    spatial_weight: torch.Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiled CLEAR attention; arguments are those of `local_attention`.
-
-    Returns:
-        (out, lse), whether or not `return_lse` asks for both. Only `out` carries gradients.
-    """
-    return run_attention_op(_op, query, key, value, window, scale, spatial_weight)
 
 
 def executed_pairs(query: torch.Tensor, window: Window) -> int:
@@ -139,4 +121,4 @@ def _attend_in_bands(
                 target.unflatten(0, (-1, width)).copy_(part[:width].transpose(0, 1))
 
 
-_op = attention_op("tiled", _forward, backward_in_bands)
+tiled_attention = attention_op("tiled", _forward, backward_in_bands)

@@ -6,31 +6,12 @@ from functools import partial
 
 import torch
 
-from ..opaque import Geometry, Gradients, attention_op, channels_contiguous, run_attention_op
-from ..window import Window
+from ..opaque import Geometry, Gradients, attention_op, channels_contiguous
 from . import tables
 from .backward import attention_backward
 from .device import programs
 from .launch import image_attention, readable_by_descriptor, table_key, text_attention
 from .tuning import choose
-
-
-def triton_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: Window,
-    *,
-    scale: float,
-    spatial_weight: torch.Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Triton's CLEAR attention; arguments are those of `local_attention`.
-
-    Returns:
-        (out, lse), whether or not `return_lse` asks for both. Only `out` carries gradients.
-    """
-    return run_attention_op(_op, query, key, value, window, scale, spatial_weight)
 
 
 def triton_dense_attention(
@@ -102,4 +83,4 @@ def _backward(
         )  # fmt: skip
 
 
-_op = attention_op("triton", _forward, _backward)
+triton_attention = attention_op("triton", _forward, _backward)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from support.compiled import needs_compiler, switch_off
+from support.operators import check_operator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,13 +112,7 @@ def test_executed_pairs_counts_what_runs(monkeypatch, compiled):
 def test_custom_op_is_well_formed(down_factor):
     window = Window(9, 6, 3, 3, down_factor)
     query, key, value = tensors(window, requires_grad=True)
-    pooled = torch.randn(1, window.pooled_length, 2, 16, requires_grad=True)
-    arguments = (query, key, value, pooled, pooled.detach().clone().requires_grad_())
-    geometry = (window.height, window.width, window.text_length, window.radius, 0.25)
-    geometry += window.image_query_rows
-    torch.library.opcheck(tiled._op, (*arguments, *geometry), test_utils=(
-        "test_schema", "test_autograd_registration", "test_faketensor",
-    ))  # fmt: skip
+    check_operator("tiled", query, key, value, window)
 
 
 def test_no_graph_break_under_compile():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.agreement import inputs, problem
+from support.operators import check_operator
 from support.triton_mode import interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,13 +30,7 @@ def tensors(window, **shape):
 def test_custom_op_is_well_formed(down_factor):
     window = Window(5, 6, 3, 3, down_factor)
     query, key, value = tensors(window, batch=1, heads=1, head_dim=16)
-    pooled = torch.randn(1, window.pooled_length, 1, 16).half().requires_grad_()
-    arguments = (query, key, value, pooled, pooled.detach().clone().requires_grad_())
-    geometry = (window.height, window.width, window.text_length, window.radius, 0.25)
-    geometry += window.image_query_rows
-    torch.library.opcheck(ops._op, (*arguments, *geometry), test_utils=(
-        "test_schema", "test_autograd_registration", "test_faketensor",
-    ))  # fmt: skip
+    check_operator("triton", query, key, value, window)
 
 
 def test_no_graph_break_under_compile():
