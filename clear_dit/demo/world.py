@@ -1,4 +1,4 @@
-"""The demo world: generates a `Scene` at any size and aspect ratio.
+"""The demo world: draws a `Scene` at any size and aspect ratio.
 
 Coordinates: x to the right and y down, in units of the shorter side, so that every shape keeps its
 proportions. Positions are fractions of width and height, sizes are fractions of the shorter side.

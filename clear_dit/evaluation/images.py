@@ -58,7 +58,7 @@ class ImageSet:
     def _is_done(self, index: int) -> bool:
         try:
             with Image.open(self.path(index)) as image:
-                generated = json.loads(image.info[METADATA_KEY])
+                found = json.loads(image.info[METADATA_KEY])
                 if (image.height, image.width) != self.size or image.mode != "RGB":
                     return False
                 image.load()
@@ -66,7 +66,7 @@ class ImageSet:
                 self.latents(index)
         except BROKEN:
             return False
-        return all(generated.get(name) == value for name, value in self.wanted[index].items())
+        return all(found.get(name) == value for name, value in self.wanted[index].items())
 
     def save(
         self, index: int, image: Image.Image, latents: torch.Tensor, record: Mapping[str, Any]
