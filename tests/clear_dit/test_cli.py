@@ -315,10 +315,10 @@ def test_bench_attention_times_nothing_that_is_wrong(monkeypatch, capsys):
 
 
 def test_bench_growth(capsys):
-    arguments = ("--sizes", "128,256", "--heads", 1, "--head-dim", 16, "--text-length", 4)
+    arguments = ("--sizes", "128,1024", "--heads", 1, "--head-dim", 16, "--text-length", 4)
     assert run("bench", "growth", *arguments, "--repeats", 1, "--json") == 0
     result = last_json(capsys)
-    assert [row["width"] for row in result["rows"]] == [128, 256]
+    assert [row["width"] for row in result["rows"]] == [128, 1024]
     assert result["correct"] is True
     assert result["exponent"] > 0
 
