@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .. import options
 from ..errors import RequestError
 
 
@@ -35,10 +36,8 @@ def serve_app(
     out: Annotated[Path, typer.Option(help="The folder for images; made if missing.")] = Path(
         "clear-dit-app"
     ),
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")
-    ] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
 ) -> None:
     """Serve the web page."""
     from .settings import Settings, parse_auth

@@ -24,7 +24,7 @@ from ..kernels.tiled import bands
 from ..kernels.window import Window
 from ..memory import peak_mb, reset_peak
 from .peers import PEERS, Peer, Sees, raster_pairs, sees_disc, triton_pairs
-from .timing import hardware, table, time_in_turn
+from .timing import measured_on, table, time_in_turn
 
 # Full attention by PyTorch's scaled_dot_product_attention: the peer that CLEAR replaces.
 DENSE = "sdpa"
@@ -57,9 +57,7 @@ class Problem:
             "heads": self.heads,
             "head_dim": self.head_dim,
             "text_length": self.window.text_length,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "hardware": hardware(self.device),
-            "torch": torch.__version__,
+            **measured_on(self.dtype, self.device),
         }
 
     def tensors(self, seed: int = 0) -> list[torch.Tensor]:

@@ -12,8 +12,8 @@ from ..generation.checks import find_impl
 from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
 from ..kernels.window import Window
 from ..plugin import apply_clear
-from .attention import TOLERANCE
-from .timing import hardware, table, time_in_turn
+from .step import relative_error, step_inputs, step_report, verdict
+from .timing import time_in_turn
 
 # Token grid of the check before the timing.
 CHECK_ROWS, CHECK_COLUMNS = 8, 12
@@ -57,7 +57,7 @@ def bench_denoise(
     apply_clear(pipe, radius=radius, impl=name)
     local = transformer.attn_processors
     full = step(stock, small)
-    error = float((wide - full).float().norm() / full.float().norm())
+    error = relative_error(wide, full)
 
     inputs = step_inputs(pipe, rows, columns, text_tokens)
     runs = {"full": partial(step, stock, inputs), "clear": partial(step, local, inputs)}
@@ -76,11 +76,7 @@ def bench_denoise(
         "radius": radius,
         "text_length": text_tokens,
         "impl": name,
-        "max_error": error,
-        "correct": error <= TOLERANCE[dtype],
-        "dtype": str(dtype).removeprefix("torch."),
-        "hardware": hardware(device),
-        "torch": torch.__version__,
+        **verdict(error, dtype, device),
     }
 
 
@@ -103,33 +99,6 @@ def step_flops(pipe: Any, rows: int, columns: int, radius: int) -> dict[str, int
     }
 
 
-def step_inputs(
-    pipe: Any, rows: int, columns: int, text_length: int, device: torch.device | str | None = None
-) -> dict[str, torch.Tensor | None]:
-    """What a transformer is given in a step: random latents and text; sizes in tokens.
-
-    On the pipeline's device or another: "meta" has no numbers.
-    """
-    config, dtype = pipe.transformer.config, pipe.transformer.dtype
-    device = pipe.device if device is None else device
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        if str(device) == "meta":
-            return torch.empty(*shape, device=device, dtype=dtype)
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    return {
-        "hidden_states": noise(1, rows * columns, config.in_channels),
-        "encoder_hidden_states": noise(1, text_length, config.joint_attention_dim),
-        "pooled_projections": noise(1, config.pooled_projection_dim),
-        "timestep": torch.tensor([0.5], device=device, dtype=dtype),
-        "guidance": torch.tensor([3.5], device=device) if config.guidance_embeds else None,
-        "img_ids": pipe._prepare_latent_image_ids(1, rows, columns, device, dtype),
-        "txt_ids": torch.zeros(text_length, 3, device=device),
-    }
-
-
 def _linear_flops(transformer: Any, inputs: dict[str, torch.Tensor | None]) -> int:
     """FLOPs outside attention, counted on the meta device, where the inputs are."""
     with torch.device("meta"):
@@ -146,11 +115,8 @@ def _linear_flops(transformer: Any, inputs: dict[str, torch.Tensor | None]) -> i
 
 def report(result: dict[str, Any]) -> str:
     """The table of a result, and the gain beside what the FLOPs allow."""
-    if not result["correct"]:
-        return f"WRONG results, relative error {result['max_error']:.1e}"
-    return (
-        f"{result['model']}, {result['height']} x {result['width']} px, radius {result['radius']} "
-        f"tokens, {result['dtype']}, {result['hardware']}\n{table(result['rows'])}\n"
+    return step_report(
+        result,
         f"CLEAR is {result['speedup']:.2f} times faster a step; "
-        f"the FLOPs allow {result['flops_allow']:.2f}"
+        f"the FLOPs allow {result['flops_allow']:.2f}",
     )

@@ -14,10 +14,8 @@ from ..generation.checks import find_impl
 from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
 from ..kernels.window import Window
 from ..plugin import apply_clear
-from .attention import TOLERANCE
-from .denoise import step_inputs
 from .plan import count_flops
-from .timing import hardware, table
+from .step import relative_error, step_inputs, step_report, verdict
 
 if TYPE_CHECKING:
     from ..pipelines.parallel.start import Ranks
@@ -71,7 +69,7 @@ def measure(
     shared = step()
     error = 0.0
     if expected is not None:
-        error = float((shared - expected).float().norm() / expected.float().norm())
+        error = relative_error(shared, expected)
     traffic.time_waits(device)
     times, waits = [], []
     for _ in range(repeats):
@@ -106,11 +104,7 @@ def measure(
         "width": width,
         "radius": radius,
         "impl": name,
-        "max_error": error,
-        "correct": error <= TOLERANCE[dtype],
-        "dtype": str(dtype).removeprefix("torch."),
-        "hardware": hardware(device),
-        "torch": torch.__version__,
+        **verdict(error, dtype, device),
     }
 
 
@@ -153,13 +147,10 @@ def _link(ranks: Ranks) -> tuple[float, float]:
 
 def report(result: dict[str, Any]) -> str:
     """The table of a measurement."""
-    if not result["correct"]:
-        return f"WRONG results, relative error {result['max_error']:.1e}"
     rates = result["rates"]
-    return (
-        f"{result['model']}, {result['height']} x {result['width']} px, radius {result['radius']} "
-        f"tokens, {result['dtype']}, {result['hardware']}\n{table(result['rows'])}\n"
+    return step_report(
+        result,
         f"{result['speedup']:.2f} times as fast as one rank ({result['alone_seconds']:.4g} s), "
         f"efficiency {result['efficiency']:.1%}; a rank does {rates['tflops']:.3g} TFLOP/s, "
-        f"{rates['gbps']:.3g} GB/s, {rates['latency']:.3g} microseconds a message"
+        f"{rates['gbps']:.3g} GB/s, {rates['latency']:.3g} microseconds a message",
     )

@@ -51,6 +51,15 @@ def _seconds(run: Callable[[], object], calls: int, device: torch.device) -> flo
     return start.elapsed_time(end) / 1e3 / calls
 
 
+def measured_on(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """What a result was measured in and on, for its JSON."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+    }
+
+
 def hardware(device: torch.device) -> str:
     """Name of what the numbers were measured on."""
     if device.type == "cuda":

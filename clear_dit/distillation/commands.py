@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-MODEL_HELP = "demo, a folder in diffusers format, or a hub repository."
+from .. import options
 
 
 def sample(
@@ -17,20 +16,18 @@ def sample(
     ],
     count: Annotated[int, typer.Option(help="How many samples.")],
     out: Annotated[Path, typer.Option(help="The folder to write, or to go on with.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
+    model: options.Model = "demo",
     images: Annotated[bool, typer.Option(help="Write the images too.")] = False,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Strength of guidance.")] = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
     seed: Annotated[int, typer.Option(help="Sample n starts from the noise of seed + n.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Images at once.")] = 4,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    batch: options.Batch = 4,
     shard_size: Annotated[int, typer.Option(help="Samples in a file.")] = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Make samples with the stock model, for `distill` to learn from. A killed run goes on."""
     from .sample import make_request
@@ -53,7 +50,7 @@ def sample(
     )
     result = run(request, out)
     if as_json:
-        print(json.dumps(result))
+        options.print_json(result)
         return
     each = result["seconds_per_sample"]
     pace = "" if each is None else f", {each:.2f} s each"
@@ -64,10 +61,10 @@ def sample(
 def distill(
     samples: Annotated[Path, typer.Option(help="A folder that `clear-dit sample` wrote.")],
     out: Annotated[Path, typer.Option(help="The folder for adapter, card, checkpoints, logs.")],
-    radius: Annotated[int, typer.Option(help="Radius of the window, in tokens of 16 pixels.")],
-    down_factor: Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")] = 1,
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "demo",
-    impl: Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.")] = "auto",
+    radius: options.Radius,
+    down_factor: options.DownFactor = 1,
+    model: options.Model = "demo",
+    impl: options.Impl = "auto",
     lora: Annotated[int | None, typer.Option(help="Train a LoRA of this rank instead.")] = None,
     output_weight: Annotated[float, typer.Option(help="Of the output distillation.")] = 0.5,
     attention_weight: Annotated[float, typer.Option(help="Of the attention distillation.")] = 0.5,
@@ -113,20 +110,20 @@ def distill(
     validation_steps: Annotated[int, typer.Option(help="Steps between validations.")] = 500,
     seed: Annotated[int, typer.Option(help="Of order, noise and noise levels.")] = 0,
     cpu: Annotated[bool, typer.Option("--cpu", help="Do not use a GPU.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train CLEAR's weights for a radius by distillation from the stock model."""
     arguments = {name: value for name, value in locals().items() if name != "as_json"}
     from .options import DistillOptions
 
-    options = DistillOptions(**arguments)
+    request = DistillOptions(**arguments)
     from .train import distill as run
 
-    result = run(options)
+    result = run(request)
     if result["process"] != 0:
         return
     if as_json:
-        print(json.dumps(result))
+        options.print_json(result)
         return
     print(
         f"{result['adapter']}: {result['parameters']:,} parameters, {result['steps']} steps of "

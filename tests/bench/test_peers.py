@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.command_line import run
 from torch.nn.functional import scaled_dot_product_attention
 
-from clear_dit import cli
 from clear_dit.bench import attention
 from clear_dit.bench.attention import Problem, bench_attention, sampled_error
 from clear_dit.bench.peers import (
@@ -187,20 +187,16 @@ def test_refusals_by_name(monkeypatch, impls, window, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_command_exits_with_status_2(monkeypatch, capsys):
-    arguments = ["bench", "attention", "--impls", "sdpa-cudnn", "--height", "64", "--width", "64"]
-    monkeypatch.setattr(sys, "argv", ["clear-dit", *arguments])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    assert exit_info.value.code == 2
+def test_the_command_exits_with_status_2(capsys):
+    size = ("--height", 64, "--width", 64)
+    assert run("bench", "attention", "--impls", "sdpa-cudnn", *size) == 2
     assert "sdpa-cudnn" in capsys.readouterr().err
 
 
-def test_backward_is_checked_and_timed(monkeypatch, capsys):
+def test_backward_is_checked_and_timed(capsys):
     options = "--height 128 --width 128 --radius 3 --heads 1 --head-dim 16 --text-length 4"
     command = f"bench attention {options} --impls tiled,sdpa --repeats 1 --backward --json"
-    monkeypatch.setattr(sys, "argv", ["clear-dit", *command.split()])
-    cli.app(standalone_mode=False)
+    assert run(*command.split()) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["correct"] is True
     for row in result["rows"]:

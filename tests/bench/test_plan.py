@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import torch
+from support.command_line import run
 
-from clear_dit import Window, cli
+from clear_dit import Window
 from clear_dit.bench.configurations import find_configuration
 from clear_dit.bench.executed import raster_keys, tile_choices, tiled_keys
 from clear_dit.bench.fake import LiveStorages, build, defaults, tensor_bytes
@@ -33,24 +34,16 @@ FLUX_DEV = {
 }
 
 
-def run(monkeypatch, *arguments):
-    """Run `clear-dit bench plan` in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["clear-dit", "bench", "plan", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    return exit_info.value.code or 0
-
-
-def plan(monkeypatch, capsys, *arguments):
+def plan(capsys, *arguments):
     """The JSON of a plan."""
-    assert run(monkeypatch, *arguments, "--json") == 0
+    assert run("bench", "plan", *arguments, "--json") == 0
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize(("side", "radius"), FLUX_DEV)
-def test_flux_dev_is_the_papers_table_and_the_bound(monkeypatch, capsys, side, radius):
+def test_flux_dev_is_the_papers_table_and_the_bound(capsys, side, radius):
     full_gflop, local_gflop, linear, full, bound = FLUX_DEV[side, radius]
-    result = plan(monkeypatch, capsys, "--height", side, "--width", side, "--radius", radius)
+    result = plan(capsys, "--height", side, "--width", side, "--radius", radius)
     dense, local = result["rows"]
     assert (dense["attention"], local["attention"]) == ("full", "clear")
     assert round(dense["attention_gflop_per_layer"], 1) == full_gflop
@@ -174,9 +167,9 @@ def test_cascade_sizes():
     assert cascade_sizes(Window(75, 131, 0, 8), 1024) == [(48, 85), (75, 131)]
 
 
-def test_linear_flops_and_memory_grow_with_the_tokens(monkeypatch, capsys):
+def test_linear_flops_and_memory_grow_with_the_tokens(capsys):
     small, large = (
-        plan(monkeypatch, capsys, "--model", "demo", "--height", side, "--dtype", dtype)
+        plan(capsys, "--model", "demo", "--height", side, "--dtype", dtype)
         for side, dtype in ((1024, "bfloat16"), (4096, "float32"))
     )
     tokens = [64 + 64 * 512, 64 + 256 * 512]
@@ -189,37 +182,37 @@ def test_linear_flops_and_memory_grow_with_the_tokens(monkeypatch, capsys):
     assert ratio < after["activations_gib"] / before["activations_gib"] < 2 * ratio
 
 
-def test_schnell_has_shorter_texts(monkeypatch, capsys):
-    result = plan(monkeypatch, capsys, "--model", "flux-schnell", "--height", 512, "--width", 512)
+def test_schnell_has_shorter_texts(capsys):
+    result = plan(capsys, "--model", "flux-schnell", "--height", 512, "--width", 512)
     assert result["text_length"] == 256
     gflop = Window(32, 32, 256, 8).attention_flops(24, 128) / 1e9
     assert result["rows"][1]["attention_gflop_per_layer"] == gflop
 
 
-def test_text_length(monkeypatch, capsys):
-    result = plan(monkeypatch, capsys, "--model", "demo", "--height", 512, "--text-length", 9)
+def test_text_length(capsys):
+    result = plan(capsys, "--model", "demo", "--height", 512, "--text-length", 9)
     assert result["text_length"] == 9
     gflop = Window(32, 512, 9, 8).attention_flops(3, 64) / 1e9
     assert result["rows"][1]["attention_gflop_per_layer"] == gflop
 
 
-def test_the_demo_and_a_folder_are_read_from_their_files(monkeypatch, capsys, tmp_path):
+def test_the_demo_and_a_folder_are_read_from_their_files(capsys, tmp_path):
     size = ("--height", 512, "--width", 768, "--radius", 16, "--down-factor", 3)
-    demo = plan(monkeypatch, capsys, "--model", "demo", *size)
+    demo = plan(capsys, "--model", "demo", *size)
     window = Window(32, 48, 64, 16, 3)
     assert demo["text_length"] == window.text_length
     assert demo["rows"][1]["attention_gflop_per_layer"] == window.attention_flops(3, 64) / 1e9
     copy = tmp_path / "copy"
     shutil.copytree(DEMO, copy, ignore=shutil.ignore_patterns("*.safetensors"))
-    read = plan(monkeypatch, capsys, "--model", copy, *size)
+    read = plan(capsys, "--model", copy, *size)
     assert read["rows"] == demo["rows"]
     assert read["memory"][-1] == demo["memory"][-1]  # the stages differ by what is native
     (copy / "vae" / "config.json").write_text("[]")
-    assert run(monkeypatch, "--model", copy) == 2
+    assert run("bench", "plan", "--model", copy) == 2
     (copy / "vae" / "config.json").write_text('{"_class_name": "Autoencoder"}')
-    assert run(monkeypatch, "--model", copy) == 2
+    assert run("bench", "plan", "--model", copy) == 2
     (copy / "vae" / "config.json").unlink()
-    assert run(monkeypatch, "--model", copy) == 2
+    assert run("bench", "plan", "--model", copy) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3
     assert "is not a JSON object" in errors[0]
@@ -309,7 +302,7 @@ def test_configurations_name_what_they_take():
 )
 def test_bad_requests(monkeypatch, capsys, tmp_path, options, message):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, *options) == 2
+    assert run("bench", "plan", *options) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""

@@ -1,22 +1,18 @@
 """`clear-dit bench plan --train`: memory of a distillation step, against arithmetic."""
 
 import json
-import sys
 
 import pytest
+from support.command_line import run
 
-from clear_dit import cli
 from clear_dit.bench.plan_training import plan_training, report
 
 GIB = 2**30
 
 
-def test_the_command(monkeypatch, capsys):
-    arguments = ["bench", "plan", "--train", "--model", "demo", "--height", "256", "--width", "256"]
-    monkeypatch.setattr(sys, "argv", ["clear-dit", *arguments, "--radius", "4", "--json"])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    assert not exit_info.value.code
+def test_the_command(capsys):
+    arguments = ("--model", "demo", "--height", 256, "--width", 256, "--radius", 4, "--json")
+    assert run("bench", "plan", "--train", *arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "Peak memory of a step, of each GPU:" in lines
     assert len(json.loads(lines[-1])["rows"]) == 5

@@ -3,40 +3,31 @@
 import json
 import re
 import shutil
-import sys
 
 import png
 import pytest
 from PIL import Image
+from support.command_line import run
 
 import clear_dit.pipelines.cascade.run as cascade_run
-from clear_dit import cli
 from clear_dit.generation.image_output import read_settings
 from clear_dit.generation.models import DEMO
 
 PROMPT = "a pink house in the hills at sunset, a golden sun on the left"
 
 
-def run(monkeypatch, *arguments):
-    """Run `clear-dit` in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["clear-dit", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    return exit_info.value.code or 0
-
-
-def generate(monkeypatch, out, *arguments):
+def generate(out, *arguments):
     small = ("--height", 64, "--width", 96, "--steps", 2, "--out", out)
-    return run(monkeypatch, "generate", PROMPT, *small, *arguments)
+    return run("generate", PROMPT, *small, *arguments)
 
 
 def last_json(capsys):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-def test_generate_writes_an_image_with_its_settings(monkeypatch, tmp_path, capsys):
+def test_generate_writes_an_image_with_its_settings(tmp_path, capsys):
     out = tmp_path / "image.png"
-    assert generate(monkeypatch, out, "--radius", 2, "--seed", 7, "--json") == 0
+    assert generate(out, "--radius", 2, "--seed", 7, "--json") == 0
     result = last_json(capsys)
     assert result["out"] == str(out)
     assert (result["height"], result["width"], result["tokens"]) == (64, 96, 24)
@@ -52,7 +43,7 @@ def test_generate_writes_an_image_with_its_settings(monkeypatch, tmp_path, capsy
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(monkeypatch, tmp_path):
+def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(tmp_path):
     images = {}
     for name, options in {
         "wide": ("--radius", 20),
@@ -61,7 +52,7 @@ def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(monkeypatch, 
         "narrow": ("--radius", 2),
         "other": ("--radius", 20, "--seed", 1),
     }.items():
-        assert generate(monkeypatch, tmp_path / f"{name}.png", *options) == 0
+        assert generate(tmp_path / f"{name}.png", *options) == 0
         with Image.open(tmp_path / f"{name}.png") as image:
             images[name] = list(image.convert("RGB").tobytes())
 
@@ -75,10 +66,10 @@ def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(monkeypatch, 
 
 
 @pytest.mark.parametrize("options", [("--impl", "reference"), ("--impl", "tiled")])
-def test_generate_in_bfloat16_and_pooled(monkeypatch, tmp_path, capsys, options):
+def test_generate_in_bfloat16_and_pooled(tmp_path, capsys, options):
     out = tmp_path / "image.png"
     arguments = ("--radius", 2, "--down-factor", 2, "--dtype", "bfloat16", "--json", *options)
-    assert generate(monkeypatch, out, *arguments) == 0
+    assert generate(out, *arguments) == 0
     assert last_json(capsys)["impl"] == options[1]
 
 
@@ -108,7 +99,7 @@ def test_generate_in_bfloat16_and_pooled(monkeypatch, tmp_path, capsys, options)
 )
 def test_bad_requests_are_one_line_and_status_2(monkeypatch, tmp_path, capsys, options, message):
     monkeypatch.chdir(tmp_path)
-    assert generate(monkeypatch, "image.png", *options) == 2
+    assert generate("image.png", *options) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
@@ -116,35 +107,35 @@ def test_bad_requests_are_one_line_and_status_2(monkeypatch, tmp_path, capsys, o
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_of_another_model_are_refused(monkeypatch, tmp_path, capsys):
+def test_weights_of_another_model_are_refused(tmp_path, capsys):
     import torch
     from safetensors.torch import save_file
 
     weights = tmp_path / "other.safetensors"
     save_file({"transformer_blocks.0.attn.to_q.weight": torch.zeros(3072, 3072)}, weights)
-    assert generate(monkeypatch, tmp_path / "image.png", "--weights", weights) == 2
+    assert generate(tmp_path / "image.png", "--weights", weights) == 2
     assert "weights for another model" in capsys.readouterr().err
     assert not (tmp_path / "image.png").exists()
 
 
-def test_a_huge_radius_is_full_attention(monkeypatch, tmp_path):
-    assert generate(monkeypatch, tmp_path / "image.png", "--radius", 10**10) == 0
+def test_a_huge_radius_is_full_attention(tmp_path):
+    assert generate(tmp_path / "image.png", "--radius", 10**10) == 0
 
 
-def test_a_copied_model_without_guidance_embedding_runs_one_pass(monkeypatch, tmp_path, capsys):
+def test_a_copied_model_without_guidance_embedding_runs_one_pass(tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(DEMO, copy)
     out = tmp_path / "image.png"
-    assert generate(monkeypatch, out, "--model", copy, "--radius", 2) == 0
+    assert generate(out, "--model", copy, "--radius", 2) == 0
     assert read_settings(out)["guidance"] == 1.0
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     capsys.readouterr()
-    assert generate(monkeypatch, out, "--model", copy) == 2
+    assert generate(out, "--model", copy) == 2
     assert "cannot be loaded" in capsys.readouterr().err
 
 
-def test_an_empty_prompt_is_refused(monkeypatch, capsys):
-    assert run(monkeypatch, "generate", "   ") == 2
+def test_an_empty_prompt_is_refused(capsys):
+    assert run("generate", "   ") == 2
     assert "the prompt is empty" in capsys.readouterr().err
 
 
@@ -161,7 +152,7 @@ def test_an_empty_prompt_is_refused(monkeypatch, capsys):
 def test_bad_outputs_are_refused_before_work(monkeypatch, tmp_path, capsys, out, message):
     (tmp_path / "folder.png").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert generate(monkeypatch, out) == 2
+    assert generate(out) == 2
     assert message in capsys.readouterr().err
 
 
@@ -174,7 +165,7 @@ def test_a_full_disk_leaves_nothing(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(png, "write_chunks", no_space)
     (tmp_path / "image.png").write_bytes(b"older image")
-    assert generate(monkeypatch, tmp_path / "image.png") == 1
+    assert generate(tmp_path / "image.png") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["image.png"]
     assert (tmp_path / "image.png").read_bytes() == b"older image"
@@ -182,10 +173,10 @@ def test_a_full_disk_leaves_nothing(monkeypatch, tmp_path, capsys):
 
 def test_an_image_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys):
     small, out, stages = tmp_path / "small.png", tmp_path / "large.tif", tmp_path / "stages"
-    assert generate(monkeypatch, small) == 0
+    assert generate(small) == 0
     arguments = ("generate", PROMPT, "--image", small, "--steps", 4, "--radius", 2)
     arguments += ("--strength", "0.5", "--stages-dir", stages, "--out", out)
-    assert run(monkeypatch, *arguments) == 0
+    assert run(*arguments) == 0
     with Image.open(out) as image:
         assert (image.format, image.size) == ("TIFF", (192, 128))  # twice
     settings = read_settings(out)
@@ -194,20 +185,20 @@ def test_an_image_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys)
     # The finished stage is not generated again, and the image is the same.
     again = tmp_path / "again.tif"
     monkeypatch.setattr(cascade_run, "_repaint", None)
-    assert run(monkeypatch, *arguments[:-1], again) == 0
+    assert run(*arguments[:-1], again) == 0
     assert again.read_bytes() == out.read_bytes()
     capsys.readouterr()
-    assert run(monkeypatch, *arguments, "--seed", 5) == 2
+    assert run(*arguments, "--seed", 5) == 2
     assert "is of another request (another seed)" in capsys.readouterr().err
 
 
-def test_a_photo_is_turned_as_its_camera_says(monkeypatch, tmp_path):
+def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     photo, out = tmp_path / "photo.jpg", tmp_path / "out.png"
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (96, 64)).save(photo, exif=exif)
     arguments = ("--image", photo, "--steps", 1, "--radius", 2, "--out", out)
-    assert run(monkeypatch, "generate", PROMPT, *arguments) == 0
+    assert run("generate", PROMPT, *arguments) == 0
     with Image.open(out) as image:
         assert image.size == (128, 192)
 
@@ -244,7 +235,7 @@ def test_bad_requests_of_the_cascade(monkeypatch, tmp_path, capsys, options, mes
     whole = (tmp_path / "wide.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:-30])
     sizes = () if options[1] == "dot.png" else ("--height", 64, "--width", 96)
-    assert run(monkeypatch, "generate", PROMPT, *sizes, "--out", "out.png", *options) == 2
+    assert run("generate", PROMPT, *sizes, "--out", "out.png", *options) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.splitlines()[-1].startswith("clear-dit: ")
@@ -256,19 +247,19 @@ def test_ctrl_c_is_one_line(monkeypatch, tmp_path, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cascade_run, "_denoise", interrupt)
-    assert generate(monkeypatch, tmp_path / "out.png", "--stages-dir", tmp_path / "stages") == 130
+    assert generate(tmp_path / "out.png", "--stages-dir", tmp_path / "stages") == 130
     assert capsys.readouterr().err.endswith("clear-dit: interrupted; the same command goes on.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["stages"]
 
 
-def test_a_long_prompt_is_cut_with_a_warning(monkeypatch, tmp_path, caplog):
+def test_a_long_prompt_is_cut_with_a_warning(tmp_path, caplog):
     from diffusers.utils import logging
 
     logging.enable_propagation()
     try:
         words = "a blue house in the hills at sunset " * 12 + "with a violet balloon"
         arguments = ("--height", 32, "--width", 32, "--steps", 1, "--out", tmp_path / "p.png")
-        assert run(monkeypatch, "generate", words, *arguments) == 0
+        assert run("generate", words, *arguments) == 0
     finally:
         logging.disable_propagation()
     cut = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
@@ -276,29 +267,29 @@ def test_a_long_prompt_is_cut_with_a_warning(monkeypatch, tmp_path, caplog):
     assert all("violet balloon" in message for message in cut)
 
 
-def test_doctor(monkeypatch, capsys):
-    assert run(monkeypatch, "doctor") == 0
+def test_doctor(capsys):
+    assert run("doctor") == 0
     text = capsys.readouterr().out
     assert re.search(r"triton +cannot run: it needs a CUDA or ROCm device", text)
     assert "auto runs tiled" in text
-    assert run(monkeypatch, "doctor", "--json") == 0
+    assert run("doctor", "--json") == 0
     found = last_json(capsys)
     assert found["impls"]["cpu"]["tiled"] is None
     assert found["auto"]["cpu"] == "tiled"
     assert found["demo"] is DEMO.is_dir()
 
 
-def test_help_names_every_command(monkeypatch, capsys):
-    assert run(monkeypatch, "--help") == 0
+def test_help_names_every_command(capsys):
+    assert run("--help") == 0
     text = capsys.readouterr().out
     for command in ("generate", "doctor", "bench"):
         assert command in text
 
 
-def test_bench_attention(monkeypatch, capsys):
+def test_bench_attention(capsys):
     arguments = ("--height", 256, "--width", 320, "--radius", 4, "--heads", 2, "--head-dim", 32)
     more = ("--text-length", 9, "--impls", "tiled,sdpa,reference", "--repeats", 1, "--json")
-    assert run(monkeypatch, "bench", "attention", *arguments, *more) == 0
+    assert run("bench", "attention", *arguments, *more) == 0
     result = last_json(capsys)
     assert result["correct"] is True
     assert [row["impl"] for row in result["rows"]] == ["tiled", "sdpa", "reference"]
@@ -316,25 +307,25 @@ def test_bench_attention_times_nothing_that_is_wrong(monkeypatch, capsys):
     right = attention.local_attention
     monkeypatch.setattr(attention, "local_attention", lambda *a, **k: right(*a, **k) * 1.01)
     arguments = ("--height", 128, "--width", 128, "--impls", "tiled,sdpa", "--repeats", 1)
-    assert run(monkeypatch, "bench", "attention", *arguments, "--json") == 1
+    assert run("bench", "attention", *arguments, "--json") == 1
     result = last_json(capsys)
     assert result["correct"] is False
     assert result["rows"][0]["ms"] is None
     assert result["rows"][1]["ms"] > 0
 
 
-def test_bench_growth(monkeypatch, capsys):
-    arguments = ("--sizes", "128,256", "--heads", 1, "--head-dim", 16, "--text-length", 4)
-    assert run(monkeypatch, "bench", "growth", *arguments, "--repeats", 1, "--json") == 0
+def test_bench_growth(capsys):
+    arguments = ("--sizes", "128,1024", "--heads", 1, "--head-dim", 16, "--text-length", 4)
+    assert run("bench", "growth", *arguments, "--repeats", 1, "--json") == 0
     result = last_json(capsys)
-    assert [row["width"] for row in result["rows"]] == [128, 256]
+    assert [row["width"] for row in result["rows"]] == [128, 1024]
     assert result["correct"] is True
     assert result["exponent"] > 0
 
 
-def test_bench_denoise(monkeypatch, capsys):
+def test_bench_denoise(capsys):
     arguments = ("--height", 256, "--width", 256, "--radius", 3, "--repeats", 1, "--json")
-    assert run(monkeypatch, "bench", "denoise", *arguments) == 0
+    assert run("bench", "denoise", *arguments) == 0
     result = last_json(capsys)
     assert [row["attention"] for row in result["rows"]] == ["full", "clear"]
     assert 1 < result["flops_allow"] < 2
@@ -356,6 +347,6 @@ def test_bench_denoise(monkeypatch, capsys):
         (("growth", "--sizes", "big"), "--sizes must be pixels"),
     ],
 )
-def test_bad_bench_requests(monkeypatch, capsys, arguments, message):
-    assert run(monkeypatch, "bench", *arguments) == 2
+def test_bad_bench_requests(capsys, arguments, message):
+    assert run("bench", *arguments) == 2
     assert message in capsys.readouterr().err

@@ -9,9 +9,10 @@ import torch
 from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import command_line
 from support.distilling import gradients_of_a_step, make_samples
 
-from clear_dit import apply_clear, cli
+from clear_dit import apply_clear
 from clear_dit.distillation import checkpoint, files
 from clear_dit.distillation.options import DistillOptions
 from clear_dit.errors import RequestError
@@ -282,20 +283,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(prepared):
     assert all(torch.equal(p, old) for p, old in zip(others, kept, strict=True))
 
 
-def test_the_command(samples, tmp_path, monkeypatch, capsys):
+def test_the_command(samples, tmp_path, capsys):
     arguments = ["--samples", str(samples), "--out", str(tmp_path / "run"), "--radius", "2"]
     arguments += ["--max-train-steps", "1", "--report-to", "none", "--cpu", "--json"]
     arguments += ["--train-batch-size", "1", "--gradient-accumulation-steps", "1"]
-    monkeypatch.setattr("sys.argv", ["clear-dit", "distill", *arguments])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    assert not exit_info.value.code
+    assert command_line.run("distill", *arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 1
     assert set(result["last"]) == {"total", "flow", "output", "attention"}
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    assert exit_info.value.code == 2
+    assert command_line.run("distill", *arguments) == 2
     assert "has checkpoint-1; go on with" in capsys.readouterr().err
 
 

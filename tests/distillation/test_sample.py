@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.command_line import run
 from support.distilling import make_samples
 
-from clear_dit import cli
 from clear_dit.demo.captions import Scene, parse
 from clear_dit.distillation import files
 from clear_dit.distillation.cpu_attention import PerHeadAttention
@@ -144,16 +144,11 @@ def test_bad_requests(samples, changes, message):
         ("word " * 10_000, "may have"),
     ],
 )
-def test_bad_prompts_stop_the_command_before_it_writes(
-    text, message, tmp_path, monkeypatch, capsys
-):
+def test_bad_prompts_stop_the_command_before_it_writes(text, message, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text(text)
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--count", "1"]
     arguments += ["--out", str(tmp_path / "out"), "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["clear-dit", "sample", *arguments])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    assert exit_info.value.code == 2
+    assert run("sample", *arguments) == 2
     captured = capsys.readouterr().err
     assert "prompts.txt" in captured
     assert message in captured
@@ -161,18 +156,13 @@ def test_bad_prompts_stop_the_command_before_it_writes(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_and_its_json(tmp_path, monkeypatch, capsys):
+def test_the_command_and_its_json(tmp_path, capsys):
     arguments = ["--prompts", "demo", "--count", "1", "--height", "32", "--width", "32"]
     arguments += ["--steps", "1", "--out", str(tmp_path / "out"), "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["clear-dit", "sample", *arguments, "--json"])
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    assert not exit_info.value.code
+    assert run("sample", *arguments, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["made"], result["missing"]) == (1, 0)
-    monkeypatch.setattr("sys.argv", ["clear-dit", "sample", *arguments])
-    with pytest.raises(SystemExit):
-        cli.main()
+    assert run("sample", *arguments) == 0
     assert "0 of 1 samples made now" in capsys.readouterr().out
 
 

@@ -1,11 +1,10 @@
 """The demo at 64 px and 2 steps, weights for it, and the command line in this process."""
 
-import sys
-
 import pytest
 import torch
+from support.command_line import run
 
-from clear_dit import apply_clear, cli, save_clear_weights
+from clear_dit import apply_clear, save_clear_weights
 from clear_dit.generation.models import load_pipeline
 from clear_dit.weights.format import parameters_by_key
 
@@ -46,24 +45,11 @@ def lora(tmp_path_factory):
     return folder / "pytorch_lora_weights.safetensors"
 
 
-@pytest.fixture
-def clear_dit(monkeypatch):
-    """Runs `clear-dit` in this process; its exit status."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["clear-dit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        return exit_info.value.code or 0
-
-    return run
-
-
-@pytest.fixture
-def evaluate(clear_dit):
+@pytest.fixture(scope="session")
+def evaluate():
     """Runs a small `clear-dit evaluate` into a folder; its exit status."""
 
-    def run(out, *arguments, count=3):
-        return clear_dit("evaluate", *SMALL, "--count", count, "--out", out, *arguments)
+    def run_small(out, *arguments, count=3):
+        return run("evaluate", *SMALL, "--count", count, "--out", out, *arguments)
 
-    return run
+    return run_small

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clear_dit import cli
 from clear_dit.evaluation import generate, run
 from clear_dit.files import TEMPORARY_PREFIX, own_folder
 from clear_dit.generation.image_output import read_settings
@@ -34,15 +33,10 @@ def images_of(out):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, weights):
+def finished(tmp_path_factory, evaluate, weights):
     """A whole evaluation of the teacher, untuned r=2 and r=3, and weights for r=2."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    arguments = ("evaluate", *SMALL, "--count", 3, "--out", out, "--batch", 1, "--radius", 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["clear-dit", *map(str, (*arguments, "--weights", weights))])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-    assert not exit_info.value.code
+    assert evaluate(out, "--batch", 1, "--radius", 3, "--weights", weights) == 0
     return out
 
 

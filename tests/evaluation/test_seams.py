@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from support.command_line import run
 
 from clear_dit.evaluation.seams import gradient_profiles, measure_seams, seams_of_file
 
@@ -74,10 +75,10 @@ def test_impossible_borders_are_refused(rows, columns, message):
         measure_seams(make_image(), rows, columns)
 
 
-def test_the_command_prints_the_metric(clear_dit, tmp_path, capsys):
+def test_the_command_prints_the_metric(tmp_path, capsys):
     path = tmp_path / "image.png"
     Image.fromarray(with_tone_step(make_image(), 128).astype(np.uint8)).save(path)
-    assert clear_dit("evaluate", "seams", path, "--tile", 128, "--json") == 0
+    assert run("evaluate", "seams", path, "--tile", 128, "--json") == 0
     text, last = capsys.readouterr().out.strip().splitlines()
     result = json.loads(last)
     assert result["ratio"] > 1.05
@@ -106,21 +107,19 @@ def test_an_image_of_any_mode_and_beyond_pillows_own_bound(tmp_path, monkeypatch
         ("good.png", (), "got 1024"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(
-    clear_dit, tmp_path, monkeypatch, capsys, name, options, message
-):
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, name, options, message):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(make_image()).save("good.png")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:90000])
     Image.new("L", (20000, 8)).save("huge.png")
     tile = ("--tile", 128) if name != "good.png" else options
-    assert clear_dit("evaluate", "seams", name, *tile) == 2
+    assert run("evaluate", "seams", name, *tile) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1
     assert message in errors[0]
 
 
-def test_options_of_evaluate_are_not_silently_ignored(clear_dit, tmp_path, capsys):
-    assert clear_dit("evaluate", "--count", 3, "seams", tmp_path / "image.png") == 2
+def test_options_of_evaluate_are_not_silently_ignored(tmp_path, capsys):
+    assert run("evaluate", "--count", 3, "seams", tmp_path / "image.png") == 2
     assert "--count does not go with seams" in capsys.readouterr().err

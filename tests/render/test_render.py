@@ -8,8 +8,8 @@ import threading
 import time
 
 import pytest
+from support.command_line import run
 
-from clear_dit import cli
 from clear_dit.errors import RequestError
 from clear_dit.render.claims import Claims
 from clear_dit.render.launch import Launch
@@ -190,20 +190,13 @@ def test_watches_for_whole_lines(generate, tmp_path, caplog):
     assert statuses(tmp_path) == {"cat": "done", "house": "done"}
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["clear-dit", "render", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_status:
-        cli.main()
-    return exit_status.value.code or 0
-
-
-def test_the_command_generates_with_the_demo(monkeypatch, tmp_path, capsys):
+def test_the_command_generates_with_the_demo(tmp_path, capsys):
     (tmp_path / "jobs.txt").write_text("a red house\n")
     arguments = [tmp_path / "jobs.txt", "--out", tmp_path / "out", "--seeds", 2, "--json"]
     for name in ("height", "width"):
         arguments += [f"--{name}", 64]
     arguments += ["--steps", 1, "--radius", 4, "--device", "cpu"]
-    assert run(monkeypatch, *arguments) == 0
+    assert run("render", *arguments) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
     assert (result["jobs"], result["done"], result["generated"]) == (2, 2, 2)
@@ -216,16 +209,16 @@ def test_the_command_generates_with_the_demo(monkeypatch, tmp_path, capsys):
 def test_the_command_tells_by_its_status(monkeypatch, tmp_path, capsys, fake_runner):
     (tmp_path / "jobs.txt").write_text("a house\n\x07\n")
     arguments = (tmp_path / "jobs.txt", "--out", tmp_path / "out", "--steps", 1, "--device", "cpu")
-    assert run(monkeypatch, *arguments) == 2
+    assert run("render", *arguments) == 2
     assert "line 2: prompt: the prompt has the control character U+0007" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (tmp_path / "jobs.txt").write_text("a house\n")
     result = {"done": 0, "failed": 1, "waiting": 0, "jobs": 1, "generated": 0, "seconds": 1.0}
     monkeypatch.setattr("clear_dit.render.run.render", lambda *_, **__: result)
-    assert run(monkeypatch, *arguments) == 1
+    assert run("render", *arguments) == 1
     result |= {"waiting": 1}
-    assert run(monkeypatch, *arguments) == 130
-    assert run(monkeypatch, *arguments, "--seeds", 0) == 2
+    assert run("render", *arguments) == 130
+    assert run("render", *arguments, "--seeds", 0) == 2
 
 
 def test_processes_of_a_launcher_take_the_gpu_of_their_rank(monkeypatch):

@@ -1,0 +1,244 @@
+"""The commands `clear-dit bench ...`; their work is imported when they run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from .. import options
+from ..errors import RequestError
+
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+
+Height = Annotated[int, typer.Option(help="Height in pixels, a multiple of 16.")]
+Width = Annotated[int, typer.Option(help="Width in pixels, a multiple of 16.")]
+Heads = Annotated[int, typer.Option(min=1, max=128, help="Attention heads.")]
+HeadDim = Annotated[int, typer.Option(min=1, max=512, help="Channels of a head.")]
+TextLength = Annotated[int, typer.Option(min=0, max=4096, help="Text tokens.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Repeats = Annotated[int, typer.Option(min=1, max=1000, help="Timed runs; the median counts.")]
+
+
+@bench.command("attention")
+def bench_attention(
+    height: Height = 2048,
+    width: Width = 2048,
+    radius: options.Radius = 8,
+    down_factor: options.DownFactor = 1,
+    heads: Heads = 4,
+    head_dim: HeadDim = 128,
+    text_length: TextLength = 512,
+    dtype: Dtype = "float32",
+    device: options.Device = None,
+    impls: Annotated[
+        str,
+        typer.Option(
+            help="With commas: auto, triton, flex, tiled, reference; full attention by sdpa, "
+            "sdpa-cudnn, sdpa-flash, xformers; natten (a square); flex-tiled (tokens permuted)."
+        ),
+    ] = "tiled,flex,sdpa",
+    backward: Annotated[bool, typer.Option(help="Time the backward pass too.")] = False,
+    repeats: Repeats = 5,
+    as_json: options.Json = False,
+) -> None:
+    """One attention layer: correct first, then timed against its peers."""
+    from ..generation.checks import find_device, find_dtype, find_window
+    from .attention import Problem, report
+    from .attention import bench_attention as run
+
+    problem = Problem(
+        find_window(height, width, radius, down_factor, text_length),
+        heads,
+        head_dim,
+        find_dtype(dtype),
+        find_device(device),
+    )
+    result = run(problem, [name.strip() for name in impls.split(",")], repeats, backward)
+    _show(result, report, as_json)
+
+
+@bench.command("growth")
+def bench_growth(
+    sizes: Annotated[str, typer.Option(help="Sides in pixels, with commas.")] = "1024,2048,4096",
+    radius: options.Radius = 8,
+    heads: Heads = 4,
+    head_dim: HeadDim = 128,
+    text_length: TextLength = 512,
+    dtype: Dtype = "float32",
+    device: options.Device = None,
+    impl: options.Impl = "auto",
+    repeats: Repeats = 3,
+    as_json: options.Json = False,
+) -> None:
+    """How time and memory of one attention layer grow with the image."""
+    from ..generation.checks import find_device, find_dtype, find_window
+    from .attention import Problem
+    from .growth import bench_growth as run
+    from .growth import report
+
+    try:
+        sides = [int(size) for size in sizes.split(",")]
+    except ValueError as error:
+        raise RequestError(f"--sizes must be pixels with commas between, got {sizes!r}.") from error
+    windows = [find_window(side, side, radius, 1, text_length) for side in sides]
+    layer = (heads, head_dim, find_dtype(dtype), find_device(device))
+    problems = [Problem(window, *layer) for window in windows]
+    result = run(problems, impl, repeats)
+    _show(result, report, as_json)
+
+
+@bench.command("denoise")
+def bench_denoise(
+    model: Annotated[str, typer.Option(help="demo, a folder or a hub repository.")] = "demo",
+    height: Height = 2048,
+    width: Width = 2048,
+    radius: options.Radius = 8,
+    impl: options.Impl = "auto",
+    dtype: Dtype = "float32",
+    device: options.Device = None,
+    repeats: Repeats = 3,
+    as_json: options.Json = False,
+) -> None:
+    """One denoising step of a model, full attention against CLEAR."""
+    from ..generation.checks import find_device, find_dtype, find_window
+    from .denoise import bench_denoise as run
+    from .denoise import report
+
+    find_window(height, width, radius)
+    result = run(
+        model, height, width, radius, impl, find_dtype(dtype), find_device(device), repeats
+    )
+    _show(result, report, as_json)
+
+
+@bench.command("plan")
+def bench_plan(
+    model: Annotated[
+        str,
+        typer.Option(help="A published model, such as flux-dev; demo; or a folder of a pipeline."),
+    ] = "flux-dev",
+    height: Height = 8192,
+    width: Width = 8192,
+    radius: options.Radius = 8,
+    down_factor: options.DownFactor = 1,
+    text_length: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Text tokens; default the model's own.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    weights_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the transformer's linear layers: int8 or float8; default --dtype."),
+    ] = None,
+    offload: Annotated[
+        str,
+        typer.Option(help="none; model: one part at a time; group: and its blocks two at a time."),
+    ] = "none",
+    train: Annotated[
+        bool, typer.Option("--train", help="Memory of a distillation step instead, in bfloat16.")
+    ] = False,
+    train_batch_size: Annotated[
+        int, typer.Option(min=1, max=1024, help="Samples at once, with --train.")
+    ] = 1,
+    as_json: options.Json = False,
+) -> None:
+    """What a model will cost at a size: FLOPs and memory, without its weights or a GPU."""
+    if train:
+        from .plan_training import plan_training
+        from .plan_training import report as training_report
+
+        planned = plan_training(model, height, width, radius, down_factor, train_batch_size)
+        _show(planned, training_report, as_json)
+        return
+    from ..generation.checks import find_dtype
+    from .plan import plan as run
+    from .plan import report
+
+    result = run(
+        model,
+        height,
+        width,
+        radius,
+        down_factor,
+        text_length,
+        find_dtype(dtype),
+        weights_dtype,
+        offload,
+    )
+    _show(result, report, as_json)
+
+
+@bench.command("parallel")
+def bench_parallel(
+    model: Annotated[
+        str, typer.Option(help="Under torchrun, measured: demo, a folder or a hub repository.")
+    ] = "demo",
+    height: Height = 2048,
+    width: Width = 2048,
+    radius: options.Radius = 8,
+    impl: options.Impl = "auto",
+    dtype: Dtype = "float32",
+    device: options.Device = None,
+    repeats: Repeats = 3,
+    plan_model: Annotated[
+        str, typer.Option(help="Planned: flux-dev, flux-schnell, demo, or a folder.")
+    ] = "flux-dev",
+    sides: Annotated[
+        str, typer.Option(help="Planned: sides in pixels, with commas.")
+    ] = "8192,16384",
+    plan_radius: Annotated[int, typer.Option(help="Planned: radius, in tokens.")] = 16,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="TFLOP/s of a rank; default measured, or 400.")
+    ] = None,
+    gbps: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s a rank sends; default measured, or 200.")
+    ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(min=0, help="Microseconds a message; default measured, or 20."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """One image on many GPUs: measured under torchrun, planned for up to 64 from rates."""
+    from ..generation.checks import find_dtype, find_window
+    from ..generation.sharing import joined_ranks
+    from .parallel import measure
+    from .parallel import report as measured_report
+    from .parallel_plan import ASSUMED, Rates, plan_parallel
+    from .parallel_plan import report as plan_report
+
+    find_window(height, width, radius)
+    found: dict[str, Any] = {}
+    under_torchrun = "WORLD_SIZE" in os.environ
+    with joined_ranks("patch" if under_torchrun else None, device) as ranks:
+        rates = asdict(ASSUMED)
+        if ranks is not None:
+            measured = measure(
+                model, height, width, radius, impl, find_dtype(dtype), ranks, repeats
+            )
+            if not ranks.is_first:
+                return
+            found["measured"] = measured
+            rates = measured["rates"]
+            print(measured_report(measured), end="\n\n")
+        given = {"tflops": tflops, "gbps": gbps, "latency": latency}
+        rates |= {name: value for name, value in given.items() if value is not None}
+        numbers = [int(side) for side in options.numbers("sides", sides)]
+        found["plan"] = plan_parallel(plan_model, numbers, plan_radius, Rates(**rates))
+        print(plan_report(found["plan"]))
+    if as_json:
+        options.print_json(found)
+    if "measured" in found and not found["measured"]["correct"]:
+        raise typer.Exit(1)
+
+
+def _show(result: dict[str, Any], report: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    """Print a result; exit with status 1 if it says of itself that it is not correct."""
+    print(report(result))
+    if as_json:
+        options.print_json(result)
+    if not result.get("correct", True):
+        raise typer.Exit(1)

@@ -1,0 +1,101 @@
+"""The command `clear-dit generate`; its work is imported when it runs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import options
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to generate.")],
+    model: options.Model = "demo",
+    height: options.Height = None,
+    width: options.Width = None,
+    radius: options.ModelRadius = None,
+    down_factor: options.DownFactor = 1,
+    weights: options.Weights = "auto",
+    attention: options.Attention = "clear",
+    impl: options.Impl = "auto",
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    image: Annotated[
+        str | None, typer.Option(help="An image to enlarge, twice unless a size is given.")
+    ] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(
+            help="Noise level from which stages above the native size repaint, 0 to 1; one, or "
+            "one for each with commas."
+        ),
+    ] = None,
+    low_resolution_guidance: Annotated[
+        float | None,
+        typer.Option(help="How much the previous stage steers the next, 0 to 1."),
+    ] = None,
+    stages_dir: Annotated[
+        str | None, typer.Option(help="Keep finished stages here; the same command goes on.")
+    ] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="Under torchrun: patch, the ranks share the image's rows; guidance, and each "
+            "half computes one of guidance's two passes."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The PNG or TIFF to write.")] = Path("clear-dit.png"),
+    as_json: options.Json = False,
+) -> None:
+    """Generate one image."""
+    from .request import make_request
+    from .runner import generate as run
+    from .sharing import joined_ranks
+
+    with joined_ranks(parallel, device) as ranks:
+        if ranks is not None and not ranks.is_first:
+            logging.getLogger("clear_dit").setLevel(logging.ERROR)
+        request = make_request(
+            prompt,
+            model,
+            height=height,
+            width=width,
+            radius=radius,
+            down_factor=down_factor,
+            weights=weights,
+            attention=attention,
+            impl=impl,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            image=image,
+            strength=None if strength is None else options.numbers("strength", strength),
+            low_resolution_guidance=low_resolution_guidance,
+            stages_dir=stages_dir,
+            dtype=dtype,
+            device=device if ranks is None else str(ranks.device),
+        )
+        try:
+            result = run(request, out, ranks=ranks)
+        except KeyboardInterrupt:
+            kept = (
+                "the same command goes on" if stages_dir else "--stages-dir would have kept stages"
+            )
+            options.fail(f"interrupted; {kept}.", 130)
+    if ranks is not None and not ranks.is_first:
+        return
+    if as_json:
+        options.print_json(result)
+    else:
+        seconds = result["seconds"]
+        print(
+            f"{result['out']}: {result['width']} x {result['height']} px, "
+            f"{result['impl']} attention, {seconds['total']:.1f} s "
+            f"(denoising {seconds['denoise']:.1f} s)"
+        )

@@ -1,0 +1,63 @@
+"""What the commands of several rooms share: options, reading their values, and printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from .errors import RequestError
+
+Model = Annotated[
+    str, typer.Option(help="demo, a folder in diffusers format, or a hub repository.")
+]
+Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")]
+
+# What is None here is as the model has it.
+Height = Annotated[int | None, typer.Option(help="Height in pixels.")]
+Width = Annotated[int | None, typer.Option(help="Width in pixels.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[float | None, typer.Option(help="Strength of guidance.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+ModelRadius = Annotated[int | None, typer.Option(help="Radius of the window, in tokens.")]
+
+Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens of 16 pixels.")]
+DownFactor = Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="CLEAR weights: a file, a folder or a hub repository; auto: those known to fit "
+        "model and radius; none: the model's own."
+    ),
+]
+Attention = Annotated[str, typer.Option(help="clear or full.")]
+Impl = Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.")]
+Batch = Annotated[int, typer.Option(help="Images at once.")]
+
+
+def numbers(option: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between.
+
+    Raises:
+        RequestError: something else; it names the option.
+    """
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise RequestError(
+            f"--{option} must be numbers with commas between, got {text!r}."
+        ) from error
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The last line of `--json`."""
+    print(json.dumps(result))
+
+
+def fail(error: object, status: int) -> NoReturn:
+    """One line on standard error, and the exit status."""
+    print(f"clear-dit: {error}", file=sys.stderr)
+    sys.exit(status)
