@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from ..demo.checkpoint import load_checkpoint, save_checkpoint
 from ..errors import RequestError, first_line
 from .files import could_not_write, write_text
-from .identity import same_model
+from .fingerprint import same_model
 from .sharded import gather
 
 SETTINGS, STATE = "settings.json", "state.safetensors"

@@ -26,7 +26,7 @@ from ..pipelines.cascade.resolution import Resolution
 from ..versions import versions
 from .cpu_attention import PerHeadAttention
 from .files import refuse_full_disk
-from .identity import fingerprint, same_model
+from .fingerprint import fingerprint, same_model
 from .precision import autocast, weights_dtype
 from .samples import INDEX, MAX_COUNT, SampleFolder, SampleIndex, read_index
 

@@ -29,7 +29,7 @@ from ..generation.checks import DTYPES
 from ..generation.denoising import Text
 from ..generation.models import TOKEN_PIXELS
 from .files import write_tensors, write_text
-from .identity import same_model
+from .fingerprint import same_model
 
 FORMAT = "clear-dit samples 1"
 INDEX, EMPTY = "index.json", "empty.safetensors"
@@ -43,7 +43,7 @@ class SampleIndex:
 
     Attributes:
         model: its name, as it was asked for.
-        fingerprint: see `identity.fingerprint`.
+        fingerprint: see `fingerprint`.
         height, width: of the images, in pixels.
         steps, guidance: see `GenerateRequest`.
         dtype: the computation's, and that of the stored numbers.

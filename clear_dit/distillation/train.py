@@ -23,7 +23,7 @@ from .card import card, hardware, mean_losses
 from .cpu_attention import PerHeadAttention
 from .data import Batch, Draws
 from .files import write_text
-from .identity import fingerprint
+from .fingerprint import fingerprint
 from .losses import Losses, attention_outputs, distillation_losses, noisy, parse_layers
 from .options import DistillOptions
 from .precision import quiet_norms, weights_dtype

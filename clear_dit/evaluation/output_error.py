@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from ..files import whole_file
 from ..generation.models import TOKEN_PIXELS
-from .generate import TextCache
 from .images import BROKEN, ImageSet
 from .request import EvaluateRequest
+from .variants import TextCache
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline

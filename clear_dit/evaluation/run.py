@@ -16,13 +16,13 @@ from ..generation.image_output import save_png
 from ..generation.models import load_pipeline, model_path, text_length
 from ..pipelines.decoding.image_files import METADATA_KEY
 from . import output_error
-from .generate import TextCache, attention_of, check_weights, generate_missing
 from .images import ImageSet, fingerprint
 from .measure import Values, choose_metrics, measure
 from .networks import make_networks
 from .report import layer_gflop, make_report, markdown
 from .request import EvaluateRequest, Variant
 from .sheet import contact_sheet
+from .variants import TextCache, attention_of, check_weights, generate_missing
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline

@@ -9,11 +9,11 @@ from typing import Any
 from ..errors import RequestError
 from ..generation.runner import PipelineRunner
 from .claims import Claims
-from .generate import failed, finished_before, generate_job
 from .images import complete_sidecar, finished
 from .jobs import Job
 from .launch import Launch
 from .manifest import DONE, FAILED, REMOVED, WAITING, Entry, Manifest, entry_of
+from .one_job import failed, finished_before, generate_job
 from .progress import Progress
 from .stopping import Stop
 

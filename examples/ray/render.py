@@ -14,9 +14,9 @@ from typing import Any
 
 from clear_dit.generation.runner import PipelineRunner
 from clear_dit.render.claims import Claims
-from clear_dit.render.generate import finished_before, generate_job
 from clear_dit.render.jobs import Job, read_jobs
 from clear_dit.render.manifest import DONE, FILE, WAITING, Entry, entry_of, write_manifest
+from clear_dit.render.one_job import finished_before, generate_job
 
 
 class Generate:

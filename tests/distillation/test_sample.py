@@ -15,7 +15,7 @@ from support.distilling import make_samples
 from clear_dit.demo.captions import Scene, parse
 from clear_dit.distillation import files
 from clear_dit.distillation.cpu_attention import PerHeadAttention
-from clear_dit.distillation.identity import same_model
+from clear_dit.distillation.fingerprint import same_model
 from clear_dit.distillation.precision import autocast
 from clear_dit.distillation.sample import make_request
 from clear_dit.distillation.samples import SampleFolder, open_samples, read_index

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clear_dit.evaluation import generate, run
+from clear_dit.evaluation import run, variants
 from clear_dit.files import TEMPORARY_PREFIX, own_folder
 from clear_dit.generation.image_output import read_settings
 from clear_dit.generation.models import DEMO
@@ -156,13 +156,13 @@ def test_another_model_of_the_same_name_is_generated_again(tmp_path, evaluate, c
 
 
 def test_text_is_encoded_once_per_prompt(tmp_path, evaluate, monkeypatch):
-    encoded, real = [], generate.encode
+    encoded, real = [], variants.encode
 
     def counting(pipe, prompts):
         encoded.extend(prompts)
         return real(pipe, prompts)
 
-    monkeypatch.setattr(generate, "encode", counting)
+    monkeypatch.setattr(variants, "encode", counting)
     assert evaluate(tmp_path, "--radius", 2, "--metrics", "psnr,output_mse") == 0
     assert len(encoded) == len(set(encoded)) == 4  # three and the empty one
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from clear_dit import Window
-from clear_dit.evaluation.generate import TextCache, attention_of, check_weights
 from clear_dit.evaluation.images import fingerprint
 from clear_dit.evaluation.output_error import (
     LEVELS,
@@ -12,6 +11,7 @@ from clear_dit.evaluation.output_error import (
     predict_all,
 )
 from clear_dit.evaluation.request import TEACHER, Variant, make_evaluate_request
+from clear_dit.evaluation.variants import TextCache, attention_of, check_weights
 
 PROMPT = "a pink tower in the desert at night"
 

@@ -10,8 +10,8 @@ from clear_dit import apply_clear
 from clear_dit.distillation.student import lora_config
 from clear_dit.distillation.teacher import Teacher
 from clear_dit.errors import RequestError
-from clear_dit.evaluation.generate import attention_of
 from clear_dit.evaluation.request import Variant
+from clear_dit.evaluation.variants import attention_of
 from clear_dit.generation.models import model_path
 from clear_dit.pipelines.cascade.resolution import Resolution, applied
 
