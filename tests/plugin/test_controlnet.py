@@ -11,6 +11,7 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
+from support.families.models import FAMILIES
 from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask
 
 from clear_dit import CLEARProcessor, apply_clear, load_clear_weights, remove_clear
@@ -21,17 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 
 def control_net(seed=0, num_mode=None):
     torch.manual_seed(seed)
-    model = FluxControlNetModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 6, 6),
-        num_mode=num_mode,
-    )
+    one_block = {"num_layers": 1, "num_single_layers": 1}
+    model = FluxControlNetModel(**FAMILIES["flux"].config | one_block, num_mode=num_mode)
     for name, parameter in model.named_parameters():
         if name.startswith("controlnet_") and "mode" not in name:  # zero in a new one
             torch.nn.init.normal_(parameter, std=0.1)
