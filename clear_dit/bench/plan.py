@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention.norm_rope import HAS_TRITON
+from ..chunking import chunk_feed_forward
 from ..errors import RequestError, first_line
 from ..families.table import family_of
 from ..generation.checks import find_window
@@ -115,6 +116,9 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     attn = next(iter(layers))
     linear, full = _count_products(model, inputs)
     apply_announced(model, window)
+    if family.chunked:
+        with quiet():
+            chunk_feed_forward(model, None)  # whole: the same products in fewer operators
     same, local = _count_products(model, inputs)
     assert linear == same
     # Not attention, but a weighted sum of keys and of values that PyTorch counts as a product.

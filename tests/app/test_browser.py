@@ -5,6 +5,7 @@ from urllib.parse import urlparse
 
 import pytest
 from support.app_server import AppServer
+from support.slow import slow
 
 SECONDS = 240
 
@@ -87,6 +88,7 @@ def test_generate_with_progress_and_preview_then_cancel_and_generate_again(page)
     page.wait_for_function("document.querySelectorAll('.card:not(.pending)').length == 2")
 
 
+@slow
 def test_compare_shows_both_with_a_slider_seconds_and_flops(page):
     page.click("#attention >> text=Both")
     enter(page, "a green tower by the sea")
@@ -105,6 +107,7 @@ def test_compare_shows_both_with_a_slider_seconds_and_flops(page):
     assert float(re.findall(r"[\d.]+px\)", left)[0][:-3]) < 20, "the right image is all shown"
 
 
+@slow
 def test_zoom_into_a_large_image_by_tiles(browser, app_server):
     opened = open_page(browser, app_server)
     page = next(opened)
@@ -125,6 +128,7 @@ def test_zoom_into_a_large_image_by_tiles(browser, app_server):
     next(opened, None)
 
 
+@slow
 def test_history_survives_a_reload_and_a_restart(browser, tmp_path):
     server = AppServer(tmp_path / "out").start()
     opened = open_page(browser, server, restarts=True)
@@ -146,6 +150,7 @@ def test_history_survives_a_reload_and_a_restart(browser, tmp_path):
     server.stop()
 
 
+@slow
 def test_a_reload_follows_the_image_at_work(page):
     enter(page, "a red balloon over a green island", steps=100, size=512)
     page.wait_for_selector(".status.running")

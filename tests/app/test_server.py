@@ -12,6 +12,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 from support.app_server import AppServer
+from support.slow import slow
 
 from clear_dit.app.guard import COOKIE
 from clear_dit.app.store import ENDED, new_secret
@@ -148,6 +149,7 @@ def test_who_has_no_cookie_gets_one_that_scripts_cannot_read(app_server):
     )
 
 
+@slow
 def test_auth_keeps_others_out(tmp_path):
     with AppServer(tmp_path / "out", "--auth", "ann:secret") as server:
         assert httpx.get(f"{server.url}config", timeout=120).status_code == 401
@@ -200,6 +202,7 @@ class Visitor(threading.Thread):
             self.client.predict(found["id"], api_name="/cancel")
 
 
+@slow
 def test_eight_clients_with_cancels_and_disconnects_lose_nothing(tmp_path):
     with AppServer(tmp_path / "out", "--queue-size", "6") as server:
         client, _ = connect(server)

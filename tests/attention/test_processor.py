@@ -48,7 +48,7 @@ def test_resolution_text_and_batch_change_between_calls(tiny_transformer, tiny_i
     # Classifier-free guidance: two text lengths in turn; 4 x 6 and 6 x 4 have the same length.
     calls = [(4, 6, 3, 1), (4, 6, 5, 1), (4, 6, 3, 1), (6, 4, 3, 2), (4, 6, 3, 1), (5, 5, 0, 1)]
     for rows, columns, text, batch in calls:
-        inputs = tiny_inputs(rows, columns, text, batch)
+        inputs = tiny_inputs(rows, columns, text, batch=batch)
         mask = Window(rows, columns, text, 2).mask()
         expected = run(stock, inputs, joint_attention_kwargs={"attention_mask": mask})
         assert_same(run(model, inputs), expected)

@@ -1,12 +1,11 @@
 """Formulas of what ranks send, against exchanges that are played through and counted."""
 
 import json
-import os
-import sys
 
 import pytest
 import torch
 from support import rank_tasks
+from support.slow import slow
 from typer.testing import CliRunner
 
 from clear_dit.bench.parallel_bytes import FLOAT32, Layer, halo_bytes, ring_bytes, ulysses_bytes
@@ -116,8 +115,8 @@ def test_a_plan_of_the_demo():
     assert two["communication_seconds"] == pytest.approx(sent / 1e9 + 6 * 5 * 10e-6)
 
 
-def test_a_measured_step(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+@slow
+def test_a_measured_step(tmp_path):
     statuses, said = rank_tasks.run_ranks(rank_tasks.bench, 3, tmp_path, tmp_path)
     assert statuses == [0] * 3, said
     found = [json.loads((tmp_path / f"bench-{rank}.json").read_text()) for rank in range(3)]

@@ -10,11 +10,13 @@ import sys
 import pytest
 import torch
 from support.command_line import run
+from support.slow import slow, slow_but
 
 from clear_dit import Window
 from clear_dit.bench.configurations import find_configuration
 from clear_dit.bench.executed import raster_keys, tile_choices, tiled_keys
 from clear_dit.bench.fake import LiveStorages, build, defaults, tensor_bytes
+from clear_dit.bench.plan import count_flops
 from clear_dit.bench.plan_memory import TransformerMemory, cascade_sizes, plan_memory
 from clear_dit.bench.published import CLIP_L, CONFIGURATIONS
 from clear_dit.chunking import chunk_feed_forward
@@ -40,10 +42,8 @@ def plan(capsys, *arguments):
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize(("side", "radius"), FLUX_DEV)
-def test_flux_dev_is_the_papers_table_and_the_bound(capsys, side, radius):
+def check_flux_dev(result, side, radius):
     full_gflop, local_gflop, linear, full, bound = FLUX_DEV[side, radius]
-    result = plan(capsys, "--height", side, "--width", side, "--radius", radius)
     dense, local = result["rows"]
     assert (dense["attention"], local["attention"]) == ("full", "clear")
     assert round(dense["attention_gflop_per_layer"], 1) == full_gflop
@@ -53,6 +53,12 @@ def test_flux_dev_is_the_papers_table_and_the_bound(capsys, side, radius):
     assert dense["total_tflop"] == dense["linear_tflop"] + dense["attention_tflop"]
     assert result["bound"] == pytest.approx(bound, abs=0.005)
     assert (result["layers"], result["heads"], result["head_dim"]) == (57, 24, 128)
+
+
+@pytest.mark.parametrize(("side", "radius"), slow_but(FLUX_DEV, (2048, 16), (8192, 32)))
+def test_flux_dev_is_the_papers_table_and_the_bound(side, radius):
+    window = Window(side // 16, side // 16, 512, radius)
+    check_flux_dev(count_flops(CONFIGURATIONS["flux-dev"].transformer, window), side, radius)
 
 
 def test_seconds_and_little_memory_for_the_tables_and_the_json():
@@ -91,6 +97,7 @@ def test_seconds_and_little_memory_for_the_tables_and_the_json():
     # 256 channels at full size, three times, in two bytes.
     decoding = stages["decoding a tile of 1152 x 1152"]["activations_gib"]
     assert decoding == pytest.approx(3 * 256 * 2 * 1152**2 / 2**30, rel=0.05)
+    check_flux_dev(json.loads(last), 8192, 8)
     highest = max(row["total_gib"] for row in stages.values())
     assert json.loads(last)["peak_gib"] == highest
 
@@ -182,6 +189,7 @@ def test_linear_flops_and_memory_grow_with_the_tokens(capsys):
     assert ratio < after["activations_gib"] / before["activations_gib"] < 2 * ratio
 
 
+@slow
 def test_schnell_has_shorter_texts(capsys):
     result = plan(capsys, "--model", "flux-schnell", "--height", 512, "--width", 512)
     assert result["text_length"] == 256

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.slow import slow, slow_but
 
 from clear_dit import Window
 from clear_dit.bench.fake import build, defaults
@@ -32,7 +33,7 @@ def test_every_family_can_be_planned():
     assert planned == set(INPUTS)
 
 
-@pytest.mark.parametrize("name", MODELS_AT_4096)
+@pytest.mark.parametrize("name", slow_but(MODELS_AT_4096, "sd35-medium"))
 def test_flops_are_the_windows(name):
     millions, layers, heads, head_dim, alone = MODELS_AT_4096[name]
     configuration = CONFIGURATIONS[name]
@@ -61,6 +62,7 @@ def test_flops_are_the_windows(name):
     assert 0.3 * products < full["linear_tflop"] < 1.02 * products
 
 
+@slow
 def test_memory_and_the_report():
     result = plan("hunyuanimage-2.1", 4096, 4096, 8, 1, None, torch.bfloat16)
     assert (result["token_rows"], result["token_columns"]) == (128, 128)

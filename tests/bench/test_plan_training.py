@@ -4,6 +4,7 @@ import json
 
 import pytest
 from support.command_line import run
+from support.slow import slow
 
 from clear_dit.bench.plan_training import plan_training, report
 
@@ -40,6 +41,7 @@ def test_the_demo_s_rows_are_its_parameters():
         assert row["total_gib"] == pytest.approx(sum(row[part] for part in parts))
 
 
+@slow
 def test_activations_grow_with_the_batch():
     one, four = (plan_training("demo", 256, 256, 4, 1, batch)["rows"][0] for batch in (1, 4))
     assert one["frozen_gib"] == four["frozen_gib"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.slow import slow
 from support.triton_mode import interpreted
 
 if not interpreted:
@@ -33,6 +34,7 @@ def command(monkeypatch, *arguments):
     return gpu.main()
 
 
+@slow
 def test_every_part_runs(monkeypatch, tmp_path, capsys):
     tried = tuning.TRIED
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -228,6 +230,7 @@ def test_plot(monkeypatch, tmp_path, capsys):
         assert image.size == (plot_gpu.WIDTH, plot_gpu.HEIGHT)
 
 
+@slow
 def test_processes_of_their_own_and_their_deadline(monkeypatch):
     monkeypatch.setattr(gpu_checks, "checks", lambda *a: [[], []])
     assert list(gpu_checks.run_checks(CPU, True, 1, time.monotonic() + 60)) == [[], []]

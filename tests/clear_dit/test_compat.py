@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from support.slow import slow
 
 import clear_dit
 from clear_dit import compat
@@ -69,6 +70,7 @@ print(CLEARFluxPipeline.__name__, Window(2, 2, 0, 1).sequence_length)
     assert python(code).splitlines() == ["False False", "CLEARFluxPipeline 4"]
 
 
+@slow
 def test_kernels_know_nothing_of_diffusers():
     code = "import sys, clear_dit.kernels.attention; print('diffusers' in sys.modules)"
     assert python(code) == "False"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from diffusers import FluxPipeline
 from PIL import Image
+from support.slow import slow
 
 from clear_dit.demo import train
 from clear_dit.demo.checkpoint import load_checkpoint
@@ -60,6 +61,7 @@ def test_export_is_clean(trained):
     assert str(trained) not in card
 
 
+@slow
 def test_a_killed_phase_goes_on(trained, tmp_path, monkeypatch):
     work = trained / "work"
     longer = dataclasses.replace(
@@ -82,6 +84,7 @@ def test_a_killed_phase_goes_on(trained, tmp_path, monkeypatch):
     assert (step, len(losses)) == (4, 4)
 
 
+@slow
 def test_finished_stages_are_not_repeated(trained):
     work = trained / "work"
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*.npy")}

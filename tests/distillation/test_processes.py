@@ -1,11 +1,7 @@
 """Processes that are killed, and processes that share the work."""
 
-import multiprocessing
-import os
 import random
 import shutil
-import socket
-import sys
 import time
 from collections import Counter
 
@@ -13,19 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import distilling
+from support.processes import start, start_ranks
+from support.slow import slow, slow_but
 
 from clear_dit.distillation.checkpoint import checkpoints
 from clear_dit.distillation.samples import SampleFolder, open_samples, read_index
-
-# Children are forked from a server that imported everything once: starting one takes no seconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["support.distilling"])
-
-
-@pytest.fixture(autouse=True)
-def server_finds_modules(monkeypatch):
-    """The server's own `sys.path` is not this one, in Python 3.11."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
 
 def kill_after_progress(task, arguments, progress, kills, seed):
@@ -36,8 +24,7 @@ def kill_after_progress(task, arguments, progress, kills, seed):
     generator = random.Random(seed)
     for _ in range(kills):
         before = progress()
-        process = PROCESSES.Process(target=task, args=arguments)
-        process.start()
+        process = start(task, *arguments)
         deadline = time.monotonic() + 120
         while progress() <= before:
             assert process.is_alive()
@@ -48,8 +35,7 @@ def kill_after_progress(task, arguments, progress, kills, seed):
         process.join()
         assert process.exitcode == -9
         yield
-    process = PROCESSES.Process(target=task, args=arguments)
-    process.start()
+    process = start(task, *arguments)
     process.join()
     assert process.exitcode == 0
 
@@ -83,6 +69,7 @@ def test_sampling_survives_kill_9(tmp_path):
         assert torch.allclose(one[number].latents, other[number].latents, atol=1e-4)
 
 
+@slow
 def test_training_survives_kill_9_and_ends_the_same(samples, tmp_path):
     changes = {"max_train_steps": 20, "checkpointing_steps": 2, "optimizer": "adamw"}
     changes |= {"resume_from_checkpoint": "latest"}
@@ -112,16 +99,7 @@ def test_training_survives_kill_9_and_ends_the_same(samples, tmp_path):
 
 
 def run_ranks(task, arguments, world=2):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        PROCESSES.Process(target=distilling.child_rank, args=(rank, world, port, task, arguments))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
+    for process in start_ranks(task, world, *arguments):
         process.join(120)
         assert process.exitcode == 0
 
@@ -136,7 +114,7 @@ def test_two_processes_share_the_samples(samples, tmp_path):
     assert [found[n].seed for n in range(10)] == list(range(10))
 
 
-@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("lora", slow_but([None, 2], None))
 def test_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(samples, tmp_path, lora):
     path = tmp_path / "gradients"
     arguments = (samples, tmp_path / "out", path, {"train_batch_size": 1, "lora": lora})
@@ -163,6 +141,7 @@ def test_two_processes_train_and_save_once(samples, tmp_path):
     assert len(load_file(out / "clear_local_2.safetensors")) == 2 * 8 + 4 * 6
 
 
+@slow
 def test_both_roles_work_on_fsdp_s_shards(samples, tmp_path):
     path = tmp_path / "fsdp"
     changes = {"optimizer": "adamw", "down_factor": 2, "gradient_checkpointing": True}
@@ -174,6 +153,7 @@ def test_both_roles_work_on_fsdp_s_shards(samples, tmp_path):
         assert (sharded[name] - expected).abs().max() < 3e-5, name
 
 
+@slow
 def test_shards_go_on_from_a_checkpoint_without_pickles(samples, tmp_path):
     path = tmp_path / "fsdp"
     run_ranks(distilling.resume_with_fsdp, (samples, path, {"optimizer": "adamw"}))

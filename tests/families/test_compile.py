@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.families.models import FAMILIES, make_inputs, make_model, run
+from support.slow import slow_but
 
 from clear_dit import apply_clear
 from clear_dit.families.table import MODELS, family_of
@@ -25,7 +26,7 @@ def forget_graphs():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, "qwen-image"))
 def test_another_resolution_compiles_nothing(name):
     model = make_model(name, **LARGER.get(name, {}))
     inputs = [make_inputs(name, *size, text=23) for size in SIZES]

@@ -8,6 +8,7 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 from support.families.models import FAMILIES, make_inputs, make_model, run
 from support.families.oracle import FAR, dense_masks, expected, local_mask
+from support.slow import slow
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -149,6 +150,7 @@ def test_kontext_pipeline(tiny_pipeline):
     assert np.abs(dense - oracle).max() > 1e-4
 
 
+@slow
 def test_another_size_compiles_nothing():
     """As long as there are as many references."""
     name = "flux"

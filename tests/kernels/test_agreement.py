@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from support.agreement import WIDE, check, forward_and_gradients, inputs, problem, problems
 from support.compiled import switch_off
 from support.oracle import attention_by_definition, mask_by_definition
+from support.slow import slow, slow_but
 
 from clear_dit.kernels import flex
 from clear_dit.kernels.attention import local_attention
@@ -36,7 +37,7 @@ def test_wide_has_overlapping_tiles():
     assert columns.query_width > WIDE.width
 
 
-slow = settings(
+thorough = settings(
     max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -45,7 +46,7 @@ slow = settings(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["reference", "tiled", OPERATORS])
-@slow
+@thorough
 @given(case=problems())
 @example(case=problem(Window(9, 17, 7, 4, 4)))
 @example(case=problem(Window(16, 8, 0, 1)))
@@ -61,7 +62,7 @@ def test_implementation_is_the_definition(monkeypatch, impl, dtype, case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@settings(slow, max_examples=12)
+@settings(thorough, max_examples=12)
 @given(case=problems())
 def test_flex_mask_is_the_definition(dtype, case):
     """FlexAttention in its eager form: the same mask and block lists, not compiled."""
@@ -75,6 +76,7 @@ def test_flex_mask_is_the_definition(dtype, case):
     check(run, case, dtype, gradients=False)
 
 
+@slow
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -125,7 +127,7 @@ def test_float16_scores_do_not_overflow(monkeypatch):
     torch.testing.assert_close(out, query, rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled", "flex"])
+@pytest.mark.parametrize("impl", slow_but(["reference", "tiled", "flex"], "reference", "tiled"))
 def test_radius_past_the_diagonal_is_plain_attention(impl):
     window = Window(9, 14, 5, 17)
     query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
@@ -136,7 +138,7 @@ def test_radius_past_the_diagonal_is_plain_attention(impl):
     torch.testing.assert_close(out, dense.transpose(1, 2), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled", "flex"])
+@pytest.mark.parametrize("impl", slow_but(["reference", "tiled", "flex"], "reference", "tiled"))
 def test_radius_one_is_self_and_text(impl):
     window = Window(9, 10, 3, 1)
     query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)

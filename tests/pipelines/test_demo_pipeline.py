@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from support.slow import slow
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
 from clear_dit.demo.probe import asked_labels, held_out_captions, load_probe
@@ -89,6 +90,7 @@ def test_cascade_is_faithful_to_its_first_image():
     assert np.mean((repeated - first) ** 2) > 4 * np.mean((small - first) ** 2)
 
 
+@slow
 @pytest.mark.parametrize("size", [(256, 512), (512, 256)])
 def test_other_shapes_than_the_trained_square_show_what_is_asked(size):
     """By the positions of a square they are the upper or the left half of one."""

@@ -6,23 +6,11 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from safetensors.torch import save_file
+from support.models import draw
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, Window, apply_clear, remove_clear
 from clear_dit.pipelines.cascade.resolution import Resolution
 from clear_dit.weights.format import parameters_by_key
-
-
-def draw(pipe, prompt="a red house", height=24, width=40, **options):
-    return pipe(
-        prompt,
-        height=height,
-        width=width,
-        num_inference_steps=2,
-        max_sequence_length=options.pop("max_sequence_length", 6),
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-        **options,
-    ).images
 
 
 def as_trained(pipe, **options):

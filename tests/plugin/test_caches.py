@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxPipeline, TaylorSeerCacheConfig
-from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, draw, image_mask, run
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.pipelines.cascade.resolution import Resolution
@@ -57,25 +57,15 @@ def test_caches(tiny_transformer, tiny_inputs, name, cache_first):
 def test_pipeline_with_true_guidance(tiny_pipeline):
     """Two passes, each with a cache of its own."""
 
-    def draw(pipe, **options):
+    def guided(pipe, **options):
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-        images = pipe(
-            "a red house",
-            negative_prompt="the sea",
-            true_cfg_scale=2.0,
-            height=24,
-            width=40,
-            num_inference_steps=4,
-            max_sequence_length=6,
-            generator=torch.Generator().manual_seed(0),
-            output_type="pt",
-            **options,
-        ).images
+        options |= {"negative_prompt": "the sea", "true_cfg_scale": 2.0}
+        images = draw(pipe, num_inference_steps=4, output_type="pt", **options)
         pipe.transformer.disable_cache()
         return images
 
     with dense_masks(image_mask(6, 10, radius=2, text=6)):
-        expected = draw(tiny_pipeline(FluxPipeline))
+        expected = guided(tiny_pipeline(FluxPipeline))
     pipe, as_trained = tiny_pipeline(CLEARFluxPipeline), lambda height, width: Resolution()
     pipe.set_attn_processor(CLEARProcessor(radius=2))
-    torch.testing.assert_close(draw(pipe, resolution=as_trained), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(guided(pipe, resolution=as_trained), expected, rtol=0, atol=1e-5)

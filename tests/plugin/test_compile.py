@@ -5,6 +5,7 @@ import torch
 from diffusers import FluxPipeline
 from support.ip_adapter import load_ip_adapters
 from support.models import assert_same, dense_masks, image_mask, run
+from support.slow import slow
 
 from clear_dit import CLEARProcessor, apply_clear
 
@@ -39,6 +40,7 @@ def test_another_resolution_compiles_nothing(tiny_transformer, tiny_inputs):
                 assert_same(run(model, inputs), expected)
 
 
+@slow
 def test_sizes_become_dynamic_by_themselves(tiny_transformer, tiny_inputs):
     """Without dynamic=True the second resolution compiles once more, and no later one does."""
     stock, model = (tiny_transformer(num_layers=1, num_single_layers=0) for _ in range(2))
@@ -52,6 +54,7 @@ def test_sizes_become_dynamic_by_themselves(tiny_transformer, tiny_inputs):
             assert_same(run(model, inputs), expected)
 
 
+@slow
 def test_ip_adapter(tiny_pipeline, tiny_inputs):
     pipe, inputs = tiny_pipeline(FluxPipeline), tiny_inputs(4, 6)
     load_ip_adapters(pipe)

@@ -11,7 +11,8 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
-from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask
+from support.families.models import FAMILIES
+from support.models import FAR, assert_differs, assert_same, dense_masks, draw, image_mask
 
 from clear_dit import CLEARProcessor, apply_clear, load_clear_weights, remove_clear
 from clear_dit.families.table import attention_layers
@@ -21,17 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 
 def control_net(seed=0, num_mode=None):
     torch.manual_seed(seed)
-    model = FluxControlNetModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(4, 6, 6),
-        num_mode=num_mode,
-    )
+    one_block = {"num_layers": 1, "num_single_layers": 1}
+    model = FluxControlNetModel(**FAMILIES["flux"].config | one_block, num_mode=num_mode)
     for name, parameter in model.named_parameters():
         if name.startswith("controlnet_") and "mode" not in name:  # zero in a new one
             torch.nn.init.normal_(parameter, std=0.1)
@@ -81,21 +73,15 @@ def control_pipeline(tiny_pipeline):
     return make
 
 
-def draw(pipe):
+def controlled(pipe):
     pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
     multi = isinstance(pipe.controlnet, FluxMultiControlNetModel)
-    return pipe(
-        "a red house",
+    return draw(
+        pipe,
         control_image=[Image.fromarray(pixels)] * 2 if multi else Image.fromarray(pixels),
         control_mode=[0, 2] if multi else 0,
         controlnet_conditioning_scale=[1.0, 0.5] if multi else 1.0,
-        height=24,
-        width=40,
-        num_inference_steps=2,
-        max_sequence_length=6,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).images
+    )
 
 
 @pytest.mark.parametrize("kind", ["one", "two", "union for two"])
@@ -107,19 +93,19 @@ def test_pipelines(control_pipeline, kind):
     else:
         nets, texts = FluxMultiControlNetModel([control_net(num_mode=3)]), (6, 7)
     pipe = control_pipeline(nets)
-    full = draw(pipe)
+    full = controlled(pipe)
     with dense_masks(*(image_mask(6, 10, 2, text) for text in texts)):
-        expected = draw(pipe)
+        expected = controlled(pipe)
     assert np.abs(expected - full).max() > 1e-3
     apply_clear(pipe, radius=2)
-    np.testing.assert_allclose(draw(pipe), expected, atol=1e-5)
+    np.testing.assert_allclose(controlled(pipe), expected, atol=1e-5)
     apply_clear(pipe, radius=FAR)
-    np.testing.assert_allclose(draw(pipe), full, atol=1e-5)
+    np.testing.assert_allclose(controlled(pipe), full, atol=1e-5)
     assert remove_clear(pipe)
     for model in (pipe.transformer, *getattr(nets, "nets", [nets])):
         kinds = {type(attn.processor) for attn in attention_layers(model).values()}
         assert kinds == {FluxAttnProcessor}
-    assert np.array_equal(draw(pipe), full)
+    assert np.array_equal(controlled(pipe), full)
 
 
 def test_weights_are_the_transformer_s(control_pipeline, clear_weights):

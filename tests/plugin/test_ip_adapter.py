@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from safetensors.torch import load_file
 from support.ip_adapter import load_ip_adapters as load
-from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
+from support.models import FAR, assert_differs, assert_same, dense_masks, draw, image_mask, run
 
 from clear_dit import apply_clear, remove_clear, save_clear_weights
 
@@ -152,26 +152,17 @@ def test_without_an_image_prompt(pipe, inputs):
 
 
 def test_pipeline(pipe):
-    def draw():
-        return pipe(
-            "a red house",
-            height=24,
-            width=40,
-            num_inference_steps=2,
-            max_sequence_length=6,
-            ip_adapter_image_embeds=[IMAGE_PROMPT],
-            negative_ip_adapter_image_embeds=[-IMAGE_PROMPT],
-            negative_prompt="the sea",
-            true_cfg_scale=2.0,
-            generator=torch.Generator().manual_seed(0),
-            output_type="np",
-        ).images
-
+    options = {
+        "ip_adapter_image_embeds": [IMAGE_PROMPT],
+        "negative_ip_adapter_image_embeds": [-IMAGE_PROMPT],
+        "negative_prompt": "the sea",
+        "true_cfg_scale": 2.0,
+    }
     load(pipe)
-    full = draw()
+    full = draw(pipe, **options)
     with dense_masks(image_mask(6, 10, radius=2, text=6)):
-        expected = draw()
+        expected = draw(pipe, **options)
     apply_clear(pipe, radius=2)
-    np.testing.assert_allclose(draw(), expected, atol=1e-5)
+    np.testing.assert_allclose(draw(pipe, **options), expected, atol=1e-5)
     apply_clear(pipe, radius=FAR)
-    np.testing.assert_allclose(draw(), full, atol=1e-5)
+    np.testing.assert_allclose(draw(pipe, **options), full, atol=1e-5)

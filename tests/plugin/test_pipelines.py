@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
+from support import models
 from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
@@ -12,16 +13,7 @@ from clear_dit.weights.format import parameters_by_key
 
 def draw(pipe, **options):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        "a red house",
-        height=24,
-        width=40,
-        num_inference_steps=2,
-        max_sequence_length=6,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-        **options,
-    ).images
+    return models.draw(pipe, output_type="pt", **options)
 
 
 def assert_close(images, expected):

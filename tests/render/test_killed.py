@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from support.slow import slow
 
 from clear_dit.generation.runner import PipelineRunner
 from clear_dit.render.manifest import read_manifest
@@ -76,6 +77,7 @@ def assert_complete(folder):
         assert json.loads((folder / f"{line['id']}.json").read_text())["job"] == line["job"]
 
 
+@slow
 def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, runner, jobs, tmp_path):
     def generate(out):
         return render(jobs, out, FLAGS, progress=False, make_runner=runner)

@@ -6,6 +6,8 @@ are computed as exp(score - lse), in float32 or wider: what rounds off a score i
 of theirs, also where the plain softmax has none (one key).
 """
 
+import functools
+
 import torch
 from hypothesis import strategies as st
 
@@ -66,25 +68,31 @@ def forward_and_gradients(run, query, key, value, weight, grad):
     return out, *torch.autograd.grad(out, wanted, grad)
 
 
-def check(run, case, dtype, gradients=True):
-    window = case["window"]
-    scale = case["head_dim"] ** -0.5
+@functools.lru_cache(maxsize=12)  # of a file's examples, for all implementations
+def by_definition(dtype, gradients, **case):
+    """The inputs, exact and plain results, and the largest score of a case."""
+    window, scale = case["window"], case["head_dim"] ** -0.5
     rounded = inputs(**case, dtype=dtype)
 
     def definition(query, key, value, weight):
         return attention_by_definition(query, key, value, window, scale, weight)
 
     exact_inputs = [None if x is None else x.double() for x in rounded]
-    if gradients:
-        exact = forward_and_gradients(definition, *exact_inputs)
-        plain = forward_and_gradients(definition, *rounded)
-        ours = forward_and_gradients(run, *rounded)
-    else:
-        exact, plain, ours = ([f(*x[:4])] for f, x in (
-            (definition, exact_inputs), (definition, rounded), (run, rounded)
-        ))  # fmt: skip
+    exact, plain = (results(definition, x, gradients) for x in (exact_inputs, rounded))
     query, key = exact_inputs[:2]
     largest = scale * float(torch.einsum("bqhd,bkhd->bhqk", query, key).abs().max())
+    return rounded, exact, plain, largest
+
+
+def results(run, tensors, gradients):
+    """Output and gradients, or the output alone."""
+    return forward_and_gradients(run, *tensors) if gradients else [run(*tensors[:4])]
+
+
+def check(run, case, dtype, gradients=True):
+    window = case["window"]
+    rounded, exact, plain, largest = by_definition(dtype, gradients, **case)
+    ours = results(run, rounded, gradients)
     of_scores = 2 * largest * torch.finfo(torch.float32).eps
     names = ("output", "query", "key", "value", "spatial_weight")
     for name, value, yardstick, truth in zip(names, ours, plain, exact, strict=False):

@@ -1,13 +1,14 @@
 """A server of the web page in a process of its own, as `python app.py` starts it."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
+
+from .processes import free_port
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 240
@@ -23,9 +24,7 @@ class AppServer:
 
     def __init__(self, out: Path, *options: str) -> None:
         self.out, self.options = out, options
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
 
     def start(self) -> "AppServer":

@@ -77,21 +77,6 @@ def child_distill(samples, out, changes):
     distill(make_options(samples, out, **changes), progress=False)
 
 
-def child_rank(rank, world, port, task, arguments):
-    """One of several processes under gloo, as torchrun starts them."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    task(*arguments)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def save_gradients(samples, out, path, changes):
     torch.set_num_threads(1)
     gradients, losses = gradients_of_a_step(make_options(samples, out, **changes))

@@ -17,6 +17,19 @@ def run(model, inputs, **more):
     return model(**inputs, **more).sample
 
 
+def draw(pipe, prompt="a red house", **options):
+    """Images of two steps of a tiny pipeline, 24 x 40 px (6 x 10 tokens), from a fixed seed."""
+    usual = {
+        "height": 24,
+        "width": 40,
+        "num_inference_steps": 2,
+        "max_sequence_length": 6,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "np",
+    }
+    return pipe(prompt, **usual | options).images
+
+
 def assert_same(value, expected):
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=2e-6)
 

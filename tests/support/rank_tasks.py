@@ -1,20 +1,15 @@
-"""What the ranks of a test do, in processes of their own, forked from a server (see `run_ranks`).
-
-Torch's threads do not survive a fork, so that this imports what is slow and computes nothing.
-"""
+"""What the ranks of a test do, in processes of their own (see `run_ranks`)."""
 
 import itertools
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 
 from clear_dit import apply_clear
 from clear_dit.bench.parallel import measure
@@ -30,6 +25,9 @@ from clear_dit.pipelines.parallel.start import start_ranks
 from clear_dit.process_group import RankGroup
 from clear_dit.weights.known import known_weights
 
+from .autoencoders import LIKE_FLUX, make_autoencoder
+from .processes import start_ranks as start_processes
+
 IMAGE = {
     "prompt": "a red circle",
     "height": 256,
@@ -41,24 +39,13 @@ IMAGE = {
     "device": "cpu",
 }
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["support.rank_tasks"])
-
 
 def run_ranks(task, world, folder, *arguments, stays=None):
     """Run `task(ranks, *arguments)` on some gloo ranks; their statuses and what they said.
 
     A rank that has not ended after 120 s, or the one that `stays`, is killed; its status is None.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        PROCESSES.Process(target=_rank, args=(rank, world, port, folder, task, arguments))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    processes = start_processes(_rank, world, folder, task, arguments)
     deadline = time.monotonic() + 120
     for rank, process in enumerate(processes):
         if rank != stays:
@@ -70,17 +57,8 @@ def run_ranks(task, world, folder, *arguments, stays=None):
     return statuses, [(folder / f"rank-{rank}.txt").read_text() for rank in range(world)]
 
 
-def _rank(rank, world, port, folder, task, arguments):
-    sys.stdout = sys.stderr = (folder / f"rank-{rank}.txt").open("w")
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
+def _rank(folder, task, arguments):
+    sys.stdout = sys.stderr = (folder / f"rank-{os.environ['RANK']}.txt").open("w")
     with start_ranks("cpu", silence_limit=8, hang_limit=5) as ranks:
         task(ranks, *arguments)
     print("finished")
@@ -150,23 +128,12 @@ def bench(ranks, folder):
     (folder / f"bench-{ranks.rank}.json").write_text(json.dumps(found))
 
 
-def make_autoencoder(kind):
+def autoencoder_of(kind):
     """The demo's own, or FLUX's with fewer channels and random weights."""
     if kind == "demo":
         return AutoencoderTiny.from_pretrained(DEMO / "vae", use_safetensors=True).eval()
     torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    return make_autoencoder((8, 16), layers_per_block=1, norm_num_groups=4, **LIKE_FLUX)
 
 
 def code(ranks, cases, folder):
@@ -177,7 +144,7 @@ def code(ranks, cases, folder):
     group = dist.group.WORLD
     found = []
     for kind, latents, tile in cases:
-        vae = make_autoencoder(kind)
+        vae = autoencoder_of(kind)
         strips = list(decode_rows(vae, latents, tile_pixels=tile, group=group))
         image = decode(vae, latents, tile_pixels=tile, group=group)
         found.append((strips, image, encode(vae, image, tile_pixels=tile, group=group)))

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.agreement import WIDE, check, inputs, problem, problems
 from support.compiled import needs_compiler, switch_off
+from support.slow import slow
 
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.opaque import Geometry
@@ -210,6 +211,7 @@ threading.Thread(target=generate).start()
 """
 
 
+@slow
 def test_a_thread_that_outlives_the_main_one_computes_too():
     done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, timeout=120)
     assert done.stdout.strip() == b"torch.Size([1, 480, 2, 24])", done.stderr

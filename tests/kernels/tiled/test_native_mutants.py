@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.compiled import needs_compiler
 from support.oracle import relative_error
+from support.slow import slow_but
 
 from clear_dit.kernels.opaque import Geometry
 from clear_dit.kernels.tiled.native import build, forward
@@ -92,7 +93,7 @@ def test_the_battery_passes_without_a_fault(compile_mutant, monkeypatch):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
-@pytest.mark.parametrize(("flag", "lanes"), [("-mno-avx512f", 8), ("-mno-avx", 4)])
+@pytest.mark.parametrize(("flag", "lanes"), slow_but([("-mno-avx512f", 8), ("-mno-avx", 4)]))
 def test_smaller_vectors(flag, lanes, compile_mutant, monkeypatch):
     """As on older CPUs, and on others."""
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, flag])
@@ -101,6 +102,8 @@ def test_smaller_vectors(flag, lanes, compile_mutant, monkeypatch):
     assert battery(library, monkeypatch) < EXACT
 
 
-@pytest.mark.parametrize("fault", MUTANTS)
+@pytest.mark.parametrize(
+    "fault", slow_but(MUTANTS, "disc with its rim", "last row of keys left out")
+)
 def test_a_fault_is_noticed(fault, compile_mutant, monkeypatch):
     assert battery(compile_mutant(*MUTANTS[fault]), monkeypatch) > 2 * EXACT

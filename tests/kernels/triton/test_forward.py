@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.agreement import check, inputs, problem
+from support.slow import slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.choice import why_not
@@ -14,7 +15,7 @@ if not interpreted:
     pytest.skip("needs Triton and its interpreter", allow_module_level=True)
 
 from clear_dit.kernels.triton import launch, ops, tables, tuning
-from clear_dit.kernels.triton.geometry import Tiling
+from clear_dit.kernels.triton.geometry import Tiling, visits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -28,6 +29,8 @@ def run(window):
     return attention
 
 
+# A key tile that every query of a tile sees whole, and others.
+INNER = Window(16, 17, 3, 14)
 CASES = {
     "partial tiles": problem(Window(13, 18, 7, 4), heads=1),
     "pooled": problem(Window(13, 18, 5, 4, 4), batch=1),
@@ -37,22 +40,46 @@ CASES = {
     "past the diagonal": problem(Window(12, 17, 64, 40), batch=1, heads=1),
     "less than a tile": problem(Window(3, 5, 70, 3)),
     "one token": problem(Window(1, 1, 0, 1), heads=1),
-    "inner tiles": problem(Window(33, 26, 3, 16), batch=1, heads=1, head_dim=16),
+    "inner tiles": problem(INNER, batch=1, heads=1, head_dim=16),
     "odd head_dim": problem(Window(9, 10, 7, 4), batch=1, heads=3, head_dim=24),
     "wide heads": problem(Window(9, 10, 7, 4), batch=1, heads=1, head_dim=128),
     "batch of three": problem(Window(9, 10, 2, 4, 2), batch=3, heads=1, head_dim=16),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of the two dtypes' quick cases together, each is there.
+HALF = slow_but(
+    CASES, "partial tiles", "no text", "itself and the text", "less than a tile", "one token",
+    "inner tiles", "wide heads",
+)  # fmt: skip
+FLOAT32 = slow_but(
+    CASES, "pooled", "pooled, two blocks", "past the diagonal", "odd head_dim", "batch of three",
+    "one token",
+)  # fmt: skip
+
+
+@pytest.fixture
+def hopper_tiles(monkeypatch):
+    """float32's own tiles are so small that the interpreter takes minutes: one case below."""
+    monkeypatch.setattr(ops, "table_key", lambda *kind: ("sm_90", 128, 2))
+
+
+@pytest.mark.parametrize("entry", [tables.FORWARD["sm_80"][0], tables.FORWARD["sm_90"][0]])
+def test_inner_has_tiles_that_need_no_mask(entry):
+    lists = visits(INNER.height, INNER.width, INNER.radius, entry.tiling, torch.device("cpu"))
+    begin, border, end = lists.ranges.unbind(-1)
+    assert (border > begin).any()
+    assert (end > border).any()
+
+
+@pytest.mark.parametrize("name", HALF)
 def test_half_precision_is_the_definition(name):
     check(run(CASES[name]["window"]), CASES[name], torch.float16)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_float32_is_the_definition_with_hopper_tiles(name, monkeypatch):
-    # float32's own tiles are so small that the interpreter takes minutes: one case below.
-    monkeypatch.setattr(ops, "table_key", lambda *kind: ("sm_90", 128, 2))
+@pytest.mark.usefixtures("hopper_tiles")
+@pytest.mark.parametrize("name", FLOAT32)
+def test_float32_is_the_definition_with_hopper_tiles(name):
     check(run(CASES[name]["window"]), CASES[name], torch.float32)
 
 
@@ -61,6 +88,7 @@ def test_float32_is_the_definition():
     check(run(window), problem(window, batch=1, heads=1, head_dim=16), torch.float32)
 
 
+@pytest.mark.usefixtures("hopper_tiles")
 def test_log_sum_exp_and_strides():
     window = Window(11, 19, 6, 4, 2)
     query, key, value, weight, _ = inputs(**problem(window), dtype=torch.float32)
@@ -82,7 +110,11 @@ def every_forward_config():
     return [*entries, tables.ForwardConfig(Tiling(4, 16, 16, 2), 32, 4, 2)]
 
 
-@pytest.mark.parametrize("config", every_forward_config(), ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "config",
+    slow_but(every_forward_config(), *tables.FORWARD["sm_90"], *tables.WIDE_FORWARD),
+    ids=lambda config: config.name,
+)
 def test_every_tile_shape_and_way_to_load(config):
     window = Window(11, 19, 33, 6)
     query, key, value, _, _ = inputs(**problem(window, batch=2, heads=1), dtype=torch.float32)

@@ -7,11 +7,13 @@ test says that the battery passes on the unchanged source.
 import importlib
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.oracle import pool_by_definition, relative_error
+from support.slow import slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels import window as original
@@ -123,9 +125,18 @@ MUTANTS = {
 }
 
 
-def battery(launch, tables, geometry, backward, part) -> float:
-    """Largest relative error of the forward or the backward pass, over a few small problems."""
-    worst = 0.0
+# One of each file: the rest say the same of other lines.
+QUICK = (
+    "disc with its rim",
+    "last tile of a list dropped",
+    "one text key too many",
+    "last split of the text queries dropped",
+    "gradients: delta of the keys left out",
+)
+
+
+def battery(launch, tables, geometry, backward, part) -> Iterator[float]:
+    """Relative errors of the forward or the backward pass, of a few small problems in turn."""
     config = tables.ForwardConfig(geometry.Tiling(4, 4, 4, 4), 16, 4, 1)
     run = tables.RunConfig(16, 16, 4, 1)
     tile = tables.TileConfig(config.tiling, 4, 1)
@@ -145,14 +156,13 @@ def battery(launch, tables, geometry, backward, part) -> float:
         if part == "forward":
             launch.image_attention(*tensors, out, lse, numbers, config)
             launch.text_attention(*tensors[:3], out, lse, text, 0.25, run, 8)
-            worst = max(worst, *map(error_of, (out, lse), truth))
+            yield from map(error_of, (out, lse), truth)
             continue
         grads = backward.attention_backward(
             truth[0].float(), *tensors, truth[0].float(), truth[1].float(),
             numbers, config=gradients, programs=8,
         )  # fmt: skip
-        worst = max(worst, *map(error_of, grads, truth[2:]))
-    return worst
+        yield from map(error_of, grads, truth[2:])
 
 
 def error_of(found, exact) -> float:
@@ -200,11 +210,12 @@ def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_the_battery_passes_without_a_fault(part, tmp_path, monkeypatch):
-    assert battery(*load(tmp_path, f"unchanged_{part}", monkeypatch), part) < 1e-5
+    assert max(battery(*load(tmp_path, f"unchanged_{part}", monkeypatch), part)) < 1e-5
 
 
-@pytest.mark.parametrize("fault", MUTANTS)
+@pytest.mark.parametrize("fault", slow_but(MUTANTS, *QUICK))
 def test_a_fault_is_noticed(fault, tmp_path, monkeypatch):
     name = "mutant_" + "".join(c if c.isalnum() else "_" for c in fault)
     part = "backward" if fault.startswith("gradients") else "forward"
-    assert battery(*load(tmp_path, name, monkeypatch, MUTANTS[fault]), part) > 1e-3
+    errors = battery(*load(tmp_path, name, monkeypatch, MUTANTS[fault]), part)
+    assert any(error > 1e-3 for error in errors)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from support.models import draw
 from torch import nn
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
@@ -15,19 +16,6 @@ from clear_dit.pipelines.cascade.resolution import Resolution, applied, settings
 LARGE = Resolution(
     rope="yarn", rope_factors=(1.5, 2.5), trained_side=4, shift=2.0, proportional_base=20
 )
-
-
-def draw(pipe, prompt="a red house", height=24, width=40, **options):
-    return pipe(
-        prompt,
-        height=height,
-        width=width,
-        num_inference_steps=2,
-        max_sequence_length=6,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-        **options,
-    ).images
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (1024, 1280), (768, 1344), (512, 512)])

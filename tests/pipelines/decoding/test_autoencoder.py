@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from support.autoencoders import LIKE_FLUX, make_autoencoder
+from support.slow import slow
 
 from clear_dit.evaluation.seams import measure_seams
 from clear_dit.generation.models import DEMO
@@ -15,22 +17,11 @@ from clear_dit.pipelines.decoding.image_files import to_bytes
 SIZES = [(12, 12), (17, 9), (5, 21)]  # in latent pixels
 
 
-def make_kl(**config):
+def make_kl(channels=(8, 8, 16, 16), **config):
     """FLUX's autoencoder with fewer channels and random weights."""
     torch.manual_seed(0)
-    small = {
-        "block_out_channels": (8, 8, 16, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "norm_num_groups": 4,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-    return AutoencoderKL(**{**small, **config}).eval()
+    small = LIKE_FLUX | {"layers_per_block": 2, "norm_num_groups": 4}
+    return make_autoencoder(channels, **small | config)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +76,10 @@ def test_tiles_are_the_whole(vae, size, tile):
     )
 
 
+@slow
 @pytest.mark.parametrize("name", ["kl", "demo"])
 def test_an_image_of_1024_pixels_in_tiles(name, demo):
-    vae = (
-        demo
-        if name == "demo"
-        else make_kl(block_out_channels=(4, 4, 8, 8), norm_num_groups=2, layers_per_block=1)
-    )
+    vae = demo if name == "demo" else make_kl((4, 4, 8, 8), norm_num_groups=2, layers_per_block=1)
     latents = make_latents(128, 128)
     whole, tiled = decode_at_once(vae, latents), decode(vae, latents, tile_pixels=512)
     assert psnr(whole, tiled) > 90
@@ -110,13 +98,11 @@ def test_statistics_of_each_tile_alone_would_show(kl):
 
 def test_other_layers_of_an_autoencoder_kl():
     vae = make_kl(
+        (8, 16),
         use_quant_conv=True,
         use_post_quant_conv=True,
         mid_block_add_attention=False,
         shift_factor=None,
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
     )
     latents = make_latents(21, 14)
     with torch.no_grad():

@@ -3,26 +3,16 @@
 import itertools
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
+from support.autoencoders import LIKE_FLUX, make_autoencoder
 from support.live_memory import LiveMemory
+from support.slow import slow
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clear_dit.pipelines.decoding import autoencoder
 from clear_dit.pipelines.decoding.autoencoder import decode_rows
 from clear_dit.pipelines.decoding.group_norm import Moments
 from clear_dit.pipelines.decoding.image_files import save_rows
-
-FLUX = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 
 
 def test_streamed_into_a_file(tmp_path):
@@ -43,6 +33,7 @@ def test_streamed_into_a_file(tmp_path):
     assert 1e6 < peaks[512] < peaks[1024] < 1.3 * peaks[512]
 
 
+@slow
 def test_of_flux_at_4096_pixels_against_2048(monkeypatch):
     """FLUX's own autoencoder, its operations not computed but for their sizes."""
 
@@ -55,7 +46,7 @@ def test_of_flux_at_4096_pixels_against_2048(monkeypatch):
         monkeypatch.setattr(autoencoder, check, lambda *_: None)
     peaks = {}
     with FakeTensorMode():
-        vae = AutoencoderKL(**FLUX)
+        vae = make_autoencoder((128, 256, 512, 512), layers_per_block=2, **LIKE_FLUX)
         for side in (2048, 4096):
             latents = torch.empty(1, 16, side // 8, side // 8)
             with LiveMemory() as memory:

@@ -1,19 +1,11 @@
 """Tiles of the autoencoder shared out over gloo ranks: what comes out is one process's."""
 
-import os
-import sys
-
 import pytest
 import torch
 from support import rank_tasks
+from support.slow import slow_but
 
 from clear_dit.pipelines.decoding.autoencoder import decode, encode
-
-
-@pytest.fixture(autouse=True)
-def server_finds_modules(monkeypatch):
-    """The server's own `sys.path` is not this one, in Python 3.11."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
 
 def make_latents(height, width):
@@ -36,13 +28,13 @@ CASES = [
 def alone():
     found = []
     for kind, latents, tile in CASES:
-        vae = rank_tasks.make_autoencoder(kind)
+        vae = rank_tasks.autoencoder_of(kind)
         image = decode(vae, latents, tile_pixels=tile)
         found.append((image, encode(vae, image, tile_pixels=tile)))
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", slow_but([2, 3], 2))
 def test_ranks_together_are_one_process(alone, world, tmp_path):
     statuses, said = rank_tasks.run_ranks(rank_tasks.code, world, tmp_path, CASES, tmp_path)
     assert statuses == [0] * world, said

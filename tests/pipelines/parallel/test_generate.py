@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from support import rank_tasks
 from support.rank_tasks import IMAGE, run_ranks
+from support.slow import slow
 
 from clear_dit.errors import RequestError
 from clear_dit.generation.request import make_request
@@ -17,17 +18,12 @@ from clear_dit.generation.runner import generate
 from clear_dit.generation.sharing import joined_ranks
 
 
-@pytest.fixture(autouse=True)
-def server_finds_modules(monkeypatch):
-    """The server's own `sys.path` is not this one, in Python 3.11."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-
-
 def pixels(path):
     with Image.open(path) as image:
         return np.asarray(image).astype(int)
 
 
+@slow
 def test_torchrun_generates_the_image_of_one_process(tmp_path):
     generate(make_request(**IMAGE), tmp_path / "one.png", progress=False)
     options = {name: value for name, value in IMAGE.items() if name != "prompt"}
@@ -52,12 +48,16 @@ def test_torchrun_generates_the_image_of_one_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dies", "where"), [("step", r"step [12] of 3 of 256x256"), ("decoding", "decoding")]
+    ("dies", "where"),
+    [
+        ("step", r"step [12] of 3 of 256x256"),
+        pytest.param("decoding", "decoding", marks=slow),
+    ],
 )
 def test_a_killed_rank_leaves_no_image(dies, where, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    statuses, said = run_ranks(rank_tasks.generate, 2, tmp_path, out / "two.png", dies)
+    statuses, said = run_ranks(rank_tasks.generate_image, 2, tmp_path, out / "two.png", dies)
     assert statuses == [1, -9], said
     reason = rf"failed in {where}: its process ended; rank 0 stops\."
     assert re.search(rf"clear-dit: rank 1 \(.+, process \d+\) {reason}", said[0]), said[0]

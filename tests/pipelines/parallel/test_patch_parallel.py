@@ -1,19 +1,13 @@
 """Ranks that share an image generate what one process generates: gloo on the CPU, float32."""
 
-import multiprocessing
-import os
-import socket
-import sys
-
 import pytest
 import torch
 from support import patches
 from support.patches import CASCADE, CASES, IMAGES, OTHERS, denoise, generate
+from support.processes import start_ranks
+from support.slow import slow, slow_but
 
-# Children are forked from a server that imported everything once: starting one takes no seconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["support.patches"])
-WORLDS = (2, 3, 4, 7)
+WORLDS = slow_but((2, 3, 4, 7), 2)  # ranks
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +18,9 @@ def shared(tmp_path_factory):
     def run(world):
         if world not in found:
             folder = tmp_path_factory.mktemp(f"ranks-{world}")
-            with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
-                # The server's own `sys.path` is not this one, in Python 3.11.
-                patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-                free.close()
-                children = [
-                    PROCESSES.Process(target=patches.child_rank, args=(rank, world, port, folder))
-                    for rank in range(world)
-                ]
-                for child in children:
-                    child.start()
-                for child in children:
-                    child.join()
+            children = start_ranks(patches.share, world, folder)
+            for child in children:
+                child.join()
             assert [child.exitcode for child in children] == [0] * world
             loaded = [torch.load(folder / str(rank), weights_only=True) for rank in range(world)]
             found[world] = loaded[0][0], [traffic for _, traffic in loaded]
@@ -76,7 +59,7 @@ def test_ranks_generate_what_one_process_generates(world, shared, alone):
     assert max(errors.values()) <= 1e-5, errors
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", slow_but([2, 4], 2))
 def test_guidance_ranks_compute_one_pass_each(world, shared, alone):
     latents, _ = shared(world)
     assert difference(latents["guidance ranks"], alone("256 x 256 px")) <= 1e-5
@@ -128,6 +111,7 @@ def halo_bytes(radius, columns, channels=32, sides=2):
     return sides * (radius - 1) * columns * channels * 4
 
 
+@slow
 def test_bytes_depend_on_the_radius_and_not_on_the_ranks(shared):
     inner = {}
     for world in (3, 4):
@@ -146,10 +130,13 @@ def test_bytes_depend_on_the_radius_and_not_on_the_ranks(shared):
     for rank in (0, 3):
         sent, layers = traffic[rank]["24 x 16, radius 4"]
         assert sent["halo"] / layers == halo_bytes(4, 16, sides=1)
-    # Merging the text: at most twice its output in float32, whatever the number of ranks.
-    for world in WORLDS:
-        _, traffic = shared(world)
-        for each in traffic:
-            sent, layers = each["16 x 16, radius 2"]
-            text = 5 * 2 * (16 + 1 + 1) * 4  # tokens, heads, channels with sum and maximum
-            assert sent["text"] / layers <= 2 * text
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_merging_the_text_sends_at_most_twice_its_output(world, shared):
+    """In float32, whatever the number of ranks."""
+    _, traffic = shared(world)
+    for each in traffic:
+        sent, layers = each["16 x 16, radius 2"]
+        text = 5 * 2 * (16 + 1 + 1) * 4  # tokens, heads, channels with sum and maximum
+        assert sent["text"] / layers <= 2 * text

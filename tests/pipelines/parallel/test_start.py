@@ -1,17 +1,18 @@
 """Ranks that meet, agree, and stop together when one of them fails."""
 
-import os
 import re
-import sys
 
 import pytest
 import torch
 from support import rank_tasks
 from support.rank_tasks import run_ranks
+from support.slow import slow
 
 from clear_dit.pipelines.parallel.progress import HangDetector
 from clear_dit.pipelines.parallel.start import start_ranks
 
+SILENT = r"no sign of life for \d+ s \(stopped, or its host is unreachable\)"
+HANGING = r"no progress for \d+ s, in .*rank_tasks.py, line \d+"
 PLACE = {
     "RANK": "0",
     "WORLD_SIZE": "3",
@@ -21,20 +22,14 @@ PLACE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def server_finds_modules(monkeypatch):
-    """The server's own `sys.path` is not this one, in Python 3.11."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-
-
 @pytest.mark.parametrize(
     ("how", "who", "own_status", "reason"),
     [
         ("killed", 1, -9, "its process ended"),
-        ("killed", 0, -9, "its process ended"),
-        ("stopped", 2, None, r"no sign of life for \d+ s \(stopped, or its host is unreachable\)"),
-        ("hanging", 0, 1, r"no progress for \d+ s, in .*rank_tasks.py, line \d+"),
         ("out of memory", 1, 1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB."),
+        pytest.param("killed", 0, -9, "its process ended", marks=slow),
+        pytest.param("stopped", 2, None, SILENT, marks=slow),
+        pytest.param("hanging", 0, 1, HANGING, marks=slow),
     ],
 )
 def test_one_that_fails_stops_all(how, who, own_status, reason, tmp_path):
@@ -63,6 +58,7 @@ def test_what_differs_is_named_with_its_rank(tmp_path):
     assert "seed" not in told[0]
 
 
+@slow
 def test_other_adapters_and_seeds_are_found_before_the_first_step(tmp_path):
     statuses, said = run_ranks(rank_tasks.generate_with_other_adapters, 2, tmp_path)
     assert 0 not in statuses

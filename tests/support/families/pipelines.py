@@ -8,6 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..autoencoders import make_autoencoder
 from .models import TEXT_CHANNELS, make_model
 
 WORDS = ("a", "small", "red", "house", "by", "the", "sea")
@@ -32,9 +33,14 @@ LANGUAGE = {
 VISION = {"hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "depth": 1}
 
 
-def make_pipeline(name: str) -> Any:
-    """The stock text-to-image pipeline of a family of `FAMILIES`."""
-    cls, parts, _ = PIPELINES[name]
+def make_pipeline(name: str, cls: type | None = None) -> Any:
+    """A pipeline of a family of `FAMILIES`; a token of FLUX's is 4 x 4 pixels.
+
+    Args:
+        cls: another than the stock text-to-image pipeline, of the same parts.
+    """
+    stock, parts, _ = PIPELINES[name]
+    cls = cls or stock
     torch.manual_seed(0)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = cls(transformer=make_model(name), scheduler=scheduler, **parts())
@@ -139,26 +145,15 @@ def make_mistral() -> transformers.Mistral3ForConditionalGeneration:
     return transformers.Mistral3ForConditionalGeneration(config).eval()
 
 
-def make_autoencoder(
-    cls: type = diffusers.AutoencoderKL, channels: int = 1, blocks: int = 2, **config: Any
-) -> Any:
-    """An autoencoder that reduces by 2^(blocks - 1)."""
-    return cls(
-        block_out_channels=(4,) * blocks,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        latent_channels=channels,
-        norm_num_groups=2,
-        sample_size=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **config,
-    ).eval()
+def tiny_autoencoder(latent_channels: int = 1, blocks: int = 2, **config: Any) -> Any:
+    """One that reduces by 2^(blocks - 1)."""
+    config |= {"latent_channels": latent_channels, "norm_num_groups": 2, "sample_size": 16}
+    return make_autoencoder((4,) * blocks, **config)
 
 
 def flux_parts() -> dict[str, Any]:
     return {
-        "vae": make_autoencoder(shift_factor=0.0),
+        "vae": tiny_autoencoder(shift_factor=0.0),
         "text_encoder": make_clip(transformers.CLIPTextModel),
         "tokenizer": make_tokenizer(),
         "text_encoder_2": make_t5(),
@@ -168,7 +163,7 @@ def flux_parts() -> dict[str, Any]:
 
 def chroma_parts() -> dict[str, Any]:
     return {
-        "vae": make_autoencoder(shift_factor=0.0),
+        "vae": tiny_autoencoder(shift_factor=0.0),
         "text_encoder": make_t5(),
         "tokenizer": make_tokenizer(),
     }
@@ -176,7 +171,7 @@ def chroma_parts() -> dict[str, Any]:
 
 def flux2_parts() -> dict[str, Any]:
     return {
-        "vae": make_autoencoder(diffusers.AutoencoderKLFlux2),
+        "vae": tiny_autoencoder(cls=diffusers.AutoencoderKLFlux2),
         "text_encoder": make_mistral(),
         "tokenizer": make_tokenizer(),
     }
@@ -184,7 +179,7 @@ def flux2_parts() -> dict[str, Any]:
 
 def sd3_parts() -> dict[str, Any]:
     return {
-        "vae": make_autoencoder(channels=4, shift_factor=0.0),
+        "vae": tiny_autoencoder(4, shift_factor=0.0),
         "text_encoder": make_clip(transformers.CLIPTextModelWithProjection, 4),
         "tokenizer": make_tokenizer(),
         "text_encoder_2": make_clip(transformers.CLIPTextModelWithProjection, 4),
@@ -212,7 +207,7 @@ def qwen_image_parts() -> dict[str, Any]:
 
 def z_image_parts() -> dict[str, Any]:
     return {
-        "vae": make_autoencoder(channels=4, shift_factor=0.0),
+        "vae": tiny_autoencoder(4, shift_factor=0.0),
         "text_encoder": transformers.Qwen3Model(transformers.Qwen3Config(**LANGUAGE)).eval(),
         "tokenizer": make_tokenizer(),
     }
@@ -241,7 +236,7 @@ def hunyuan_image_parts() -> dict[str, Any]:
 def cogview4_parts() -> dict[str, Any]:
     return {
         # The pipeline takes multiples of 16 pixels only.
-        "vae": make_autoencoder(channels=4, blocks=4),
+        "vae": tiny_autoencoder(4, blocks=4),
         "text_encoder": transformers.GlmModel(transformers.GlmConfig(**LANGUAGE)).eval(),
         "tokenizer": make_tokenizer(),
     }
