@@ -13,24 +13,36 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from support.families.models import make_inputs, make_model, raster_ids
-from support.families.pipelines import make_pipeline
+from support.families.models import make_inputs as make_family_inputs
+from support.families.models import make_model, raster_ids
+from support.families.pipelines import make_parts, make_pipeline
+
+
+def make_transformer(seed: int = 0, **config) -> torch.nn.Module:
+    """A FLUX transformer with 2 double and 2 single blocks, 2 heads of 16 channels."""
+    return make_model("flux", seed, **config)
+
+
+def make_inputs(rows: int, columns: int, text: int = 3, **more) -> dict:
+    """Random inputs for `make_transformer()`; the ids are those of a stock pipeline."""
+    return make_family_inputs("flux", rows, columns, text, **more)
+
+
+def make_components() -> dict:
+    """The parts of a FLUX pipeline; a token is 4 x 4 pixels, prompts are known words only."""
+    return make_parts("flux")
 
 
 @pytest.fixture
 def tiny_transformer():
-    """A function of the seed and changes to the configuration: 2 double and 2 single blocks."""
-    return partial(make_model, "flux")
+    """`make_transformer`, a function of the seed and changes to the configuration."""
+    return make_transformer
 
 
 @pytest.fixture
 def tiny_inputs():
-    """A function of rows, columns, text, batch and seed: random inputs of `tiny_transformer`."""
-
-    def make(rows, columns, text=3, **more):
-        return make_inputs("flux", rows, columns, text, **more)
-
-    return make
+    """`make_inputs`, a function of rows, columns, text, batch and seed."""
+    return make_inputs
 
 
 @pytest.fixture

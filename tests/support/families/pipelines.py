@@ -33,17 +33,21 @@ LANGUAGE = {
 VISION = {"hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "depth": 1}
 
 
+def make_parts(name: str) -> dict[str, Any]:
+    """What a pipeline of a family is made of, by its arguments' names."""
+    torch.manual_seed(0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return {"transformer": make_model(name), "scheduler": scheduler, **PIPELINES[name][1]()}
+
+
 def make_pipeline(name: str, cls: type | None = None) -> Any:
     """A pipeline of a family of `FAMILIES`; a token of FLUX's is 4 x 4 pixels.
 
     Args:
         cls: another than the stock text-to-image pipeline, of the same parts.
     """
-    stock, parts, _ = PIPELINES[name]
-    cls = cls or stock
-    torch.manual_seed(0)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipe = cls(transformer=make_model(name), scheduler=scheduler, **parts())
+    cls = cls or PIPELINES[name][0]
+    pipe = cls(**make_parts(name))
     if name in ("qwen-image", "hunyuan-image"):
         pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "a small {}", 2
         pipe.tokenizer_max_length = pipe.tokenizer_2_max_length = 12
