@@ -4,7 +4,6 @@ import re
 from urllib.parse import urlparse
 
 import pytest
-from support.app_server import AppServer
 from support.slow import slow
 
 SECONDS = 240
@@ -129,25 +128,23 @@ def test_zoom_into_a_large_image_by_tiles(browser, app_server):
 
 
 @slow
-def test_history_survives_a_reload_and_a_restart(browser, tmp_path):
-    server = AppServer(tmp_path / "out").start()
-    opened = open_page(browser, server, restarts=True)
+def test_history_survives_a_reload_and_a_restart(browser, app_server):
+    opened = open_page(browser, app_server, restarts=True)
     page = next(opened)
     enter(page, "a violet tower <b>in</b> the desert")
     finished(page)
     page.reload()
     page.wait_for_selector(".card:not(.pending)")
-    server.stop()
-    server.start()
+    app_server.stop()
+    app_server.start()
     page.reload()
     page.click(".card")
     finished(page)
     assert "a violet tower <b>in</b> the desert" in page.inner_text("#status")
-    another = next(other := open_page(browser, server))
+    another = next(other := open_page(browser, app_server))
     another.locator("#cards", has_text="Nothing yet").wait_for()
     next(other, None)
     next(opened, None)
-    server.stop()
 
 
 @slow

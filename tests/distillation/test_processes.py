@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import distilling
-from support.processes import start, start_ranks
+from support.processes import launch, start
 from support.slow import slow, slow_but
 
 from clear_dit.distillation.checkpoint import checkpoints
@@ -99,7 +99,7 @@ def test_training_survives_kill_9_and_ends_the_same(samples, tmp_path):
 
 
 def run_ranks(task, arguments, world=2):
-    for process in start_ranks(task, world, *arguments):
+    for process in launch(task, world, *arguments):
         process.join(120)
         assert process.exitcode == 0
 

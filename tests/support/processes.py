@@ -32,7 +32,7 @@ def start(task, *arguments):
     return process
 
 
-def start_ranks(task, world, *arguments):
+def launch(task, world, *arguments):
     """Start `task(*arguments)` in several processes, in the environment that torchrun gives them.
 
     Returns:

@@ -26,7 +26,7 @@ from clear_dit.process_group import RankGroup
 from clear_dit.weights.known import known_weights
 
 from .autoencoders import LIKE_FLUX, make_autoencoder
-from .processes import start_ranks as start_processes
+from .processes import launch
 
 IMAGE = {
     "prompt": "a red circle",
@@ -45,7 +45,7 @@ def run_ranks(task, world, folder, *arguments, stays=None):
 
     A rank that has not ended after 120 s, or the one that `stays`, is killed; its status is None.
     """
-    processes = start_processes(_rank, world, folder, task, arguments)
+    processes = launch(_rank, world, folder, task, arguments)
     deadline = time.monotonic() + 120
     for rank, process in enumerate(processes):
         if rank != stays:

@@ -7,7 +7,7 @@ plus two roundings (support/agreement.py).
 import pytest
 import torch
 from support.oracle import mask_by_definition, relative_error
-from support.slow import slow_but
+from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.opaque import Geometry
@@ -142,8 +142,8 @@ def tiles(*tiling, descriptor=False):
     [
         (tiles(8, 8, 8, 8, descriptor=True), tiles(8, 16, 8, 8, descriptor=True)),
         (tiles(8, 16, 8, 8), tiles(8, 8, 4, 8)),
-        (tiles(4, 8, 4, 8), tiles(4, 4, 4, 4)),
-        (tiles(4, 4, 8, 4, descriptor=True), tiles(16, 4, 2, 16)),
+        pytest.param(tiles(4, 8, 4, 8), tiles(4, 4, 4, 4), marks=slow),
+        pytest.param(tiles(4, 4, 8, 4, descriptor=True), tiles(16, 4, 2, 16), marks=slow),
     ],
 )
 def test_every_tile_shape_and_way_to_load(query, key):

@@ -341,6 +341,7 @@ def test_processor_equals_stock(fused_on_cpu, tiny_transformer, tiny_inputs, pro
         torch.testing.assert_close(fused_grads[name], grads[name], rtol=1e-3, atol=1e-5)
 
 
+@slow
 def test_processor_compiles_without_graph_breaks(fused_on_cpu, tiny_transformer, tiny_inputs):
     model, inputs = tiny_transformer(num_layers=1, num_single_layers=1), tiny_inputs(3, 2)
     apply_clear(model, radius=2)

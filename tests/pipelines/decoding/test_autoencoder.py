@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
 from support.autoencoders import LIKE_FLUX, make_autoencoder
-from support.slow import slow
+from support.slow import slow, slow_but
 
 from clear_dit.evaluation.seams import measure_seams
 from clear_dit.generation.models import DEMO
@@ -65,7 +65,7 @@ def psnr(a, b):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("tile", [None, 40, 64])
+@pytest.mark.parametrize("tile", slow_but([None, 40, 64], None, 40))
 def test_tiles_are_the_whole(vae, size, tile):
     latents = make_latents(*size)
     whole = decode_at_once(vae, latents)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import patches
 from support.patches import CASCADE, CASES, IMAGES, OTHERS, denoise, generate
-from support.processes import start_ranks
+from support.processes import launch
 from support.slow import slow, slow_but
 
 WORLDS = slow_but((2, 3, 4, 7), 2)  # ranks
@@ -18,7 +18,7 @@ def shared(tmp_path_factory):
     def run(world):
         if world not in found:
             folder = tmp_path_factory.mktemp(f"ranks-{world}")
-            children = start_ranks(patches.share, world, folder)
+            children = launch(patches.share, world, folder)
             for child in children:
                 child.join()
             assert [child.exitcode for child in children] == [0] * world
