@@ -5,6 +5,7 @@ for this pass over `clear_dit/kernels` and `clear_dit/pipelines`, which are link
 """
 
 import ast
+import sys
 from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
@@ -158,6 +159,17 @@ def test_rooms_import_in_one_direction():
 @pytest.mark.parametrize("room", INSIDE)
 def test_so_do_the_rooms_inside(room):
     assert wrong_way(imports(), INSIDE[room], room) == []
+
+
+def test_kernels_know_torch_numpy_and_triton_only():
+    allowed = {*sys.stdlib_module_names, "numpy", "torch", "triton"}
+    for name, tree in sources().items():
+        if room_of(name) == "kernels":
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Import):
+                    assert {alias.name.split(".")[0] for alias in node.names} <= allowed, name
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    assert node.module.split(".")[0] in allowed, name
 
 
 def test_no_module_imports_itself_by_way_of_others():

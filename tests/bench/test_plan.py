@@ -61,6 +61,12 @@ def test_flux_dev_is_the_papers_table_and_the_bound(side, radius):
     check_flux_dev(count_flops(CONFIGURATIONS["flux-dev"].transformer, window), side, radius)
 
 
+@slow
+def test_the_table_by_the_command_at_another_size_and_radius(capsys):
+    size = ("--height", 1024, "--width", 1024, "--radius", 8)
+    check_flux_dev(plan(capsys, *size), 1024, 8)
+
+
 def test_seconds_and_little_memory_for_the_tables_and_the_json():
     """In a process of its own: what it takes is what a user's machine needs."""
     program = (

@@ -6,8 +6,6 @@ are computed as exp(score - lse), in float32 or wider: what rounds off a score i
 of theirs, also where the plain softmax has none (one key).
 """
 
-import functools
-
 import torch
 from hypothesis import strategies as st
 
@@ -68,7 +66,6 @@ def forward_and_gradients(run, query, key, value, weight, grad):
     return out, *torch.autograd.grad(out, wanted, grad)
 
 
-@functools.lru_cache(maxsize=12)  # of a file's examples, for all implementations
 def by_definition(dtype, gradients, **case):
     """The inputs, exact and plain results, and the largest score of a case."""
     window, scale = case["window"], case["head_dim"] ** -0.5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.agreement import check, inputs, problem
-from support.slow import slow_but
+from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.choice import why_not
@@ -31,6 +31,7 @@ def run(window):
 
 # A key tile that every query of a tile sees whole, and others.
 INNER = Window(16, 17, 3, 14)
+SEVERAL_INNER = Window(33, 26, 3, 16)
 CASES = {
     "partial tiles": problem(Window(13, 18, 7, 4), heads=1),
     "pooled": problem(Window(13, 18, 5, 4, 4), batch=1),
@@ -41,6 +42,7 @@ CASES = {
     "less than a tile": problem(Window(3, 5, 70, 3)),
     "one token": problem(Window(1, 1, 0, 1), heads=1),
     "inner tiles": problem(INNER, batch=1, heads=1, head_dim=16),
+    "several inner tiles": problem(SEVERAL_INNER, batch=1, heads=1, head_dim=16),
     "odd head_dim": problem(Window(9, 10, 7, 4), batch=1, heads=3, head_dim=24),
     "wide heads": problem(Window(9, 10, 7, 4), batch=1, heads=1, head_dim=128),
     "batch of three": problem(Window(9, 10, 2, 4, 2), batch=3, heads=1, head_dim=16),
@@ -65,10 +67,11 @@ def hopper_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("entry", [tables.FORWARD["sm_80"][0], tables.FORWARD["sm_90"][0]])
-def test_inner_has_tiles_that_need_no_mask(entry):
-    lists = visits(INNER.height, INNER.width, INNER.radius, entry.tiling, torch.device("cpu"))
+@pytest.mark.parametrize(("window", "most"), [(INNER, 1), (SEVERAL_INNER, 2)])
+def test_inner_has_tiles_that_need_no_mask(entry, window, most):
+    lists = visits(window.height, window.width, window.radius, entry.tiling, torch.device("cpu"))
     begin, border, end = lists.ranges.unbind(-1)
-    assert (border > begin).any()
+    assert (border - begin).max() == most
     assert (end > border).any()
 
 
@@ -88,8 +91,10 @@ def test_float32_is_the_definition():
     check(run(window), problem(window, batch=1, heads=1, head_dim=16), torch.float32)
 
 
-@pytest.mark.usefixtures("hopper_tiles")
-def test_log_sum_exp_and_strides():
+@pytest.mark.parametrize("tiles", ["hopper_tiles", pytest.param("own tiles", marks=slow)])
+def test_log_sum_exp_and_strides(tiles, request):
+    if tiles == "hopper_tiles":
+        request.getfixturevalue(tiles)
     window = Window(11, 19, 6, 4, 2)
     query, key, value, weight, _ = inputs(**problem(window), dtype=torch.float32)
     # Heads before tokens in memory, a batch that is a slice, channels that are not contiguous.

@@ -34,7 +34,8 @@ def test_torchrun_generates_the_image_of_one_process(tmp_path):
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         timeout=600,
