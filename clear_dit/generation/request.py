@@ -1,19 +1,16 @@
-"""One prompt, one image: the request, its checks, and the work."""
+"""One prompt, one image: what is asked for, complete and checked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import RequestError
 from ..weights.known import AUTO
 from .checks import find_device, find_dtype, find_impl, find_window
 from .image_input import read_image
 from .models import TOKEN_PIXELS, ModelDefaults, model_defaults, model_path
-
-if TYPE_CHECKING:
-    pass
 
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"

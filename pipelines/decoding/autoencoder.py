@@ -5,7 +5,7 @@ the whole image (`group_norm.py`), so that they fit without blending: the result
 autoencoder run at once, but for rounding. Several processes can share them out, which changes
 nothing: bit for bit the same comes out. One thing is an approximation, of images with more
 pixels than 1024 x 1024: an AutoencoderKL's attention, quadratic in the pixels, looks a fixed
-distance around (`autoencoder_segments.py`).
+distance around (`segments.py`).
 """
 
 from __future__ import annotations

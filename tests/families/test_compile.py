@@ -8,7 +8,7 @@ from support.slow import slow_but
 from clear_dit import apply_clear
 from clear_dit.families.table import MODELS, family_of
 
-# FLUX.1 has tests/plugins/test_compile.py.
+# FLUX.1 has tests/plugin/test_compile.py.
 NAMES = [n for n, tiny in FAMILIES.items() if tiny.model_class.__name__ in MODELS and n != "flux"]
 # Rows and columns: from a square one to others.
 SIZES = ((12, 12), (12, 18), (18, 13))
