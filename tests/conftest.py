@@ -33,6 +33,11 @@ def make_components() -> dict:
     return make_parts("flux")
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One more than there are cores: a worker often waits for processes it has started."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def tiny_transformer():
     """`make_transformer`, a function of the seed and changes to the configuration."""

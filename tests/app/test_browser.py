@@ -8,6 +8,8 @@ from support.slow import slow
 
 SECONDS = 240
 
+pytestmark = slow
+
 
 @pytest.fixture
 def page(browser, app_server):
@@ -87,7 +89,6 @@ def test_generate_with_progress_and_preview_then_cancel_and_generate_again(page)
     page.wait_for_function("document.querySelectorAll('.card:not(.pending)').length == 2")
 
 
-@slow
 def test_compare_shows_both_with_a_slider_seconds_and_flops(page):
     page.click("#attention >> text=Both")
     enter(page, "a green tower by the sea")
@@ -106,7 +107,6 @@ def test_compare_shows_both_with_a_slider_seconds_and_flops(page):
     assert float(re.findall(r"[\d.]+px\)", left)[0][:-3]) < 20, "the right image is all shown"
 
 
-@slow
 def test_zoom_into_a_large_image_by_tiles(browser, app_server):
     opened = open_page(browser, app_server)
     page = next(opened)
@@ -127,7 +127,6 @@ def test_zoom_into_a_large_image_by_tiles(browser, app_server):
     next(opened, None)
 
 
-@slow
 def test_history_survives_a_reload_and_a_restart(browser, app_server):
     opened = open_page(browser, app_server, restarts=True)
     page = next(opened)
@@ -147,7 +146,6 @@ def test_history_survives_a_reload_and_a_restart(browser, app_server):
     next(opened, None)
 
 
-@slow
 def test_a_reload_follows_the_image_at_work(page):
     enter(page, "a red balloon over a green island", steps=100, size=512)
     page.wait_for_selector(".status.running")

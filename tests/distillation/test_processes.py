@@ -44,6 +44,7 @@ def visible(folder):
     return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
 
 
+@slow
 def test_sampling_survives_kill_9(tmp_path):
     distilling.make_samples(tmp_path / "whole", 30)
     out = tmp_path / "killed"

@@ -23,6 +23,7 @@ def with_references(inputs, number):
     return inputs | {"hidden_states": tokens, "img_ids": ids}
 
 
+@slow  # families/test_compile.py has a quick one
 def test_another_resolution_compiles_nothing(tiny_transformer, tiny_inputs):
     """Images of other sizes and aspect ratios; then reference images, of two sizes."""
     stock, model = (tiny_transformer(num_layers=1, num_single_layers=1) for _ in range(2))
