@@ -67,6 +67,7 @@ def test_the_table_by_the_command_at_another_size_and_radius(capsys):
     check_flux_dev(plan(capsys, *size), 1024, 8)
 
 
+@slow
 def test_seconds_and_little_memory_for_the_tables_and_the_json():
     """In a process of its own: what it takes is what a user's machine needs."""
     program = (

@@ -105,6 +105,7 @@ def run_ranks(task, arguments, world=2):
         assert process.exitcode == 0
 
 
+@slow
 def test_two_processes_share_the_samples(samples, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(samples, out)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.slow import slow_but
+from support.slow import slow
 
 from clear_dit.evaluation import run, variants
 from clear_dit.files import TEMPORARY_PREFIX, own_folder
@@ -264,7 +264,8 @@ def test_one_process_at_a_time(tmp_path, evaluate, capsys):
     assert "another process is at work" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("survivors", slow_but([1, 7], 1))
+@slow
+@pytest.mark.parametrize("survivors", [1, 7])
 def test_killed_and_resumed_nothing_is_lost_and_nothing_twice(
     tmp_path, finished, evaluate, weights, survivors, capsys
 ):

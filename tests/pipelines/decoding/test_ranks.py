@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import rank_tasks
-from support.slow import slow_but
+from support.slow import slow
 
 from clear_dit.pipelines.decoding.autoencoder import decode, encode
 
@@ -34,7 +34,8 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("world", slow_but([2, 3], 2))
+@slow  # parallel/test_patch_parallel.py has a quick one
+@pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_are_one_process(alone, world, tmp_path):
     statuses, said = rank_tasks.run_ranks(rank_tasks.code, world, tmp_path, CASES, tmp_path)
     assert statuses == [0] * world, said

@@ -48,12 +48,9 @@ def test_torchrun_generates_the_image_of_one_process(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"one.png", "two.png"}
 
 
+@slow
 @pytest.mark.parametrize(
-    ("dies", "where"),
-    [
-        ("step", r"step [12] of 3 of 256x256"),
-        pytest.param("decoding", "decoding", marks=slow),
-    ],
+    ("dies", "where"), [("step", r"step [12] of 3 of 256x256"), ("decoding", "decoding")]
 )
 def test_a_killed_rank_leaves_no_image(dies, where, tmp_path):
     out = tmp_path / "out"
