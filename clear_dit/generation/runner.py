@@ -16,7 +16,7 @@ import torch
 from ..errors import RequestError, first_line, is_out_of_memory
 from ..files import check_writable
 from ..memory import peak_mb, reset_peak
-from ..pipelines.decoding.image_files import IMAGE_SUFFIXES
+from ..pipelines.decoding.image_files import IMAGE_SUFFIXES, save_rows
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.known import AUTO, known_weights
@@ -272,7 +272,6 @@ class PipelineRunner:
     ) -> None:
         """Decode and write an image strip by strip."""
         from ..pipelines.decoding.autoencoder import decode_rows
-        from ..pipelines.decoding.image_files import save_rows
         from ..pipelines.parallel.progress import Progress
         from ..pipelines.parallel.watch import until_failure
 
