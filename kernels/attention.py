@@ -15,6 +15,8 @@ def check_inputs(
     value: torch.Tensor,
     window: Window,
     spatial_weight: torch.Tensor | None,
+    far_offset: torch.Tensor | None = None,
+    pooled: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Refuse, in one or two lines, inputs that contradict each other or the window.
 
@@ -31,7 +33,7 @@ def check_inputs(
         for what in ("shape", "dtype", "device"):
             expected = getattr(query, what)
             if what == "shape" and not whole:
-                expected = torch.Size([query.shape[0], window.sequence_length, *query.shape[2:]])
+                expected = torch.Size([query.shape[0], window.key_length, *query.shape[2:]])
             if getattr(tensor, what) != expected:
                 raise ValueError(
                     f"local_attention: {name} must have query's {what} "
@@ -46,17 +48,53 @@ def check_inputs(
             f"{window.text_length} text + {window.height} x {window.width} image = "
             f"{window.sequence_length}{queries}."
         )
+    _check_pooled(query, window, pooled)
+    heads, levels, factor = query.shape[2], window.far_levels, window.down_factor
+    if far_offset is not None and (
+        not levels
+        or far_offset.ndim != 2
+        or len(far_offset) < levels
+        or far_offset.shape[1] != heads
+        or far_offset.device != query.device
+    ):
+        raise ValueError(
+            f"local_attention: far_offset must be ({levels} levels or more, {heads} heads) on "
+            f"{query.device} and needs a window with far_levels, got {tuple(far_offset.shape)} on "
+            f"{far_offset.device}."
+        )
     if spatial_weight is None:
         return
-    factor = window.down_factor
-    if factor == 1:
-        raise ValueError("local_attention: spatial_weight needs a window with down_factor > 1.")
-    shapes = ((factor, factor), (1, 1, 1, factor, 1, factor, 1))
-    if tuple(spatial_weight.shape) not in shapes or spatial_weight.device != query.device:
+    shape, device = tuple(spatial_weight.shape), spatial_weight.device
+    if levels:
+        fits, wanted = shape[1:] == (2, 2) and shape[0] >= levels, f"({levels} or more, 2, 2)"
+    elif factor > 1:
+        shapes = ((factor, factor), (1, 1, 1, factor, 1, factor, 1))
+        fits, wanted = shape in shapes, f"{shapes[0]} or {shapes[1]}"
+    else:
         raise ValueError(
-            f"local_attention: spatial_weight must have shape {shapes[0]} or {shapes[1]} and be on "
-            f"{query.device}, got {tuple(spatial_weight.shape)} on {spatial_weight.device}."
+            "local_attention: spatial_weight needs a window with down_factor > 1 or far_levels."
         )
+    if not fits or device != query.device:
+        raise ValueError(
+            f"local_attention: spatial_weight must have shape {wanted} and be on "
+            f"{query.device}, got {shape} on {device}."
+        )
+
+
+def _check_pooled(
+    query: torch.Tensor, window: Window, pooled: tuple[torch.Tensor, torch.Tensor] | None
+) -> None:
+    if pooled is None:
+        if window.key_rows is not None and window.far_levels:
+            raise ValueError("local_attention: a window with key_rows needs its pooled keys.")
+        return
+    wanted = (query.shape[0], window.pooled_length, *query.shape[2:])
+    for tensor in pooled:
+        if tuple(tensor.shape) != wanted or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"local_attention: pooled key and value must be {wanted}, {query.dtype}, got "
+                f"{tuple(tensor.shape)}, {tensor.dtype}."
+            )
 
 
 def _plain(value: object) -> object:
@@ -71,6 +109,8 @@ def local_attention(
     *,
     scale: float | None = None,
     spatial_weight: torch.Tensor | None = None,
+    far_offset: torch.Tensor | None = None,
+    pooled: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +123,12 @@ def local_attention(
         window: the geometry, in tokens.
         scale: factor on query times key; default head_dim^-0.5.
         spatial_weight: weights of the pooling cell, (1, 1, 1, f, 1, f, 1) or (f, f) with
-            f = down_factor, for keys and values alike; default 1 / f^2.
+            f = down_factor, for keys and values alike; default 1 / f^2. With far keys (far_levels
+            or more, 2, 2): of a cell's children, level by level; default 1 / 4.
+        far_offset: (far_levels or more, heads), added to the scores of far keys besides the log of
+            the tokens they stand for; default 0.
+        pooled: pooled key and value, where they are known or come from elsewhere: (batch,
+            window.pooled_length, heads, head_dim) each. Otherwise they are made of k and v.
         impl: one of `auto, triton, flex, tiled, reference`. "auto" takes the first of `preference`
             that can run; an explicit choice never falls back.
         return_lse: return the log-sum-exp of the scaled scores too.
@@ -98,10 +143,11 @@ def local_attention(
             an unknown `impl`, an explicit `impl` that cannot run here, or gradients with
             `window.query_rows` or `window.local_references`, which have no backward pass.
     """
-    check_inputs(q, k, v, window, spatial_weight)
+    check_inputs(q, k, v, window, spatial_weight, far_offset, pooled)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, spatial_weight)
+        x is not None and x.requires_grad
+        for x in (q, k, v, spatial_weight, far_offset, *(pooled or ()))
     )
     if needs_grad and window.query_rows is not None:
         raise ValueError(
@@ -112,13 +158,14 @@ def local_attention(
             "local_attention: reference images that are local within themselves have no backward "
             "pass; use torch.no_grad(), or references='dense'."
         )
+    of_pooled = {"spatial_weight": spatial_weight, "far_offset": far_offset, "pooled": pooled}
     if window.local_references and impl != "reference":
         out, lse = attention_with_local_references(
-            q, k, v, window, scale=scale, spatial_weight=spatial_weight, impl=impl
+            q, k, v, window, scale=scale, impl=impl, **of_pooled
         )
         return (out, lse) if return_lse else out
     out, lse = run_chosen(
         impl, q, k, v, window,
-        scale=scale, spatial_weight=spatial_weight, needs_grad=needs_grad, return_lse=return_lse,
+        scale=scale, needs_grad=needs_grad, return_lse=return_lse, **of_pooled,
     )  # fmt: skip
     return (out, lse.detach()) if return_lse else out

@@ -104,11 +104,14 @@ def run_chosen(
     window: Window,
     *,
     scale: float,
-    spatial_weight: torch.Tensor | None = None,
     needs_grad: bool = False,
     return_lse: bool = False,
+    **of_pooled: Any,
 ) -> tuple[torch.Tensor, Any]:
     """`local_attention` by the implementation that `select_impl` finds, on checked inputs.
+
+    Args:
+        of_pooled: spatial_weight, far_offset and pooled, as in `local_attention`.
 
     Returns:
         (out, lse); without `return_lse` the latter is not to be used.
@@ -117,15 +120,7 @@ def run_chosen(
         ValueError: see `select_impl`.
     """
     name = select_impl(impl, query, needs_grad, return_lse)
-    return _RUN[name](
-        query,
-        key,
-        value,
-        window,
-        scale=scale,
-        spatial_weight=spatial_weight,
-        return_lse=return_lse,
-    )
+    return _RUN[name](query, key, value, window, scale=scale, return_lse=return_lse, **of_pooled)
 
 
 @functools.cache

@@ -11,10 +11,12 @@ import shutil
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from .pooling import pool_tokens
+from .cells import ENDLESS, Comparisons, cell_count
+from .pooling import pooled_bias, pooled_keys
 from .window import Window
 
 # Tokens per side of a block: FlexAttention's default.
@@ -49,6 +51,8 @@ def flex_attention(
     *,
     scale: float,
     spatial_weight: torch.Tensor | None = None,
+    far_offset: torch.Tensor | None = None,
+    pooled: tuple[torch.Tensor, torch.Tensor] | None = None,
     return_lse: bool = False,
     compiled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -57,13 +61,15 @@ def flex_attention(
     Args:
         compiled: False runs FlexAttention's eager form, which is dense and slow: for tests.
     """
-    if window.down_factor > 1:
-        key = torch.cat([key, pool_tokens(key, window, spatial_weight)], dim=1)
-        value = torch.cat([value, pool_tokens(value, window, spatial_weight)], dim=1)
+    if pooled is None:
+        pooled = pooled_keys(key, value, window, spatial_weight)
+    key, value = (torch.cat([x, part], dim=1) for x, part in zip((key, value), pooled, strict=True))
+    bias = pooled_bias(window, query.shape[2], far_offset, query.device)
     run = _compiled_flex_attention() if compiled else torch_flex_attention
     with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES):
         out, aux = run(
             *(tensor.transpose(1, 2) for tensor in (query, key, value)),
+            score_mod=_score_mod(bias, key.shape[1]) if len(bias) else None,
             block_mask=block_mask(window, query.device),
             scale=scale,
             return_aux=AuxRequest(lse=return_lse),
@@ -77,6 +83,16 @@ def _compiled_flex_attention():
     return torch.compile(torch_flex_attention, dynamic=False, fullgraph=True)
 
 
+def _score_mod(bias: torch.Tensor, keys: int):
+    """bias: (pooled, heads), of the last of the keys."""
+    of_all = F.pad(bias.T, (keys - len(bias), 0))
+
+    def score_mod(score, batch, head, query, key):
+        return score + of_all[head, key]
+
+    return score_mod
+
+
 def block_mask(window: Window, device: torch.device) -> BlockMask:
     """The window as FlexAttention's block mask, remembered on the window itself."""
     made: dict[torch.device, BlockMask] = window.__dict__.setdefault("_block_masks", {})
@@ -87,9 +103,12 @@ def block_mask(window: Window, device: torch.device) -> BlockMask:
 
 def _make_block_mask(window: Window, device: torch.device) -> BlockMask:
     """One row of blocks at a time, and of the image keys only the rows within reach."""
-    queries, keys = window.query_length, window.sequence_length + window.pooled_length
+    queries, keys = window.query_length, window.key_length + window.pooled_length
     skipped = window.text_length + window.query_rows[0] * window.width if window.query_rows else 0
-    mask_mod = _mask_mod(window, skipped)
+    if window.far_levels:
+        mask_mod = _far_mask_mod(window, skipped, device)
+    else:
+        mask_mod = _mask_mod(window, skipped)
     key_index = torch.arange(keys, device=device)
     block_count = -(-keys // BLOCK)
     # Counted per block: a last short block is full when all the keys it has are seen.
@@ -119,11 +138,16 @@ def _reachable_keys(window: Window, first: int, last: int, keys: torch.Tensor) -
     text, width = window.text_length, window.width
     if first < text:
         return keys
-    reach = window.disc_radius - 1
-    top = max((first - text) // width - reach, 0) * width
-    bottom = min((last - text) // width + reach + 1, window.height) * width
-    end = window.sequence_length
-    return torch.cat([keys[:text], keys[text + top : text + bottom], keys[end:]])
+    rows = range((first - text) // width, (last - text) // width + 1)
+    found, begin = [keys[:text]], text
+    for level in range(window.far_levels + 1):
+        (start, stop), columns = window.given_rows(level), cell_count(width, level)
+        seen = window.rows_in_reach(level, rows)
+        low = begin + (max(seen.start, start) - start) * columns
+        high = begin + (min(seen.stop, stop) - start) * columns
+        found.append(keys[low:high])
+        begin += (stop - start) * columns
+    return torch.cat([*found, keys[begin:]])
 
 
 def _block_lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,6 +174,28 @@ def _mask_mod(window: Window, skipped: int):
         inside = dy * dy + dx * dx < radius2
         pooled = key >= end
         return (key < text) | torch.where(query < text, ~pooled, inside | pooled)
+
+    return mask_mod
+
+
+def _far_mask_mod(window: Window, skipped: int, device: torch.device):
+    """By what is compared for every key; skipped: tokens before the first query."""
+    text, end, width = window.text_length, window.key_length, window.width
+    levels = [window.comparisons(level, device) for level in range(window.far_levels + 1)]
+    parts = [torch.cat(parts) for parts in zip(*levels, strict=True)]
+    # Text keys are within every reach.
+    inner_y, inner_x, inner2, outer_y, outer_x, outer2 = (
+        F.pad(part, (text, 0), value=ENDLESS if name == "outer2" else 0)
+        for name, part in zip(Comparisons._fields, parts, strict=True)
+    )
+
+    def mask_mod(batch, head, query, key):
+        query = query + skipped
+        y, x = 2 * ((query - text) // width), 2 * ((query - text) % width)
+        inner = (y - inner_y[key]) ** 2 + (x - inner_x[key]) ** 2
+        outer = (y - outer_y[key]) ** 2 + (x - outer_x[key]) ** 2
+        seen = (key < text) | ((inner >= inner2[key]) & (outer < outer2[key]))
+        return torch.where(query < text, key < end, seen)
 
     return mask_mod
 

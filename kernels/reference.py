@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
-from .pooling import pool_tokens
+from .pooling import pooled_bias, pooled_keys
 from .window import Window
 
 
@@ -16,6 +17,8 @@ def reference_attention(
     *,
     scale: float,
     spatial_weight: torch.Tensor | None = None,
+    far_offset: torch.Tensor | None = None,
+    pooled: tuple[torch.Tensor, torch.Tensor] | None = None,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense masked softmax in float32 (float64 if the inputs are). Quadratic in memory.
@@ -24,11 +27,15 @@ def reference_attention(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
-    if window.down_factor > 1:
-        k = torch.cat([k, pool_tokens(k, window, spatial_weight)], dim=1)
-        v = torch.cat([v, pool_tokens(v, window, spatial_weight)], dim=1)
+    if pooled is None:
+        pooled = pooled_keys(k, v, window, spatial_weight)
+    k, v = (torch.cat([x, part.to(dtype)], dim=1) for x, part in zip((k, v), pooled, strict=True))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    bias = pooled_bias(window, q.shape[2], far_offset, q.device)
+    scores = scores + F.pad(bias.T, (k.shape[1] - len(bias), 0))[:, None]
     scores = scores.masked_fill(~window.mask(query.device), float("-inf"))
     lse = scores.logsumexp(dim=-1)
-    out = torch.einsum("bhqk,bkhd->bqhd", torch.exp(scores - lse[..., None]), v)
+    # A query that sees none of the keys given has output 0.
+    finite = lse.masked_fill(lse == float("-inf"), 0.0)
+    out = torch.einsum("bhqk,bkhd->bqhd", torch.exp(scores - finite[..., None]), v)
     return out.to(query.dtype), lse.transpose(1, 2).to(torch.promote_types(dtype, torch.float32))

@@ -7,6 +7,8 @@ them (arXiv 2412.16112); here each may get the image's disc, on its own grid.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .choice import run_chosen
@@ -25,8 +27,8 @@ def attention_with_local_references(
     window: Window,
     *,
     scale: float,
-    spatial_weight: torch.Tensor | None = None,
     impl: str = "auto",
+    **of_pooled: Any,
 ) -> Attended:
     """`local_attention` for a window with `local_references`; no mask over queries and keys.
 
@@ -36,7 +38,8 @@ def attention_with_local_references(
     discs reaches it by way of text and image, which it sees in full.
 
     Args:
-        query, key, value, window, scale, spatial_weight, impl: as in `local_attention`; checked.
+        query, key, value, window, scale, impl: as in `local_attention`; checked.
+        of_pooled: spatial_weight, far_offset and pooled, as in `local_attention`.
 
     Returns:
         (out, lse) of all queries, as `local_attention` with `return_lse`. Neither has gradients.
@@ -45,12 +48,10 @@ def attention_with_local_references(
         ValueError: an explicit `impl` that cannot run here, or cannot return the log-sum-exp.
     """
 
-    def local(
-        own: slice, keys: slice, part: Window, weight: torch.Tensor | None = None
-    ) -> Attended:
+    def local(own: slice, keys: slice, part: Window, **of_pooled: Any) -> Attended:
         return run_chosen(
             impl, query[:, own], key[:, keys], value[:, keys], part,
-            scale=scale, spatial_weight=weight, return_lse=True,
+            scale=scale, return_lse=True, **of_pooled,
         )  # fmt: skip
 
     def dense(own: slice, keys: slice) -> Attended:
@@ -69,6 +70,6 @@ def attention_with_local_references(
         parts.append((out, lse))
         start = own.stop
     image = slice(window.text_length, None)
-    parts.append(local(image, everything, window.image_queries, spatial_weight))
+    parts.append(local(image, everything, window.image_queries, **of_pooled))
     outs, lses = zip(*parts, strict=True)
     return torch.cat([out.to(query.dtype) for out in outs], dim=1), torch.cat(lses, dim=1)

@@ -1,7 +1,8 @@
 """The geometry of CLEAR attention (arXiv 2412.16112, section 3.2) as one value.
 
 A token is one packed latent patch: 16 x 16 pixels for FLUX. The sequence is text tokens first, then
-the image tokens in raster order. Keys may be followed by pooled tokens (see `pooling.py`).
+the image tokens in raster order. Keys may be followed by pooled tokens (see `pooling.py`): those of
+the paper's `down_factor`, or far keys, which let a query see the whole image (see `cells.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,20 @@ from typing import Any, TypeVar
 
 import torch
 
+from .cells import (
+    MOST_LEVELS,
+    Comparisons,
+    cell_count,
+    comparisons,
+    looked_into,
+    rows_in_reach,
+)
+
+# How much a pooled key of `down_factor` weighs: as one key, or as the tokens it stands for.
+POOLED_WEIGHTS = ("one", "count")
+# Rows and columns together with far keys: squared distances fit into 32 bits.
+LARGEST_FAR_GRID = 2**14
+
 Derived = TypeVar("Derived")
 
 
@@ -23,6 +38,9 @@ class Window:
     - An image query at (y, x) sees the image keys at (y', x') with
       (y - y')^2 + (x - x')^2 < radius^2 (strict; nothing beyond the border), all text keys and,
       with `down_factor` > 1, all pooled keys.
+    - With `far_levels` an image query sees all tokens: near ones one by one, far ones pooled into
+      cells that grow with their distance, each token exactly once (see `cells.py`). A pooled key
+      counts as the tokens it stands for: the log of their number is added to its score.
     - A text query sees all text keys and all image keys, but no pooled key.
     - With `local_references`, a token of such a reference image sees of its own image the tokens of
       its disc only; everything else as a text query does.
@@ -37,11 +55,19 @@ class Window:
             these rows are, and no text: the share of a process that has no more of the image.
         local_references: (rows, columns) of reference images that are local within themselves. They
             are the last of the `text_length` tokens, in this order, each in raster order.
+        far_levels: levels of far keys, 0 to MOST_LEVELS; 0 is CLEAR's disc alone. More levels than
+            the grid needs are as good as enough: nobody sees their cells.
+        pooled_weight: of a pooled key of `down_factor`: "one", as published, or "count": the log of
+            the tokens it stands for is added to its score. Their overlap with the disc stays.
+        key_rows: None where all keys are given. Else (start, stop) of the image's rows of tokens
+            that are, and of the rows of cells of every level: what is not given is not attended to
+            (it is to be merged, see merge.py). For `query_rows` only.
 
     Raises:
         TypeError: a size is not an int, or local_references no tuple of pairs.
-        ValueError: a field is out of its range, a pooling cell is larger than the grid, or the
-            reference images are not among the text or come with `query_rows`.
+        ValueError: a field is out of its range, a pooling cell is larger than the grid, the
+            reference images are not among the text or come with `query_rows`, or far keys come with
+            `down_factor`, with radius 1 or with a grid too large.
     """
 
     height: int
@@ -51,6 +77,9 @@ class Window:
     down_factor: int = 1
     query_rows: tuple[int, int] | None = None
     local_references: tuple[tuple[int, int], ...] = ()
+    far_levels: int = 0
+    pooled_weight: str = "one"
+    key_rows: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         minimum = {"height": 1, "width": 1, "text_length": 0, "radius": 1, "down_factor": 1}
@@ -70,6 +99,7 @@ class Window:
                 )
         if self.local_references != ():
             self._check_references()
+        self._check_pooling()
 
     def _check_references(self) -> None:
         images = self.local_references
@@ -90,9 +120,68 @@ class Window:
         if self.query_rows is not None:
             raise ValueError("Window: local_references and query_rows exclude each other.")
 
+    def _check_pooling(self) -> None:
+        _check_size("far_levels", self.far_levels, 0)
+        if self.pooled_weight not in POOLED_WEIGHTS:
+            raise ValueError(
+                f"Window: pooled_weight must be {' or '.join(POOLED_WEIGHTS)}, got "
+                f"{self.pooled_weight!r}."
+            )
+        if self.pooled_weight == "count" and self.down_factor == 1:
+            raise ValueError('Window: pooled_weight="count" needs a down_factor above 1.')
+        if self.far_levels:
+            if self.far_levels > MOST_LEVELS:
+                raise ValueError(
+                    f"Window: far_levels must be at most {MOST_LEVELS}, got {self.far_levels}; "
+                    "more than the grid needs are as good as enough."
+                )
+            if self.down_factor > 1:
+                raise ValueError(
+                    "Window: far keys (far_levels) and pooled keys (down_factor) exclude each "
+                    f"other, got {self.far_levels} and {self.down_factor}."
+                )
+            if self.radius < 2:
+                raise ValueError(
+                    f"Window: far keys need a radius of at least 2 tokens, got {self.radius}."
+                )
+            if self.height + self.width > LARGEST_FAR_GRID:
+                raise ValueError(
+                    f"Window: far keys take at most {LARGEST_FAR_GRID} rows and columns together, "
+                    f"got {self.height} + {self.width}."
+                )
+        if self.key_rows is not None:
+            whole = tuple((0, cell_count(self.height, one)) for one in range(self.far_levels + 1))
+            inside = len(self.key_rows) == len(whole) and all(
+                0 <= start <= stop <= end
+                for (start, stop), (_, end) in zip(self.key_rows, whole, strict=True)
+            )
+            if not inside or self.query_rows is None or self.down_factor > 1:
+                raise ValueError(
+                    "Window: key_rows must be (start, stop) of the rows of tokens and of every "
+                    f"level's cells, within {whole}, with query_rows and without down_factor; got "
+                    f"{self.key_rows}."
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         # What was remembered on the value (FlexAttention's mask, derived windows) stays behind.
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def given_rows(self, level: int) -> tuple[int, int]:
+        """Rows of a level's cells (of tokens, for level 0) that are among the keys."""
+        if self.key_rows is None:
+            return 0, cell_count(self.height, level)
+        return self.key_rows[level]
+
+    def rows_in_reach(self, level: int, rows: range) -> range:
+        """Rows of a level's cells (of tokens, for level 0) that queries of some rows may see."""
+        return rows_in_reach(self.height, self.disc_radius, self.far_levels, level, rows)
+
+    def comparisons(self, level: int, device: torch.device | str | None = None) -> Comparisons:
+        """What decides which image query sees which of the given keys of a level."""
+        return comparisons(
+            self.height, self.width, self.disc_radius, self.far_levels, level,
+            self.given_rows(level), device,
+        )  # fmt: skip
 
     @property
     def disc_radius(self) -> int:
@@ -126,11 +215,27 @@ class Window:
         return self.text_query_length + (stop - start) * self.width
 
     @property
+    def key_length(self) -> int:
+        """Number of the text's and the image's keys that are given."""
+        start, stop = self.given_rows(0)
+        return self.text_length + (stop - start) * self.width
+
+    @property
     def pooled_length(self) -> int:
-        """Number of pooled keys; a last partial cell in either direction counts as a cell."""
+        """Number of pooled keys; a last partial cell in either direction counts as a cell.
+
+        Far keys are those of level 1 in raster order, then those of level 2, and so on.
+        """
+        if self.far_levels:
+            return sum(self.cells_of_level(level) for level in range(1, self.far_levels + 1))
         if self.down_factor == 1:
             return 0
         return math.ceil(self.height / self.down_factor) * math.ceil(self.width / self.down_factor)
+
+    def cells_of_level(self, level: int) -> int:
+        """Number of a level's cells that are among the keys."""
+        start, stop = self.given_rows(level)
+        return (stop - start) * cell_count(self.width, level)
 
     @property
     def references_start(self) -> int:
@@ -170,20 +275,20 @@ class Window:
         """Dense mask, True where a query attends to a key.
 
         Returns:
-            bool, (queries, text + image + pooled). Quadratic: for tests and oracles.
+            bool, (queries, text + image + pooled), of the keys that are given. Quadratic: for tests
+            and oracles.
         """
-        if self.query_rows is not None:
-            start, stop = (self.text_length + row * self.width for row in self.query_rows)
-            return replace(self, query_rows=None).mask(device)[start:stop]
-        text, pooled = self.text_length, self.pooled_length
-        y = torch.arange(self.height, device=device).repeat_interleave(self.width)
-        x = torch.arange(self.width, device=device).repeat(self.height)
-        distance2 = (y[:, None] - y[None, :]) ** 2 + (x[:, None] - x[None, :]) ** 2
+        text, text_queries = self.text_length, self.text_query_length
+        start, stop = self.image_query_rows
+        y = torch.arange(start, stop, device=device).repeat_interleave(self.width)[:, None]
+        x = torch.arange(self.width, device=device).repeat(stop - start)[:, None]
+        image = [self.comparisons(level, device).seen(y, x) for level in range(self.far_levels + 1)]
         mask = torch.ones(
-            self.sequence_length, self.sequence_length + pooled, dtype=torch.bool, device=device
+            self.query_length, self.key_length + self.pooled_length, dtype=torch.bool, device=device
         )
-        mask[text:, text : self.sequence_length] = distance2 < self.disc_radius**2
-        mask[:text, self.sequence_length :] = False
+        mask[:text_queries, self.key_length :] = False
+        seen = torch.cat(image, dim=1)
+        mask[text_queries:, text : text + seen.shape[1]] = seen
         start = self.references_start
         for own in self.reference_windows:
             stop = start + own.image_length
@@ -205,13 +310,40 @@ class Window:
             pairs += columns * max(0, min(stop, self.height - dy) - max(start, -dy))
         return pairs
 
+    def far_pairs(self) -> tuple[int, ...]:
+        """Number of (image query, key) pairs with far keys: tokens, then cells level by level.
+
+        Of all keys, whatever `key_rows` says. By rows: pairs of rows and pairs of columns are
+        counted by their distance, which takes time linear in the grid's sides squared.
+        """
+        rows = range(*self.image_query_rows)
+        sizes = self.height, self.width, self.disc_radius
+
+        def looked(level: int, children: bool) -> int:
+            return looked_into(*sizes, level, rows, children)
+
+        levels = range(1, self.far_levels + 1)
+        opened = [looked(level, children=True) for level in levels]
+        opened.append(
+            len(rows) * self.width
+            * cell_count(self.height, self.far_levels) * cell_count(self.width, self.far_levels)
+        )  # fmt: skip
+        return (opened[0], *(opened[one] - looked(one, children=False) for one in levels))
+
     def attended_pairs(self) -> int:
-        """Number of (query, key) pairs: the sum of `mask()`, in closed form."""
+        """Number of (query, key) pairs: the sum of `mask()`, without one.
+
+        With `key_rows` that of all keys, as if they were given.
+        """
         text = self.text_query_length
         image = self.query_length - text
-        dense = text * self.sequence_length + image * (self.text_length + self.pooled_length)
+        if self.far_levels:
+            seen = sum(self.far_pairs())
+        else:
+            seen = self.disc_pairs() + image * self.pooled_length
+        dense = text * self.sequence_length + image * self.text_length
         unseen = sum(own.image_length**2 - own.disc_pairs() for own in self.reference_windows)
-        return dense - unseen + self.disc_pairs()
+        return dense - unseen + seen
 
     def attention_flops(self, heads: int, head_dim: int) -> int:
         """Floating-point operations of one attention layer, batch 1.

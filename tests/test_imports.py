@@ -32,7 +32,8 @@ ROOMS = (
 )
 INSIDE = {
     "kernels": (
-        "window merge",
+        "cells merge",
+        "window",
         "pooling",
         "opaque reference flex",
         "tiled triton",

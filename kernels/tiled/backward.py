@@ -25,11 +25,12 @@ def backward_in_bands(
     value: torch.Tensor,
     pooled_key: torch.Tensor,
     pooled_value: torch.Tensor,
+    bias: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     geometry: Geometry,
 ) -> Gradients:
-    """Gradients of query, key, value, pooled_key and pooled_value; see `attention_op`."""
+    """Gradients of query, key, value, pooled_key, pooled_value and bias; see `attention_op`."""
     height, width, text_length, radius, scale, *_ = geometry
     grad, query, key, value = channels_contiguous(grad, query, key, value)
     pooled_key, pooled_value = channels_contiguous(pooled_key, pooled_value)
@@ -128,4 +129,4 @@ def backward_in_bands(
             whole[item, :text_length] += tokens_first(part)[:text_length]
             pooled[item] = tokens_first(part)[text_length:]
     dq, dk, dv, dpk, dpv = (x.to(query.dtype) for x in grads)
-    return dq, dk, dv, dpk, dpv
+    return dq, dk, dv, dpk, dpv, torch.zeros_like(bias)

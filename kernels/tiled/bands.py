@@ -40,8 +40,10 @@ def _forward(
     value: torch.Tensor,
     pooled_key: torch.Tensor,
     pooled_value: torch.Tensor,
+    bias: torch.Tensor,
     geometry: Geometry,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    assert not len(bias), "not built yet"
     query, key, value = channels_contiguous(query, key, value)
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -76,7 +78,7 @@ def _attend_in_bands(
     geometry: Geometry,
 ) -> None:
     """`attend_compiled` by PyTorch's operators, on any device and in any dtype."""
-    height, width, text_length, radius, scale, query_start, query_stop = geometry
+    height, width, text_length, radius, scale, query_start, query_stop, *_ = geometry
     text_queries = query.shape[1] - geometry.image_queries
     if text_queries:
         parts = attend_all(query[:, :text_queries], key, value, scale)

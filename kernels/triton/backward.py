@@ -559,6 +559,7 @@ def attention_backward(
     value: torch.Tensor,
     pooled_key: torch.Tensor,
     pooled_value: torch.Tensor,
+    bias: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     geometry: Geometry,
@@ -625,4 +626,4 @@ def attention_backward(
             replace(walked, key=pooled_key, value=pooled_value), programs,
             pooled_length, text_length, (grad_pooled_key, grad_pooled_value),
         )  # fmt: skip
-    return grads
+    return *grads, torch.zeros_like(bias)

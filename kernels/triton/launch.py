@@ -55,7 +55,7 @@ def image_attention(
     config: ForwardConfig,
 ) -> None:
     """Write the image tokens' part of `out` and `lse`, both contiguous."""
-    height, width, text_length, radius, scale, start, stop = geometry
+    height, width, text_length, radius, scale, start, stop, *_ = geometry
     batch, queries, heads, head_dim = query.shape
     tiling = config.tiling
     text_queries = queries - geometry.image_queries

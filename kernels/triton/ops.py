@@ -36,9 +36,11 @@ def _forward(
     value: torch.Tensor,
     pooled_key: torch.Tensor,
     pooled_value: torch.Tensor,
+    bias: torch.Tensor,
     geometry: Geometry,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = channels_contiguous(query, key, value)
+    assert not len(bias), "not built yet"
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     entry_key = table_key(query.device, query.dtype, query.shape[-1])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -69,6 +71,7 @@ def _backward(
     value: torch.Tensor,
     pooled_key: torch.Tensor,
     pooled_value: torch.Tensor,
+    bias: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     geometry: Geometry,
@@ -78,7 +81,7 @@ def _backward(
     entry_key = table_key(query.device, query.dtype, query.shape[-1])
     with torch.cuda.device_of(query):
         return attention_backward(
-            grad, query, key, value, pooled_key, pooled_value, out, lse, geometry,
+            grad, query, key, value, pooled_key, pooled_value, bias, out, lse, geometry,
             config=tables.backward_config(*entry_key), programs=programs(query.device),
         )  # fmt: skip
 

@@ -25,8 +25,10 @@ OPERATORS = "tiled by PyTorch's operators"
 
 
 def run_impl(impl, window):
-    def run(query, key, value, weight):
-        return local_attention(query, key, value, window, spatial_weight=weight, impl=impl)
+    def run(query, key, value, weight, offset=None):
+        return local_attention(
+            query, key, value, window, spatial_weight=weight, far_offset=offset, impl=impl
+        )
 
     return run
 
@@ -68,10 +70,11 @@ def test_flex_mask_is_the_definition(dtype, case):
     """FlexAttention in its eager form: the same mask and block lists, not compiled."""
     window, scale = case["window"], case["head_dim"] ** -0.5
 
-    def run(query, key, value, weight):
+    def run(query, key, value, weight, offset=None):
         return flex_attention(
-            query, key, value, window, scale=scale, spatial_weight=weight, compiled=False
-        )[0]
+            query, key, value, window,
+            scale=scale, spatial_weight=weight, far_offset=offset, compiled=False,
+        )[0]  # fmt: skip
 
     check(run, case, dtype, gradients=False)
 
@@ -130,7 +133,7 @@ def test_float16_scores_do_not_overflow(monkeypatch):
 @pytest.mark.parametrize("impl", slow_but(["reference", "tiled", "flex"], "reference", "tiled"))
 def test_radius_past_the_diagonal_is_plain_attention(impl):
     window = Window(9, 14, 5, 17)
-    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window), dtype=torch.float32)
     out = local_attention(query, key, value, window, impl=impl)
     dense = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (query, key, value))
@@ -141,7 +144,7 @@ def test_radius_past_the_diagonal_is_plain_attention(impl):
 @pytest.mark.parametrize("impl", slow_but(["reference", "tiled", "flex"], "reference", "tiled"))
 def test_radius_one_is_self_and_text(impl):
     window = Window(9, 10, 3, 1)
-    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window), dtype=torch.float32)
     out = local_attention(query, key, value, window, impl=impl)
     for token in (3, 20, 92):
         keys = [0, 1, 2, token]
@@ -155,7 +158,7 @@ def test_radius_one_is_self_and_text(impl):
 @pytest.mark.parametrize("factor", [1, 4])
 def test_log_sum_exp(impl, factor):
     window = Window(12, 20, 7, 4, factor)
-    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window), dtype=torch.float32)
     if impl == "flex":  # compiled for a CPU it has none
         _, lse = flex_attention(
             query, key, value, window, scale=32**-0.5, return_lse=True, compiled=False
@@ -176,7 +179,7 @@ def test_log_sum_exp(impl, factor):
 
 def test_batch_items_do_not_meet():
     window = Window(10, 7, 4, 3, 2)
-    query, key, value, _, _ = inputs(**problem(window, batch=3), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window, batch=3), dtype=torch.float32)
     order = [2, 0, 1]
     for impl in ("reference", "tiled"):
         out = local_attention(query, key, value, window, impl=impl)
@@ -186,14 +189,16 @@ def test_batch_items_do_not_meet():
 
 def test_strides_do_not_matter():
     window = Window(10, 19, 4, 3)
-    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window), dtype=torch.float32)
     packed = torch.stack([query, key, value], dim=-2).transpose(1, 2).contiguous()
     views = [packed[..., index, :].transpose(1, 2) for index in range(3)]
     assert not views[0].is_contiguous()
     channels_last = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)]
     assert channels_last[0].stride(-1) != 1
     for impl in ("tiled", "reference"):
-        expected = forward_and_gradients(run_impl(impl, window), query, key, value, None, query)
+        expected = forward_and_gradients(
+            run_impl(impl, window), query, key, value, None, None, query
+        )
         for strided in (views, channels_last):
             leaves = [x.detach().requires_grad_() for x in strided]
             out = local_attention(*leaves, window, impl=impl)
@@ -205,7 +210,7 @@ def test_strides_do_not_matter():
 
 def test_scale():
     window = Window(9, 9, 2, 3)
-    query, key, value, _, _ = inputs(**problem(window), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window), dtype=torch.float32)
     expected = attention_by_definition(query, key, value, window, 0.3)
     for impl in ("tiled", "reference"):
         out = local_attention(query, key, value, window, scale=0.3, impl=impl)

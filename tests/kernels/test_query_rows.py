@@ -65,7 +65,7 @@ def test_rows_get_what_they_get_with_all(impl, grid):
         whole, batch=1 if impl == "triton" else 2, heads=1 if impl == "triton" else 2, head_dim=16
     )
     dtype = torch.float16 if impl == "triton" else torch.float32
-    query, key, value, weight, _ = inputs(**case, dtype=dtype)
+    query, key, value, weight, *_ = inputs(**case, dtype=dtype)
     out, lse = by_name("reference")(query, key, value, whole, 0.3, weight)
     for start, stop in rows_of(whole)[: 2 if impl == "triton" else None]:
         window = Window(

@@ -30,11 +30,110 @@ def pool_by_definition(tokens, window, weight):
     return torch.stack(cells, dim=1)
 
 
-def attention_by_definition(q, k, v, window, scale, weight=None):
+def far_cells(window):
+    """(level, top, left, tokens in it) of every cell, in the order of the far keys."""
+    for level in range(1, window.far_levels + 1):
+        side = 2**level
+        for top in range(0, window.height, side):
+            for left in range(0, window.width, side):
+                rows, columns = min(side, window.height - top), min(side, window.width - left)
+                yield level, top, left, rows, columns
+
+
+def seen_by_definition(window, y, x):
+    """What an image query sees: (0, y', x') of a token, (level, top, left) of a cell.
+
+    From the coarsest cells down, as the definition says it.
+    """
+    seen = []
+
+    def visit(level, top, left):
+        if top >= window.height or left >= window.width:
+            return
+        if level == 0:
+            seen.append((0, top, left))
+            return
+        side = 2**level
+        rows, columns = min(side, window.height - top), min(side, window.width - left)
+        dy, dx = top + (rows - 1) / 2 - y, left + (columns - 1) / 2 - x
+        if dy**2 + dx**2 < (window.radius * 2 ** (level - 1)) ** 2:
+            for i in (0, 1):
+                for j in (0, 1):
+                    visit(level - 1, top + i * side // 2, left + j * side // 2)
+        else:
+            seen.append((level, top, left))
+
+    side = 2**window.far_levels
+    for top in range(0, window.height, side):
+        for left in range(0, window.width, side):
+            visit(window.far_levels, top, left)
+    return seen
+
+
+def far_mask_by_definition(window):
+    """(text + image, text + image + cells) bool."""
+    text, image = window.text_length, window.height * window.width
+    place = {
+        (0, y, x): text + y * window.width + x
+        for y in range(window.height)
+        for x in range(window.width)
+    }
+    for level, top, left, *_ in far_cells(window):
+        place[level, top, left] = text + len(place)
+    mask = torch.zeros(text + image, text + len(place), dtype=torch.bool)
+    mask[:, :text] = True
+    mask[:text, : text + image] = True
+    for y in range(window.height):
+        for x in range(window.width):
+            keys = [place[key] for key in seen_by_definition(window, y, x)]
+            mask[text + y * window.width + x, keys] = True
+    return mask
+
+
+def far_means_by_definition(tokens, window, weight=None):
+    """Every cell: the mean of its tokens; with a weight (levels, 2, 2) of its children."""
+    image = tokens[:, window.text_length :].unflatten(1, (window.height, window.width))
+    known = {(0, y, x): image[:, y, x] for y in range(window.height) for x in range(window.width)}
+    sizes = dict.fromkeys(known, 1)
+    cells = []
+    for level, top, left, rows, columns in far_cells(window):
+        half, mean = 2 ** (level - 1), 0
+        for i in (0, 1):
+            for j in (0, 1):
+                child = (level - 1, top + i * half, left + j * half)
+                if child in known:
+                    share = sizes[child] / (rows * columns)
+                    if weight is not None:
+                        share = share * 4 * weight[level - 1, i, j]
+                    mean = mean + known[child] * share
+        known[level, top, left], sizes[level, top, left] = mean, rows * columns
+        cells.append(mean)
+    return torch.stack(cells, dim=1)
+
+
+def far_attention_by_definition(q, k, v, window, scale, weight=None, offset=None):
+    """As `attention_by_definition`, with far keys."""
+    mask = far_mask_by_definition(window)
+    bias = torch.zeros(q.shape[2], mask.shape[1], dtype=torch.float64)
+    cells = [(level, rows * columns) for level, _, _, rows, columns in far_cells(window)]
+    of_cells = torch.tensor([count for _, count in cells], dtype=torch.float64).log()
+    of_cells = of_cells.expand(q.shape[2], -1)
+    if offset is not None:
+        of_cells = of_cells + torch.stack([offset[level - 1] for level, _ in cells], dim=1)
+    bias = torch.cat([bias[:, : -len(cells)], of_cells], dim=1).to(q.dtype)
+    k, v = (torch.cat([x, far_means_by_definition(x, window, weight)], dim=1) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale + bias[None, :, None]
+    probability = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", probability, v)
+
+
+def attention_by_definition(q, k, v, window, scale, weight=None, offset=None):
     """Masked softmax attention in the dtype of the inputs: the plain implementation.
 
     In float64 it is the oracle; in another dtype its error is the yardstick for that dtype.
     """
+    if window.far_levels:
+        return far_attention_by_definition(q, k, v, window, scale, weight, offset)
     mask = mask_by_definition(window)
     if window.down_factor > 1:
         f = window.down_factor
@@ -47,6 +146,14 @@ def attention_by_definition(q, k, v, window, scale, weight=None):
         pooled_mask[: window.text_length] = False
         mask = torch.cat([mask, pooled_mask], dim=1)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    if window.pooled_weight == "count":
+        f = window.down_factor
+        counts = [
+            min(f, window.height - top) * min(f, window.width - left)
+            for top in range(0, window.height, f)
+            for left in range(0, window.width, f)
+        ]
+        scores[..., -len(counts) :] += torch.tensor(counts).log().to(scores.dtype)
     probability = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return torch.einsum("bhqk,bkhd->bqhd", probability, v)
 

@@ -118,7 +118,7 @@ def attend_compiled(
     """
     library = _library(query.shape[-1])
     assert isinstance(library, ctypes.CDLL), library
-    height, width, text_length, radius, scale, query_start, query_stop = geometry
+    height, width, text_length, radius, scale, query_start, query_stop, *_ = geometry
     # The kernel believes these numbers.
     assert key.shape[1] == value.shape[1] == text_length + height * width
     assert 0 <= query_start < query_stop <= height

@@ -63,7 +63,7 @@ def test_kernel_is_the_definition(threads, case, dtype, count):
     threads(count)
     window = case["window"]
 
-    def run(query, key, value, weight):
+    def run(query, key, value, weight, offset=None):
         assert why_not_compiled(query, window.height, window.width) is None
         return local_attention(query, key, value, window, spatial_weight=weight, impl="tiled")
 
@@ -75,7 +75,7 @@ def test_both_paths_agree(monkeypatch, window):
     """Log-sum-exp too, and with rows of queries, whatever the strides."""
     rows = Window(window.height, window.width, window.text_length, window.radius,
                   window.down_factor, query_rows=(3, 7))  # fmt: skip
-    query, key, value, _, _ = inputs(**problem(window, batch=3), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window, batch=3), dtype=torch.float32)
     packed = torch.stack([query, key, value], dim=-2).transpose(1, 2).contiguous()
     start, stop = (window.text_length + row * window.width for row in rows.query_rows)
     found = []

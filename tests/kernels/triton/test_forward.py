@@ -96,7 +96,7 @@ def test_log_sum_exp_and_strides(tiles, request):
     if tiles == "hopper_tiles":
         request.getfixturevalue(tiles)
     window = Window(11, 19, 6, 4, 2)
-    query, key, value, weight, _ = inputs(**problem(window), dtype=torch.float32)
+    query, key, value, weight, *_ = inputs(**problem(window), dtype=torch.float32)
     # Heads before tokens in memory, a batch that is a slice, channels that are not contiguous.
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     key = torch.cat([key, key])[::2].contiguous()[:2]
@@ -122,7 +122,7 @@ def every_forward_config():
 )
 def test_every_tile_shape_and_way_to_load(config):
     window = Window(11, 19, 33, 6)
-    query, key, value, _, _ = inputs(**problem(window, batch=2, heads=1), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window, batch=2, heads=1), dtype=torch.float32)
     out = torch.full_like(query, float("nan"))
     lse = torch.full(query.shape[:3], float("nan"))
     pooled = query[:, :0]
@@ -140,7 +140,7 @@ def test_every_tile_shape_and_way_to_load(config):
 @pytest.mark.parametrize("programs", [1, 5, 1000])
 def test_text_is_the_same_for_any_number_of_splits(programs):
     window = Window(7, 40, 9, 4)
-    query, key, value, _, _ = inputs(**problem(window, heads=1), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window, heads=1), dtype=torch.float32)
     out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
     config = tables.RunConfig(16, 32, 4, 1)
     launch.text_attention(query, key, value, out, lse, 9, 0.2, config, programs)
@@ -154,7 +154,7 @@ def test_text_is_the_same_for_any_number_of_splits(programs):
 
 def test_large_scores_stay_finite():
     window = Window(9, 9, 3, 3)
-    query, key, value, _, _ = inputs(**problem(window, batch=1), dtype=torch.float32)
+    query, key, value, *_ = inputs(**problem(window, batch=1), dtype=torch.float32)
     out, lse = ops.triton_attention(query * 1e4, key * 1e4, value, window, scale=1.0)
     assert out.isfinite().all()
     assert lse.isfinite().all()

@@ -1,0 +1,169 @@
+"""Cells: what stands for far tokens, ever coarser the farther they are.
+
+A cell of level l covers 2^l x 2^l tokens from the upper left corner of the image; a last partial
+cell the tokens it has. A query looks into a cell, and sees its children instead (the cells of the
+level below, at last the tokens), iff the cell's centre is nearer than radius * 2^(l - 1) tokens and
+it looks into the cell around. So every token counts exactly once: alone, or within one cell. It is
+the near and far field of the fast multipole method (Greengard, Rokhlin 1987) in a softmax, as in
+H-Transformer-1D (arXiv 2107.11906) and Fast Multipole Attention (arXiv 2310.11960).
+
+From a radius of 2 on a cell that is near enough lies in one that is: the centres are at most
+sqrt(2) * 2^(l - 1) tokens apart, and the reach grows by radius * 2^(l - 1). So two comparisons
+decide: is the cell's own centre beyond the reach of its level, and is the centre of the cell around
+within that of the next? Rows and columns are doubled below, so that centres are integers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# Levels at most: such a cell covers more tokens than any image has.
+MOST_LEVELS = 16
+# No squared distance is as large, in doubled tokens: a reach without end, and still an int32.
+ENDLESS = 2**30
+
+
+def cell_count(length: int, level: int) -> int:
+    """Cells of a level along an axis of `length` tokens, a last partial one included."""
+    return -(-length // 2**level)
+
+
+def doubled_centres(
+    length: int, level: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Twice the place of the centre of every cell of an axis, int32 (cells,)."""
+    first = torch.arange(cell_count(length, level), dtype=torch.int32, device=device) * 2**level
+    return first + (first + 2**level).clamp(max=length) - 1
+
+
+def tokens_of_cells(
+    length: int, level: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Tokens of every cell of an axis, int32 (cells,)."""
+    first = torch.arange(cell_count(length, level), dtype=torch.int32, device=device) * 2**level
+    return (length - first).clamp(max=2**level)
+
+
+def doubled_reach2(radius: int, level: int) -> int:
+    """Square of twice the distance at which a cell is looked into no more, at most `ENDLESS`."""
+    return min((radius * 2**level) ** 2, ENDLESS)
+
+
+class Comparisons(NamedTuple):
+    """What decides who sees a key: int32 (keys,) each, in doubled tokens.
+
+    A query at (y, x) sees it iff (2y - inner_y)^2 + (2x - inner_x)^2 >= inner2 and
+    (2y - outer_y)^2 + (2x - outer_x)^2 < outer2.
+    """
+
+    inner_y: torch.Tensor
+    inner_x: torch.Tensor
+    inner2: torch.Tensor
+    outer_y: torch.Tensor
+    outer_x: torch.Tensor
+    outer2: torch.Tensor
+
+    def seen(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Whether queries at rows y and columns x, (queries, 1), see the keys: (queries, keys)."""
+        inner = (2 * y - self.inner_y) ** 2 + (2 * x - self.inner_x) ** 2
+        outer = (2 * y - self.outer_y) ** 2 + (2 * x - self.outer_x) ** 2
+        return (inner >= self.inner2) & (outer < self.outer2)
+
+
+def comparisons(
+    height: int,
+    width: int,
+    radius: int,
+    levels: int,
+    level: int,
+    rows: tuple[int, int],
+    device: torch.device | str | None = None,
+) -> Comparisons:
+    """Those of a level's cells, of tokens for level 0, in raster order.
+
+    Args:
+        height, width: of the image, in tokens.
+        radius: in tokens; with levels = 0, that of the disc around the token itself.
+        levels: of cells that there are; 0 where there are none.
+        level: 0 to levels.
+        rows: of the level's cells, first and the one after the last: those that are wanted.
+    """
+    y, x = doubled_centres(height, level, device), doubled_centres(width, level, device)
+    inner2 = doubled_reach2(radius, level) if level else 0
+    around_y, around_x, outer2 = y, x, ENDLESS
+    if levels == 0:
+        outer2 = doubled_reach2(radius, 1)
+    elif level < levels:
+        outer2 = doubled_reach2(radius, level + 1)
+        around_y, around_x = (
+            doubled_centres(size, level + 1, device).repeat_interleave(2)[: len(own)]
+            for size, own in ((height, y), (width, x))
+        )
+    start, stop = rows
+    columns = len(x)
+
+    def by_row(values: torch.Tensor) -> torch.Tensor:
+        return values[start:stop].repeat_interleave(columns)
+
+    def by_column(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat(stop - start)
+
+    def same(value: int) -> torch.Tensor:
+        return y.new_full(((stop - start) * columns,), value)
+
+    return Comparisons(
+        by_row(y), by_column(x), same(inner2),
+        by_row(around_y), by_column(around_x), same(outer2),
+    )  # fmt: skip
+
+
+def rows_in_reach(height: int, radius: int, levels: int, level: int, rows: range) -> range:
+    """The rows of a level's cells (of tokens, for level 0) that queries of some rows may see.
+
+    Args:
+        height: of the image, in tokens.
+        radius, levels, level: as in `comparisons`.
+        rows: of the queries, in tokens.
+    """
+    if level == levels and levels:
+        return range(cell_count(height, level))
+    around = level + 1 if levels else 0
+    reach2 = doubled_reach2(radius, around or 1)
+    centres = doubled_centres(height, around).numpy()
+    distance = np.maximum(2 * rows.start - centres, centres - 2 * (rows.stop - 1)).clip(0)
+    near = np.flatnonzero(distance**2 < reach2)
+    step = 2 if levels else 1
+    stop = min(step * (int(near[-1]) + 1), cell_count(height, level))
+    return range(step * int(near[0]), stop)
+
+
+def looked_into(
+    height: int, width: int, radius: int, level: int, rows: range, children: bool
+) -> int:
+    """Number of pairs of an image query and a cell of a level that it looks into.
+
+    Args:
+        height, width, radius: in tokens.
+        level: at least 1.
+        rows: of the queries.
+        children: count the cell's children, the cells (or tokens) of the level below, instead.
+    """
+    counted = []
+    for length, queries in ((height, rows), (width, range(width))):
+        centres = doubled_centres(length, level).numpy().astype(np.int64)
+        weights = np.ones(len(centres), dtype=np.int64)
+        if children:
+            weights += cell_count(length, level - 1) > 2 * np.arange(len(centres)) + 1
+        distance = np.abs(2 * np.arange(queries.start, queries.stop)[:, None] - centres)
+        every = np.broadcast_to(weights, distance.shape).reshape(-1)
+        counted.append(np.bincount(distance.reshape(-1), weights=every, minlength=1))
+    by_row, by_column = counted
+    up_to = np.cumsum(by_column)
+    left = doubled_reach2(radius, level) - 1 - np.arange(len(by_row)) ** 2
+    half = np.array([math.isqrt(room) if room >= 0 else -1 for room in left.tolist()])
+    inside = np.where(half >= 0, up_to[np.minimum(half, len(up_to) - 1)], 0)
+    return round(float(by_row @ inside))

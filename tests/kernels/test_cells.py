@@ -1,0 +1,153 @@
+"""Far keys: every token once for every query, and what the window says of them."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.oracle import far_cells, far_mask_by_definition, far_means_by_definition
+
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.pooling import pool_cells, pooled_bias
+from clear_dit.kernels.window import Window
+
+quick = settings(deadline=None, max_examples=40)
+windows = st.builds(
+    lambda height, width, text_length, radius, levels: Window(
+        height, width, text_length, radius, far_levels=levels
+    ),
+    height=st.integers(1, 22),
+    width=st.integers(1, 22),
+    text_length=st.integers(0, 3),
+    radius=st.integers(2, 9),
+    levels=st.integers(1, 7),
+)
+
+
+@quick
+@given(windows)
+@example(Window(1, 1, 0, 2, far_levels=1))
+@example(Window(17, 33, 0, 2, far_levels=6))
+def test_mask_is_the_definition(window):
+    mask = window.mask()
+    assert torch.equal(mask, far_mask_by_definition(window))
+    assert window.attended_pairs() == int(mask.sum())
+    assert mask.shape == (window.sequence_length, window.key_length + window.pooled_length)
+
+
+@quick
+@given(windows)
+def test_every_token_counts_once(window):
+    """Alone or within one cell: the tokens that keys stand for are covered exactly."""
+    text, image = window.text_length, window.image_length
+    covered = torch.eye(image)
+    for _, top, left, rows, columns in far_cells(window):
+        cell = torch.zeros(window.height, window.width)
+        cell[top : top + rows, left : left + columns] = 1
+        covered = torch.cat([covered, cell.reshape(1, -1)])
+    seen = window.mask()[text:, text:].float()
+    assert torch.equal(seen @ covered, torch.ones(image, image))
+
+
+@quick
+@given(windows)
+def test_pairs_level_by_level(window):
+    text, start = window.text_length, window.sequence_length
+    mask, pairs = window.mask()[text:], window.far_pairs()
+    assert pairs[0] == int(mask[:, text:start].sum())
+    for level in range(1, window.far_levels + 1):
+        stop = start + window.cells_of_level(level)
+        assert pairs[level] == int(mask[:, start:stop].sum())
+        start = stop
+
+
+@quick
+@given(windows, st.data())
+def test_rows_in_reach_hold_all_that_is_seen(window, data):
+    start = data.draw(st.integers(0, window.height - 1))
+    rows = range(start, data.draw(st.integers(start + 1, window.height)))
+    queries = slice(rows.start * window.width, rows.stop * window.width)
+    begin, mask = window.text_length, window.mask()[window.text_length :][queries]
+    for level in range(window.far_levels + 1):
+        side = 2**level
+        columns = -(-window.width // side)
+        count = -(-window.height // side) * columns
+        seen = mask[:, begin : begin + count].any(0).nonzero() // columns
+        reach = window.rows_in_reach(level, rows)
+        assert not len(seen) or (reach.start <= seen.min() and seen.max() < reach.stop)
+        begin += count
+
+
+@quick
+@given(windows, st.booleans())
+def test_cells_are_means(window, weighted):
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, window.sequence_length, 2, 3)
+    tokens = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = None
+    if weighted:
+        weight = torch.rand(window.far_levels, 2, 2, dtype=torch.float64, generator=generator)
+        weight.requires_grad_()
+    sizes = window.height, window.width, window.far_levels
+    pooled = pool_cells(tokens[:, window.text_length :], weight, *sizes)
+    expected = far_means_by_definition(tokens, window, weight)
+    torch.testing.assert_close(pooled, expected)
+    grad = torch.randn(pooled.shape, generator=generator, dtype=torch.float64)
+    leaves = [tokens] if weight is None else [tokens, weight]
+    ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (pooled, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_more_levels_than_the_grid_needs_change_nothing():
+    tensors = torch.randn(3, 2, 5 + 13 * 18, 2, 16)
+    enough, more = (
+        local_attention(*tensors, Window(13, 18, 5, 3, far_levels=levels), impl="reference")
+        for levels in (3, 9)
+    )
+    torch.testing.assert_close(enough, more)
+
+
+@pytest.mark.parametrize("window", [Window(9, 14, 5, 17), Window(9, 14, 5, 10**9)])
+def test_past_the_diagonal_it_is_full_attention(window):
+    far = Window(9, 14, 5, window.radius, far_levels=5)
+    tensors = torch.randn(3, 2, window.sequence_length, 2, 16)
+    out = local_attention(*tensors, far, impl="reference")
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tensors))
+    torch.testing.assert_close(out, dense.transpose(1, 2))
+
+
+def test_equal_keys_are_as_in_full_attention():
+    """Where all keys of the image are alike, a cell is as good as its tokens: the log counts."""
+    window = Window(21, 30, 3, 2, far_levels=5)
+    query, value = torch.randn(2, 1, window.sequence_length, 2, 16)
+    key = torch.randn(1, 1, 2, 16).expand_as(query)
+    out = local_attention(query, key, value, window, impl="reference")
+    full = value.mean(1, keepdim=True).expand_as(out)
+    torch.testing.assert_close(out, full, rtol=1e-4, atol=1e-5)
+
+
+def test_counts_of_pooled_keys():
+    bias = pooled_bias(Window(5, 7, 2, 3, 4, pooled_weight="count"), 2, None, torch.device("cpu"))
+    assert bias.exp().round().tolist() == [[n] * 2 for n in (16, 12, 4, 3)]
+    assert not len(pooled_bias(Window(5, 7, 2, 3, 4), 2, None, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(far_levels=-1), "far_levels must be at least 0"),
+        (dict(far_levels=17), "more than the grid needs are as good as enough"),
+        (dict(far_levels=2, down_factor=2), "exclude each other, got 2 and 2"),
+        (dict(far_levels=2, radius=1), "radius of at least 2 tokens, got 1"),
+        (dict(far_levels=2, width=2**14), "at most 16384 rows and columns"),
+        (dict(pooled_weight="two"), "pooled_weight must be one or count, got 'two'"),
+        (dict(pooled_weight="count"), "needs a down_factor above 1"),
+        (dict(key_rows=((0, 8),)), "with query_rows and without down_factor"),
+        (dict(key_rows=((0, 9),), query_rows=(0, 2)), "within ((0, 8),)"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Window(**(dict(height=8, width=8, text_length=1, radius=3) | arguments))
