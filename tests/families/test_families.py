@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from clear_dit import CLEARProcessor, apply_clear, remove_clear, save_clear_weights
 from clear_dit.families.table import MODELS
-from clear_dit.weights.format import parameters_by_key
+from clear_dit.weights.format import parameters_by_key, pooling_by_key
+from clear_dit.weights.learned import make_far_trainable
 
 NAMES = [name for name, tiny in FAMILIES.items() if tiny.model_class.__name__ in MODELS]
 MASKING = [name for name in NAMES if FAMILIES[name].masks_text]
@@ -91,15 +92,21 @@ def test_every_layer_and_back(name):
 
 
 @families
-def test_weights_are_saved_loaded_and_taken_away(name, tmp_path):
+@pytest.mark.parametrize("down_factor", [1, 2], ids=["far", "pooled"])
+def test_weights_are_saved_loaded_and_taken_away(name, tmp_path, down_factor):
     tuned, model, given = make_model(name), make_model(name), make_inputs(name, 4, 6)
     before, values = run(model, given), copy.deepcopy(model.state_dict())
-    apply_clear(tuned, radius=2, down_factor=2)
-    for parameter in parameters_by_key(tuned).values():
+    apply_clear(tuned, radius=2, down_factor=down_factor)
+    if down_factor == 1:
+        make_far_trainable(tuned)
+    untuned = run(tuned, given)
+    for parameter in (parameters_by_key(tuned) | pooling_by_key(tuned)).values():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    save_clear_weights(tuned, tmp_path / "clear_local_2_down_2.safetensors")
-    apply_clear(model, radius=2, down_factor=2, weights=tmp_path)
+    file = "clear_far_2" if down_factor == 1 else "clear_local_2_down_2"
+    save_clear_weights(tuned, tmp_path / f"{file}.safetensors")
+    apply_clear(model, radius=2, down_factor=down_factor, weights=tmp_path)
     assert torch.equal(run(model, given), run(tuned, given))
+    assert_differs(run(model, given), untuned)
     assert remove_clear(model)
     assert torch.equal(run(model, given), before)
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
