@@ -110,7 +110,9 @@ def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int 
             raise RequestError(str(error)) from error
         grid = (window.height, window.width)  # not found from ids, which have no values
         for attn in attention_layers(model).values():
-            attn.set_processor(CLEARProcessor(window.radius, window.down_factor, IMPL, grid))
+            far = window.far_levels > 0
+            processor = CLEARProcessor(window.radius, window.down_factor, IMPL, grid, far=far)
+            attn.set_processor(processor)
         if lora is not None:
             add_lora(model, lora, seed=0)
     with FakeTensorMode(), quiet():
