@@ -146,7 +146,13 @@ def rows_in_reach(height: int, radius: int, levels: int, level: int, rows: range
 
 
 def looked_into(
-    height: int, width: int, radius: int, level: int, rows: range, children: bool
+    height: int,
+    width: int,
+    radius: int,
+    level: int,
+    rows: range,
+    given: tuple[int, int],
+    children: bool,
 ) -> int:
     """Number of pairs of an image query and a cell of a level that it looks into.
 
@@ -154,14 +160,19 @@ def looked_into(
         height, width, radius: in tokens.
         level: at least 1.
         rows: of the queries.
-        children: count the cell's children, the cells (or tokens) of the level below, instead.
+        given: rows of the cells that are counted.
+        children: count the cells' children, cells (or tokens) of the level below, instead; `given`
+            is then of their rows.
     """
     counted = []
-    for length, queries in ((height, rows), (width, range(width))):
+    for length, queries, wanted in (
+        (height, rows, given),
+        (width, range(width), (0, cell_count(width, level - 1 if children else level))),
+    ):
         centres = doubled_centres(length, level).numpy().astype(np.int64)
-        weights = np.ones(len(centres), dtype=np.int64)
-        if children:
-            weights += cell_count(length, level - 1) > 2 * np.arange(len(centres)) + 1
+        first = np.arange(len(centres)) * (2 if children else 1)
+        last = first + (2 if children else 1)
+        weights = np.clip(np.minimum(last, wanted[1]) - np.maximum(first, wanted[0]), 0, None)
         distance = np.abs(2 * np.arange(queries.start, queries.stop)[:, None] - centres)
         every = np.broadcast_to(weights, distance.shape).reshape(-1)
         counted.append(np.bincount(distance.reshape(-1), weights=every, minlength=1))

@@ -1,6 +1,7 @@
 """Far keys: every token once for every query, and what the window says of them."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,40 @@ def test_pairs_level_by_level(window):
         stop = start + window.cells_of_level(level)
         assert pairs[level] == int(mask[:, start:stop].sum())
         start = stop
+
+
+@quick
+@given(windows, st.data())
+def test_pairs_of_some_rows(window, data):
+    """Some rows of queries, some of tokens and of cells: rows and columns of the whole mask."""
+
+    def some_rows(end, empty):
+        start = data.draw(st.integers(0, end - 1))
+        return start, data.draw(st.integers(start + (not empty), end))
+
+    ends = [-(-window.height // 2**level) for level in range(window.far_levels + 1)]
+    key_rows = tuple(some_rows(end, True) for end in ends)
+    part = replace(window, query_rows=some_rows(window.height, False), key_rows=key_rows)
+    text = window.text_length
+    kept, begin = [torch.arange(text)], text
+    for level, (start, stop) in enumerate(key_rows):
+        columns = -(-window.width // 2**level)
+        kept.append(torch.arange(begin + start * columns, begin + stop * columns))
+        begin += ends[level] * columns
+    queries = slice(*(text + row * window.width for row in part.query_rows))
+    mask = window.mask()[queries][:, torch.cat(kept)]
+    assert torch.equal(part.mask(), mask)
+    assert part.attended_pairs() == int(mask.sum())
+
+
+@given(windows)
+def test_parts_are_the_image_queries(window):
+    whole, near, far = window.image_queries, window.near_part, window.far_part
+    text, tokens = window.text_length, window.key_length
+    mask = whole.mask()
+    assert torch.equal(near.mask(), mask[:, text:tokens])
+    assert torch.equal(far.mask(), torch.cat([mask[:, :text], mask[:, tokens:]], dim=1))
+    assert near.attended_pairs() + far.attended_pairs() == whole.attended_pairs()
 
 
 @quick
@@ -144,8 +179,12 @@ def test_counts_of_pooled_keys():
         (dict(far_levels=2, width=2**14), "at most 16384 rows and columns"),
         (dict(pooled_weight="two"), "pooled_weight must be one or count, got 'two'"),
         (dict(pooled_weight="count"), "needs a down_factor above 1"),
-        (dict(key_rows=((0, 8),)), "with query_rows and without down_factor"),
-        (dict(key_rows=((0, 9),), query_rows=(0, 2)), "within ((0, 8),)"),
+        (dict(key_rows=((0, 8),), query_rows=(0, 2)), "come with query_rows and far_levels"),
+        (dict(key_rows=((0, 8), (0, 4)), far_levels=1), "come with query_rows and far_levels"),
+        (
+            dict(key_rows=((0, 8), (0, 5)), query_rows=(0, 2), far_levels=1),
+            "within ((0, 8), (0, 4))",
+        ),
     ],
 )
 def test_refusals(arguments, message):
