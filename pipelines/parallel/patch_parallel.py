@@ -128,7 +128,7 @@ class PatchParallel:
         self.traffic = Traffic()
         self._guidance_scale: float | None = None
         self._decisions = SharedDecisions(self.group)
-        self._shares: dict[tuple[Layout, int, int], SharedImage] = {}
+        self._shares: dict[tuple[Layout, int, int, int], SharedImage] = {}
         self._share: SharedImage | None = None
         self._steps = _Steps()
         self._handles: list[Any] = []
@@ -234,7 +234,7 @@ class PatchParallel:
                 f"{WHO} does not share reference images that are local within themselves; call "
                 "apply_clear with references='dense'."
             )
-        key = (layout, tracker.radius, tracker.down_factor)
+        key = (layout, tracker.radius, tracker.down_factor, 0)
         if key not in self._shares:
             for share in self._shares.values():
                 share.forget_halos()
