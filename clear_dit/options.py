@@ -26,6 +26,18 @@ ModelRadius = Annotated[int | None, typer.Option(help="Radius of the window, in 
 
 Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens of 16 pixels.")]
 DownFactor = Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")]
+Far = Annotated[
+    bool | None,
+    typer.Option(
+        "--far/--no-far",
+        help="Far keys, which see the whole image, or the paper's CLEAR; default as the weights "
+        "were made for, without weights far keys unless --down-factor is above 1.",
+    ),
+]
+# Of commands that have no weights to go by.
+WithFar = Annotated[
+    bool, typer.Option("--far", help="With far keys, which see the whole image.")
+]
 Weights = Annotated[
     str,
     typer.Option(

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from .attention.processor import CLEARProcessor, FluxAttnProcessor
-from .attention.tracker import WindowTracker
 from .chunking import chunk_feed_forward, is_chunked
 from .families.family import Family
 from .families.table import (
@@ -21,8 +20,9 @@ from .families.table import (
     models_of,
     transformer_of,
 )
+from .weights.learned import settle
 from .weights.load import find_weights, load_checked, open_checked
-from .weights.state import ClearState
+from .weights.state import ClearState, warn_of_far
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,14 @@ class Applied:
         model: its class.
         family: its title, such as "FLUX.2 (dev, klein)".
         layers: names of the attention layers that have CLEAR now.
+        far: whether they have far keys.
         kept: names of those that stay as they were, by why.
     """
 
     model: str
     family: str
     layers: tuple[str, ...]
+    far: bool
     kept: Mapping[str, tuple[str, ...]]
 
     def __str__(self) -> str:
@@ -48,7 +50,8 @@ class Applied:
             f"; {len(names)} stay as they are, such as {names[0]}, which {why}"
             for why, names in self.kept.items()
         )
-        return f"{self.family}: {len(self.layers)} attention layers run CLEAR{kept}"
+        far = " with far keys" if self.far else ""
+        return f"{self.family}: {len(self.layers)} attention layers run CLEAR{far}{kept}"
 
 
 def apply_clear(
@@ -59,8 +62,13 @@ def apply_clear(
     impl: str = "auto",
     proportional_base: int | None = None,
     references: str = "dense",
+    far: bool | None = None,
+    pooled_weight: str = "one",
 ) -> tuple[Applied, ...]:
     """Replace the attention of every layer of a model by CLEAR's local attention.
+
+    Where no tuned weights are loaded, with far keys: image tokens see the whole image, far tokens
+    pooled into ever coarser cells.
 
     The families of models are those of `families/table.py`. A pipeline's ControlNets are included:
     they attend over the whole image too. In large images FLUX.1's feed-forward layers run chunk
@@ -81,13 +89,18 @@ def apply_clear(
         references: "dense" or "local": whether reference images (FLUX.1-Kontext, FLUX.2,
             Qwen-Image-Edit) attend to all of themselves or, like the image, to their discs; see
             `CLEARProcessor`.
+        far: True takes far keys, False is the paper's CLEAR. None does as the CLEAR weights that
+            the model has (`weights`, or those loaded before) were made for, and without any takes
+            far keys; the log says so once, at INFO. A ControlNet has none. What was learned of far
+            keys stays with them: False forgets it.
+        pooled_weight: of a pooled key of `down_factor`: "one", or "count"; see `CLEARProcessor`.
 
     Returns:
         What was done to the transformer and to every ControlNet; the log says it too, at INFO.
 
     Raises:
-        ValueError: an unsupported model or layer, a setting out of its range, weights that do not
-            fit.
+        ValueError: an unsupported model or layer, a setting out of its range, settings that exclude
+            each other, weights that do not fit.
         OSError: the weights cannot be found.
     """
     settings = CLEARProcessor(
@@ -96,6 +109,8 @@ def apply_clear(
         impl=impl,
         proportional_base=proportional_base,
         references=references,
+        far=far,
+        pooled_weight=pooled_weight,
     )
     models = models_of(pipe_or_model, "apply_clear")
     for model in models:
@@ -104,11 +119,12 @@ def apply_clear(
     if weights is None:
         return tuple(install(model, settings) for model in models)
     transformer = transformer_of(pipe_or_model, "apply_clear(weights=...)")
-    path = find_weights(weights, settings.radius, settings.down_factor)
+    path = find_weights(weights, settings.radius, settings.down_factor, settings.far)
     with open_checked(transformer, path, settings) as file:
-        applied = tuple(install(model, settings) for model in models)
+        for model in models:
+            _install(model, settings)
         load_checked(transformer, file)
-    return applied
+    return tuple(_report(model) for model in models)
 
 
 def remove_clear(pipe_or_model: Any) -> bool:
@@ -185,28 +201,43 @@ def _refuse_references(model: nn.Module, settings: CLEARProcessor) -> None:
 def install(model: nn.Module, settings: CLEARProcessor) -> Applied:
     """Give every layer a processor of its own with these settings, sharing one tracker.
 
-    Pooling weights the model already has stay, where the new down_factor equals the old.
+    Pooling weights the model already has stay, where the new down_factor equals the old; what was
+    learned of far keys, where there still are far keys.
     """
+    _install(model, settings)
+    return _report(model)
+
+
+def _install(model: nn.Module, settings: CLEARProcessor) -> None:
     family = family_of(model)
     state = ClearState.on(model) or ClearState.attach(model)
     state.reconcile(model)
-    state.tracker = WindowTracker(settings.radius, settings.down_factor)
-    layers = family.layers(model)
-    for name, attn in layers.items():
+    state.tracker = settings.new_tracker(state.weights_far)
+    for name, attn in family.layers(model).items():
         old = attn.processor
         if not isinstance(old, CLEARProcessor):
             state.processors[name] = old
         new = _replacement(family, old).for_layer(settings, state.tracker, old)
-        if new.spatial_weight is not None:
-            _settle(new.spatial_weight, attn, getattr(old, "spatial_weight", None))
+        if new.has_far_keys and getattr(old, "far_weight", None) is not None:
+            new.add_far_parameters(attn.heads)
         attn.set_processor(new)
+        settle(attn, old)
         state.installed[name] = new
     if family.chunked and not is_chunked(model):
         chunk_feed_forward(model)
+
+
+def _report(model: nn.Module) -> Applied:
+    """What was done to a model; logs it."""
+    family = family_of(model)
+    layers = family.layers(model)
+    first = next(iter(layers.values())).processor
     kept = {why: tuple(names) for why, names in family.kept_layers(model).items()}
-    applied = Applied(type(model).__name__, family.title, tuple(layers), kept)
-    described = (len(layers), settings.extra_repr(), applied)
+    applied = Applied(type(model).__name__, family.title, tuple(layers), first.has_far_keys, kept)
+    described = (len(layers), first.extra_repr(), applied)
     logger.info("CLEAR applied to %d attention layers: %s; %s", *described)
+    first.tracker.say_far()
+    warn_of_far(model)
     return applied
 
 
@@ -216,13 +247,3 @@ def _replacement(family: Family, old: Any) -> Any:
     if isinstance(old, CLEARProcessor):
         return type(old) if hasattr(type(old), "for_layer") else default
     return family.processors.get(type(old).__name__, default)
-
-
-def _settle(weight: nn.Parameter, attn: Any, trained: nn.Parameter | None) -> None:
-    """New pooling weights where the layer's are, with the values the layer has already."""
-    norm = getattr(attn.norm_q, "weight", None)  # CogView4's norms have none
-    like = next(attn.to_q.parameters()) if norm is None else norm
-    # On the meta device under sequential offloading.
-    weight.data = weight.data.to(device=None if like.is_meta else like.device, dtype=like.dtype)
-    if trained is not None and trained.shape == weight.shape:
-        weight.data.copy_(trained.data)

@@ -23,6 +23,10 @@ import torch
 
 # Levels at most: such a cell covers more tokens than any image has.
 MOST_LEVELS = 16
+# Levels where as many as the grid needs are asked for. The last level's cells have 1,024 tokens a
+# side; a smaller grid's superfluous levels cost nothing, and a constant makes no new graph under
+# torch.compile.
+FAR_LEVELS = 10
 # No squared distance is as large, in doubled tokens: a reach without end, and still an int32.
 ENDLESS = 2**30
 

@@ -33,6 +33,7 @@ def add_api(actions: Actions) -> None:
         attention: str = "clear",
         radius: int = 0,
         down_factor: int = 1,
+        far: bool | None = None,
         steps: int = 0,
         guidance: float = -1.0,
         seed: int = 0,
@@ -42,9 +43,10 @@ def add_api(actions: Actions) -> None:
         """Put an image into the queue and return at once: id, state, place, seconds_left.
 
         width and height are in pixels, multiples of 16; attention is clear, full or both (the
-        image twice, to compare); radius and down_factor are in tokens of 16 pixels; image is the
-        name that POST /uploads answered for an image to enlarge. 0, -1 and "" mean the model's
-        defaults.
+        image twice, to compare); radius and down_factor are in tokens of 16 pixels; far is
+        whether every token sees the whole image by far keys, null as the weights were made for;
+        image is the name that POST /uploads answered for an image to enlarge. 0, -1 and "" mean
+        the model's defaults.
         """
         defaults = model_defaults(model or first)
         entry = Entry(
@@ -54,6 +56,7 @@ def add_api(actions: Actions) -> None:
             attention,
             radius or defaults.radius,
             down_factor,
+            far,
             steps or defaults.steps,
             defaults.guidance if guidance == -1 else guidance,
             seed,
@@ -70,6 +73,7 @@ def add_api(actions: Actions) -> None:
         attention: str = "clear",
         radius: int = 0,
         down_factor: int = 1,
+        far: bool | None = None,
         steps: int = 0,
         guidance: float = -1.0,
         seed: int = 0,
@@ -80,8 +84,9 @@ def add_api(actions: Actions) -> None:
 
         A client that goes away loses nothing: the image is in its history.
         """
-        settings = (prompt, width, height, attention, radius, down_factor, steps, guidance, seed)
-        job = submit(request, *settings, model, image)["id"]
+        window = (attention, radius, down_factor, far)
+        settings = (steps, guidance, seed, model, image)
+        job = submit(request, prompt, width, height, *window, *settings)["id"]
         async for found in actions.follow(job, who_asks(request)):
             yield _public(found)
 

@@ -338,7 +338,7 @@ class Jobs:
             raise Stopped
         job.phase = f"{which}cutting tiles"
         top = write_tiles(out, job.folder / f"{request.attention}_files")
-        told = ("height", "width", "impl", "weights", "seconds", "peak_memory_mb")
+        told = ("height", "width", "impl", "far", "weights", "seconds", "peak_memory_mb")
         job.flops_done = before + sum(stage.flops for stage in stages)
         job.images.append(
             {name: result[name] for name in told}

@@ -103,6 +103,8 @@ def _summary(job: Status) -> str:
         how = ""
         if one["attention"] == "clear":
             pooled = f", pooled by {job['down_factor']}" if job["down_factor"] > 1 else ""
+            # Images of before far keys do not say.
+            pooled = ", sees all" if one.get("far") else pooled
             how = f" radius {job['radius']}{pooled}"
         file = f"images/{job['id']}/{one['attention']}.png"
         rows.append(

@@ -11,7 +11,7 @@ from . import markup
 from .actions import Actions, refusal, who_asks
 from .api import add_api
 from .files import STATIC
-from .request import SHAPES, SIDES, Entry, preset_size
+from .request import SHAPES, SIDES, VARIANTS, Entry, preset_size
 from .settings import MAX_PROMPT
 from .store import ENDED
 
@@ -95,9 +95,10 @@ def make_page(actions: Actions) -> gr.Blocks:
                         min_width=120,
                     )
                     variant = gr.Dropdown(
-                        [("Local only", 1), ("Pooled by 2", 2), ("Pooled by 4", 4)],
-                        value=1,
+                        list(VARIANTS),
+                        value=next(iter(VARIANTS)),
                         label="Variant",
+                        elem_id="variant",
                         min_width=120,
                     )
                 with gr.Row():
@@ -147,8 +148,11 @@ def make_page(actions: Actions) -> gr.Blocks:
             ]
 
         def submit(request: gr.Request, *values: Any) -> str:
-            *fields, upload = values
-            return actions.submit(Entry(*fields), upload or "", "uploaded", who_asks(request))
+            *before, chosen, steps, guidance, seed, model, upload = values
+            if chosen not in VARIANTS:
+                raise refusal(f"Variant must be one of {', '.join(VARIANTS)}.")
+            entry = Entry(*before, *VARIANTS[chosen], steps, guidance, seed, model)
+            return actions.submit(entry, upload or "", "uploaded", who_asks(request))
 
         def look(name: str, before: markup.Status | None, request: gr.Request) -> list[Any]:
             """What is new since the page was last told.

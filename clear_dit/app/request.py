@@ -12,6 +12,14 @@ from ..generation.request import GenerateRequest, make_request
 from .settings import MAX_FULL_PIXELS, MAX_PROMPT, MAX_STEPS, Settings
 
 ATTENTIONS = ("clear", "full", "both")
+# What the page calls them: down_factor and far.
+VARIANTS = {
+    "Auto": (1, None),
+    "Sees all": (1, True),
+    "Local only": (1, False),
+    "Pooled by 2": (2, None),
+    "Pooled by 4": (4, None),
+}
 SIDES = (512, 1024, 2048, 4096, 8192)
 SHAPES = {
     "Square 1:1": (1, 1),
@@ -33,6 +41,7 @@ class Entry:
         attention: "clear", "full" or "both", which generates the image twice.
         radius: of the window, in tokens.
         down_factor: side of a pooling cell, in tokens; 1 for none.
+        far: whether to see the whole image by far keys; None as the weights were made for.
         steps, guidance, seed, model: see `GenerateRequest`.
     """
 
@@ -42,6 +51,7 @@ class Entry:
     attention: Any
     radius: Any
     down_factor: Any
+    far: Any
     steps: Any
     guidance: Any
     seed: Any
@@ -71,6 +81,8 @@ def make_requests(
         raise RequestError(f"Attention must be {', '.join(ATTENTIONS)}; got {entry.attention!r}.")
     if entry.model not in settings.models:
         raise RequestError(f"Model must be one of {', '.join(settings.models)}.")
+    if entry.far is not None and not isinstance(entry.far, bool):
+        raise RequestError(f"Far must be true, false or null; got {entry.far!r}.")
     width, height = _side("Width", entry.width), _side("Height", entry.height)
     if width * height > settings.max_pixels:
         raise RequestError(
@@ -90,6 +102,7 @@ def make_requests(
             height=height,
             radius=_whole("Radius", entry.radius, 1, 512),
             down_factor=_whole("Pooling", entry.down_factor, 1, 64),
+            far=entry.far,
             steps=_whole("Steps", entry.steps, 1, MAX_STEPS),
             guidance=_number("Guidance", entry.guidance, 0, 100),
             seed=_whole("Seed", entry.seed, 0, 2**53 - 1),

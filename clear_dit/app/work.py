@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..generation.checks import find_window
 from ..generation.denoising import two_passes
 from ..generation.models import TOKEN_PIXELS, text_length
+from ..generation.weights import settled
 from ..kernels.window import Window
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class WorkPlanner:
             attention="full" if request.attention == "full" else "clear",
             image_size=image_size,
         )
+        far = request.attention != "full" and settled(request).far
         passes = 2 if two_passes(self._pipe, request.guidance) else 1
         planned = []
         for stage in stages:
@@ -90,7 +92,7 @@ class WorkPlanner:
                 )
                 steps = len(sigmas)
             of_pass = self._flops_of_pass(
-                stage.height, stage.width, request.radius, request.down_factor, stage.attention
+                stage.height, stage.width, request, far, stage.attention
             )
             planned.append(
                 StageWork(
@@ -100,7 +102,7 @@ class WorkPlanner:
         return tuple(planned)
 
     def _flops_of_pass(
-        self, height: int, width: int, radius: int, down_factor: int, attention: str
+        self, height: int, width: int, request: GenerateRequest, far: bool, attention: str
     ) -> float:
         config = self._config
         layers = config["num_layers"] + config["num_single_layers"]
@@ -109,7 +111,14 @@ class WorkPlanner:
             tokens = height * width // TOKEN_PIXELS**2 + self._text_length
             of_layer = 4 * tokens**2 * heads * head_dim
         else:
-            window = find_window(height, width, radius, down_factor, self._text_length)
+            window = find_window(
+                height,
+                width,
+                request.radius,
+                request.down_factor,
+                self._text_length,
+                far=far,
+            )
             of_layer = window.attention_flops(heads, head_dim)
         start, slope = self._linear
         return start + slope * (height * width // TOKEN_PIXELS**2) + layers * of_layer

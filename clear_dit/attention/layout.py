@@ -55,17 +55,21 @@ class Layout(NamedTuple):
         """The layout of the image's tokens alone, as layers with two streams have them."""
         return self._replace(text_length=0)
 
-    def window(self, radius: int, down_factor: int) -> Window:
+    def window(
+        self, radius: int, down_factor: int, far_levels: int = 0, pooled_weight: str = "one"
+    ) -> Window:
         """Who attends to whom once the reference images are moved behind the text.
 
         They are treated as text is: seen by every query, and seeing everything, but maybe (see
         `local_references`) of themselves only the disc. An edit may move things further than the
-        disc reaches; and they do not grow with the image.
+        disc reaches; and they do not grow with the image. Only the image has far keys.
         """
         text = self.text_length + self.reference_length
         return Window(
             self.rows, self.columns, text, radius, down_factor,
             local_references=self.local_references,
+            far_levels=far_levels,
+            pooled_weight=pooled_weight,
         )  # fmt: skip
 
     def to_local(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,10 @@ from torch import nn
 
 from ..compat import names_from
 from ..kernels.attention import local_attention
+from ..kernels.cells import FAR_LEVELS
 from ..kernels.choice import IMPLS, why_not
 from ..kernels.two_positions import two_position_attention
-from ..kernels.window import Window
+from ..kernels.window import POOLED_WEIGHTS, Window
 from .layout import Layout
 from .norm_rope import Rotary, norm_and_rotate
 from .text_padding import Projected, ValidText, attend_without_padding
@@ -27,6 +28,19 @@ _get_qkv_projections, FluxAttention, FluxAttnProcessor = names_from(
     "FluxAttnProcessor",
 )
 
+# Arguments of a processor's constructor.
+SETTINGS = (
+    "radius",
+    "down_factor",
+    "impl",
+    "grid",
+    "proportional_base",
+    "references",
+    "far",
+    "pooled_weight",
+)
+# Parameters of a processor: what is learned of pooled keys.
+LEARNED = ("spatial_weight", "far_weight", "far_offset")
 # How reference images attend within themselves.
 REFERENCES = ("dense", "local")
 
@@ -39,8 +53,11 @@ class CLEARProcessor(nn.Module):
     `apply_clear` gives every layer a processor of its own, which `down_factor` > 1 needs (a layer
     has its own weights), and torch.compile and IP-adapters too.
 
+    With far keys an image token sees the whole image, near tokens one by one and far ones pooled
+    into ever coarser cells (see `kernels/cells.py`), which needs no tuned weights.
+
     Tokens of reference images (FLUX.1-Kontext) are seen by every query and see everything, as text;
-    with references="local" they see of their own image only the disc.
+    with references="local" they see of their own image only the disc. Only the image has far keys.
 
     Args:
         radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1.
@@ -52,19 +69,31 @@ class CLEARProcessor(nn.Module):
             their entropy at higher resolutions (arXiv 2306.08645); by head_dim^-0.5 where None.
         references: "dense", or "local": a token of a reference image attends within its own image
             to the disc of `radius` tokens alone, on that image's grid, which takes time linear in
-            its tokens. To all else it attends in full, as in "dense", and there are no pooled keys
-            of it. For inference; not with two positions a token, nor shared by several ranks.
+            its tokens. To all else it attends in full, as in "dense", and there are no pooled nor
+            far keys of it. For inference; not with two positions a token, nor shared by several
+            ranks.
+        far: True takes far keys, as many levels as the grid needs; False is the paper's CLEAR. None
+            does as the CLEAR weights that are loaded were made for; without any it takes far keys,
+            and says so once. With `down_factor` > 1 or radius 1 there are none.
+        pooled_weight: of a pooled key of `down_factor`: "one", as published, or "count": the log of
+            the tokens it stands for is added to its score.
 
     Attributes:
         spatial_weight: (1, 1, 1, f, 1, f, 1), the pooling weights; None if f = down_factor is 1.
+        far_weight: (levels, 2, 2), the weights that far keys are pooled with, by the child's place;
+            None where nothing is learned of far keys, which is the mean.
+        far_offset: (levels, heads), added to the scores of far keys; None likewise.
 
     Raises:
-        ValueError: a setting out of its range, an unknown `impl`, or "triton" where it cannot run.
+        ValueError: a setting out of its range, settings that exclude each other, an unknown `impl`,
+            or "triton" where it cannot run.
     """
 
     # Whether image tokens attend to their disc alone (see `FullTwoPositionProcessor`).
     local = True
     spatial_weight: nn.Parameter | None
+    far_weight: nn.Parameter | None
+    far_offset: nn.Parameter | None
     # diffusers sets these on any processor; see `_refuse_foreign_settings`.
     _attention_backend = None
     _parallel_config = None
@@ -77,6 +106,8 @@ class CLEARProcessor(nn.Module):
         grid: tuple[int, int] | None = None,
         proportional_base: int | None = None,
         references: str = "dense",
+        far: bool | None = None,
+        pooled_weight: str = "one",
     ) -> None:
         super().__init__()
         _check_integer("radius", radius, 1)
@@ -111,13 +142,18 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: references='local' needs the grids of the reference images, which "
                 "are found with the image's; leave grid out."
             )
+        _check_far(far, pooled_weight, radius, down_factor)
         self.radius = radius
         self.down_factor = down_factor
         self.impl = impl
         self.grid = grid
         self.proportional_base = proportional_base
         self.references = references
-        self.tracker = WindowTracker(radius, down_factor)
+        self.far = far
+        self.pooled_weight = pooled_weight
+        self.tracker = self.new_tracker()
+        self.register_parameter("far_weight", None)
+        self.register_parameter("far_offset", None)
         if down_factor > 1:
             shape = (1, 1, 1, down_factor, 1, down_factor, 1)
             self.spatial_weight = nn.Parameter(torch.full(shape, down_factor**-2))
@@ -127,16 +163,58 @@ class CLEARProcessor(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        names = ("radius", "down_factor", "impl", "grid", "proportional_base", "references")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    @property
+    def has_far_keys(self) -> bool:
+        """Whether image tokens have far keys: what `far` means with the weights that are loaded."""
+        return self.tracker.far_levels > 0
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        shown = self.settings | {"far": self.has_far_keys}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
-    def forward(self) -> torch.Tensor:
-        """The pooling weights. A copy: offloading hooks take the parameter's values away again."""
-        assert self.spatial_weight is not None
-        return self.spatial_weight.clone()
+    def new_tracker(self, weights_far: bool | None = None) -> WindowTracker:
+        """A tracker of windows with these settings; for the argument see `decide_far`."""
+        tracker = WindowTracker(self.radius, self.down_factor, pooled_weight=self.pooled_weight)
+        tracker.take_far(*self._far_levels(weights_far))
+        return tracker
+
+    def decide_far(self, weights_far: bool | None) -> None:
+        """Take far keys or not, from now on.
+
+        Args:
+            weights_far: whether the CLEAR weights that are loaded were made for far keys; None
+                where none are.
+        """
+        self.tracker.take_far(*self._far_levels(weights_far))
+
+    def _far_levels(self, weights_far: bool | None) -> tuple[int, bool]:
+        """How many there are, and whether by default alone."""
+        if self.far is not None:
+            return (FAR_LEVELS if self.far else 0), False
+        far = weights_far is not False and self.down_factor == 1 and self.radius > 1
+        return (FAR_LEVELS if far else 0), far and weights_far is None
+
+    def add_far_parameters(self, heads: int) -> None:
+        """Let something be learned of far keys: nothing yet, they are means without an offset.
+
+        Args:
+            heads: of the layer.
+        """
+        self.far_weight = nn.Parameter(torch.full((FAR_LEVELS, 2, 2), 1 / 4))
+        self.far_offset = nn.Parameter(torch.zeros(FAR_LEVELS, heads))
+
+    def forward(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The weights of pooling, and the offset of far keys.
+
+        Copies: offloading hooks take the parameters' values away again.
+        """
+        weight, offset = self.spatial_weight, None
+        if self.far_weight is not None:
+            assert self.far_offset is not None
+            weight, offset = self.far_weight, self.far_offset.clone()
+        return None if weight is None else weight.clone(), offset
 
     def __call__(
         self,
@@ -246,8 +324,8 @@ class CLEARProcessor(nn.Module):
                 key_value=functools.partial(_key_value, attn),
                 rotary=whole_rotary,
                 scale=self._scale(sequence, query.shape[-1]),
-                spatial_weight=self._pooling_weights(query.device),
                 impl=self.impl,
+                **self._learned(query.device),
             )
         out = out.flatten(2, 3).to(query.dtype)
         del query, key, value, far  # three tensors of the sequence's size, before the projections
@@ -294,8 +372,8 @@ class CLEARProcessor(nn.Module):
             far,
             self.tracker.window(layout) if window is None else window,
             scale=self._scale(query.shape[1], query.shape[-1]),
-            spatial_weight=self._pooling_weights(query.device),
             impl=self.tracker.impl if compiling else self.impl,
+            **self._learned(query.device),
         )
 
     def _attention(
@@ -312,9 +390,14 @@ class CLEARProcessor(nn.Module):
         assert isinstance(out, torch.Tensor)
         return out
 
-    def _pooling_weights(self, device: torch.device) -> torch.Tensor | None:
+    def _learned(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """What is learned of pooled keys, as `local_attention` takes it."""
+        names = ("spatial_weight", "far_offset")
+        if self.spatial_weight is None and self.far_weight is None:
+            return dict.fromkeys(names)
         # By way of `forward`, which is what offloading in accelerate and diffusers wraps.
-        return None if self.spatial_weight is None else self.forward().to(device)
+        found = (None if x is None else x.to(device) for x in self.forward())
+        return dict(zip(names, found, strict=True))
 
     def _scale(self, sequence: int, head_dim: int) -> float:
         if self.proportional_base is None:
@@ -327,6 +410,7 @@ class CLEARProcessor(nn.Module):
         text_length: int | None,
         rotary: Rotary | None,
     ) -> Forward:
+        self.tracker.say_far()
         if self.grid is not None:
             text = sequence - self.grid[0] * self.grid[1]
             if text < 0 or text_length not in (None, text):
@@ -385,6 +469,31 @@ def _key_value(
 def _tokens(sequence: int, text_length: int | None) -> str:
     known = "" if text_length is None else f", {text_length} of them text"
     return f"{sequence} tokens{known}"
+
+
+def _check_far(far: object, pooled_weight: object, radius: int, down_factor: int) -> None:
+    if far is not None and not isinstance(far, bool):
+        raise ValueError(f"CLEARProcessor: far must be True, False or None, got {far!r}.")
+    if far and down_factor > 1:
+        raise ValueError(
+            f"CLEARProcessor: far keys and pooled keys exclude each other, got far=True and "
+            f"down_factor={down_factor}; leave one of them out."
+        )
+    if far and radius == 1:
+        raise ValueError(
+            "CLEARProcessor: far keys need a radius of at least 2, got radius=1; take a larger one "
+            "or far=False."
+        )
+    if pooled_weight not in POOLED_WEIGHTS:
+        raise ValueError(
+            f"CLEARProcessor: pooled_weight must be {' or '.join(POOLED_WEIGHTS)}, got "
+            f"{pooled_weight!r}."
+        )
+    if pooled_weight != "one" and down_factor == 1:
+        raise ValueError(
+            f"CLEARProcessor: pooled_weight={pooled_weight!r} is for the pooled keys of "
+            "down_factor > 1, got down_factor=1; leave it out (far keys always count)."
+        )
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,6 +14,13 @@ from ..kernels.window import Window
 from .grid import layout_from_rotary
 from .layout import Layout
 from .text_padding import ValidText
+
+logger = logging.getLogger(__name__)
+
+FAR_BY_DEFAULT = (
+    "far keys are on because no CLEAR weights are loaded: every image token sees the whole image, "
+    "near tokens one by one and far ones pooled; far=False is the paper's CLEAR"
+)
 
 # Implementations that torch.compile does not look into.
 CUSTOM_OPS = ("triton", "tiled")
@@ -36,38 +44,65 @@ class WindowTracker:
     implementation keeps on a `Window` serves all layers and steps; rotary tables are held by weak
     reference only.
 
+    Args:
+        radius, down_factor, far_levels, pooled_weight: of the windows, see `Window`.
+
     Attributes:
+        far_by_default: whether far keys are on because neither a setting nor weights say otherwise.
         share: where several processes share the image of the forward under way, a
             `pipelines.patch_attention.SharedImage`; else None.
     """
 
-    def __init__(self, radius: int, down_factor: int) -> None:
+    def __init__(
+        self, radius: int, down_factor: int, far_levels: int = 0, pooled_weight: str = "one"
+    ) -> None:
         self.radius = radius
         self.down_factor = down_factor
+        self.far_levels = far_levels
+        self.pooled_weight = pooled_weight
+        self.far_by_default = False
         self._reset()
 
     def _reset(self) -> None:
         self.announced: Forward | None = None
         self.share: Any = None
         self.impl = "auto"
+        self._far_is_news = True
         self._is_news = False
         self._windows: OrderedDict[Layout, Window] = OrderedDict()
         self._by_rotary = WeakTensorKeyDictionary()
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"radius": self.radius, "down_factor": self.down_factor}
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("radius", "down_factor", "far_levels", "pooled_weight", "far_by_default")
+        return {name: getattr(self, name) for name in names}
 
-    def __setstate__(self, state: dict[str, int]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+    def take_far(self, far_levels: int, by_default: bool) -> None:
+        """Make windows with so many levels of far keys from now on."""
+        if far_levels != self.far_levels:
+            self.far_levels = far_levels
+            self._windows.clear()
+        self.far_by_default = by_default
+
+    def say_far(self) -> None:
+        """Log, once, that far keys are on by default, if they are."""
+        if self._far_is_news and self.far_by_default:
+            self._far_is_news = False
+            logger.info(FAR_BY_DEFAULT)
+
+    def _window(self, layout: Layout) -> Window:
+        return layout.window(self.radius, self.down_factor, self.far_levels, self.pooled_weight)
 
     def window(self, layout: Layout) -> Window:
         """The window for a layout: always the same object while it is in use."""
         if torch.compiler.is_compiling() and self.impl in CUSTOM_OPS:
             # To look it up would make constants of numbers that are symbolic, see `compiled`.
-            return layout.window(self.radius, self.down_factor)
+            return self._window(layout)
         if layout not in self._windows:
-            self._windows[layout] = layout.window(self.radius, self.down_factor)
+            self._windows[layout] = self._window(layout)
         self._windows.move_to_end(layout)
         while len(self._windows) > WINDOWS_KEPT:
             self._windows.popitem(last=False)

@@ -13,17 +13,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import RequestError
 from ..generation.checks import find_impl
 from ..generation.models import TOKEN_PIXELS
 from ..kernels.attention import local_attention
 from ..kernels.choice import IMPLS, why_not
-from ..kernels.pooling import pool_tokens
+from ..kernels.pooling import pooled_bias, pooled_keys
 from ..kernels.tiled import bands
 from ..kernels.window import Window
 from ..memory import peak_mb, reset_peak
-from .peers import PEERS, Peer, Sees, raster_pairs, sees_disc, triton_pairs
+from .peers import PEERS, Peer, Sees, raster_pairs, sees_window, triton_pairs
 from .timing import measured_on, table, time_in_turn
 
 # Full attention by PyTorch's scaled_dot_product_attention: the peer that CLEAR replaces.
@@ -54,6 +55,7 @@ class Problem:
             "width": self.window.width * TOKEN_PIXELS,
             "radius": self.window.radius,
             "down_factor": self.window.down_factor,
+            "far": self.window.far_levels > 0,
             "heads": self.heads,
             "head_dim": self.head_dim,
             "text_length": self.window.text_length,
@@ -118,7 +120,8 @@ def report(result: dict[str, Any]) -> str:
     if dense is not None:
         rows = [row | {"speedup": dense / row["ms"] if row["ms"] else None} for row in rows]
     lines = [
-        f"{result['height']} x {result['width']} px, radius {result['radius']} tokens, "
+        f"{result['height']} x {result['width']} px, radius {result['radius']} tokens"
+        f"{', far keys' if result['far'] else ''}, "
         f"{result['heads']} x {result['head_dim']}, {result['text_length']} text tokens, "
         f"{result['dtype']}, {result['hardware']}",
         table(rows),
@@ -153,7 +156,7 @@ def _local_peer(name: str) -> Peer:
     return Peer(
         why_not=lambda query, window, needs_grad: why_not(name, query, needs_grad),
         run=lambda *inputs: local_attention(*inputs, impl=name),  # type: ignore[arg-type]
-        sees=sees_disc,
+        sees=sees_window,
         executed_pairs=_EXECUTED_PAIRS[name],
     )
 
@@ -239,17 +242,16 @@ def gradient_error(peer: Peer, problem: Problem) -> float:
     Against dense masked attention in float32, on the same rounded inputs. The kind of problem is
     looked at once.
     """
-    return _gradient_error(
-        peer, 2 if problem.window.down_factor > 1 else 1,
-        problem.head_dim, problem.dtype, problem.device,
-    )  # fmt: skip
+    window, (rows, columns) = problem.window, SMALL_GRID
+    down_factor, levels = 2 if window.down_factor > 1 else 1, window.far_levels
+    small = Window(rows, columns, 20, 5, down_factor, far_levels=levels)
+    return _gradient_error(peer, small, problem.head_dim, problem.dtype, problem.device)
 
 
 @functools.cache
 def _gradient_error(
-    peer: Peer, down_factor: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    peer: Peer, window: Window, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> float:
-    window = Window(*SMALL_GRID, 20, 5, down_factor)
     small = Problem(window, 2, head_dim, dtype, device)
     exact = Peer(peer.why_not, partial(_masked_attention, sees=peer.sees), peer.sees, _masked_pairs)
     tensors = small.tensors()
@@ -266,13 +268,22 @@ def _masked_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: Window, sees: Sees
 ) -> torch.Tensor:
     """Dense attention under a peer's own mask."""
-    if window.down_factor > 1:
-        key = torch.cat([key, pool_tokens(key, window, None)], dim=1)
-        value = torch.cat([value, pool_tokens(value, window, None)], dim=1)
+    key, value, bias = _all_keys(key, value, window)
     seen = sees(window, torch.arange(window.sequence_length, device=query.device))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    scores = scores + bias.T[:, None]
     probability = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", probability, value)
+
+
+def _all_keys(
+    key: torch.Tensor, value: torch.Tensor, window: Window
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Key and value with pooled ones behind them, and what is added to scores: (keys, heads)."""
+    pooled = pooled_keys(key, value, window, None)
+    key, value = (torch.cat([x, part], dim=1) for x, part in zip((key, value), pooled, strict=True))
+    bias = pooled_bias(window, key.shape[2], None, key.device)
+    return key, value, F.pad(bias, (0, 0, key.shape[1] - len(bias), 0))
 
 
 def _sampled_queries(window: Window) -> torch.Tensor:
@@ -290,7 +301,7 @@ def sampled_error(
     out: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     window: Window,
-    sees: Sees = sees_disc,
+    sees: Sees = sees_window,
 ) -> float:
     """Largest difference from a float64 computation, over a sample of queries.
 
@@ -303,13 +314,13 @@ def sampled_error(
     queries = _sampled_queries(window).to(device)
     seen = sees(window, queries)
     query, key, value = (x.to(device) for x in tensors)
-    if window.down_factor > 1:
-        key = torch.cat([key.double(), pool_tokens(key.double(), window, None)], dim=1)
-        value = torch.cat([value.double(), pool_tokens(value.double(), window, None)], dim=1)
+    bias = key.new_zeros(key.shape[1], key.shape[2])
+    if window.pooled_length:
+        key, value, bias = _all_keys(key.double(), value.double(), window)
     errors = []
     for head in range(query.shape[2]):  # one after the other, for memory
         q, k, v = query[0, queries, head].double(), key[0, :, head], value[0, :, head]
-        scores = (q @ k.double().T * query.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
-        exact = scores.softmax(-1) @ v.double()
+        scores = q @ k.double().T * query.shape[-1] ** -0.5 + bias[:, head]
+        exact = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v.double()
         errors.append((out[0, queries, head].to(device) - exact).abs().max())
     return float(torch.stack(errors).max())  # NaN if one is

@@ -29,6 +29,7 @@ def bench_attention(
     width: Width = 2048,
     radius: options.Radius = 8,
     down_factor: options.DownFactor = 1,
+    far: options.WithFar = False,
     heads: Heads = 4,
     head_dim: HeadDim = 128,
     text_length: TextLength = 512,
@@ -51,7 +52,7 @@ def bench_attention(
     from .attention import bench_attention as run
 
     problem = Problem(
-        find_window(height, width, radius, down_factor, text_length),
+        find_window(height, width, radius, down_factor, text_length, far=far),
         heads,
         head_dim,
         find_dtype(dtype),
@@ -65,6 +66,7 @@ def bench_attention(
 def bench_growth(
     sizes: Annotated[str, typer.Option(help="Sides in pixels, with commas.")] = "1024,2048,4096",
     radius: options.Radius = 8,
+    far: options.WithFar = False,
     heads: Heads = 4,
     head_dim: HeadDim = 128,
     text_length: TextLength = 512,
@@ -84,7 +86,7 @@ def bench_growth(
         sides = [int(size) for size in sizes.split(",")]
     except ValueError as error:
         raise RequestError(f"--sizes must be pixels with commas between, got {sizes!r}.") from error
-    windows = [find_window(side, side, radius, 1, text_length) for side in sides]
+    windows = [find_window(side, side, radius, 1, text_length, far=far) for side in sides]
     layer = (heads, head_dim, find_dtype(dtype), find_device(device))
     problems = [Problem(window, *layer) for window in windows]
     result = run(problems, impl, repeats)
@@ -97,6 +99,7 @@ def bench_denoise(
     height: Height = 2048,
     width: Width = 2048,
     radius: options.Radius = 8,
+    far: options.WithFar = False,
     impl: options.Impl = "auto",
     dtype: Dtype = "float32",
     device: options.Device = None,
@@ -108,10 +111,9 @@ def bench_denoise(
     from .denoise import bench_denoise as run
     from .denoise import report
 
-    find_window(height, width, radius)
-    result = run(
-        model, height, width, radius, impl, find_dtype(dtype), find_device(device), repeats
-    )
+    find_window(height, width, radius, far=far)
+    layer = (impl, find_dtype(dtype), find_device(device))
+    result = run(model, height, width, radius, far, *layer, repeats)
     _show(result, report, as_json)
 
 
@@ -125,6 +127,7 @@ def bench_plan(
     width: Width = 8192,
     radius: options.Radius = 8,
     down_factor: options.DownFactor = 1,
+    far: options.WithFar = False,
     text_length: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Text tokens; default the model's own.")
     ] = None,
@@ -150,7 +153,7 @@ def bench_plan(
         from .plan_training import plan_training
         from .plan_training import report as training_report
 
-        planned = plan_training(model, height, width, radius, down_factor, train_batch_size)
+        planned = plan_training(model, height, width, radius, down_factor, far, train_batch_size)
         _show(planned, training_report, as_json)
         return
     from ..generation.checks import find_dtype
@@ -163,6 +166,7 @@ def bench_plan(
         width,
         radius,
         down_factor,
+        far,
         text_length,
         find_dtype(dtype),
         weights_dtype,

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..generation.checks import find_impl
+from ..generation.checks import find_impl, find_window
 from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
-from ..kernels.window import Window
 from ..plugin import apply_clear
 from .step import relative_error, step_inputs, step_report, verdict
 from .timing import time_in_turn
@@ -24,6 +23,7 @@ def bench_denoise(
     height: int,
     width: int,
     radius: int,
+    far: bool,
     impl: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -33,6 +33,7 @@ def bench_denoise(
 
     Args:
         height, width: in pixels; radius in tokens.
+        far: whether with far keys.
 
     Returns:
         rows with attention, seconds, tflop; `speedup`; `flops_allow`, the ratio of the FLOPs of
@@ -52,16 +53,16 @@ def bench_denoise(
 
     # Correct first: past the diagonal, local attention is full attention.
     small = step_inputs(pipe, CHECK_ROWS, CHECK_COLUMNS, text_tokens)
-    apply_clear(pipe, radius=CHECK_ROWS + CHECK_COLUMNS, impl=name)
+    apply_clear(pipe, radius=CHECK_ROWS + CHECK_COLUMNS, far=far, impl=name)
     wide = step(transformer.attn_processors, small)
-    apply_clear(pipe, radius=radius, impl=name)
+    apply_clear(pipe, radius=radius, far=far, impl=name)
     local = transformer.attn_processors
     full = step(stock, small)
     error = relative_error(wide, full)
 
     inputs = step_inputs(pipe, rows, columns, text_tokens)
     runs = {"full": partial(step, stock, inputs), "clear": partial(step, local, inputs)}
-    flops = step_flops(pipe, rows, columns, radius)
+    flops = step_flops(pipe, rows, columns, radius, far)
     seconds = time_in_turn(runs, repeats, device)
     return {
         "rows": [
@@ -74,21 +75,27 @@ def bench_denoise(
         "height": height,
         "width": width,
         "radius": radius,
+        "far": far,
         "text_length": text_tokens,
         "impl": name,
         **verdict(error, dtype, device),
     }
 
 
-def step_flops(pipe: Any, rows: int, columns: int, radius: int) -> dict[str, int]:
+def step_flops(
+    pipe: Any, rows: int, columns: int, radius: int, far: bool = False
+) -> dict[str, int]:
     """FLOPs of one forward pass for an image, with "full" attention and with "clear".
 
     Args:
         pipe: a FLUX pipeline.
         rows, columns, radius: in tokens.
+        far: whether with far keys.
     """
     config, text_tokens = pipe.transformer.config, text_length(pipe)
-    window = Window(rows, columns, text_tokens, radius)
+    window = find_window(
+        rows * TOKEN_PIXELS, columns * TOKEN_PIXELS, radius, 1, text_tokens, far=far
+    )
     layers = config.num_layers + config.num_single_layers
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
     linear = _linear_flops(pipe.transformer, step_inputs(pipe, rows, columns, text_tokens, "meta"))

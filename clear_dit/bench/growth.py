@@ -77,7 +77,8 @@ def report(result: dict[str, Any]) -> str:
     if not result["correct"]:
         return f"WRONG results, errors {[row['max_error'] for row in result['rows']]}"
     return (
-        f"radius {result['radius']} tokens, {result['heads']} x {result['head_dim']}, "
+        f"radius {result['radius']} tokens{', far keys' if result['far'] else ''}, "
+        f"{result['heads']} x {result['head_dim']}, "
         f"{result['text_length']} text tokens, {result['dtype']}, {result['hardware']}\n"
         f"{table(result['rows'])}\n"
         f"time grows as tokens^{result['exponent']:.2f}"

@@ -26,7 +26,8 @@ Z_IMAGE_MULTIPLE = 32
 def apply_announced(model: nn.Module, window: Window) -> None:
     """CLEAR in every attention layer over the image, which is told where its tokens are."""
     with quiet():
-        install(model, CLEARProcessor(window.radius, window.down_factor, IMPL))
+        far = window.far_levels > 0
+        install(model, CLEARProcessor(window.radius, window.down_factor, IMPL, far=far))
     state = ClearState.on(model)
     assert state is not None
     assert state.tracker is not None

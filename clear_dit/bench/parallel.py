@@ -48,7 +48,7 @@ def measure(
     device = ranks.device
     name = find_impl(impl, dtype, device)
     pipe = load_pipeline(model, dtype, device, text_encoders=False)
-    apply_clear(pipe, radius=radius, impl=name)
+    apply_clear(pipe, radius=radius, far=False, impl=name)
     rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
     inputs = step_inputs(pipe, rows, columns, text_length(pipe))
 

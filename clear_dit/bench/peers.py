@@ -49,13 +49,29 @@ class Peer:
     order: Callable[[Window], torch.Tensor] | None = None
 
 
-def sees_disc(window: Window, queries: torch.Tensor) -> torch.Tensor:
+def sees_window(window: Window, queries: torch.Tensor) -> torch.Tensor:
     """CLEAR's window: these rows of `Window.mask()`."""
 
     def inside(y, x, key_y, key_x):
         return (y - key_y) ** 2 + (x - key_x) ** 2 < window.disc_radius**2
 
+    if window.far_levels:
+        return _rows_of_far_mask(window, queries)
     return _rows_of_mask(window, queries, inside)
+
+
+def _rows_of_far_mask(window: Window, queries: torch.Tensor) -> torch.Tensor:
+    text = window.text_length
+    of_text = (queries < text)[:, None]
+    place = (queries - text).clamp(min=0)[:, None]
+    y, x = place // window.width, place % window.width
+    seen = [
+        window.comparisons(level, queries.device).seen(y, x)
+        for level in range(window.far_levels + 1)
+    ]
+    seen[0] |= of_text
+    seen[1:] = [each & ~of_text for each in seen[1:]]
+    return torch.cat([of_text.new_ones(len(queries), text), *seen], dim=1)
 
 
 def sees_everything(window: Window, queries: torch.Tensor) -> torch.Tensor:
@@ -207,7 +223,7 @@ def _side(window: Window) -> int:
 def _why_not_natten(query: torch.Tensor, window: Window, needs_grad: bool) -> str | None:
     if reason := _needs_package("natten", query):
         return reason
-    if window.down_factor > 1:
+    if window.pooled_length:
         return "has no pooled keys"
     side, shorter = _side(window), min(window.height, window.width)
     if not 1 < side <= shorter:
@@ -237,7 +253,7 @@ def _square_pairs(query: torch.Tensor, window: Window) -> int:
 def _why_not_tiled_flex(query: torch.Tensor, window: Window, needs_grad: bool) -> str | None:
     if reason := flex.why_not_flex(query, needs_grad, False):
         return reason
-    if window.down_factor > 1:
+    if window.pooled_length:
         return "has no pooled keys"
     if window.height % TILE_ROWS or window.width % TILE_COLUMNS:
         return (
@@ -322,6 +338,6 @@ PEERS = {
     "xformers": Peer(_why_not_xformers, _xformers, sees_everything, _dense_pairs),
     "natten": Peer(_why_not_natten, _natten, sees_square, _square_pairs),
     "flex-tiled": Peer(
-        _why_not_tiled_flex, tiled_flex_attention, sees_disc, _tiled_flex_pairs, tile_order
+        _why_not_tiled_flex, tiled_flex_attention, sees_window, _tiled_flex_pairs, tile_order
     ),
 }

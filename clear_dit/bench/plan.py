@@ -41,6 +41,7 @@ def plan(
     width: int,
     radius: int,
     down_factor: int,
+    far: bool,
     text_length: int | None,
     dtype: torch.dtype,
     weights_dtype: str | None = None,
@@ -51,6 +52,7 @@ def plan(
     Args:
         model: a name or a folder, see `find_configuration`.
         height, width: in pixels; radius and down_factor in tokens.
+        far: whether with far keys.
         text_length: text tokens; the model's own where None.
         dtype: of weights and activations.
         weights_dtype, offload: see `plan_memory`.
@@ -69,7 +71,7 @@ def plan(
     configuration = find_configuration(model)
     text_length = configuration.text_length if text_length is None else text_length
     window = find_window(
-        height, width, radius, down_factor, text_length, configuration.token_pixels
+        height, width, radius, down_factor, text_length, configuration.token_pixels, far=far
     )
     flops = count_flops(configuration.transformer, window)
     memory = plan_memory(configuration, window, dtype, weights_dtype, offload)
@@ -85,6 +87,7 @@ def plan(
         "token_columns": window.width,
         "radius": radius,
         "down_factor": down_factor,
+        "far": far,
         "text_length": text_length,
         "dtype": str(dtype).removeprefix("torch."),
         "weights_dtype": weights_dtype,
@@ -122,8 +125,9 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     same, local = _count_products(model, inputs)
     assert linear == same
     # Not attention, but a weighted sum of keys and of values that PyTorch counts as a product.
-    cells = window.pooled_length * window.down_factor**2
-    local -= len(layers) * 4 * cells * attn.inner_dim
+    if window.down_factor > 1:
+        cells = window.pooled_length * window.down_factor**2
+        local -= len(layers) * 4 * cells * attn.inner_dim
     rows = [
         {
             "attention": name,
@@ -158,6 +162,7 @@ def _count_products(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
 def report(result: dict[str, Any]) -> str:
     """The tables of a plan."""
     pooled = f", pooled by {result['down_factor']}" if result["down_factor"] > 1 else ""
+    sees = ", far keys" if result["far"] else pooled
     flops = [
         {
             "attention": row["attention"],
@@ -196,7 +201,7 @@ def report(result: dict[str, Any]) -> str:
 {result["model"]}, {result["height"]} x {result["width"]} px, {result["dtype"]}{weights}
 {result["token_rows"]} x {result["token_columns"]} image tokens, {result["text_length"]} text tokens
 {result["layers"]} attention layers of {result["heads"]} heads x {result["head_dim"]}
-CLEAR with radius {result["radius"]} tokens{pooled}
+CLEAR with radius {result["radius"]} tokens{sees}
 
 One forward pass:
 {table(flops)}

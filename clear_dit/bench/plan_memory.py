@@ -12,6 +12,7 @@ outside the model, LoRA, and leaf-level offload, under whose hooks QK-norm and R
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def plan_memory(
     """Peak memory by stage, on the device that runs them.
 
     Args:
-        window: of the image asked for; text length, radius and down_factor hold in all stages.
+        window: of the image asked for; all but its size holds in all stages.
         dtype: of weights and activations.
         weights_dtype: of the transformer's linear layers: "int8", "float8", or None for `dtype`.
         offload: which weights are on the device: those of all parts ("none"), of the one that
@@ -95,7 +96,7 @@ def plan_memory(
     for height, width in sizes:
         size = f"denoising {height * side} x {width * side}"
         down_factor = min(window.down_factor, height, width)
-        smaller = Window(height, width, window.text_length, window.radius, down_factor)
+        smaller = replace(window, height=height, width=width, down_factor=down_factor)
         stages.append((size, Memory(denoising, transformer.activations(smaller))))
     stages.append((f"decoding a tile of {tile_height} x {tile_width}", decoding))
     rows = []

@@ -24,6 +24,7 @@ from ..errors import RequestError
 from ..families.table import attention_layers, family_of
 from ..generation.checks import find_window
 from ..kernels.window import Window
+from ..weights.learned import make_far_trainable
 from .configurations import find_configuration
 from .fake import IMPL, LiveStorages, build, defaults, flux_inputs, quiet
 from .plan import number
@@ -46,13 +47,14 @@ class Step(NamedTuple):
 
 
 def plan_training(
-    model: str, height: int, width: int, radius: int, down_factor: int, batch: int
+    model: str, height: int, width: int, radius: int, down_factor: int, far: bool, batch: int
 ) -> dict[str, Any]:
     """Peak memory of a distillation step, for what can be trained and how.
 
     Args:
         model: a name or a folder, see `find_configuration`.
         height, width: in pixels; radius and down_factor in tokens.
+        far: whether with far keys.
         batch: samples at once.
 
     Returns:
@@ -65,7 +67,9 @@ def plan_training(
             down_factor out of its range.
     """
     configuration = find_configuration(model)
-    window = find_window(height, width, radius, down_factor, configuration.text_length)
+    window = find_window(
+        height, width, radius, down_factor, configuration.text_length, far=far
+    )
     rows = []
     for lora in (None, LORA_RANK):
         step = _measure_step(configuration.transformer, window, batch, lora)
@@ -95,6 +99,7 @@ def plan_training(
         "width": width,
         "radius": radius,
         "down_factor": down_factor,
+        "far": far,
         "text_length": window.text_length,
         "batch": batch,
         "torch": torch.__version__,
@@ -110,9 +115,13 @@ def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int 
             raise RequestError(str(error)) from error
         grid = (window.height, window.width)  # not found from ids, which have no values
         for attn in attention_layers(model).values():
-            attn.set_processor(CLEARProcessor(window.radius, window.down_factor, IMPL, grid))
+            far = window.far_levels > 0
+            processor = CLEARProcessor(window.radius, window.down_factor, IMPL, grid, far=far)
+            attn.set_processor(processor)
         if lora is not None:
             add_lora(model, lora, seed=0)
+        elif window.far_levels:
+            make_far_trainable(model)
     with FakeTensorMode(), quiet():
         # Only now, since peft cannot move fake weights.
         for module in model.modules():
@@ -171,9 +180,10 @@ def report(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     pooled = f", pooled by {result['down_factor']}" if result["down_factor"] > 1 else ""
+    sees = ", far keys" if result["far"] else pooled
     return f"""\
 {result["model"]}, {result["height"]} x {result["width"]} px, batch {result["batch"]}
-Distillation with radius {result["radius"]} tokens{pooled}
+Distillation with radius {result["radius"]} tokens{sees}
 
 Peak memory of a step, of each GPU:
 {table(rows)}

@@ -55,7 +55,9 @@ def step_report(result: dict[str, Any], conclusion: str) -> str:
     """What was measured, the table of its rows and a conclusion; of a wrong result its error."""
     if not result["correct"]:
         return f"WRONG results, relative error {result['max_error']:.1e}"
+    sees = ", far keys" if result.get("far") else ""
     return (
         f"{result['model']}, {result['height']} x {result['width']} px, radius {result['radius']} "
-        f"tokens, {result['dtype']}, {result['hardware']}\n{table(result['rows'])}\n{conclusion}"
+        f"tokens{sees}, {result['dtype']}, {result['hardware']}\n{table(result['rows'])}\n"
+        f"{conclusion}"
     )

@@ -25,7 +25,10 @@ def command_line(options: DistillOptions) -> str:
         flag = f"--{field.name.replace('_', '-')}"
         if value == field.default or field.name == "resume_from_checkpoint":
             continue
-        words += [flag] if value is True else [flag, str(value)]
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, str(value)]
     return shlex.join(words)
 
 
@@ -60,7 +63,10 @@ def card(
             mixed_precision.
         losses: of each step.
     """
-    pooled = f", pooled by {options.down_factor}" if options.down_factor > 1 else ""
+    sees = f", pooled by {options.down_factor}" if options.down_factor > 1 else ""
+    sees = ", with far keys" if options.takes_far else sees
+    setting = f"radius={options.radius}, down_factor={options.down_factor}"
+    setting += f", far={options.takes_far}"
     rows = [
         f"| {name} | {before:.5f} | {after:.5f} |"
         for name, before, after in zip(
@@ -74,11 +80,11 @@ def card(
     if options.lora is None:
         kind = "the image stream's to_q, to_k, to_v and to_out.0"
         kind += " and the pooling weights" if options.down_factor > 1 else ""
-        use = f"apply_clear(pipe, radius={options.radius}, down_factor={options.down_factor}, "
-        use += f'weights="{adapter.name}")'
+        kind += ", the far keys' pooling weights and offsets" if options.takes_far else ""
+        use = f'apply_clear(pipe, {setting}, weights="{adapter.name}")'
     else:
         kind = f"a LoRA of rank {options.lora} on the image stream's to_q, to_k, to_v and to_out.0"
-        use = f"apply_clear(pipe, radius={options.radius}, down_factor={options.down_factor})\n"
+        use = f"apply_clear(pipe, {setting})\n"
         use += f'pipe.load_lora_weights(".", weight_name="{adapter.name}")'
     window = min(_WINDOW, len(losses))
     layers = ", ".join(map(str, facts["layers"]))
@@ -89,7 +95,7 @@ library_name: diffusers
 tags: [clear, local-attention, text-to-image]
 ---
 
-# CLEAR local attention for {index.model}: radius {options.radius} tokens{pooled}
+# CLEAR local attention for {index.model}: radius {options.radius} tokens{sees}
 
 Trained: {kind}; {facts["parameters"]:,} parameters in `{adapter.name}`. Everything else is as in
 {index.model}. The method: [arXiv 2412.16112](https://arxiv.org/abs/2412.16112).

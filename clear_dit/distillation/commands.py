@@ -63,6 +63,14 @@ def distill(
     out: Annotated[Path, typer.Option(help="The folder for adapter, card, checkpoints, logs.")],
     radius: options.Radius,
     down_factor: options.DownFactor = 1,
+    far: Annotated[
+        bool | None,
+        typer.Option(
+            "--far/--no-far",
+            help="Train with far keys, which see the whole image, or the paper's CLEAR; default "
+            "far keys unless --down-factor is above 1.",
+        ),
+    ] = None,
     model: options.Model = "demo",
     impl: options.Impl = "auto",
     lora: Annotated[int | None, typer.Option(help="Train a LoRA of this rank instead.")] = None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RequestError
+from ..generation.checks import takes_far
 from ..generation.models import model_path
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -51,9 +52,11 @@ class DistillOptions:
         samples: a folder that `clear-dit sample` wrote with this model.
         out: the folder for adapter, card, checkpoints and logs; made if its parent is there.
         radius, down_factor: of the window, in tokens.
+        far: train with far keys, which let every token see the whole image; False for the paper's
+            CLEAR. None takes far keys unless down_factor is above 1, with which they do not go.
         impl: see `local_attention`.
-        lora: rank of a LoRA on the same layers, instead of training them; pooling weights then
-            stay at their initial value. None for the layers themselves.
+        lora: rank of a LoRA on the same layers, instead of training them; the weights of pooled
+            and far keys then stay at their initial value. None for the layers themselves.
         output_weight, attention_weight: of the distillation terms; 0 and 0 need no teacher.
         attention_layers: single blocks compared, "1,5,9"; None for the paper's, scaled to depth.
         prompt_dropout: share of samples trained with the empty prompt; None for 0.1 where the
@@ -88,6 +91,7 @@ class DistillOptions:
     out: Path
     radius: int
     down_factor: int = 1
+    far: bool | None = None
     impl: str = "auto"
     lora: int | None = None
     output_weight: float = 0.5
@@ -133,6 +137,11 @@ class DistillOptions:
             raise RequestError(f"--out must be a folder, and {self.out} is a file.")
         if not self.out.absolute().parent.is_dir():
             raise RequestError(f"--out: there is no folder {self.out.absolute().parent}.")
+
+    @property
+    def takes_far(self) -> bool:
+        """Whether the window has far keys."""
+        return takes_far(self.far, self.radius, self.down_factor)
 
     @property
     def rate(self) -> float:

@@ -1,4 +1,6 @@
-"""What is trained: the image stream's projections and pooling weights, or a LoRA on the former."""
+"""What is trained: the image stream's projections, and the weights of pooled and far keys; or a LoRA
+on the former.
+"""
 
 from __future__ import annotations
 
@@ -72,9 +74,9 @@ def whole_tensors(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor
     return found
 
 
-def adapter_name(radius: int, down_factor: int, lora: bool) -> str:
+def adapter_name(radius: int, down_factor: int, far: bool, lora: bool) -> str:
     """The file an adapter is saved in."""
-    return LORA_FILE if lora else published_name(radius, down_factor)
+    return LORA_FILE if lora else published_name(radius, down_factor, far)
 
 
 def save_adapter(
@@ -99,7 +101,8 @@ def save_adapter(
         ValueError: values that are not finite.
     """
     settings: CLEARProcessor = current_settings(model, "distill")
-    path = folder / adapter_name(settings.radius, settings.down_factor, lora)
+    setting = settings.radius, settings.down_factor, settings.has_far_keys
+    path = folder / adapter_name(*setting, lora)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     if not lora:
         write_weights(tensors, path, settings, base_model, "distill")

@@ -18,6 +18,7 @@ from ..errors import RequestError
 from ..generation.checks import find_window
 from ..generation.models import TOKEN_PIXELS, load_pipeline
 from ..plugin import apply_clear
+from ..weights.learned import make_far_trainable
 from . import checkpoint
 from .card import card, hardware, mean_losses
 from .cpu_attention import PerHeadAttention
@@ -73,7 +74,9 @@ def distill(options: DistillOptions, progress: bool = True) -> dict[str, Any]:
         OSError: a file cannot be written; nothing is left of it.
     """
     index = read_index(options.samples)
-    find_window(index.height, index.width, options.radius, options.down_factor)
+    find_window(
+        index.height, index.width, options.radius, options.down_factor, far=options.takes_far
+    )
     prompts = validation_prompts(options.validation_prompts) if options.validation_prompts else []
     found = checkpoint.find_checkpoint(options.out, options.resume_from_checkpoint)
     run = Run(options, index, only_transformer=not prompts)
@@ -132,6 +135,7 @@ class Run:
         for name in _SETTINGS:
             self.settings[name] = getattr(options, name)
         self.settings |= {
+            "far": options.takes_far,
             "learning_rate": options.rate,
             "samples": index.digest,
             "sample_count": self.draws.count,
@@ -146,11 +150,19 @@ class Run:
     def _build_roles(self) -> None:
         options = self.options
         try:
-            apply_clear(self.model, options.radius, options.down_factor, impl=options.impl)
+            apply_clear(
+                self.model,
+                options.radius,
+                options.down_factor,
+                far=options.takes_far,
+                impl=options.impl,
+            )
         except ValueError as error:
             raise RequestError(str(error)) from error
         if options.lora is not None:
             add_lora(self.model, options.lora, options.seed)
+        elif options.takes_far:
+            make_far_trainable(self.model)
         self.teacher = None
         if options.output_weight > 0 or options.attention_weight > 0:
             on_cpu = weights_dtype(self.dtype, self.device) != self.dtype
@@ -354,7 +366,7 @@ class Run:
         """Write adapter, card and losses; what `distill` returns."""
         options, progress = self.options, self.progress
         tensors = self._adapter_tensors()
-        name = adapter_name(options.radius, options.down_factor, self.lora)
+        name = adapter_name(options.radius, options.down_factor, options.takes_far, self.lora)
         adapter = options.out / name
         if self.accelerator.is_main_process:
             self._save_adapter(tensors, options.out)

@@ -28,6 +28,14 @@ def evaluate(
         list[int] | None, typer.Option(help="Radius of an untuned row, in tokens; repeatable.")
     ] = None,
     down_factor: options.DownFactor = 1,
+    far: Annotated[
+        bool | None,
+        typer.Option(
+            "--far/--no-far",
+            help="With --radius: rows with far keys, which see the whole image, or of the paper's "
+            "CLEAR; default far keys unless --down-factor is above 1. Files of weights say it.",
+        ),
+    ] = None,
     count: Annotated[int, typer.Option(help="Images of each row: the first prompts.")] = 64,
     metrics: Annotated[
         str, typer.Option(help="With commas; auto: all that can be computed here.")
@@ -60,6 +68,7 @@ def evaluate(
         weights=weights or (),
         radii=radius or (),
         down_factor=down_factor,
+        far=far,
         metrics=metrics,
         batch=batch,
         height=height,

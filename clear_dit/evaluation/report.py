@@ -27,7 +27,9 @@ def layer_gflop(request: EvaluateRequest, variant: Variant, text: int, channels:
     """
     generation = request.generation
     radius = generation.height + generation.width if variant.radius is None else variant.radius
-    window = find_window(generation.height, generation.width, radius, variant.down_factor, text)
+    window = find_window(
+        generation.height, generation.width, radius, variant.down_factor, text, far=variant.far
+    )
     return window.attention_flops(1, channels) / 1e9
 
 
@@ -42,7 +44,7 @@ def make_report(
 
     Returns:
         settings {model, prompts, count, height, width, steps, guidance, seed, dtype, device},
-        rows [{label, kind, radius, down_factor, weights, folder, impl, gflop_per_layer, and the
+        rows [{label, kind, radius, down_factor, far, weights, folder, impl, gflop_per_layer, and the
         metrics' values, null where they have none}], metrics [names, in the table's order],
         left_out {metric: reason}, distilled_against_untuned, version.
     """
@@ -55,6 +57,7 @@ def make_report(
             "kind": variant.kind,
             "radius": variant.radius,
             "down_factor": variant.down_factor,
+            "far": variant.far,
             "weights": None if variant.weights is None else str(variant.weights),
             "folder": variant.folder,
             "impl": impls[variant.folder],

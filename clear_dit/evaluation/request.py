@@ -12,15 +12,19 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import RequestError
-from ..generation.checks import find_window
+from ..generation.checks import find_window, takes_far
 from ..generation.prompts import read_prompts
 from ..generation.request import GenerateRequest, make_request
+from ..weights.known import adapter_folder
 from ..weights.load import find_weights
 from .metrics import METRICS
 
 MAX_COUNT = 100_000
 MAX_BATCH = 256
-PUBLISHED_NAME = re.compile(r"clear_local_(\d{1,6})(?:_down_(\d{1,3}))?")
+PUBLISHED_NAME = re.compile(r"clear_(local|far)_(\d{1,6})(?:_down_(\d{1,3}))?")
+
+# Radius and down_factor, in tokens, and whether there are far keys.
+Setting = tuple[int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Variant:
         label: for people.
         folder: where its images lie; different for weights that differ.
         radius, down_factor: of the window, in tokens; None and 1 for full attention.
+        far: whether it takes far keys.
         weights: fine-tuned weights, None for the model's own.
     """
 
@@ -38,6 +43,7 @@ class Variant:
     folder: str
     radius: int | None = None
     down_factor: int = 1
+    far: bool = False
     weights: Path | None = None
 
     @property
@@ -48,9 +54,9 @@ class Variant:
         return "untuned" if self.weights is None else "distilled"
 
     @property
-    def setting(self) -> tuple[int | None, int]:
+    def setting(self) -> tuple[int | None, int, bool]:
         """What an untuned and a distilled variant have in common."""
-        return self.radius, self.down_factor
+        return self.radius, self.down_factor, self.far
 
 
 TEACHER = Variant("full attention", "full")
@@ -90,7 +96,7 @@ class EvaluateRequest:
         for variant in self.variants[1:]:
             assert variant.radius is not None
             size = (self.generation.height, self.generation.width)
-            find_window(*size, variant.radius, variant.down_factor)
+            find_window(*size, variant.radius, variant.down_factor, far=variant.far)
 
 
 def make_evaluate_request(
@@ -101,6 +107,7 @@ def make_evaluate_request(
     weights: Sequence[str] = (),
     radii: Sequence[int] = (),
     down_factor: int = 1,
+    far: bool | None = None,
     metrics: str = "auto",
     batch: int = 4,
     **settings: Any,
@@ -111,12 +118,14 @@ def make_evaluate_request(
         model: "demo", a folder in diffusers format, or a hub repository (owner/name).
         prompts: "demo" for the demo's held-out captions, or a file (see `read_prompts`).
         count: images of each variant: the first prompts there are.
-        weights: each a file, CLEAR weights or a LoRA, whose metadata or published name says radius
-            and down_factor, or else the only one of `radii` and `down_factor` do; or a folder or
-            hub repository, of which the files for `radii` and `down_factor` are taken. Each comes
-            with an untuned row of the same settings.
+        weights: each a file, CLEAR weights or a LoRA, whose metadata or published name says radius,
+            down_factor and far, or else the only one of `radii`, `down_factor` and `far` do; or a
+            folder or hub repository, of which the files for `radii`, `down_factor` and `far` are
+            taken. Each comes with an untuned row of the same settings.
         radii: of untuned rows, in tokens; without them and without weights, the model's default.
         down_factor: that goes with `radii`, in tokens.
+        far: that goes with `radii`: whether they take far keys; None for far keys unless
+            `down_factor` is above 1.
         metrics: names with commas, or "auto" for all that can be computed here.
         batch: images at once.
         settings: height, width, steps, guidance, seed, dtype, device, as in `GenerateRequest`.
@@ -129,14 +138,15 @@ def make_evaluate_request(
     names = _metric_names(metrics)
     generation = make_request("evaluation", model, **settings)
     texts = evaluation_prompts(prompts, count)
-    files = [file for name in weights for file in _weight_files(name, radii, down_factor)]
+    files = [file for name in weights for file in _weight_files(name, radii, down_factor, far)]
     if not files and not radii:
         radii = [generation.radius]
+    untuned = [(radius, down_factor, takes_far(far, radius, down_factor)) for radius in radii]
     return EvaluateRequest(
         generation=generation,
         prompts=tuple(texts),
         source=prompts,
-        variants=_variants([(radius, down_factor) for radius in radii], files),
+        variants=_variants(untuned, files),
         metrics=names or tuple(METRICS),
         explicit=bool(names),
         batch=batch,
@@ -169,8 +179,8 @@ def _metric_names(metrics: str) -> tuple[str, ...]:
     return () if "auto" in names else tuple(name for name in METRICS if name in names)
 
 
-def weights_settings(path: Path, given: Sequence[tuple[int, int]] = ()) -> tuple[int, int]:
-    """radius and down_factor of a file of CLEAR weights, in tokens.
+def weights_settings(path: Path, given: Sequence[Setting] = ()) -> Setting:
+    """radius, down_factor and far of a file of CLEAR weights.
 
     From its metadata (`save_clear_weights` writes them), else from a published name such as
     clear_local_8_down_4.safetensors, else the settings given, if there is one.
@@ -185,22 +195,29 @@ def weights_settings(path: Path, given: Sequence[tuple[int, int]] = ()) -> tuple
         raise RequestError(f"--weights: {path} is not a safetensors file, or truncated.") from error
     published = PUBLISHED_NAME.fullmatch(path.stem)
     if "radius" in header:
-        said = (header["radius"], header.get("down_factor", "1"))
+        said = (header["radius"], header.get("down_factor", "1"), header.get("far", "false"))
     elif published is not None:
-        said = (published[1], published[2] or "1")
+        said = (published[2], published[3] or "1", str(published[1] == "far").lower())
     elif len(set(given)) == 1:
         return given[0]
     else:
         raise RequestError(
             f"--weights: {path} does not say its radius, in its metadata or by a published name; "
-            "say it with one --radius (and --down-factor)."
+            "say it with one --radius (and --down-factor or --no-far)."
         )
-    if not all(number.isdecimal() and len(number) < 10 for number in said):
-        raise RequestError(f"--weights: {path} has no numbers for radius and down_factor: {said}.")
-    return int(said[0]), int(said[1])
+    radius, factor, far = said
+    if not all(number.isdecimal() and len(number) < 10 for number in (radius, factor)):
+        raise RequestError(
+            f"--weights: {path} has no numbers for radius and down_factor: {radius}, {factor}."
+        )
+    if far not in ("true", "false"):
+        raise RequestError(f"--weights: {path} has neither true nor false for far: {far!r}.")
+    return int(radius), int(factor), far == "true"
 
 
-def _weight_files(name: str, radii: Sequence[int], down_factor: int) -> list[Path]:
+def _weight_files(
+    name: str, radii: Sequence[int], down_factor: int, far: bool | None
+) -> list[Path]:
     if Path(name).is_file():
         return [Path(name)]
     if not radii:
@@ -209,26 +226,28 @@ def _weight_files(name: str, radii: Sequence[int], down_factor: int) -> list[Pat
             "--radius (and --down-factor)."
         )
     try:
-        return [find_weights(name, radius, down_factor) for radius in radii]
+        return [find_weights(name, radius, down_factor, far) for radius in radii]
     except (ValueError, OSError) as error:
         raise RequestError(f"--weights: {error}") from error
 
 
-def _variants(untuned: Sequence[tuple[int, int]], files: Sequence[Path]) -> tuple[Variant, ...]:
+def _variants(untuned: Sequence[Setting], files: Sequence[Path]) -> tuple[Variant, ...]:
     """The teacher; then for every setting the untuned model and those distilled for it."""
     tuned = [(weights_settings(path, untuned), path) for path in files]
     settings = dict.fromkeys([*untuned, *(setting for setting, _ in tuned)])
     variants = [TEACHER]
-    for radius, factor in settings:
-        title = f"CLEAR r={radius}" + (f", down {factor}" if factor > 1 else "")
-        folder = f"r{radius}" + (f"-down{factor}" if factor > 1 else "")
-        variants.append(Variant(f"{title}, untuned", folder, radius, factor))
-        paths = {_digest(path): path for setting, path in tuned if setting == (radius, factor)}
+    for setting in settings:
+        radius, factor, far = setting
+        title = f"CLEAR r={radius}" + (" far" if far else "")
+        title += f", down {factor}" if factor > 1 else ""
+        folder = adapter_folder(*setting)
+        variants.append(Variant(f"{title}, untuned", folder, *setting))
+        paths = {_digest(path): path for its, path in tuned if its == setting}
         for digest, path in paths.items():
             # Several for one setting are told apart by their folder and name.
             which = f" ({path.parent.name}/{path.stem})" if len(paths) > 1 else ""
             label = f"{title}, distilled{which}"
-            variants.append(Variant(label, f"{folder}-{digest[:12]}", radius, factor, path))
+            variants.append(Variant(label, f"{folder}-{digest[:12]}", *setting, path))
     return tuple(variants)
 
 

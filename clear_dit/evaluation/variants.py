@@ -45,7 +45,9 @@ def check_weights(pipe: FluxPipeline, variants: tuple[Variant, ...]) -> None:
                 if _is_lora(variant.weights):
                     with attention_of(pipe, variant):
                         continue
-                settings = CLEARProcessor(radius=variant.radius, down_factor=variant.down_factor)
+                settings = CLEARProcessor(
+                    radius=variant.radius, down_factor=variant.down_factor, far=variant.far
+                )
                 with open_checked(pipe.transformer, variant.weights, settings):
                     pass
             except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -73,7 +75,13 @@ def attention_of(pipe: FluxPipeline, variant: Variant) -> Iterator[str]:
         return
     weights = variant.weights
     lora = weights if weights is not None and _is_lora(weights) else None
-    apply_clear(pipe, variant.radius, variant.down_factor, weights if lora is None else None)
+    apply_clear(
+        pipe,
+        variant.radius,
+        variant.down_factor,
+        weights if lora is None else None,
+        far=variant.far,
+    )
     try:
         if lora is not None:
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
@@ -137,7 +145,8 @@ def generate_missing(
     missing = images.missing()
     generation = request.generation
     empty = texts([""]) if missing and two_passes(pipe, generation.guidance) else None
-    record = {"version": __version__, "impl": impl, "device": str(pipe.device)}
+    # The folder tells far keys already.
+    record = {"far": variant.far, "version": __version__, "impl": impl, "device": str(pipe.device)}
     bar = tqdm(
         total=len(images.wanted),
         initial=len(images.wanted) - len(missing),

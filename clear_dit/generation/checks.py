@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import RequestError, first_line
+from ..kernels.cells import FAR_LEVELS
 from ..kernels.choice import select_impl
 from ..kernels.window import Window
 from .models import TOKEN_PIXELS
@@ -49,6 +50,11 @@ def find_impl(impl: str, dtype: torch.dtype, device: torch.device) -> str:
         raise RequestError(str(error)) from error
 
 
+def takes_far(far: bool | None, radius: int, down_factor: int) -> bool:
+    """What `far` means where no weights say it: None takes far keys wherever there can be some."""
+    return radius > 1 and down_factor == 1 if far is None else far
+
+
 def find_window(
     height: int,
     width: int,
@@ -56,13 +62,35 @@ def find_window(
     down_factor: int = 1,
     text_length: int = 0,
     token_pixels: int = TOKEN_PIXELS,
+    *,
+    far: bool = False,
 ) -> Window:
-    """The window of an image of height x width pixels; token_pixels: side of a token in pixels."""
+    """The window of an image of height x width pixels.
+
+    Args:
+        height, width: of the image, in pixels.
+        radius, down_factor: in tokens.
+        text_length: in tokens.
+        token_pixels: side of a token, in pixels.
+        far: whether it has far keys.
+
+    Raises:
+        RequestError: sizes or settings that no window has.
+    """
+    if far and down_factor > 1:
+        raise RequestError(
+            f"--far and --down-factor {down_factor} exclude each other; leave one of them out."
+        )
     check_size("height", height, token_pixels)
     check_size("width", width, token_pixels)
     try:
         return Window(
-            height // token_pixels, width // token_pixels, text_length, radius, down_factor
+            height // token_pixels,
+            width // token_pixels,
+            text_length,
+            radius,
+            down_factor,
+            far_levels=FAR_LEVELS if far else 0,
         )
     except ValueError as error:
         raise RequestError(str(error)) from error

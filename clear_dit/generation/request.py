@@ -26,8 +26,10 @@ class GenerateRequest:
         height, width: of the image, in pixels, multiples of 16.
         radius: of the window, in tokens (16 pixels).
         down_factor: side of a pooling cell, in tokens; 1 for none.
+        far: whether the window has far keys; None as the weights were made for, and without any
+            where `down_factor` is 1.
         weights: CLEAR weights: a file, a folder or a hub repository; "auto" for those known to fit
-            model, radius and down_factor (see `known_weights`); None for the model's own.
+            model, radius, down_factor and far (see `known_weights`); None for the model's own.
         attention: "clear" or "full".
         impl: see `local_attention`.
         steps: denoising steps.
@@ -53,6 +55,7 @@ class GenerateRequest:
     width: int
     radius: int
     down_factor: int
+    far: bool | None
     weights: str | None
     attention: str
     impl: str
@@ -70,7 +73,9 @@ class GenerateRequest:
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; describe an image.")
         model_path(self.model)
-        find_window(self.height, self.width, self.radius, self.down_factor)
+        find_window(
+            self.height, self.width, self.radius, self.down_factor, far=self.far is True
+        )
         if self.attention not in ("clear", "full"):
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
         if self.attention == "full" and self.weights not in (None, AUTO):
@@ -117,6 +122,7 @@ def make_request(
         "width": width,
         "radius": defaults.radius,
         "down_factor": 1,
+        "far": None,
         "weights": AUTO,
         "attention": "clear",
         "impl": "auto",

@@ -19,12 +19,13 @@ from ..memory import peak_mb, reset_peak
 from ..pipelines.decoding.image_files import IMAGE_SUFFIXES, save_rows
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
-from ..weights.known import AUTO, known_weights
+from ..weights.known import AUTO
 from .checks import find_device, find_dtype, find_impl
 from .denoising import denoise, two_passes, unpack
 from .image_input import read_image
 from .models import TOKEN_PIXELS, load_pipeline
 from .sharing import check_shared, encode_once
+from .weights import Settled, settled
 
 if TYPE_CHECKING:
     from ..pipelines.parallel.start import Ranks
@@ -113,8 +114,8 @@ class PipelineRunner:
 
         Returns:
             out, height, width (pixels), tokens (of the image), impl (the attention that ran: an
-            implementation of local attention, or "full"), weights (the name of the CLEAR weights,
-            None for the model's own), ranks (their number), seconds {total, text, denoise, decode},
+            implementation of local attention, or "full"), far (whether with far keys), weights
+            (the name of the CLEAR weights, None for the model's own), ranks (their number), seconds {total, text, denoise, decode},
             peak_memory_mb (of this image, in this process).
 
         Raises:
@@ -138,7 +139,7 @@ class PipelineRunner:
         failure = None
         try:
             with timer.measure("total", self.device):
-                weights, impl = self._set_attention(request)
+                (weights, far), impl = self._set_attention(request)
                 if self._ranks is not None:
                     self.pipe.enable_patch_parallel(self._ranks.mesh)
                     self._ranks.follow(self.pipe)
@@ -146,7 +147,8 @@ class PipelineRunner:
                 self.pipe.set_progress_bar_config(disable=not shown, desc="denoising")
                 watch = _Watch(on_step, should_stop)
                 latents = self._denoise(request, watch, timer)
-                settings = asdict(request) | {"version": __version__, "impl": impl, "ranks": ranks}
+                settings = asdict(request) | {"far": far}
+                settings |= {"version": __version__, "impl": impl, "ranks": ranks}
                 settings |= notes or {}
                 with timer.measure("decode", self.device):
                     self._write(latents, request, out, settings, watch)
@@ -167,20 +169,22 @@ class PipelineRunner:
             "width": request.width,
             "tokens": request.height * request.width // TOKEN_PIXELS**2,
             "impl": impl,
+            "far": far,
             "weights": weights and Path(weights).name,
             "ranks": ranks,
             "seconds": timer.seconds,
             "peak_memory_mb": round(peak_mb(self.device), 1),
         }
 
-    def _set_attention(self, request: GenerateRequest) -> tuple[str | None, str]:
+    def _set_attention(self, request: GenerateRequest) -> tuple[Settled, str]:
         """Switch the pipeline where it is not what a request needs; weights and implementation."""
+        found = Settled(None, False)
         if request.attention == "full":
-            weights, impl, wanted = None, "full", None
+            impl, wanted = "full", None
         else:
-            weights = self._find_weights(request)
+            found = self._find_weights(request)
             impl = find_impl(request.impl, self.pipe.dtype, self.pipe.device)
-            wanted = (request.radius, request.down_factor, weights, request.impl)
+            wanted = (request.radius, request.down_factor, *found, request.impl)
         if wanted != self._attention:
             if self._attention is not None:
                 remove_clear(self.pipe)
@@ -188,42 +192,51 @@ class PipelineRunner:
             if wanted is not None:
                 # Where it is interrupted, the next request removes what was done.
                 self._attention = ("unfinished",)
-                self._apply_clear(request, weights)
+                self._apply_clear(request, found)
             self._attention = wanted
-        return weights, impl
+        return found, impl
 
-    def _apply_clear(self, request: GenerateRequest, weights: str | None) -> None:
+    def _apply_clear(self, request: GenerateRequest, found: Settled) -> None:
         try:
             apply_clear(
                 self.pipe,
                 radius=request.radius,
                 down_factor=request.down_factor,
-                weights=weights,
+                far=found.far,
+                weights=found.weights,
                 impl=request.impl,
             )
         except (ValueError, OSError) as error:
             raise RequestError(str(error)) from error
 
-    def _find_weights(self, request: GenerateRequest) -> str | None:
-        """A request's weights, those known to fit where it says "auto"."""
+    def _find_weights(self, request: GenerateRequest) -> Settled:
+        """A request's weights; says which, once, where it leaves the choice to us."""
+        found = settled(request)
         if request.weights != AUTO:
-            return request.weights
-        found = known_weights(request.model, request.radius, request.down_factor)
+            return found
         pooled = f", down_factor {request.down_factor}" if request.down_factor > 1 else ""
-        setting = f"{request.model}, radius {request.radius}{pooled}"
+        sees = ", far keys" if found.far else pooled
+        setting = f"{request.model}, radius {request.radius}{sees}"
         rows, columns = request.height // TOKEN_PIXELS, request.width // TOKEN_PIXELS
         covers_all = request.radius**2 > (rows - 1) ** 2 + (columns - 1) ** 2
-        if setting in self._told or (found is None and covers_all):
+        if setting in self._told or (found.weights is None and covers_all):
             return found
         self._told.add(setting)
-        if found is None:
-            logger.warning(
-                "no weights are known for %s: the model is not tuned for its window, which changes "
-                "images; name weights with --weights (none: go without, quietly)",
+        if found.weights is not None:
+            logger.info("weights for %s: %s", setting, Path(found.weights).name)
+        elif found.far:
+            logger.info(
+                "no weights are known for %s: the model's own are taken, every token sees the "
+                "whole image",
                 setting,
             )
         else:
-            logger.info("weights for %s: %s", setting, Path(found).name)
+            logger.warning(
+                "no weights are known for %s: the model is not tuned for its window, which changes "
+                "images; take far keys with --far, or name weights with --weights (none: go "
+                "without, quietly)",
+                setting,
+            )
         return found
 
     def _denoise(self, request: GenerateRequest, watch: _Watch, timer: Timer) -> torch.Tensor:

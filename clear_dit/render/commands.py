@@ -18,7 +18,8 @@ def render(
         typer.Argument(
             help="A .jsonl or .csv file of jobs, or a .txt of prompts. A job has a prompt and, "
             "where it differs from the options, id, height, width, seed, seeds, steps, guidance, "
-            "radius, down_factor, weights, attention, image, strength, low_resolution_guidance."
+            "radius, down_factor, far, weights, attention, image, strength, "
+            "low_resolution_guidance."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder for images and manifest.jsonl.")],
@@ -30,6 +31,7 @@ def render(
     width: options.Width = None,
     radius: options.ModelRadius = None,
     down_factor: options.DownFactor = 1,
+    far: options.Far = None,
     weights: options.Weights = "auto",
     attention: options.Attention = "clear",
     impl: options.Impl = "auto",

@@ -14,6 +14,7 @@ from .names import check_id
 MAX_SEEDS = 10_000
 _MAX_TEXT = 4096
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
+_BOOLEANS = {"true": True, "false": False}
 
 # By field: what it is. "id" is of the image; "seeds" counts images, from "seed" on.
 FIELDS = {
@@ -27,6 +28,7 @@ FIELDS = {
     "guidance": "number",
     "radius": "integer",
     "down_factor": "integer",
+    "far": "boolean",
     "weights": "text",
     "attention": "text",
     "image": "text",
@@ -79,6 +81,8 @@ def from_text(name: str, text: str) -> Any:
     kind, text = FIELDS[name], text.strip()
     if not text:
         return None
+    if kind == "boolean":
+        return _BOOLEANS.get(text.lower(), text)
     if kind == "integer":
         if not _INTEGER.fullmatch(text):
             raise RequestError(f"{name} must be an integer, got {text[:100]!r}.")
@@ -117,6 +121,12 @@ def _integer(name: str, value: object) -> int:
     return value
 
 
+def _boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, got {str(value)[:100]!r}.")
+    return value
+
+
 def _number(name: str, value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise RequestError(f"{name} must be a number, got {str(value)[:100]!r}.")
@@ -147,6 +157,7 @@ _CHECKS = {
     "id": _id,
     "prompt": _prompt,
     "integer": _integer,
+    "boolean": _boolean,
     "number": _number,
     "numbers": _numbers,
     "text": _text,

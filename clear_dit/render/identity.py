@@ -22,10 +22,12 @@ def identity(request: GenerateRequest, model: str, weights: str, image: str) -> 
     """A digest of a request, of 32 characters.
 
     Args:
-        request: what to generate.
+        request: what to generate; with far keys or without, not None.
         model, weights, image: digests of what its settings of these names stand for.
     """
     content = {name: value for name, value in asdict(request).items() if name not in _ELSEWHERE}
+    if not request.far:  # images of before there were far keys are known again
+        del content["far"]
     content |= {"model": model, "weights": weights, "image": image}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, first_line
+from ..errors import RequestError
 from ..generation.models import model_defaults
 from ..generation.request import GenerateRequest, make_request
-from ..weights.known import AUTO, known_weights
-from ..weights.load import find_weights
+from ..generation.weights import settled, weights_file
 from .identity import files_digest, identity, model_digest
 from .lines import read_lines
 from .names import name_from
@@ -68,7 +67,8 @@ class JobReader:
         self._defaults = model_defaults(self._model)
         make_request("settings only", defaults=self._defaults, **self._settings)
         self._model_digest = model_digest(self._model)
-        self._digests: dict[tuple[Any, ...], str] = {}
+        self._weights: dict[tuple[Any, ...], tuple[str, bool]] = {}
+        self._images: dict[str, str] = {}
 
     def read(self, path: Path, *, growing: bool = False) -> tuple[list[Job], list[str]]:
         """All jobs of a file, and what is wrong with it, line by line.
@@ -115,7 +115,9 @@ class JobReader:
             if name in values and (self._folder / values[name]).exists():
                 values[name] = str(self._folder / values[name])
         first = make_request(defaults=self._defaults, **(self._settings | values))
-        weights, image = self._weights_digest(first), self._image_digest(first)
+        weights, far = self._weights_digest(first)
+        image = self._image_digest(first)
+        first = replace(first, far=far)
         jobs = []
         for seed in range(first.seed, first.seed + seeds):
             request = replace(first, seed=seed)
@@ -127,28 +129,26 @@ class JobReader:
             jobs.append(Job(name, line, request, key))
         return jobs
 
-    def _weights_digest(self, request: GenerateRequest) -> str:
-        """Of the file that will be loaded; it is fetched for that where it is on the hub."""
-        name: str | None = request.weights
-        if name == AUTO:
-            name = known_weights(request.model, request.radius, request.down_factor)
-        if name is None or request.attention == "full":
-            return ""
-        key = (name, request.radius, request.down_factor)
-        if key not in self._digests:
-            try:
-                self._digests[key] = files_digest([find_weights(*key)])
-            except (OSError, ValueError) as error:
-                raise RequestError(first_line(error)) from error
-        return self._digests[key]
+    def _weights_digest(self, request: GenerateRequest) -> tuple[str, bool]:
+        """Of the file that will be loaded, and whether there will be far keys.
+
+        It is fetched for that where it is on the hub.
+        """
+        if request.attention == "full":
+            return "", False
+        key = (request.weights, request.radius, request.down_factor, request.far)
+        if key not in self._weights:
+            weights, far = settled(request)
+            digest = "" if weights is None else files_digest([weights_file(weights, request)])
+            self._weights[key] = digest, far
+        return self._weights[key]
 
     def _image_digest(self, request: GenerateRequest) -> str:
         if request.image is None:
             return ""
-        key = ("image", request.image)
-        if key not in self._digests:
-            self._digests[key] = files_digest([Path(request.image)])
-        return self._digests[key]
+        if request.image not in self._images:
+            self._images[request.image] = files_digest([Path(request.image)])
+        return self._images[request.image]
 
 
 def _refuse_taken(job: Job, jobs: Mapping[str, Job], labelled: bool) -> None:

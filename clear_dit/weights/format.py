@@ -2,7 +2,8 @@
 
 It is that of the published checkpoints (https://huggingface.co/Huage001/CLEAR): safetensors with
 the transformer's own names, "transformer_blocks.0.attn.to_q.weight", and with a down_factor also
-"transformer_blocks.0.attn.processor.spatial_weight".
+"transformer_blocks.0.attn.processor.spatial_weight". Files for far keys say so in their metadata
+and may hold "....processor.far_weight" and ".far_offset"; the published ones say nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.processor import CLEARProcessor
+from ..attention.processor import LEARNED, CLEARProcessor
 from ..families.table import attention_layers, family_of
+from ..kernels.cells import FAR_LEVELS
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +38,42 @@ def parameters_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def pooling_by_key(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The pooling weights of CLEAR's own processors, by their name in a file."""
+    """What CLEAR's own processors have learned of pooled keys, by its name in a file."""
     return {
-        f"{name}.processor.spatial_weight": attn.processor.spatial_weight
+        f"{name}.processor.{learned}": getattr(attn.processor, learned)
         for name, attn in attention_layers(model).items()
-        if getattr(attn.processor, "spatial_weight", None) is not None
+        for learned in LEARNED
+        if getattr(attn.processor, learned, None) is not None
     }
+
+
+def pooling_shapes(model: nn.Module, down_factor: int, far: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of what may be learned of pooled keys, by its name in a file.
+
+    Args:
+        down_factor: side of a pooling cell, in tokens.
+        far: whether there are far keys.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, attn in attention_layers(model).items():
+        if down_factor > 1:
+            shape = (1, 1, 1, down_factor, 1, down_factor, 1)
+            shapes[f"{name}.processor.spatial_weight"] = shape
+        if far:
+            shapes[f"{name}.processor.far_weight"] = (FAR_LEVELS, 2, 2)
+            shapes[f"{name}.processor.far_offset"] = (FAR_LEVELS, attn.heads)
+    return shapes
+
+
+def learned_of_far(file: Any) -> bool:
+    """Whether a safetensors file holds what is learned of far keys."""
+    learned = (".processor.far_weight", ".processor.far_offset")
+    return any(key.endswith(learned) for key in list(file.keys()))
+
+
+def made_for_far(file: Any) -> bool:
+    """Whether a safetensors file of CLEAR weights was made for far keys."""
+    return learned_of_far(file) or (file.metadata() or {}).get("far") == "true"
 
 
 def _without_lora(module: nn.Module) -> nn.Module:
@@ -121,6 +153,18 @@ def check_header(
     if header.get("down_factor", str(factor)) != str(factor):
         raise ValueError(
             f"{who}: the metadata says down_factor={header['down_factor']}, the tensors {factor}."
+        )
+    if header.get("far", "true") not in ("true", "false"):
+        raise ValueError(f"{who}: the metadata's far is not true or false: {header['far']!r}.")
+    if learned_of_far(file) and header.get("far") == "false":
+        raise ValueError(f"{who}: the metadata says far=false, but there are tensors of far keys.")
+    weight = header.get("pooled_weight", "one")
+    if factor > 1 and weight != settings.pooled_weight:
+        logger.warning(
+            "%s was trained with pooled_weight=%r, the model runs pooled_weight=%r",
+            who,
+            weight,
+            settings.pooled_weight,
         )
     if header.get("radius", str(settings.radius)) != str(settings.radius):
         logger.warning(

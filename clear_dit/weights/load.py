@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,17 @@ from torch import nn
 from ..attention.processor import CLEARProcessor
 from ..families.table import attention_layers, transformer_of
 from ..versions import __version__
-from .format import check_header, parameters_by_key, pooling_by_key, refuse_unsuitable
-from .state import ClearState
+from .format import (
+    check_header,
+    learned_of_far,
+    made_for_far,
+    parameters_by_key,
+    pooling_by_key,
+    pooling_shapes,
+    refuse_unsuitable,
+)
+from .learned import refuse_shared, settle
+from .state import ClearState, warn_of_far
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +59,17 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
                 f"{who}: {name} has {type(processor).__name__}, not CLEARProcessor; "
                 "call apply_clear first."
             )
-    kinds = {(p.radius, p.down_factor) for p in processors.values()}
+    kinds = {
+        (p.radius, p.down_factor, p.has_far_keys, p.pooled_weight) for p in processors.values()
+    }
     if len(kinds) > 1:
         raise ValueError(
-            f"{who}: the layers' processors differ in radius or down_factor: {sorted(kinds)}; "
-            "call apply_clear."
+            f"{who}: the layers' processors differ in radius, down_factor, far or pooled_weight: "
+            f"{sorted(kinds)}; call apply_clear."
         )
     first = next(iter(processors.values()))
-    if first.down_factor > 1 and len({id(p) for p in processors.values()}) < len(processors):
-        raise ValueError(
-            f"{who}: layers share one CLEARProcessor, but with down_factor > 1 each needs its own; "
-            "call apply_clear."
-        )
+    if first.down_factor > 1:
+        refuse_shared(model, f"{who}: with down_factor > 1")
     return first
 
 
@@ -81,12 +89,17 @@ def load_clear_weights(
     parameters they replace are kept on the CPU until `remove_clear` puts them back (3.6 GB for
     FLUX.1-dev in bfloat16). Everything is checked before the first parameter changes.
 
+    Processors whose `far` is None follow the weights: they take far keys if the weights were made
+    for them, which their metadata says. Where a setting contradicts it, that is warned about.
+
     Args:
         pipe_or_model: a pipeline with a FLUX transformer, or the transformer itself. A pipeline's
             ControlNets keep their own weights.
         pretrained_model_name_or_path: a file, a folder, or a hub repository ("Huage001/CLEAR").
-        weight_name: the file in the folder or repository; by default the published name for the
-            model's settings: "clear_local_16.safetensors", "clear_local_8_down_4.safetensors".
+        weight_name: the file in the folder or repository; by default the name for the model's
+            settings: "clear_local_16.safetensors" and "clear_local_8_down_4.safetensors", as
+            published, or "clear_far_4.safetensors", which comes first where there are both, unless
+            the processors say far=False.
         revision, token, cache_dir, local_files_only: for the hub, as everywhere in diffusers.
 
     Raises:
@@ -100,6 +113,7 @@ def load_clear_weights(
         pretrained_model_name_or_path,
         settings.radius,
         settings.down_factor,
+        settings.far,
         weight_name=weight_name,
         revision=revision,
         token=token,
@@ -107,7 +121,10 @@ def load_clear_weights(
         local_files_only=local_files_only,
     )
     with open_checked(model, path, settings) as file:
+        if learned_of_far(file) and settings.far is not False:
+            refuse_shared(model, f"load_clear_weights: to learn of far keys, as {path.name} did,")
         load_checked(model, file)
+    warn_of_far(model)
 
 
 def save_clear_weights(
@@ -115,8 +132,8 @@ def save_clear_weights(
 ) -> None:
     """Save the weights `load_clear_weights` reads, in the model's dtype.
 
-    The header holds radius, down_factor, base_model and the versions of clear_dit, torch and
-    diffusers. The file appears whole or not at all.
+    The header holds radius, down_factor, far, pooled_weight, base_model and the versions of
+    clear_dit, torch and diffusers. The file appears whole or not at all.
 
     Args:
         pipe_or_model: a model whose layers all have a `CLEARProcessor`.
@@ -160,6 +177,8 @@ def write_weights(
         "format": FORMAT,
         "radius": str(settings.radius),
         "down_factor": str(settings.down_factor),
+        "far": str(settings.has_far_keys).lower(),
+        "pooled_weight": settings.pooled_weight,
         "clear_dit_version": __version__,
         "torch_version": torch.__version__,
         "diffusers_version": metadata.version("diffusers"),
@@ -177,49 +196,66 @@ def write_weights(
         raise
 
 
-def published_name(radius: int, down_factor: int) -> str:
-    """The name of a file of weights for these settings, as the authors published them."""
+def published_name(radius: int, down_factor: int, far: bool = False) -> str:
+    """The name of a file of weights for these settings; without far keys as the authors have it."""
     pooled = f"_down_{down_factor}" if down_factor > 1 else ""
-    return f"clear_local_{radius}{pooled}{SUFFIX}"
+    return f"clear_{'far' if far else 'local'}_{radius}{pooled}{SUFFIX}"
+
+
+def _names(radius: int, down_factor: int, far: bool | None) -> list[str]:
+    """The names of files that will do, the best first."""
+    if down_factor > 1:
+        return [published_name(radius, down_factor)]
+    first = far is not False
+    return [published_name(radius, down_factor, each) for each in (first, not first)]
 
 
 def find_weights(
     name_or_path: str | os.PathLike[str],
     radius: int,
     down_factor: int,
+    far: bool | None = None,
     *,
     weight_name: str | None = None,
     **hub_options: Any,
 ) -> Path:
     """A local path for a file, a folder or a hub repository; see `load_clear_weights`.
 
+    Args:
+        far: the setting: weights for far keys come first, or with False those for local attention.
+
     Raises:
         ValueError: `weight_name` is not safetensors.
         OSError: not found, or the hub cannot be reached.
     """
     who = "load_clear_weights"
-    name = weight_name or published_name(radius, down_factor)
-    if not name.endswith(SUFFIX):
-        raise ValueError(f"{who}: weight_name must end in {SUFFIX!r}, got {name!r}.")
+    names = [weight_name] if weight_name else _names(radius, down_factor, far)
+    if not names[0].endswith(SUFFIX):
+        raise ValueError(f"{who}: weight_name must end in {SUFFIX!r}, got {names[0]!r}.")
+    wanted = " or ".join(map(repr, names))
     path = Path(name_or_path)
     if path.is_file():
         return path
     if path.is_dir():
-        if not (path / name).is_file():
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
             others = ", ".join(sorted(file.name for file in path.glob(f"*{SUFFIX}"))) or "none"
             raise FileNotFoundError(
-                f"{who}: there is no {name!r} in {str(path)!r}; the {SUFFIX} files there: "
+                f"{who}: there is no {wanted} in {str(path)!r}; the {SUFFIX} files there: "
                 f"{others}. Choose one with weight_name."
             )
-        return path / name
+        return found
     repository = os.fspath(name_or_path)
     if repository.count("/") != 1 or repository[0] in "./~" or path.suffix == SUFFIX:
         raise FileNotFoundError(f"{who}: there is no file or folder {repository!r}.")
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, name, **hub_options))
+        for name in names[:-1]:
+            with suppress(EntryNotFoundError):
+                return Path(huggingface_hub.hf_hub_download(repository, name, **hub_options))
+        return Path(huggingface_hub.hf_hub_download(repository, names[-1], **hub_options))
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
         raise OSError(
-            f"{who}: no local file or folder {repository!r}, and cannot get {name!r} from the hub "
+            f"{who}: no local file or folder {repository!r}, and cannot get {wanted} from the hub "
             f"repository of that name: {(str(error).strip() or repr(error)).splitlines()[0]}"
         ) from error
 
@@ -240,10 +276,8 @@ def open_checked(model: nn.Module, path: Path, settings: CLEARProcessor) -> Iter
     with handle as file:
         parameters = parameters_by_key(model)
         shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
-        factor = settings.down_factor
-        if factor > 1:
-            for name in attention_layers(model):
-                shapes[f"{name}.processor.spatial_weight"] = (1, 1, 1, factor, 1, factor, 1)
+        learned = learned_of_far(file)
+        shapes |= pooling_shapes(model, settings.down_factor, learned)
         check_header(who, file, shapes, settings)
         for key in shapes:
             tensor = file.get_tensor(key)
@@ -263,6 +297,14 @@ def load_checked(model: nn.Module, file: Any) -> None:
             if key not in state.weights:
                 state.weights[key] = parameter.detach().to("cpu", copy=True)
             parameter.copy_(file.get_tensor(key))
+        state.weights_far = made_for_far(file)
+        state.decide_far(model)
+        for attn in attention_layers(model).values():
+            processor = attn.processor
+            processor.far_weight, processor.far_offset = None, None
+            if processor.has_far_keys and learned_of_far(file):
+                processor.add_far_parameters(attn.heads)
+                settle(attn)
         for key, parameter in pooling_by_key(model).items():
             parameter.copy_(file.get_tensor(key))
     logger.info("CLEAR weights loaded: %d tensors", len(file.keys()))

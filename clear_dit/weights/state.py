@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attention.ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
-from ..attention.processor import CLEARProcessor, FluxAttnProcessor
+from ..attention.processor import LEARNED, CLEARProcessor, FluxAttnProcessor
 from ..attention.text_padding import valid_text
 from ..attention.tracker import WindowTracker
 from ..families.table import attention_layers, family_of
@@ -24,6 +24,16 @@ from ..kernels.choice import select_impl
 from .format import parameters_by_key, refuse_unsuitable
 
 logger = logging.getLogger(__name__)
+
+# Of far=True with weights made for local attention, and the other way round.
+FAR_WITH_LOCAL_WEIGHTS = (
+    "far=True, but the CLEAR weights that are loaded were made for local attention: TODO-NUMBER. "
+    "Leave far out to run them as they were made, or the weights to run far keys."
+)
+LOCAL_WITH_FAR_WEIGHTS = (
+    "far=False, but the CLEAR weights that are loaded were made for far keys: TODO-NUMBER. Leave "
+    "far out to run them as they were made."
+)
 
 
 class ClearState:
@@ -34,6 +44,7 @@ class ClearState:
         processors: those that were there before CLEAR, by layer name.
         installed: those of CLEAR, by layer name.
         weights: parameters as they were before CLEAR weights were loaded, on the CPU, by name.
+        weights_far: whether those CLEAR weights were made for far keys; None where there are none.
     """
 
     def __init__(self) -> None:
@@ -41,6 +52,7 @@ class ClearState:
         self.processors: dict[str, Any] = {}
         self.installed: dict[str, CLEARProcessor] = {}
         self.weights: dict[str, torch.Tensor] = {}
+        self.weights_far: bool | None = None
         self._handle: RemovableHandle | None = None
         self._warned = False
 
@@ -71,6 +83,14 @@ class ClearState:
             for key, original in self.weights.items():
                 parameters[key].copy_(original)
         self.weights.clear()
+        self.weights_far = None
+
+    @torch.compiler.disable
+    def decide_far(self, model: nn.Module) -> None:
+        """Tell the processors there are whether the loaded weights were made for far keys."""
+        for attn in attention_layers(model).values():
+            if isinstance(attn.processor, CLEARProcessor):
+                attn.processor.decide_far(self.weights_far)
 
     def reconcile(self, model: nn.Module) -> None:
         """Follow diffusers where it loaded or unloaded an IP-adapter since CLEAR was applied.
@@ -97,7 +117,8 @@ class ClearState:
         """The layer's processor with another IP-adapter, or with none."""
         old = self.installed[name]
         new = LayerProcessor(old, self.tracker, adapter)
-        new.spatial_weight = old.spatial_weight
+        for learned in LEARNED:
+            setattr(new, learned, getattr(old, learned))
         attn.set_processor(new)
         self.installed[name] = new
         self.processors[name] = FluxAttnProcessor() if adapter is None else adapter
@@ -105,6 +126,8 @@ class ClearState:
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.weights_far is not None:
+            self.decide_far(model)  # processors set since then were not told
         if self.tracker is None:
             return None
         return self._before_forward(model, args, kwargs)
@@ -166,3 +189,12 @@ class ClearState:
                 type(current).__name__,
             )
         return len(others) < len(layers)
+
+
+def warn_of_far(model: nn.Module) -> None:
+    """Warn where a setting contradicts what the loaded CLEAR weights were made for."""
+    state = ClearState.on(model)
+    weights_far = None if state is None else state.weights_far
+    processor = next(iter(attention_layers(model).values())).processor
+    if weights_far is not None and processor.far not in (None, weights_far):
+        logger.warning(FAR_WITH_LOCAL_WEIGHTS if processor.far else LOCAL_WITH_FAR_WEIGHTS)

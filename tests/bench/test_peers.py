@@ -15,7 +15,7 @@ from clear_dit.bench.attention import Problem, bench_attention, sampled_error
 from clear_dit.bench.peers import (
     PEERS,
     _tiled_mask,
-    sees_disc,
+    sees_window,
     sees_everything,
     sees_square,
     tile_order,
@@ -46,7 +46,7 @@ def all_rows(sees, window):
 
 @pytest.mark.parametrize("window", [WINDOW, Window(7, 9, 0, 30), Window(9, 6, 3, 2, 4)])
 def test_the_disc_is_the_windows_mask(window):
-    assert torch.equal(all_rows(sees_disc, window), window.mask())
+    assert torch.equal(all_rows(sees_window, window), window.mask())
 
 
 def test_everything_but_pooled_keys():
@@ -67,7 +67,7 @@ def test_the_square_is_moved_inside_at_borders():
     assert image[0, :3, :3].all()
     assert image[-1, 3:, 6:].all()
     # Inside the image it holds the disc.
-    disc = all_rows(sees_disc, window)[2:, 2:].unflatten(0, (6, 9))[1:-1, 1:-1]
+    disc = all_rows(sees_window, window)[2:, 2:].unflatten(0, (6, 9))[1:-1, 1:-1]
     square = seen[2:, 2:].unflatten(0, (6, 9))[1:-1, 1:-1]
     assert (square | ~disc).all()
 
@@ -133,7 +133,7 @@ def test_natten_adapter(monkeypatch):
         given = tensors(window)
         out = PEERS["natten"].run(*given, window)
         assert sampled_error(out, given, window, sees_square) < 1e-5
-        assert sampled_error(out, given, window, sees_disc) > 1e-2
+        assert sampled_error(out, given, window, sees_window) > 1e-2
         exact = all_rows(sees_square, window).sum()
         assert PEERS["natten"].executed_pairs(given[0], window) == exact
     assert calls == [(5, 5), (5, 5)]

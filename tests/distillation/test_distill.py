@@ -36,8 +36,12 @@ def losses(folder):
         {"optimizer": "adamw", "use_ema": True, "lr_scheduler": "cosine"},
         {"lora": 2, "gradient_accumulation_steps": 2, "train_batch_size": 1},
         {"down_factor": 2, "gradient_checkpointing": True},
+        {"far": True, "optimizer": "adamw", "use_ema": True},
     ],
-    ids=["prodigy-bf16", "adamw-ema-cosine", "lora-accumulated", "pooled-checkpointed"],
+    ids=[
+        *("prodigy-bf16", "adamw-ema-cosine", "lora-accumulated", "pooled-checkpointed"),
+        "far-adamw-ema",
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     run, options, tmp_path, monkeypatch, changes
@@ -94,6 +98,50 @@ def test_the_adapter_is_what_apply_clear_reads(run, tmp_path, samples):
     assert (header["radius"], header["down_factor"], header["base_model"]) == ("2", "2", "demo")
 
 
+def test_an_adapter_with_far_keys_is_what_apply_clear_reads(run, tmp_path):
+    result = run(far=True, optimizer="adamw", learning_rate=1e-3, use_ema=True, ema_decay=0.5)
+    name = "clear_far_2.safetensors"
+    assert result["adapter"] == str(tmp_path / "run" / name)
+    assert result["parameters"] == 741_120 + 6 * (10 * 4 + 10 * 3)
+    with safe_open(result["adapter"], framework="pt") as file:
+        header = file.metadata()
+    assert (header["radius"], header["down_factor"], header["far"]) == ("2", "1", "true")
+    weights = adapter(tmp_path / "run", name)
+    for layer in ("transformer_blocks.1", "single_transformer_blocks.3"):
+        weight, offset = (
+            weights[f"{layer}.attn.processor.far_{kind}"] for kind in ("weight", "offset")
+        )
+        assert (weight.shape, offset.shape) == ((10, 2, 2), (10, 3))
+        # 4 x 6 tokens have cells of level 1 that somebody sees, and none of level 4.
+        assert (weight[0] - 0.25).abs().min() > 0
+        assert offset[0].abs().min() > 0
+        assert offset[3:].abs().max() == 0
+    pipe = FluxPipeline.from_pretrained(DEMO, use_safetensors=True)
+    (applied,) = apply_clear(pipe, radius=2, weights=tmp_path / "run")
+    assert applied.far
+    processor = pipe.transformer.transformer_blocks[1].attn.processor
+    assert torch.equal(
+        processor.far_offset, weights["transformer_blocks.1.attn.processor.far_offset"]
+    )
+    card = (tmp_path / "run" / "README.md").read_text()
+    for part in ("radius 2 tokens, with far keys", "far keys' pooling weights", "far=True, weights="):
+        assert part in card
+
+
+def test_a_lora_trains_nothing_of_far_keys(run, tmp_path):
+    run(lora=2, far=True)
+    state = adapter(tmp_path / "run", "pytorch_lora_weights.safetensors")
+    assert len(state) == 2 * (2 * 4 + 4 * 3)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "down_factor=1, far=True)\npipe.load_lora_weights" in card
+
+
+def test_far_keys_are_the_default_without_pooled_ones(options):
+    assert options(far=None).takes_far
+    assert not options(far=None, down_factor=2).takes_far
+    assert not options(far=None, radius=1).takes_far
+
+
 def test_a_lora_loads_into_a_pipeline(run, tmp_path, tiny_inputs):
     run(lora=3, optimizer="adamw", learning_rate=1e-2)
     state = adapter(tmp_path / "run", "pytorch_lora_weights.safetensors")
@@ -101,7 +149,7 @@ def test_a_lora_loads_into_a_pipeline(run, tmp_path, tiny_inputs):
     assert all(name.startswith("transformer.") for name in state)
     pipe = FluxPipeline.from_pretrained(DEMO, use_safetensors=True)
     stock = {name: p.clone() for name, p in pipe.transformer.state_dict().items()}
-    apply_clear(pipe, radius=2)
+    apply_clear(pipe, radius=2, far=False)
     pipe.load_lora_weights(tmp_path / "run")
     layer = pipe.transformer.transformer_blocks[0].attn.to_q
     name = "transformer.transformer_blocks.0.attn.to_q"
@@ -149,6 +197,7 @@ def test_checkpoints_card_curves_and_images(run, tmp_path):
     for part in (
         "radius 2 tokens",
         "clear-dit distill --model demo",
+        "--no-far",
         "741,120",
         "| flow matching |",
     ):
@@ -174,6 +223,8 @@ def test_prompt_dropout_and_order(prepared):
     [
         ({"radius": 0}, "--radius must be from 1"),
         ({"down_factor": 5}, "down_factor must not exceed the token grid"),
+        ({"far": True, "down_factor": 2}, "--far and --down-factor 2 exclude each other"),
+        ({"far": True, "radius": 1}, "far keys need a radius of at least 2"),
         ({"lora": 0}, "--lora must be from 1"),
         ({"max_train_steps": 0}, "--max-train-steps must be from 1"),
         ({"learning_rate": -1.0}, "--learning-rate must be from"),
@@ -205,6 +256,7 @@ def test_checkpoints_of_other_runs_are_refused(run, tmp_path, samples):
     for changes, message in (
         ({"radius": 3}, "is of a run with radius 2, now it is 3"),
         ({"down_factor": 2}, "is of a run with down_factor 1, now it is 2"),
+        ({"far": True}, "is of a run with far False, now it is True"),
         ({"lora": 2}, "is of a run with lora None, now it is 2"),
         ({"optimizer": "adamw"}, "is of a run with optimizer prodigy, now it is adamw"),
         ({"train_batch_size": 3}, "is of a run with effective_batch 2, now it is 3"),
@@ -290,6 +342,7 @@ def test_the_command(samples, tmp_path, capsys):
     assert command_line.run("distill", *arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 1
+    assert result["adapter"].endswith("clear_far_2.safetensors")
     assert set(result["last"]) == {"total", "flow", "output", "attention"}
     assert command_line.run("distill", *arguments) == 2
     assert "has checkpoint-1; go on with" in capsys.readouterr().err

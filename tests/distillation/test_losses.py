@@ -8,8 +8,9 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from clear_dit import CLEARProcessor
 from clear_dit.distillation.losses import default_layers, parse_layers
 from clear_dit.errors import RequestError
+from clear_dit.families.table import attention_layers
 from clear_dit.generation.models import DEMO
-from clear_dit.weights.format import parameters_by_key, pooling_by_key
+from clear_dit.weights.format import pooling_by_key
 
 
 def recording(base, outputs):
@@ -36,14 +37,23 @@ def recording(base, outputs):
 def forward_by_hand(processor_class, layers, inputs, state=None, **settings):
     """A demo transformer of its own: its velocity, and the chosen single blocks' attention."""
     model = FluxTransformer2DModel.from_pretrained(DEMO, subfolder="transformer")
+    learned = {name: value for name, value in (state or {}).items() if ".processor." in name}
     if state is not None:
-        model.load_state_dict(state)
+        model.load_state_dict({name: state[name] for name in state.keys() - learned.keys()})
     model.set_attn_processor(processor_class(**settings))
     attention = {}
     for i in layers:
         attention[i] = []
         block = model.single_transformer_blocks[i].attn
         block.set_processor(recording(processor_class, attention[i])(**settings))
+    if learned:  # of far keys, each layer's own
+        for name, attn in attention_layers(model).items():
+            if attn.processor is model.transformer_blocks[0].attn.processor:
+                attn.set_processor(processor_class(**settings))
+            attn.processor.far_weight, attn.processor.far_offset = (
+                torch.nn.Parameter(learned[f"{name}.processor.far_{kind}"])
+                for kind in ("weight", "offset")
+            )
     with torch.no_grad():
         velocity = model(**inputs, return_dict=False)[0]
     return velocity, {i: outputs[0] for i, outputs in attention.items()}
@@ -61,9 +71,12 @@ def mean_square(one, other):
     return ((one - other) ** 2).sum().item() / one.numel()
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_all_terms_recomputed_from_their_definitions(prepared, gradient_checkpointing):
+@pytest.mark.parametrize(
+    ("gradient_checkpointing", "far"), [(False, False), (True, False), (True, True)]
+)
+def test_all_terms_recomputed_from_their_definitions(prepared, gradient_checkpointing, far):
     run = prepared(
+        far=far,
         attention_layers="1,3",
         output_weight=0.7,
         attention_weight=0.3,
@@ -90,7 +103,7 @@ def test_all_terms_recomputed_from_their_definitions(prepared, gradient_checkpoi
     state = {name: p for name, p in run.model.state_dict().items() if ".teacher." not in name}
     teacher, teacher_attention = forward_by_hand(FluxAttnProcessor, (1, 3), inputs)
     student, student_attention = forward_by_hand(
-        CLEARProcessor, (1, 3), inputs, state, radius=2, impl="reference"
+        CLEARProcessor, (1, 3), inputs, state, radius=2, impl="reference", far=far
     )
     assert student_attention[1].shape == (3, 64 + 24, 192)  # text too, before the projection
     flow = mean_square(student, batch.noise - batch.clean)
@@ -103,7 +116,7 @@ def test_all_terms_recomputed_from_their_definitions(prepared, gradient_checkpoi
     assert losses.attention.item() == pytest.approx(attention, rel=1e-3)
     total = flow + 0.7 * output + 0.3 * attention
     assert losses.total.item() == pytest.approx(total, rel=1e-4)
-    frozen = set(stock) - set(parameters_by_key(run.model))
+    frozen = set(stock) - set(run._trained())
     assert all(torch.equal(stock[name], run.model.state_dict()[name]) for name in frozen)
 
 
@@ -118,26 +131,34 @@ def test_gradient_checkpointing_changes_no_gradient(prepared):
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-7), name
 
 
-@pytest.mark.parametrize("down_factor", [1, 2])
-def test_only_the_paper_s_parameters_get_gradients_and_change(prepared, down_factor):
-    run = prepared(down_factor=down_factor)
+@pytest.mark.parametrize(("down_factor", "far"), [(1, False), (2, False), (1, True)])
+def test_only_the_intended_parameters_get_gradients_and_change(prepared, down_factor, far):
+    run = prepared(down_factor=down_factor, far=far)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     expected = {name for name in before if name.split(".teacher.")[0] == name}
     intended = {
         name
         for name in expected
         if any(f".attn.{kind}." in name for kind in ("to_q", "to_k", "to_v", "to_out.0"))
-        or name.endswith("processor.spatial_weight")
+        or name.endswith(("spatial_weight", "far_weight", "far_offset"))
     }
-    assert len(intended) == 2 * 8 + 4 * 6 + 6 * (down_factor > 1)
+    assert len(intended) == 2 * 8 + 4 * 6 + 6 * (down_factor > 1) + 12 * far
     run.step(0)
     run.step(1)
     changed = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == intended
     assert {name for name, p in run.model.named_parameters() if p.requires_grad} == intended
     assert set(run._trained()) == intended
-    if down_factor > 1:
+    if down_factor > 1 or far:
         assert set(pooling_by_key(run.model)) < intended
+
+
+def test_at_first_far_keys_are_untuned(prepared):
+    run = prepared(far=True)
+    learned = run.losses(run.draws.batch(range(2)))
+    for attn in attention_layers(run.model).values():
+        attn.processor.far_weight = attn.processor.far_offset = None
+    assert run.losses(run.draws.batch(range(2))).total == learned.total
 
 
 def test_the_distillation_terms_vanish_where_student_and_teacher_are_one(prepared):

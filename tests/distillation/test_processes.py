@@ -116,13 +116,15 @@ def test_two_processes_share_the_samples(samples, tmp_path):
     assert [found[n].seed for n in range(10)] == list(range(10))
 
 
-@pytest.mark.parametrize("lora", slow_but([None, 2], None))
-def test_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(samples, tmp_path, lora):
+@pytest.mark.parametrize("changes", slow_but([{"far": True}, {}, {"lora": 2}], {"far": True}))
+def test_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(
+    samples, tmp_path, changes
+):
     path = tmp_path / "gradients"
-    arguments = (samples, tmp_path / "out", path, {"train_batch_size": 1, "lora": lora})
+    arguments = (samples, tmp_path / "out", path, {"train_batch_size": 1} | changes)
     run_ranks(distilling.save_gradients, arguments)
     one, losses = distilling.gradients_of_a_step(
-        distilling.make_options(samples, tmp_path / "one", train_batch_size=2, lora=lora)
+        distilling.make_options(samples, tmp_path / "one", train_batch_size=2, **changes)
     )
     both = [torch.load(f"{path}-{rank}", weights_only=True) for rank in range(2)]
     assert both[0][1] == both[1][1] == pytest.approx(losses, rel=1e-5)
@@ -144,9 +146,10 @@ def test_two_processes_train_and_save_once(samples, tmp_path):
 
 
 @slow
-def test_both_roles_work_on_fsdp_s_shards(samples, tmp_path):
+@pytest.mark.parametrize("window", [{"down_factor": 2}, {"far": True}], ids=["pooled", "far"])
+def test_both_roles_work_on_fsdp_s_shards(samples, tmp_path, window):
     path = tmp_path / "fsdp"
-    changes = {"optimizer": "adamw", "down_factor": 2, "gradient_checkpointing": True}
+    changes = {"optimizer": "adamw", "gradient_checkpointing": True, **window}
     run_ranks(distilling.compare_with_fsdp, (samples, path, changes))
     (whole, sharded), losses = torch.load(f"{path}-0", weights_only=True)
     assert losses[3:] == pytest.approx(losses[:3], rel=1e-5)

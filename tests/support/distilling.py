@@ -29,12 +29,13 @@ def make_samples(out, count=6, prompts="demo", **changes):
 
 
 def make_options(samples, out, **changes):
-    """Options of a run of three steps."""
+    """Options of a run of three steps, of the paper's CLEAR."""
     settings = {
         "model": "demo",
         "samples": Path(samples),
         "out": Path(out),
         "radius": 2,
+        "far": False,
         "train_batch_size": 2,
         "gradient_accumulation_steps": 1,
         "max_train_steps": 3,

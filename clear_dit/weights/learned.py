@@ -1,0 +1,70 @@
+"""What is learned of pooled keys, a layer's own: where it is made, and in which dtype and place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..attention.processor import LEARNED, CLEARProcessor
+from ..families.table import attention_layers
+
+
+def settle(attn: Any, old: Any = None) -> None:
+    """What a layer's new processor learns goes where the layer's weights are.
+
+    Args:
+        attn: the layer, with a new processor of CLEAR's.
+        old: its processor before, whose values it takes where the shapes are the same.
+    """
+    norm = getattr(attn.norm_q, "weight", None)  # CogView4's norms have none
+    like = next(attn.to_q.parameters()) if norm is None else norm
+    # On the meta device under sequential offloading.
+    device = None if like.is_meta else like.device
+    for name in LEARNED:
+        weight, trained = getattr(attn.processor, name), getattr(old, name, None)
+        if weight is None:
+            continue
+        weight.data = weight.data.to(device=device, dtype=like.dtype)
+        if trained is not None and trained.shape == weight.shape:
+            weight.data.copy_(trained.data)
+
+
+def make_far_trainable(model: nn.Module) -> None:
+    """Let every layer learn how its far keys are pooled, and what is added to their scores.
+
+    Its processor gets the parameters `far_weight` and `far_offset`, which at first change nothing;
+    where it has them, from a file, they stay. They are saved with the model's CLEAR weights.
+
+    Args:
+        model: a family's transformer, whose layers have far keys.
+
+    Raises:
+        ValueError: a layer has no far keys, or layers share one processor.
+    """
+    layers = attention_layers(model)
+    for name, attn in layers.items():
+        processor = attn.processor
+        if not isinstance(processor, CLEARProcessor) or not processor.has_far_keys:
+            raise ValueError(
+                f"make_far_trainable: {name} has no far keys; call apply_clear(..., far=True)."
+            )
+    refuse_shared(model, "make_far_trainable: to learn of far keys")
+    for attn in layers.values():
+        if attn.processor.far_weight is None:
+            attn.processor.add_far_parameters(attn.heads)
+            settle(attn)
+
+
+def refuse_shared(model: nn.Module, who: str) -> None:
+    """Refuse layers that share a processor, where each needs parameters of its own.
+
+    Raises:
+        ValueError: they do.
+    """
+    processors = [attn.processor for attn in attention_layers(model).values()]
+    if len({id(processor) for processor in processors}) < len(processors):
+        raise ValueError(
+            f"{who} each layer needs a CLEARProcessor of its own, but they share one; call "
+            "apply_clear."
+        )
