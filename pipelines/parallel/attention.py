@@ -155,7 +155,7 @@ class SharedImage:
         rotary: Rotary | None,
         scale: float,
         spatial_weight: torch.Tensor | None,
-        far_offset: torch.Tensor | None = None,
+        far_offset: torch.Tensor | None,
         impl: str,
     ) -> torch.Tensor:
         """What `local_attention` gives the text and this rank's rows in the whole image.
