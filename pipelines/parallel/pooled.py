@@ -85,6 +85,11 @@ class CellBands:
             [window.rows_in_reach(level, own) for own in rows],
         )
 
+    @property
+    def are_cut(self) -> bool:
+        """Whether a row of cells has tokens of several ranks."""
+        return _are_cut(self.made)
+
     def sent(self, source: int, to: int) -> range:
         """The rows of cells of which one rank sends its part to another; maybe none."""
         return common(self.made[source], self.seen[to])
@@ -118,7 +123,7 @@ class FarCells:
         sizes = window.height, window.width, window.far_levels
         made = [pool_cell_rows(x, weight, *sizes, bands.own) for x in (key, value)]
         parts = [
-            part if _are_cut(level.made) else part.to(key.dtype)
+            part if level.are_cut else part.to(key.dtype)
             for part, level in zip(map(torch.cat, zip(*made, strict=True)), cells, strict=True)
         ]
         # The coarsest first: in a message the wider numbers then lie on multiples of their size.
@@ -185,7 +190,6 @@ def _rows_of_cells(tokens: range, side: int) -> range:
 
 
 def _are_cut(rows: list[range]) -> bool:
-    """Whether a row of cells has tokens of several ranks."""
     return any(above.stop > below.start for above, below in pairwise(rows))
 
 

@@ -2,6 +2,7 @@
 
 import os
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -94,7 +95,7 @@ def whole(case):
 
 @torch.no_grad()
 def shared(case, group):
-    """The same of this rank's rows, and the bytes it sent by kind."""
+    """The same of this rank's rows, the bytes it counted by kind, and those given to isend."""
     tokens, traffic = Tokens(case), Traffic()
     share = SharedImage(
         tokens.layout, case.radius, 1, case.levels, group, traffic, keeps_halos=case.keeps_halos
@@ -102,18 +103,22 @@ def shared(case, group):
     text = case.text
     hidden = torch.cat([tokens.hidden[:, :text], share.own_part(tokens.hidden[:, text:])], dim=1)
     tensors, scaled = tokens.tensors(hidden, share.own_rotary(tokens.rotary), share.layout)
-    halo = share.send("layer", share.layout.to_local(hidden))
-    out = share.attend(
-        halo,
-        tensors,
-        scaled,
-        key_value=tokens.key_value,
-        rotary=tokens.rotary,
-        scale=HEAD_DIM**-0.5,
-        impl="reference",
-        **tokens.learned,
-    )
-    return out, dict(traffic.sent)
+    exchange = mock.Mock(side_effect=dist.batch_isend_irecv)
+    with mock.patch.object(dist, "batch_isend_irecv", exchange):
+        halo = share.send("layer", share.layout.to_local(hidden))
+        out = share.attend(
+            halo,
+            tensors,
+            scaled,
+            key_value=tokens.key_value,
+            rotary=tokens.rotary,
+            scale=HEAD_DIM**-0.5,
+            impl="reference",
+            **tokens.learned,
+        )
+    operations = [each for call in exchange.call_args_list for each in call.args[0]]
+    given = sum(each.tensor.nbytes for each in operations if each.op is dist.isend)
+    return out, dict(traffic.sent), given
 
 
 def attend_all(folder):
