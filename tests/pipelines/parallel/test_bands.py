@@ -95,7 +95,7 @@ def sent_of_far_keys(group, rank, world, rows):
 
 @pytest.mark.parametrize("world", [4, 8, 16, 32])
 def test_far_keys_of_a_tall_image_are_not_gathered(fake_ranks, world):
-    """A rank in the middle of 1024 rows; then the cells are two rows of level 8 and more below."""
+    """A rank in the middle of 1024 rows."""
     rows, rank = 1024, world // 2
     sent = sent_of_far_keys(fake_ranks(rank, world), rank, world, rows)
     print(world, sent)
