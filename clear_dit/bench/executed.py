@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..kernels.flex import BLOCK
-from ..kernels.tiled import tiles
+from ..kernels.tiled import lists, tiles
 from ..kernels.triton.geometry import exact_keys, executed_keys
 from ..kernels.triton.tables import FORWARD
 from ..kernels.window import Window
@@ -62,7 +62,7 @@ def tile_choices(window: Window) -> list[dict[str, Any]]:
 def tiled_keys(window: Window) -> float:
     """Keys that PyTorch's operators compute for an image query where no kernel is compiled."""
     text_pairs = window.text_length * window.sequence_length
-    return (tiles.executed_tile_pairs(window) - text_pairs) / window.image_length
+    return (lists.executed_tile_pairs(window) - text_pairs) / window.image_length
 
 
 def raster_keys(window: Window) -> float:
