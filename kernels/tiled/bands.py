@@ -18,11 +18,11 @@ from ..merge import merge_
 from ..opaque import Geometry, attention_op, channels_contiguous
 from ..window import Window
 from .backward import backward_in_bands
+from .lists import by_lists, executed_tile_pairs, keys_of_tiles
 from .native import forward
 from .native.forward import attend_compiled, why_not_compiled
-from .lists import keys_of_tiles
 from .partial import attend, attend_all, compute_dtype
-from .tiles import bands, executed_tile_pairs, tile_columns
+from .tiles import bands, tile_columns
 from .views import (
     column_major,
     dense_bias,
@@ -56,12 +56,14 @@ def _forward(
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
-    plain = not (geometry.far_levels or geometry.key_rows or len(bias))
+    plain = not (by_lists(geometry) or len(bias))
     why_not = _why_not_compiled(query, geometry.height, geometry.width, plain)
     _announce(why_not)
     if why_not is None:
-        dense = (dense_keys(*pair, geometry) for pair in ((key, pooled_key), (value, pooled_value)))
-        attend_compiled(query, key, value, *dense, out, lse, geometry)
+        dense_key, dense_value = (
+            dense_keys(*pair, geometry) for pair in ((key, pooled_key), (value, pooled_value))
+        )
+        attend_compiled(query, key, value, dense_key, dense_value, out, lse, geometry)
     else:
         _attend_in_bands(query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
     return out, lse
@@ -111,11 +113,11 @@ def _attend_in_bands(
     keys = keys_of_tiles(geometry, bias, query.shape[2:].numel(), lse.dtype)
     query_width = tile_columns(width, radius).query_width
 
-    for item in range(query.shape[0]):
-        q, k, v = query[item], key[item], value[item]
-        dense = (dense_key[item : item + 1], dense_value[item : item + 1])
-        for band in bands(height, radius, range(query_start, query_stop)):
-            own = slice(band.start - query_start, band.stop - query_start)  # rows of queries
+    for band in bands(height, radius, range(query_start, query_stop)):
+        own = slice(band.start - query_start, band.stop - query_start)  # rows of queries
+        for item in range(query.shape[0]):
+            q, k, v = query[item], key[item], value[item]
+            dense = (dense_key[item : item + 1], dense_value[item : item + 1])
             q_band = column_major(q, width, own, dtype, query_width)
             k_band = keys.copy(k, pooled_key[item], band, dtype)
             v_band = keys.copy(v, pooled_value[item], band, dtype)
@@ -135,8 +137,8 @@ def _attend_in_bands(
                     scale,
                     group.mask,
                 )
-                tiles_of = (query_tiles(x, group.tiles) for x in (band_out, band_lse))
-                merge_(*tiles_of, *parts)
+                tile_out, tile_lse = (query_tiles(x, group.tiles) for x in (band_out, band_lse))
+                merge_(tile_out, tile_lse, *parts)
             for whole, part in ((out, band_out), (lse, band_lse)):
                 target = whole[item, own.start * width : own.stop * width]
                 target.unflatten(0, (-1, width)).copy_(part[:width].transpose(0, 1))
