@@ -43,19 +43,21 @@ def _forward(
     bias: torch.Tensor,
     geometry: Geometry,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    assert not len(bias), "not built yet"
     query, key, value = channels_contiguous(query, key, value)
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
+    why_not = why_not_compiled(query, geometry.height, geometry.width)
+    _announce(why_not)
+    if why_not is None:
+        attend_compiled(query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
+        return out, lse
+    assert not len(bias), "not built yet"
     dense_key, dense_value = (
         torch.cat([x[:, : geometry.text_length], pooled], dim=1)
         for x, pooled in ((key, pooled_key), (value, pooled_value))
     )
-    why_not = why_not_compiled(query, geometry.height, geometry.width)
-    _announce(why_not)
-    run = attend_compiled if why_not is None else _attend_in_bands
-    run(query, key, value, dense_key, dense_value, out, lse, geometry)
+    _attend_in_bands(query, key, value, dense_key, dense_value, out, lse, geometry)
     return out, lse
 
 
