@@ -18,7 +18,7 @@ from ..merge import merge_
 from ..opaque import Geometry, attention_op, channels_contiguous
 from ..window import Window
 from .backward import backward_in_bands
-from .lists import by_lists, executed_tile_pairs, keys_of_tiles
+from .lists import executed_tile_pairs, keys_of_tiles
 from .native import forward
 from .native.forward import attend_compiled, why_not_compiled
 from .partial import attend, attend_all, compute_dtype
@@ -37,8 +37,7 @@ logger = logging.getLogger(__name__)
 
 def executed_pairs(query: torch.Tensor, window: Window) -> int:
     """(query, key) pairs computed for a head, masked ones too; see `attended_pairs`."""
-    plain = not (window.far_levels or window.key_rows or window.pooled_weight == "count")
-    if _why_not_compiled(query, window.height, window.width, plain) is not None:
+    if why_not_compiled(query, window.height, window.width) is not None:
         return executed_tile_pairs(window)
     return forward.executed_pairs(window, query.shape[-1])
 
@@ -56,23 +55,11 @@ def _forward(
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
-    plain = not (by_lists(geometry) or len(bias))
-    why_not = _why_not_compiled(query, geometry.height, geometry.width, plain)
+    why_not = why_not_compiled(query, geometry.height, geometry.width)
     _announce(why_not)
-    if why_not is None:
-        dense_key, dense_value = (
-            dense_keys(*pair, geometry) for pair in ((key, pooled_key), (value, pooled_value))
-        )
-        attend_compiled(query, key, value, dense_key, dense_value, out, lse, geometry)
-    else:
-        _attend_in_bands(query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
+    run = attend_compiled if why_not is None else _attend_in_bands
+    run(query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
     return out, lse
-
-
-def _why_not_compiled(query: torch.Tensor, height: int, width: int, plain: bool) -> str | None:
-    if not plain:
-        return "takes neither far keys nor weights of pooled keys"
-    return why_not_compiled(query, height, width)
 
 
 @functools.cache
