@@ -20,16 +20,25 @@ from ..window import Window
 from .backward import backward_in_bands
 from .native import forward
 from .native.forward import attend_compiled, why_not_compiled
+from .lists import keys_of_tiles
 from .partial import attend, attend_all, compute_dtype
 from .tiles import bands, executed_tile_pairs, tile_columns
-from .views import Masks, column_major, heads_first, key_tiles, query_tiles, tokens_first
+from .views import (
+    column_major,
+    dense_bias,
+    dense_keys,
+    heads_first,
+    query_tiles,
+    tokens_first,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def executed_pairs(query: torch.Tensor, window: Window) -> int:
     """(query, key) pairs computed for a head, masked ones too; see `attended_pairs`."""
-    if why_not_compiled(query, window.height, window.width) is not None:
+    plain = not (window.far_levels or window.key_rows or window.pooled_weight == "count")
+    if _why_not_compiled(query, window.height, window.width, plain) is not None:
         return executed_tile_pairs(window)
     return forward.executed_pairs(window, query.shape[-1])
 
@@ -43,20 +52,25 @@ def _forward(
     bias: torch.Tensor,
     geometry: Geometry,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    assert not len(bias), "not built yet"
     query, key, value = channels_contiguous(query, key, value)
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
-    dense_key, dense_value = (
-        torch.cat([x[:, : geometry.text_length], pooled], dim=1)
-        for x, pooled in ((key, pooled_key), (value, pooled_value))
-    )
-    why_not = why_not_compiled(query, geometry.height, geometry.width)
+    plain = not (geometry.far_levels or geometry.key_rows or len(bias))
+    why_not = _why_not_compiled(query, geometry.height, geometry.width, plain)
     _announce(why_not)
-    run = attend_compiled if why_not is None else _attend_in_bands
-    run(query, key, value, dense_key, dense_value, out, lse, geometry)
+    if why_not is None:
+        dense = (dense_keys(*pair, geometry) for pair in ((key, pooled_key), (value, pooled_value)))
+        attend_compiled(query, key, value, *dense, out, lse, geometry)
+    else:
+        _attend_in_bands(query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
     return out, lse
+
+
+def _why_not_compiled(query: torch.Tensor, height: int, width: int, plain: bool) -> str | None:
+    if not plain:
+        return "takes neither far keys nor weights of pooled keys"
+    return why_not_compiled(query, height, width)
 
 
 @functools.cache
@@ -71,15 +85,20 @@ def _attend_in_bands(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    dense_key: torch.Tensor,
-    dense_value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    bias: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     geometry: Geometry,
 ) -> None:
-    """`attend_compiled` by PyTorch's operators, on any device and in any dtype."""
+    """What `attention_op` asks for, into `out` and `lse`, on any device and in any dtype."""
     height, width, text_length, radius, scale, query_start, query_stop, *_ = geometry
     text_queries = query.shape[1] - geometry.image_queries
+    dense_key, dense_value = (
+        dense_keys(*pair, geometry).transpose(1, 2)
+        for pair in ((key, pooled_key), (value, pooled_value))
+    )
     if text_queries:
         parts = attend_all(query[:, :text_queries], key, value, scale)
         for whole, part in zip((out, lse), parts, strict=True):
@@ -87,37 +106,37 @@ def _attend_in_bands(
     query, out, lse = (x[:, text_queries:] for x in (query, out, lse))
     key, value = key[:, text_length:], value[:, text_length:]
     dtype = compute_dtype(query.dtype, query.device)
-    columns = tile_columns(width, radius)
-    masks = Masks(columns, radius, dtype, query.device)
-    key_columns = {"columns": columns.key_width, "padding": columns.padding}
-    dense_key, dense_value = (x.transpose(1, 2).to(dtype) for x in (dense_key, dense_value))
+    dense_key, dense_value = dense_key.to(dtype), dense_value.to(dtype)
+    dense_mask = dense_bias(bias, geometry, lse.dtype)
+    keys = keys_of_tiles(geometry, bias, query.shape[2:].numel(), lse.dtype)
+    query_width = tile_columns(width, radius).query_width
 
     for item in range(query.shape[0]):
         q, k, v = query[item], key[item], value[item]
         dense = (dense_key[item : item + 1], dense_value[item : item + 1])
         for band in bands(height, radius, range(query_start, query_stop)):
-            reach = slice(band.key_start, band.key_stop)
             own = slice(band.start - query_start, band.stop - query_start)  # rows of queries
-            q_band = column_major(q, width, own, dtype, columns.query_width)
-            k_band = column_major(k, width, reach, dtype, **key_columns)
-            v_band = column_major(v, width, reach, dtype, **key_columns)
+            q_band = column_major(q, width, own, dtype, query_width)
+            k_band = keys.copy(k, pooled_key[item], band, dtype)
+            v_band = keys.copy(v, pooled_value[item], band, dtype)
             if dense_key.shape[2]:
-                parts = attend(heads_first(q_band.flatten(0, 1)), *dense, scale)
+                parts = attend(heads_first(q_band.flatten(0, 1)), *dense, scale, dense_mask)
                 band_out, band_lse = (
                     tokens_first(part).contiguous().unflatten(0, q_band.shape[:2]) for part in parts
                 )
             else:
                 band_out = torch.zeros_like(q_band, dtype=lse.dtype)
                 band_lse = torch.full_like(band_out[..., 0], float("-inf"))
-            for tiles, mask in masks(band):
+            for group in keys.groups(band):
                 parts = attend(
-                    query_tiles(q_band, tiles),
-                    key_tiles(k_band, columns, tiles),
-                    key_tiles(v_band, columns, tiles),
+                    query_tiles(q_band, group.tiles),
+                    keys.take(k_band, group),
+                    keys.take(v_band, group),
                     scale,
-                    mask,
+                    group.mask,
                 )
-                merge_(query_tiles(band_out, tiles), query_tiles(band_lse, tiles), *parts)
+                tiles_of = (query_tiles(x, group.tiles) for x in (band_out, band_lse))
+                merge_(*tiles_of, *parts)
             for whole, part in ((out, band_out), (lse, band_lse)):
                 target = whole[item, own.start * width : own.stop * width]
                 target.unflatten(0, (-1, width)).copy_(part[:width].transpose(0, 1))

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
-from support.agreement import WIDE, check, forward_and_gradients, inputs, problem, problems
+from support.agreement import FAR, WIDE, check, forward_and_gradients, inputs, problem, problems
 from support.compiled import switch_off
 from support.oracle import attention_by_definition, mask_by_definition
 from support.slow import slow, slow_but
@@ -55,7 +55,22 @@ thorough = settings(
 @example(case=problem(Window(8, 24, 1, 9, 2), batch=3, head_dim=128))
 @example(case=problem(WIDE))
 @example(case=problem(Window(26, 70, 0, 6), batch=1))
+@example(case=problem(Window(14, 19, 3, 4, 4, pooled_weight="count")))
 def test_implementation_is_the_definition(monkeypatch, impl, dtype, case):
+    if impl == OPERATORS:
+        switch_off(monkeypatch)
+        impl = "tiled"
+    check(run_impl(impl, case["window"]), case, dtype)
+
+
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.float32), ids=str)
+@pytest.mark.parametrize("impl", ["reference", OPERATORS])
+@settings(thorough, max_examples=12)
+@given(case=problems(far=True))
+@example(case=problem(FAR))
+@example(case=problem(Window(18, 41, 0, 2, far_levels=10), batch=1, head_dim=64))
+@example(case=problem(Window(9, 14, 3, 17, far_levels=3)))
+def test_far_keys_are_the_definition(monkeypatch, impl, dtype, case):
     if impl == OPERATORS:
         switch_off(monkeypatch)
         impl = "tiled"
