@@ -44,6 +44,12 @@ def doubled_centres(
     return first + (first + 2**level).clamp(max=length) - 1
 
 
+def _doubled_centres(length: int, level: int) -> np.ndarray:
+    """The same as int64 of NumPy, also where torch makes fake tensors."""
+    first = np.arange(cell_count(length, level)) * 2**level
+    return first + np.minimum(first + 2**level, length) - 1
+
+
 def tokens_of_cells(
     length: int, level: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
@@ -137,7 +143,7 @@ def rows_in_reach(height: int, radius: int, levels: int, level: int, rows: range
         return range(cell_count(height, level))
     around = level + 1 if levels else 0
     reach2 = doubled_reach2(radius, around or 1)
-    centres = doubled_centres(height, around).numpy()
+    centres = _doubled_centres(height, around)
     distance = np.maximum(2 * rows.start - centres, centres - 2 * (rows.stop - 1)).clip(0)
     near = np.flatnonzero(distance**2 < reach2)
     step = 2 if levels else 1
@@ -177,7 +183,7 @@ def looked_into(
         (height, rows, given),
         (width, range(width), (0, cell_count(width, level - 1 if children else level))),
     ):
-        centres = doubled_centres(length, level).numpy().astype(np.int64)
+        centres = _doubled_centres(length, level)
         first = np.arange(len(centres)) * (2 if children else 1)
         last = first + (2 if children else 1)
         weights = np.clip(np.minimum(last, wanted[1]) - np.maximum(first, wanted[0]), 0, None)

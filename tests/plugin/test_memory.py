@@ -1,5 +1,7 @@
 """What saves memory: gradient checkpointing and offloading, from the CPU to itself or to disk."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -85,16 +87,17 @@ def leaves_on_disk(model, folder):
 WAYS = [sequential, blocks, leaves, blocks_on_disk, leaves_on_disk]
 
 
+# What was learned of far keys goes with CLEAR.
 @pytest.mark.parametrize("offload", WAYS)
-@pytest.mark.parametrize("clear_first", [True, False])
-@pytest.mark.parametrize("pooling", ["none", "pooled", "far", "learned"])
+@pytest.mark.parametrize(
+    ("clear_first", "pooling"),
+    [*product((True, False), ("none", "pooled", "far")), (True, "learned")],
+)
 def test_offloading(tiny_transformer, tiny_inputs, tmp_path, offload, clear_first, pooling):
     model, inputs = tiny_transformer(), tiny_inputs(4, 6)
     settings = {"none": {"far": False}, "pooled": {"down_factor": 2}}.get(pooling, {})
     apply_clear(model, radius=2, **settings)
     if pooling == "learned":
-        if not clear_first:
-            pytest.skip("what was learned goes with CLEAR")
         make_far_trainable(model)
         for weight in pooling_by_key(model).values():
             weight.data.uniform_(0, 0.5)
