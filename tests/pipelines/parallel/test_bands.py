@@ -163,6 +163,9 @@ def test_what_is_refused(fake_ranks, tiny_pipeline, tiny_transformer, tiny_input
     apply_clear(model, radius=2)
     with pytest.raises(ValueError, match=r"patch parallel has no backward pass; use torch.no_grad"):
         model(**inputs)
+    apply_clear(model, radius=2, down_factor=2, pooled_weight="count")
+    with pytest.raises(ValueError, match="does not share pooled keys that weigh as their tokens"):
+        model(**inputs)
     patches.remove()
     with torch.no_grad():
         assert model(**inputs).sample.shape == (1, 30, 4)
