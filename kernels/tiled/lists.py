@@ -96,7 +96,10 @@ class KeyLists:
         few = geometry.image_queries * geometry.radius**2 <= REMEMBERED
         find = _remembered_lists if few else find_lists
         shape = geometry._replace(scale=0.0, text_length=0)
-        self._lists = lambda band: find(shape, band.start, band.stop, dtype, bias.device)
+        # Asked for several times for a band before the next one.
+        self._lists = functools.lru_cache(maxsize=1)(
+            lambda band: find(shape, band.start, band.stop, dtype, bias.device)
+        )
 
     def copy(
         self, image: torch.Tensor, pooled: torch.Tensor, band: Band, dtype: torch.dtype
