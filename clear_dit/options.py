@@ -35,9 +35,7 @@ Far = Annotated[
     ),
 ]
 # Of commands that have no weights to go by.
-WithFar = Annotated[
-    bool, typer.Option("--far", help="With far keys, which see the whole image.")
-]
+WithFar = Annotated[bool, typer.Option("--far", help="With far keys, which see the whole image.")]
 Weights = Annotated[
     str,
     typer.Option(

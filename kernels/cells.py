@@ -151,6 +151,14 @@ def rows_in_reach(height: int, radius: int, levels: int, level: int, rows: range
     return range(step * int(near[0]), stop)
 
 
+def levels_needed(height: int, width: int, radius: int) -> int:
+    """The coarsest level of which some query of an image may see a cell, at least 1."""
+    level = 1
+    while doubled_reach2(radius, level + 1) <= 4 * (height**2 + width**2):
+        level += 1
+    return level
+
+
 def looked_into(
     height: int,
     width: int,

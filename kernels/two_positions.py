@@ -121,22 +121,51 @@ def _image_with_far_keys(
     value: torch.Tensor,
     window: Window,
     *,
+    spatial_weight: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The image's queries, whose near tokens are scored by `near`."""
+    text, (query, key) = window.text_length, far
+    return attend_near_and_far(
+        near[0][:, text:], (near[1][:, text:], value[:, text:]),
+        query[:, text:], (key[:, :text], value[:, :text]),
+        pooled_keys(key, value, window, spatial_weight),
+        window, **options,
+    )  # fmt: skip
+
+
+def attend_near_and_far(
+    near_query: torch.Tensor,
+    tokens: tuple[torch.Tensor, torch.Tensor],
+    far_query: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor],
+    cells: tuple[torch.Tensor, torch.Tensor],
+    window: Window,
+    *,
     scale: float,
     impl: str,
-    spatial_weight: torch.Tensor | None = None,
     far_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The image's queries, whose near tokens are scored by `near`; the cells by `far`."""
-    text = window.text_length
+    """Image queries under far keys: near tokens by one query, text and cells by another.
+
+    Args:
+        near_query, far_query: (batch, queries, heads, head_dim), the window's image queries.
+        tokens: key and value of the image's tokens that are given, rotated as `near_query`.
+        text, cells: the same of the text, and of the cells that are given, as `far_query`.
+        window: with far keys.
+        scale, impl, far_offset: as in `local_attention`.
+
+    Returns:
+        Shape of the query, float32 or wider.
+    """
+    none = tokens[0][:, :0]
     image, lse = local_attention(
-        near[0][:, text:], near[1][:, text:], value[:, text:], window.near_part,
-        pooled=(value[:, :0], value[:, :0]), scale=scale, impl=impl, return_lse=True,
+        near_query, *tokens, window.near_part,
+        pooled=(none, none), scale=scale, impl=impl, return_lse=True,
     )  # fmt: skip
-    query, key = far
     others = local_attention(
-        query[:, text:], key[:, :text], value[:, :text], window.far_part,
-        pooled=pooled_keys(key, value, window, spatial_weight), far_offset=far_offset,
-        scale=scale, impl=impl, return_lse=True,
+        far_query, *text, window.far_part,
+        pooled=cells, far_offset=far_offset, scale=scale, impl=impl, return_lse=True,
     )  # fmt: skip
     image = image.to(lse.dtype)
     merge_(image, lse, *others)

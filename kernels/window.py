@@ -189,6 +189,11 @@ class Window:
         return min(self.radius, self.height + self.width)
 
     @property
+    def reach(self) -> int:
+        """Rows above and below an image query in which there may be tokens that it sees."""
+        return self.disc_radius if self.far_levels else self.disc_radius - 1
+
+    @property
     def image_length(self) -> int:
         """Number of image tokens."""
         return self.height * self.width
@@ -270,7 +275,7 @@ class Window:
 
     def _part(self, text_length: int, of_tokens: bool) -> Window:
         rows = tuple(
-            (0, cell_count(self.height, level) if (level == 0) == of_tokens else 0)
+            self.given_rows(level) if (level == 0) == of_tokens else (0, 0)
             for level in range(self.far_levels + 1)
         )
         return replace(

@@ -84,9 +84,9 @@ def add_api(actions: Actions) -> None:
 
         A client that goes away loses nothing: the image is in its history.
         """
-        window = (attention, radius, down_factor, far)
-        settings = (steps, guidance, seed, model, image)
-        job = submit(request, prompt, width, height, *window, *settings)["id"]
+        window = (width, height, attention, radius, down_factor, far)
+        found = submit(request, prompt, *window, steps, guidance, seed, model, image)
+        job = found["id"]
         async for found in actions.follow(job, who_asks(request)):
             yield _public(found)
 

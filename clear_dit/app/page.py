@@ -148,11 +148,12 @@ def make_page(actions: Actions) -> gr.Blocks:
             ]
 
         def submit(request: gr.Request, *values: Any) -> str:
-            *before, chosen, steps, guidance, seed, model, upload = values
-            if chosen not in VARIANTS:
+            *fields, upload = values
+            place = entered.index(variant)
+            if fields[place] not in VARIANTS:
                 raise refusal(f"Variant must be one of {', '.join(VARIANTS)}.")
-            entry = Entry(*before, *VARIANTS[chosen], steps, guidance, seed, model)
-            return actions.submit(entry, upload or "", "uploaded", who_asks(request))
+            fields[place : place + 1] = VARIANTS[fields[place]]  # two fields of an entry
+            return actions.submit(Entry(*fields), upload or "", "uploaded", who_asks(request))
 
         def look(name: str, before: markup.Status | None, request: gr.Request) -> list[Any]:
             """What is new since the page was last told.

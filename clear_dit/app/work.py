@@ -91,9 +91,7 @@ class WorkPlanner:
                     scheduler, steps, stage.height, stage.width, strength=stage.strength
                 )
                 steps = len(sigmas)
-            of_pass = self._flops_of_pass(
-                stage.height, stage.width, request, far, stage.attention
-            )
+            of_pass = self._flops_of_pass(stage.height, stage.width, request, far, stage.attention)
             planned.append(
                 StageWork(
                     stage.height, stage.width, stage.attention, steps, steps * passes * of_pass

@@ -67,9 +67,7 @@ def plan_training(
             down_factor out of its range.
     """
     configuration = find_configuration(model)
-    window = find_window(
-        height, width, radius, down_factor, configuration.text_length, far=far
-    )
+    window = find_window(height, width, radius, down_factor, configuration.text_length, far=far)
     rows = []
     for lora in (None, LORA_RANK):
         step = _measure_step(configuration.transformer, window, batch, lora)

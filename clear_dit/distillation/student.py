@@ -1,5 +1,5 @@
-"""What is trained: the image stream's projections, and the weights of pooled and far keys; or a LoRA
-on the former.
+"""What is trained: the image stream's projections and what is learned of pooled and far keys, or a
+LoRA on the former.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def make_report(
 
     Returns:
         settings {model, prompts, count, height, width, steps, guidance, seed, dtype, device},
-        rows [{label, kind, radius, down_factor, far, weights, folder, impl, gflop_per_layer, and the
-        metrics' values, null where they have none}], metrics [names, in the table's order],
+        rows [{label, kind, radius, down_factor, far, weights, folder, impl, gflop_per_layer, and
+        the metrics' values, null where they have none}], metrics [names, in the table's order],
         left_out {metric: reason}, distilled_against_untuned, version.
     """
     generation = request.generation

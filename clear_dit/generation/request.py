@@ -73,9 +73,7 @@ class GenerateRequest:
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; describe an image.")
         model_path(self.model)
-        find_window(
-            self.height, self.width, self.radius, self.down_factor, far=self.far is True
-        )
+        find_window(self.height, self.width, self.radius, self.down_factor, far=self.far is True)
         if self.attention not in ("clear", "full"):
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
         if self.attention == "full" and self.weights not in (None, AUTO):

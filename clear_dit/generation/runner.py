@@ -115,8 +115,8 @@ class PipelineRunner:
         Returns:
             out, height, width (pixels), tokens (of the image), impl (the attention that ran: an
             implementation of local attention, or "full"), far (whether with far keys), weights
-            (the name of the CLEAR weights, None for the model's own), ranks (their number), seconds {total, text, denoise, decode},
-            peak_memory_mb (of this image, in this process).
+            (the name of the CLEAR weights, None for the model's own), ranks (their number),
+            seconds {total, text, denoise, decode}, peak_memory_mb (of this image, in this process).
 
         Raises:
             Stopped: `should_stop` returned True.

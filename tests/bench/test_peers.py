@@ -15,9 +15,9 @@ from clear_dit.bench.attention import Problem, bench_attention, sampled_error
 from clear_dit.bench.peers import (
     PEERS,
     _tiled_mask,
-    sees_window,
     sees_everything,
     sees_square,
+    sees_window,
     tile_order,
     tiled_flex_attention,
 )

@@ -124,7 +124,11 @@ def test_an_adapter_with_far_keys_is_what_apply_clear_reads(run, tmp_path):
         processor.far_offset, weights["transformer_blocks.1.attn.processor.far_offset"]
     )
     card = (tmp_path / "run" / "README.md").read_text()
-    for part in ("radius 2 tokens, with far keys", "far keys' pooling weights", "far=True, weights="):
+    for part in (
+        "radius 2 tokens, with far keys",
+        "far keys' pooling weights",
+        "far=True, weights=",
+    ):
         assert part in card
 
 

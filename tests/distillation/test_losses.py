@@ -48,7 +48,7 @@ def forward_by_hand(processor_class, layers, inputs, state=None, **settings):
         block.set_processor(recording(processor_class, attention[i])(**settings))
     if learned:  # of far keys, each layer's own
         for name, attn in attention_layers(model).items():
-            if attn.processor is model.transformer_blocks[0].attn.processor:
+            if type(attn.processor) is processor_class:
                 attn.set_processor(processor_class(**settings))
             attn.processor.far_weight, attn.processor.far_offset = (
                 torch.nn.Parameter(learned[f"{name}.processor.far_{kind}"])

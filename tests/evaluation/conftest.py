@@ -6,7 +6,8 @@ from support.command_line import run
 
 from clear_dit import apply_clear, save_clear_weights
 from clear_dit.generation.models import load_pipeline
-from clear_dit.weights.format import parameters_by_key
+from clear_dit.weights.format import parameters_by_key, pooling_by_key
+from clear_dit.weights.learned import make_far_trainable
 
 SMALL = ("--height", 64, "--width", 64, "--steps", 2, "--guidance", 1.5)
 
@@ -20,11 +21,25 @@ def pipe():
 def weights(tmp_path_factory):
     """CLEAR weights of the demo for radius 2, a little off its own."""
     pipe = load_pipeline("demo", torch.float32, torch.device("cpu"))
-    apply_clear(pipe, radius=2)
+    apply_clear(pipe, radius=2, far=False)
     torch.manual_seed(0)
     for parameter in parameters_by_key(pipe.transformer).values():
         parameter.data += 0.01 * torch.randn_like(parameter)
     path = tmp_path_factory.mktemp("weights") / "tuned.safetensors"
+    save_clear_weights(pipe, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def far_weights(tmp_path_factory):
+    """CLEAR weights of the demo for radius 2 with far keys, which they learned something of."""
+    pipe = load_pipeline("demo", torch.float32, torch.device("cpu"))
+    apply_clear(pipe, radius=2, far=True)
+    make_far_trainable(pipe.transformer)
+    torch.manual_seed(0)
+    for parameter in pooling_by_key(pipe.transformer).values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("weights") / "far.safetensors"
     save_clear_weights(pipe, path)
     return path
 

@@ -37,7 +37,7 @@ def images_of(out):
 def finished(tmp_path_factory, evaluate, weights):
     """A whole evaluation of the teacher, untuned r=2 and r=3, and weights for r=2."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert evaluate(out, "--batch", 1, "--radius", 3, "--weights", weights) == 0
+    assert evaluate(out, "--batch", 1, "--radius", 3, "--no-far", "--weights", weights) == 0
     return out
 
 
@@ -61,6 +61,30 @@ def test_rows_are_teacher_untuned_and_distilled(finished, weights):
     assert wide["psnr"] > narrow["psnr"]
     ratios = report["distilled_against_untuned"]["CLEAR r=2, distilled"]
     assert ratios["psnr"] == pytest.approx(tuned["psnr"] / narrow["psnr"], abs=1e-4)
+
+
+def test_far_keys_beside_local_attention_in_one_table(tmp_path, evaluate, weights, far_weights):
+    out = tmp_path / "out"
+    more = ("--weights", weights, "--weights", far_weights, "--metrics", "psnr,output_mse")
+    assert evaluate(out, "--radius", 3, *more, count=2) == 0
+    report = report_of(out)
+    _, wide, local, local_tuned, far, far_tuned = report["rows"]
+    assert [row["label"] for row in report["rows"][1:]] == [
+        *("CLEAR r=3 far, untuned", "CLEAR r=2, untuned", "CLEAR r=2, distilled"),
+        *("CLEAR r=2 far, untuned", "CLEAR r=2 far, distilled"),
+    ]
+    assert [row["far"] for row in report["rows"]] == [False, True, False, False, True, True]
+    # Nearer to full attention, by the keys that the FLOPs count too.
+    assert wide["output_mse"] < far["output_mse"] < local["output_mse"]
+    pairs = Window(4, 4, 64, 2, far_levels=10).attended_pairs()
+    assert far["gflop_per_layer"] == pytest.approx(4 * pairs * 3 * 64 / 1e9, abs=1e-6)
+    assert far["gflop_per_layer"] > local["gflop_per_layer"]
+    # What was learned of far keys counts: the projections alone are as in the local weights.
+    assert far_tuned["output_mse"] not in (far["output_mse"], local_tuned["output_mse"])
+    assert far["folder"] == "r2-far"
+    settings = read_settings(out / "images" / far_tuned["folder"] / "00000.png")
+    assert (settings["radius"], settings["far"]) == (2, True)
+    assert "| CLEAR r=2 far, distilled |" in (out / "report.md").read_text()
 
 
 def test_flops_are_the_windows(finished):
@@ -111,7 +135,7 @@ def test_files_are_whole_and_say_what_they_are(finished, weights):
 
 def test_a_second_run_generates_nothing_and_finds_the_same(finished, evaluate, weights, capsys):
     before = report_of(finished)
-    arguments = ("--radius", 3, "--weights", weights, "--batch", 2, "--json")
+    arguments = ("--radius", 3, "--no-far", "--weights", weights, "--batch", 2, "--json")
     assert evaluate(finished, *arguments) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["generated"] == 0
     after = report_of(finished)
@@ -133,8 +157,8 @@ def test_images_are_used_again_only_if_all_settings_match(tmp_path, evaluate, ca
     assert last_generated(capsys) == 6
     assert evaluate(tmp_path, *arguments, "--seed", 1, "--steps", 1) == 0
     assert last_generated(capsys) == 6
-    (tmp_path / "images" / "r2" / "00001.png").write_bytes(
-        (tmp_path / "images" / "r2" / "00001.png").read_bytes()[:900]
+    (tmp_path / "images" / "r2-far" / "00001.png").write_bytes(
+        (tmp_path / "images" / "r2-far" / "00001.png").read_bytes()[:900]
     )
     (tmp_path / "images" / "full" / "00000.safetensors").write_bytes(b"cut")
     (tmp_path / "images" / "full" / "00002.png").unlink()
@@ -203,6 +227,7 @@ def test_a_lora_is_weights_too(tmp_path, evaluate, lora):
         (("--height", 100), "--height must be a multiple of 16"),
         (("--radius", 0), "radius must be at least 1"),
         (("--radius", 2, "--down-factor", 5), "down_factor must not exceed the token grid"),
+        (("--radius", 2, "--far", "--down-factor", 2), "--far and --down-factor 2 exclude each"),
         (("--seed", 2**63 - 1), "the last image's seed must be below 2^63"),
         (("--model", "missing"), "--model must be 'demo', a folder"),
         (("--prompts", "missing.txt"), "missing.txt: there is no such file"),
@@ -270,8 +295,9 @@ def test_killed_and_resumed_nothing_is_lost_and_nothing_twice(
     tmp_path, finished, evaluate, weights, survivors, capsys
 ):
     out = tmp_path / "out"
-    more = ("--count", 3, "--out", out, "--batch", 1, "--radius", 3, "--weights", weights, "--json")
-    command = [sys.executable, "-m", "clear_dit", "evaluate", *map(str, (*SMALL, *more))]
+    more = ("--radius", 3, "--no-far", "--weights", weights, "--batch", 1, "--json")
+    arguments = (*SMALL, "--count", 3, "--out", out, *more)
+    command = [sys.executable, "-m", "clear_dit", "evaluate", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
@@ -289,7 +315,7 @@ def test_killed_and_resumed_nothing_is_lost_and_nothing_twice(
         with Image.open(path) as image:
             image.load()
     (out / "images" / "full" / f"{TEMPORARY_PREFIX}left.png").write_bytes(b"half")
-    assert evaluate(out, "--batch", 1, "--radius", 3, "--weights", weights, "--json") == 0
+    assert evaluate(out, *more) == 0
     assert last_generated(capsys) == 12 - len(kept)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not list(out.rglob(f"{TEMPORARY_PREFIX}*"))
@@ -316,6 +342,6 @@ def test_the_kept_prediction_error_answers_its_own_question_only(tmp_path, evalu
     assert len(calls) == 2
     assert evaluate(tmp_path, *arguments, count=2) == 0
     assert len(calls) == 4
-    (tmp_path / "images" / "r2" / "output_mse.json").write_text("{")
+    (tmp_path / "images" / "r2-far" / "output_mse.json").write_text("{")
     assert evaluate(tmp_path, *arguments, count=2) == 0
     assert len(calls) == 6

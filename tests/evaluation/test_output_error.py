@@ -78,9 +78,9 @@ def test_the_pipeline_is_as_before(request, pipe, kind, points):
     untuned = fingerprint(pipe)
     evaluation = make_evaluate_request("demo", "demo", 1, radii=[2], height=64, width=96)
     texts, found = TextCache(pipe), []
-    check_weights(pipe, (Variant("", "", 2, 1, weights),))
+    check_weights(pipe, (Variant("", "", 2, weights=weights),))
     for path in (weights, None):
-        with attention_of(pipe, Variant("", "", 2, 1, path)) as impl:
+        with attention_of(pipe, Variant("", "", 2, weights=path)) as impl:
             assert impl == "tiled"
             assert (fingerprint(pipe) == untuned) is (path is None)
             found.append(predict(pipe, evaluation, points[0], texts))

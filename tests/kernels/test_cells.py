@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from support.oracle import far_cells, far_mask_by_definition, far_means_by_definition
 
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.pooling import pool_cells, pooled_bias
+from clear_dit.kernels.cells import levels_needed
+from clear_dit.kernels.pooling import pool_cell_rows, pool_cells, pooled_bias
 from clear_dit.kernels.window import Window
 
 quick = settings(deadline=None, max_examples=40)
@@ -133,6 +135,38 @@ def test_cells_are_means(window, weighted):
     ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (pooled, expected))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@quick
+@given(windows, st.booleans(), st.data())
+def test_parts_of_cells_add_up(window, weighted, data):
+    """Bands that begin anywhere, at odd rows too: what they contribute is the cells."""
+    height, width, levels = window.height, window.width, window.far_levels
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, height * width, 2, 3, generator=generator)
+    weight = torch.rand(levels + 1, 2, 2, generator=generator) if weighted else None
+    cuts = data.draw(st.sets(st.integers(0, height)))
+    edges = sorted({0, height, *cuts})
+    ends = [-(-height // 2**level) for level in range(1, levels + 1)]
+    whole = [torch.zeros(2, end, -(-width // 2 ** (n + 1)), 2, 3) for n, end in enumerate(ends)]
+    for start, stop in pairwise(edges):
+        rows = image[:, start * width : stop * width]
+        parts = pool_cell_rows(rows, weight, height, width, levels, range(start, stop))
+        for level, (cells, part) in enumerate(zip(whole, parts, strict=True), 1):
+            cells[:, start // 2**level : -(-stop // 2**level)] += part
+    expected = pool_cells(image, weight, height, width, levels)
+    torch.testing.assert_close(torch.cat([cells.flatten(1, 2) for cells in whole], 1), expected)
+
+
+@quick
+@given(windows)
+@example(Window(16, 1, 0, 16, far_levels=7))
+@example(Window(12, 12, 0, 4, far_levels=7))
+def test_coarser_levels_than_needed_are_seen_by_nobody(window):
+    needed = levels_needed(window.height, window.width, window.disc_radius)
+    assert not any(window.far_pairs()[needed + 1 :])
+    diagonal2 = window.height**2 + window.width**2
+    assert needed == 1 or (window.disc_radius * 2 ** (needed - 1)) ** 2 <= diagonal2
 
 
 def test_more_levels_than_the_grid_needs_change_nothing():

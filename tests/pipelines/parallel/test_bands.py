@@ -7,9 +7,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clear_dit import CLEARFluxPipeline, apply_clear
+from clear_dit.kernels.cells import levels_needed
+from clear_dit.kernels.window import Window
 from clear_dit.pipelines.parallel.bands import QUERY_ROWS, Bands, common
 from clear_dit.pipelines.parallel.exchange import HaloRows, MergedText, Traffic
 from clear_dit.pipelines.parallel.patch_parallel import PatchParallel, _Steps, parallelize
+from clear_dit.pipelines.parallel.pooled import CellBands, FarCells
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,29 @@ def test_bytes_at_8k_are_at_most_a_sixth_of_ulysses(fake_ranks, rank):
     assert traffic.per_layer() <= ulysses / 6
 
 
+def sent_of_far_keys(group, rank, world, rows):
+    """Bytes, one head of 8 channels in bfloat16, radius 2, of an image 8 tokens wide."""
+    window = Window(rows, 8, 0, 2, far_levels=levels_needed(rows, 8, 2))
+    bands, traffic = Bands(rows, world, rank, window.reach), Traffic()
+    cells = [CellBands.of(window, bands, 1 + n) for n in range(window.far_levels)]
+    own = torch.empty(1, len(bands.own) * 8, 1, 8, dtype=torch.bfloat16)
+    key, _ = FarCells(own, own, None, window, bands, cells, group, traffic).wait()
+    seen = [window.rows_in_reach(1 + n, bands.own) for n in range(window.far_levels)]
+    assert key.shape[1] == sum(len(one) * -(-8 // 2 ** (1 + n)) for n, one in enumerate(seen))
+    return traffic.sent["far"]
+
+
+@pytest.mark.parametrize("world", [4, 8, 16, 32])
+def test_far_keys_of_a_tall_image_are_not_gathered(fake_ranks, world):
+    """A rank in the middle of 1024 rows sends little, however many there are."""
+    rows, rank = 1024, world // 2
+    sent = sent_of_far_keys(fake_ranks(rank, world), rank, world, rows)
+    cells = sum((rows // 2**level) * max(1, 8 // 2**level) for level in range(1, 10))
+    gathered = cells * 2 * 8 * 2 * (world - 1) / world
+    print(f"{world} ranks: {sent / gathered:.3f} of an all-gather")
+    assert 0 < sent < gathered / 20
+
+
 def test_steps_are_counted_by_their_timesteps():
     steps = _Steps()
     seen = []
@@ -136,6 +162,9 @@ def test_what_is_refused(fake_ranks, tiny_pipeline, tiny_transformer, tiny_input
         model(**inputs)
     apply_clear(model, radius=2)
     with pytest.raises(ValueError, match=r"patch parallel has no backward pass; use torch.no_grad"):
+        model(**inputs)
+    apply_clear(model, radius=2, down_factor=2, pooled_weight="count")
+    with pytest.raises(ValueError, match="does not share pooled keys that weigh as their tokens"):
         model(**inputs)
     patches.remove()
     with torch.no_grad():
