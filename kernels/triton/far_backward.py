@@ -252,18 +252,19 @@ def far_attention_backward(
     grads = gradients_of(query, key, value, pooled_key, pooled_value, bias)
     grad_query, grad_key, grad_value, grad_pooled_key, grad_pooled_value, grad_bias = grads
     walked = prepare(grad, query, key, value, out, lse, geometry)
-    _walk_lists(walked, pooled_key, pooled_value, bias, grad_query, config.query)
+    _walk_lists(walked, pooled_key, pooled_value, bias, grad_query, config.far_query)
     first = first_keys(geometry)
     _walk_level(
         walked, 0, bias, [key[:, text_length:], value[:, text_length:]],
-        [grad_key[:, text_length:], grad_value[:, text_length:]], grad_bias, config.key, programs,
+        [grad_key[:, text_length:], grad_value[:, text_length:]], grad_bias,
+        config.far_key, programs,
     )  # fmt: skip
     for level in range(1, geometry.far_levels + 1):
         cells = slice(first[level] - first[1], first[level + 1] - first[1])
         _walk_level(
             walked, level, bias[cells], [pooled_key[:, cells], pooled_value[:, cells]],
             [grad_pooled_key[:, cells], grad_pooled_value[:, cells]], grad_bias[cells],
-            config.key, programs,
+            config.far_key, programs,
         )  # fmt: skip
     text_gradients(walked, config, programs, grads[:3])
     return grads

@@ -83,17 +83,21 @@ class BackwardConfig:
     Attributes:
         query: of image queries.
         key: of image keys and values.
+        far_query: of image queries with far keys; a step is as many listed keys as its tile has.
+        far_key: of tokens and cells, which own tiles of one level, with far keys.
         text_query: of text queries.
         common_key: of text and pooled keys and values.
     """
 
     query: TileConfig
     key: TileConfig
+    far_query: TileConfig
+    far_key: TileConfig
     text_query: RunConfig
     common_key: RunConfig
 
 
-_SQUARE, _WIDE = Tiling(8, 8, 8, 8), Tiling(8, 16, 8, 8)
+_SQUARE, _WIDE, _WIDE_HALF = Tiling(8, 8, 8, 8), Tiling(8, 16, 8, 8), Tiling(8, 16, 4, 8)
 _HALF, _QUARTER, _TINY = Tiling(8, 8, 4, 8), Tiling(4, 8, 4, 8), Tiling(4, 4, 4, 4)
 
 # float16 and bfloat16, head_dim to 128.
@@ -122,24 +126,26 @@ TEXT = {
     "gfx942": RunConfig(128, 64, 8, 1),
 }
 _LONG = RunConfig(128, 64, 8, 2)
+# Where a whole multiprocessor has 99 KB: one program of 8 warps.
+_SINGLE = TileConfig(_SQUARE, 8, 2)
 BACKWARD = {
     "sm_80": BackwardConfig(
-        TileConfig(_SQUARE, 4, 2), TileConfig(_HALF, 4, 2), RunConfig(64, 64, 4, 2), _LONG
+        TileConfig(_SQUARE, 4, 2), TileConfig(_HALF, 4, 2),
+        TileConfig(_SQUARE, 4, 2), _SINGLE,
+        RunConfig(64, 64, 4, 2), _LONG,
     ),
-    # 99 KB for a whole multiprocessor: one program of 8 warps.
-    "sm_86": BackwardConfig(
-        TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), RunConfig(64, 32, 4, 2), _LONG
-    ),
-    "sm_89": BackwardConfig(
-        TileConfig(_SQUARE, 8, 2), TileConfig(_SQUARE, 8, 2), RunConfig(64, 32, 4, 2), _LONG
-    ),
+    "sm_86": BackwardConfig(_SINGLE, _SINGLE, _SINGLE, _SINGLE, RunConfig(64, 32, 4, 2), _LONG),
+    "sm_89": BackwardConfig(_SINGLE, _SINGLE, _SINGLE, _SINGLE, RunConfig(64, 32, 4, 2), _LONG),
     "sm_90": BackwardConfig(
-        TileConfig(_SQUARE, 4, 2, True), TileConfig(_HALF, 4, 2, True), _LONG, _LONG
+        TileConfig(_SQUARE, 4, 2, True), TileConfig(_HALF, 4, 2, True),
+        TileConfig(_HALF, 4, 2), TileConfig(_HALF, 4, 2), _LONG, _LONG,
     ),
     "sm_100": BackwardConfig(
-        TileConfig(_WIDE, 8, 2, True), TileConfig(_WIDE, 8, 2, True), _LONG, _LONG
+        TileConfig(_WIDE, 8, 2, True), TileConfig(_WIDE, 8, 2, True),
+        TileConfig(_WIDE_HALF, 8, 2), TileConfig(_WIDE, 8, 2), _LONG, _LONG,
     ),
     "gfx942": BackwardConfig(
+        TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
         TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
         RunConfig(64, 64, 4, 1), RunConfig(64, 32, 4, 1),
     ),
@@ -148,18 +154,16 @@ BACKWARD = {
 # float16 and bfloat16, head_dim above 128.
 WIDE_FORWARD = (ForwardConfig(_HALF, 32, 4, 1),)
 WIDE_TEXT = RunConfig(64, 32, 4, 1)
-WIDE_BACKWARD = BackwardConfig(
-    TileConfig(_QUARTER, 4, 1), TileConfig(_QUARTER, 4, 1),
-    RunConfig(32, 32, 4, 1), RunConfig(32, 32, 4, 1),
-)  # fmt: skip
+_WIDE_TILE, _WIDE_RUN = TileConfig(_QUARTER, 4, 1), RunConfig(32, 32, 4, 1)
+WIDE_BACKWARD = BackwardConfig(_WIDE_TILE, _WIDE_TILE, _WIDE_TILE, _WIDE_TILE, _WIDE_RUN, _WIDE_RUN)
 
 # float32: no tensor cores, for its products are not rounded; larger tiles spill.
 FLOAT32_FORWARD = (ForwardConfig(_TINY, 16, 4, 1, far_keys=16),)
 FLOAT32_TEXT = RunConfig(16, 16, 4, 1)
+_TINY_TILE, _TINY_RUN = TileConfig(_TINY, 4, 1), RunConfig(16, 16, 4, 1)
 FLOAT32_BACKWARD = BackwardConfig(
-    TileConfig(_TINY, 4, 1), TileConfig(_TINY, 4, 1),
-    RunConfig(16, 16, 4, 1), RunConfig(16, 16, 4, 1),
-)  # fmt: skip
+    _TINY_TILE, _TINY_TILE, _TINY_TILE, _TINY_TILE, _TINY_RUN, _TINY_RUN
+)
 
 
 # Below, `channels` is head_dim rounded up to a power of two, `element_size` the bytes of a number.

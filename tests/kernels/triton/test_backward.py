@@ -4,6 +4,8 @@ The yardstick is autograd through the dense definition in the same dtype: at mos
 plus two roundings (support/agreement.py).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.oracle import mask_by_definition, relative_error
@@ -23,7 +25,9 @@ from clear_dit.kernels.triton.tables import BackwardConfig, RunConfig, TileConfi
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAMES = ("query", "key", "value", "pooled_key", "pooled_value")
 SQUARE = TileConfig(Tiling(8, 8, 8, 8), 4, 1)
-CONFIG = BackwardConfig(SQUARE, SQUARE, RunConfig(32, 64, 4, 1), RunConfig(32, 64, 4, 1))
+CONFIG = BackwardConfig(
+    SQUARE, SQUARE, SQUARE, SQUARE, RunConfig(32, 64, 4, 1), RunConfig(32, 64, 4, 1)
+)
 
 
 def definition(query, key, value, pooled_key, pooled_value, window, scale):
@@ -147,16 +151,17 @@ def tiles(*tiling, descriptor=False):
     ],
 )
 def test_every_tile_shape_and_way_to_load(query, key):
-    config = BackwardConfig(query, key, RunConfig(16, 32, 4, 1), RunConfig(64, 16, 4, 1))
+    config = replace(
+        CONFIG, query=query, key=key,
+        text_query=RunConfig(16, 32, 4, 1), common_key=RunConfig(64, 16, 4, 1),
+    )  # fmt: skip
     check(Window(9, 13, 5, 5), config, pooled=3)
 
 
 def test_strides_that_no_descriptor_takes():
     """Tokens of 18 numbers start at no multiple of 16 bytes: pointers do it."""
-    config = BackwardConfig(
-        tiles(8, 8, 8, 8, descriptor=True), tiles(8, 8, 8, 8, descriptor=True),
-        CONFIG.text_query, CONFIG.common_key,
-    )  # fmt: skip
+    tile = tiles(8, 8, 8, 8, descriptor=True)
+    config = replace(CONFIG, query=tile, key=tile)
     check(Window(5, 9, 2, 3), config, head_dim=18)
 
 

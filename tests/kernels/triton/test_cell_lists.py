@@ -134,7 +134,7 @@ def test_executed_over_exact_at_8192_px(radius, entry):
 
 def test_what_the_gradients_execute_at_8192_px():
     """More than the forward pass: the query tiles around 8 x 8 cells are many."""
-    tiling = tables.BACKWARD["sm_90"].key.tiling
+    tiling = tables.BACKWARD["sm_90"].far_key.tiling
     for radius, most in ((4, 5.1), (8, 3.1)):
         window = Window(512, 512, 512, radius, far_levels=10)
         geometry = of_lists(Geometry.of(window, 1.0))

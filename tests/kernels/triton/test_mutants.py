@@ -213,7 +213,7 @@ def battery(launch, tables, geometry, backward, far_backward, part, far) -> Iter
     config = tables.ForwardConfig(geometry.Tiling(4, 4, 4, 4), 16, 4, 1, far_keys=16)
     run = tables.RunConfig(16, 16, 4, 1)
     tile = tables.TileConfig(geometry.Tiling(4, 8, 4, 8) if far else config.tiling, 4, 1)
-    gradients = tables.BackwardConfig(tile, tile, run, run)
+    gradients = tables.BackwardConfig(tile, tile, tile, tile, run, run)
     image_attention, attention_backward = launch.image_attention, backward.attention_backward
     if far:
         image_attention = launch.far_attention
