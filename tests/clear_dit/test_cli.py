@@ -40,7 +40,18 @@ def test_generate_writes_an_image_with_its_settings(tmp_path, capsys):
     settings = read_settings(out)
     assert settings["prompt"] == PROMPT
     assert (settings["radius"], settings["seed"], settings["impl"]) == (2, 7, "tiled")
+    assert settings["far"] is True
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_no_far_is_the_paper_s_clear(tmp_path, capsys):
+    images = []
+    for option in ("--far", "--no-far"):
+        out = tmp_path / f"{option}.png"
+        assert generate(out, "--radius", 2, option, "--json") == 0
+        assert last_json(capsys)["far"] is (option == "--far")
+        images.append(out.read_bytes())
+    assert images[0] != images[1]
 
 
 def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(tmp_path):
@@ -84,6 +95,8 @@ def test_generate_in_bfloat16_and_pooled(tmp_path, capsys, options):
         (("--impl", "fastest"), "impl must be one of auto, triton, flex, tiled, reference"),
         (("--impl", "triton"), "needs a CUDA or ROCm device"),
         (("--down-factor", 5), "down_factor must not exceed the token grid (4 x 6), got 5"),
+        (("--far", "--down-factor", 2), "--far and --down-factor 2 exclude each other"),
+        (("--far", "--radius", 1), "far keys need a radius of at least 2 tokens, got 1"),
         (("--attention", "half"), "--attention must be clear or full, got 'half'"),
         (("--steps", 0), "--steps must be from 1"),
         (("--guidance", -1), "--guidance must be from 0"),
