@@ -58,7 +58,7 @@ def run_rank(rank: int, ranks: int, port: int, options: argparse.Namespace, resu
 
     pipe = load_pipeline("demo", torch.float32, torch.device("cpu"), only_transformer=True)
     model = pipe.transformer
-    apply_clear(model, radius=options.radius, impl="tiled")
+    apply_clear(model, radius=options.radius, far=options.far, impl="tiled")
     patches = None
     if ranks > 1:
         from torch.distributed.device_mesh import init_device_mesh
@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=2048, help="side of the image, in pixels")
     parser.add_argument("--radius", type=int, default=8, help="in tokens")
+    parser.add_argument("--far", action="store_true", help="with far keys")
     parser.add_argument("--text-length", type=int, default=512, help="in tokens")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="timed in each process")
@@ -143,6 +144,7 @@ def main() -> None:
         "benchmark": "patch_parallel",
         "size": options.size,
         "radius": options.radius,
+        "far": options.far,
         "text_length": options.text_length,
         "passes": 2,
         "seconds_per_step": {str(ranks): value for ranks, value in median.items()},

@@ -44,19 +44,20 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     none, pooled = query[:, :0], torch.empty_like(query[:, : height * width // 16])
     key_of_table = architecture, launch.channels(head_dim)["D"], query.element_size()
     geometry = Geometry(height, width, TEXT_LENGTH, RADIUS, scale, 0, height)
+    no_bias = torch.empty(0, HEADS, device="meta")
 
     entries = tables.forward_configs(*key_of_table)
     for entry in entries:
         yield (
             entry.name,
             lambda entry=entry: launch.image_attention(
-                query, key, value, none, none, out, lse, geometry, entry
+                query, key, value, none, none, no_bias, out, lse, geometry, entry
             ),
         )
     yield (
         f"{entries[0].name} pooled",
         lambda: launch.image_attention(
-            query, key, value, pooled, pooled, out, lse, geometry, entries[0]
+            query, key, value, pooled, pooled, no_bias, out, lse, geometry, entries[0]
         ),
     )
     text = tables.text_config(*key_of_table)
@@ -70,7 +71,7 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     yield (
         "backward",
         lambda: attention_backward(
-            grad, query, key, value, pooled, pooled, out, lse, geometry,
+            grad, query, key, value, pooled, pooled, no_bias, out, lse, geometry,
             config=backward, programs=programs,
         ),
     )  # fmt: skip

@@ -44,6 +44,12 @@ def doubled_centres(
     return first + (first + 2**level).clamp(max=length) - 1
 
 
+def _doubled_centres(length: int, level: int) -> np.ndarray:
+    """The same as int64 of NumPy, also where torch makes fake tensors."""
+    first = np.arange(cell_count(length, level)) * 2**level
+    return first + np.minimum(first + 2**level, length) - 1
+
+
 def tokens_of_cells(
     length: int, level: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
@@ -137,7 +143,7 @@ def rows_in_reach(height: int, radius: int, levels: int, level: int, rows: range
         return range(cell_count(height, level))
     around = level + 1 if levels else 0
     reach2 = doubled_reach2(radius, around or 1)
-    centres = doubled_centres(height, around).numpy()
+    centres = _doubled_centres(height, around)
     distance = np.maximum(2 * rows.start - centres, centres - 2 * (rows.stop - 1)).clip(0)
     near = np.flatnonzero(distance**2 < reach2)
     step = 2 if levels else 1
@@ -145,8 +151,22 @@ def rows_in_reach(height: int, radius: int, levels: int, level: int, rows: range
     return range(step * int(near[0]), stop)
 
 
+def levels_needed(height: int, width: int, radius: int) -> int:
+    """The coarsest level of which some query of an image may see a cell, at least 1."""
+    level = 1
+    while doubled_reach2(radius, level + 1) <= 4 * (height**2 + width**2):
+        level += 1
+    return level
+
+
 def looked_into(
-    height: int, width: int, radius: int, level: int, rows: range, children: bool
+    height: int,
+    width: int,
+    radius: int,
+    level: int,
+    rows: range,
+    given: tuple[int, int],
+    children: bool,
 ) -> int:
     """Number of pairs of an image query and a cell of a level that it looks into.
 
@@ -154,14 +174,19 @@ def looked_into(
         height, width, radius: in tokens.
         level: at least 1.
         rows: of the queries.
-        children: count the cell's children, the cells (or tokens) of the level below, instead.
+        given: rows of the cells that are counted.
+        children: count the cells' children, cells (or tokens) of the level below, instead; `given`
+            is then of their rows.
     """
     counted = []
-    for length, queries in ((height, rows), (width, range(width))):
-        centres = doubled_centres(length, level).numpy().astype(np.int64)
-        weights = np.ones(len(centres), dtype=np.int64)
-        if children:
-            weights += cell_count(length, level - 1) > 2 * np.arange(len(centres)) + 1
+    for length, queries, wanted in (
+        (height, rows, given),
+        (width, range(width), (0, cell_count(width, level - 1 if children else level))),
+    ):
+        centres = _doubled_centres(length, level)
+        first = np.arange(len(centres)) * (2 if children else 1)
+        last = first + (2 if children else 1)
+        weights = np.clip(np.minimum(last, wanted[1]) - np.maximum(first, wanted[0]), 0, None)
         distance = np.abs(2 * np.arange(queries.start, queries.stop)[:, None] - centres)
         every = np.broadcast_to(weights, distance.shape).reshape(-1)
         counted.append(np.bincount(distance.reshape(-1), weights=every, minlength=1))

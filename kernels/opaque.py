@@ -219,11 +219,14 @@ def _product_flops(query, pooled, window: Window) -> int:
 
 
 def _flops(query, key, value, pooled_key, pooled_value, bias, *geometry, **_):
-    height, width, text_length, radius, _, *rows, far_levels, _ = geometry
-    query_rows = None if query[1] == key[1] else (rows[0], rows[1])
+    height, width, text_length, radius, _, start, stop, far_levels, rows = geometry
+    some = query[1] == (stop - start) * width  # without text there is no difference
     window = Window(
-        height, width, text_length, radius, query_rows=query_rows, far_levels=far_levels
-    )
+        height, width, text_length, radius,
+        query_rows=(start, stop) if some else None,
+        far_levels=far_levels,
+        key_rows=tuple(zip(rows[::2], rows[1::2], strict=True)) or None,
+    )  # fmt: skip
     return 2 * _product_flops(query, pooled_key, window)
 
 

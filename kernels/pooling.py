@@ -156,6 +156,32 @@ def pool_cells(
     return _pool_cells(image, weight[:levels], height, width, levels)
 
 
+def pool_cell_rows(
+    image: torch.Tensor,
+    weight: torch.Tensor | None,
+    height: int,
+    width: int,
+    levels: int,
+    rows: range,
+) -> list[torch.Tensor]:
+    """What some rows of the image contribute to the cells of every level: parts of a cell add up.
+
+    Pooling is linear: a token's share of a cell, and so that of a part of a cell, depends on where
+    it lies alone. The parts of `pool_cells` that all rows make add up to the cells.
+
+    Args:
+        image: (batch, rows * width, heads, head_dim), the tokens of these rows.
+        weight, height, width, levels: as in `pool_cells`, of the whole image.
+        rows: which they are, at least one.
+
+    Returns:
+        Level by level (batch, rows of cells, columns, heads, head_dim) in float32 or wider, for the
+        rows of cells from rows.start // 2^level to the one that has the last row.
+    """
+    weight = image.new_empty(0, 2, 2) if weight is None else weight[:levels]
+    return _pyramid(image, weight, height, width, levels, rows)[1:]
+
+
 def _cell_shares(
     height: int, width: int, level: int, weight: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,22 +205,36 @@ _PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 def _pyramid(
-    image: torch.Tensor, weight: torch.Tensor, height: int, width: int, levels: int
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    height: int,
+    width: int,
+    levels: int,
+    given: range | None = None,
 ) -> list[torch.Tensor]:
-    """Tokens, then the cells of every level, (batch, rows, columns, heads, head_dim) each."""
+    """Tokens, then the cells of every level, (batch, rows, columns, heads, head_dim) each.
+
+    given: the image's rows that there are; what they contribute to the rows of cells they lie in.
+    """
+    given = range(height) if given is None else given
+    start, stop = given.start, given.stop
     dtype = torch.promote_types(image.dtype, torch.float32)
-    found = [image.unflatten(1, (height, width))]
+    found = [image.unflatten(1, (stop - start, width))]
     for level in range(1, levels + 1):
         below = found[-1]
+        odd, start, stop = start % 2, start // 2, cell_count(stop, 1)
         share, _ = _cell_shares(height, width, level, weight, dtype)
+        share = share[start:stop]
         shape = below.shape[0], share.shape[0], share.shape[2], *below.shape[3:]
         cells = below.new_zeros(shape, dtype=dtype)
         # Child by child: at most a quarter of the tokens is wide at a time.
         for i, j in _PLACES:
-            children = below[:, i::2, j::2]
-            rows, columns = children.shape[1:3]
-            own = share[:rows, i, :columns, j, None, None]
-            cells[:, :rows, :columns] += children * own
+            # The first cell has no upper children where the first row is an odd one.
+            first = 1 if odd and i == 0 else 0
+            children = below[:, (i + odd) % 2 :: 2, j::2]
+            rows, columns = first + children.shape[1], children.shape[2]
+            own = share[first:rows, i, :columns, j, None, None]
+            cells[:, first:rows, :columns] += children * own
         found.append(cells)
     return found
 

@@ -9,27 +9,32 @@ Self-Extend (arXiv 2401.01325) does so for long texts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .attention import local_attention
 from .dense import dense_attention
 from .merge import merge_
-from .pooling import pool_tokens
+from .pooling import pool_tokens, pooled_keys
 from .window import Window
+
+# Query and key, rotated.
+Rotated = tuple[torch.Tensor, torch.Tensor]
 
 # Scores held at once by `full_two_position_attention`.
 SCORES = 2**25
 
 
 def two_position_attention(
-    near: tuple[torch.Tensor, torch.Tensor],
-    far: tuple[torch.Tensor, torch.Tensor],
+    near: Rotated,
+    far: Rotated,
     value: torch.Tensor,
     window: Window,
     *,
     scale: float | None = None,
-    spatial_weight: torch.Tensor | None = None,
     impl: str = "auto",
+    **of_pooled: Any,
 ) -> torch.Tensor:
     """`local_attention` in which far pairs are scored by another query and key.
 
@@ -39,21 +44,27 @@ def two_position_attention(
         near: query and key, (batch, text + image, heads, head_dim) each, rotated by true positions:
             for pairs of image tokens inside the disc.
         far: query and key of the same shape, rotated by scaled positions: for pairs with a text
-            token, and for pooled keys.
+            token, and for pooled and far keys.
         value: of the same shape.
-        window, scale, spatial_weight, impl: as in `local_attention`.
+        window, scale, impl: as in `local_attention`.
+        of_pooled: spatial_weight and far_offset, as in `local_attention`.
 
     Returns:
         The attention output, shape and dtype of `value`.
 
     Raises:
         ValueError: gradients are asked for, which no merged part carries; a window with
-            `local_references`; what `local_attention` refuses.
+            `local_references` or pooled keys that count; what `local_attention` refuses.
     """
     if window.local_references:
         raise ValueError(
             "two_position_attention: reference images that are local within themselves do not go "
             "with two positions a token; use references='dense', or rope \"yarn\"."
+        )
+    if window.pooled_weight == "count":
+        raise ValueError(
+            'two_position_attention: pooled_weight="count" does not go with two positions a token; '
+            'use rope "yarn".'
         )
     tensors = (*near, *far, value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -61,9 +72,32 @@ def two_position_attention(
             "two_position_attention: has no gradients; train at the native size, or use "
             "torch.no_grad()."
         )
-    text = window.text_length
     scale = value.shape[-1] ** -0.5 if scale is None else float(scale)
     query, key = far
+    text = window.text_length
+    if window.far_levels:
+        image = _image_with_far_keys(near, far, value, window, scale=scale, impl=impl, **of_pooled)
+    else:
+        image = _image(near, far, value, window, scale=scale, impl=impl, **of_pooled)
+    if not text:
+        return image.to(value.dtype)
+    text_out, _ = dense_attention(query[:, :text], key, value, scale=scale, impl=impl)
+    return torch.cat([text_out.to(value.dtype), image.to(value.dtype)], dim=1)
+
+
+def _image(
+    near: Rotated,
+    far: Rotated,
+    value: torch.Tensor,
+    window: Window,
+    *,
+    scale: float,
+    impl: str,
+    spatial_weight: torch.Tensor | None = None,
+    far_offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The image's queries, whose disc is scored by `near`."""
+    text, (query, key) = window.text_length, far
     image, lse = local_attention(
         near[0][:, text:], near[1][:, text:], value[:, text:], window.image_only,
         scale=scale, impl=impl, return_lse=True,
@@ -78,15 +112,69 @@ def two_position_attention(
         image = image.to(lse.dtype)
         others = dense_attention(query[:, text:], far_key, far_value, scale=scale, impl=impl)
         merge_(image, lse, *others)
-    if not text:
-        return image.to(value.dtype)
-    text_out, _ = dense_attention(query[:, :text], key, value, scale=scale, impl=impl)
-    return torch.cat([text_out.to(value.dtype), image.to(value.dtype)], dim=1)
+    return image
+
+
+def _image_with_far_keys(
+    near: Rotated,
+    far: Rotated,
+    value: torch.Tensor,
+    window: Window,
+    *,
+    spatial_weight: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The image's queries, whose near tokens are scored by `near`."""
+    text, (query, key) = window.text_length, far
+    return attend_near_and_far(
+        near[0][:, text:], (near[1][:, text:], value[:, text:]),
+        query[:, text:], (key[:, :text], value[:, :text]),
+        pooled_keys(key, value, window, spatial_weight),
+        window, **options,
+    )  # fmt: skip
+
+
+def attend_near_and_far(
+    near_query: torch.Tensor,
+    tokens: tuple[torch.Tensor, torch.Tensor],
+    far_query: torch.Tensor,
+    text: tuple[torch.Tensor, torch.Tensor],
+    cells: tuple[torch.Tensor, torch.Tensor],
+    window: Window,
+    *,
+    scale: float,
+    impl: str,
+    far_offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Image queries under far keys: near tokens by one query, text and cells by another.
+
+    Args:
+        near_query, far_query: (batch, queries, heads, head_dim), the window's image queries.
+        tokens: key and value of the image's tokens that are given, rotated as `near_query`.
+        text, cells: the same of the text, and of the cells that are given, as `far_query`.
+        window: with far keys.
+        scale, impl, far_offset: as in `local_attention`.
+
+    Returns:
+        Shape of the query, float32 or wider.
+    """
+    none = tokens[0][:, :0]
+    image, lse = local_attention(
+        near_query, *tokens, window.near_part,
+        pooled=(none, none), scale=scale, impl=impl, return_lse=True,
+    )  # fmt: skip
+    others = local_attention(
+        far_query, *text, window.far_part,
+        pooled=cells, far_offset=far_offset, scale=scale, impl=impl, return_lse=True,
+    )  # fmt: skip
+    image = image.to(lse.dtype)
+    merge_(image, lse, *others)
+    return image
 
 
 def full_two_position_attention(
-    near: tuple[torch.Tensor, torch.Tensor],
-    far: tuple[torch.Tensor, torch.Tensor],
+    near: Rotated,
+    far: Rotated,
     value: torch.Tensor,
     window: Window,
     *,

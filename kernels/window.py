@@ -61,7 +61,7 @@ class Window:
             the tokens it stands for is added to its score. Their overlap with the disc stays.
         key_rows: None where all keys are given. Else (start, stop) of the image's rows of tokens
             that are, and of the rows of cells of every level: what is not given is not attended to
-            (it is to be merged, see merge.py). For `query_rows` only.
+            (it is to be merged, see merge.py). With far keys and `query_rows` only.
 
     Raises:
         TypeError: a size is not an int, or local_references no tuple of pairs.
@@ -155,10 +155,10 @@ class Window:
                 0 <= start <= stop <= end
                 for (start, stop), (_, end) in zip(self.key_rows, whole, strict=True)
             )
-            if not inside or self.query_rows is None or self.down_factor > 1:
+            if not inside or self.query_rows is None or not self.far_levels:
                 raise ValueError(
                     "Window: key_rows must be (start, stop) of the rows of tokens and of every "
-                    f"level's cells, within {whole}, with query_rows and without down_factor; got "
+                    f"level's cells, within {whole}, and come with query_rows and far_levels; got "
                     f"{self.key_rows}."
                 )
 
@@ -187,6 +187,11 @@ class Window:
     def disc_radius(self) -> int:
         """The radius, no larger than is needed to cover the grid: its square stays small."""
         return min(self.radius, self.height + self.width)
+
+    @property
+    def reach(self) -> int:
+        """Rows above and below an image query in which there may be tokens that it sees."""
+        return self.disc_radius if self.far_levels else self.disc_radius - 1
 
     @property
     def image_length(self) -> int:
@@ -256,6 +261,29 @@ class Window:
         )
 
     @property
+    def near_part(self) -> Window:
+        """With far keys: the image's queries, and of the keys its tokens; always the same object.
+
+        Together with `far_part` it is `image_queries`.
+        """
+        return self._once("_near_part", lambda: self._part(0, of_tokens=True))
+
+    @property
+    def far_part(self) -> Window:
+        """With far keys: the image's queries, and of the keys the text's and the cells."""
+        return self._once("_far_part", lambda: self._part(self.text_length, of_tokens=False))
+
+    def _part(self, text_length: int, of_tokens: bool) -> Window:
+        rows = tuple(
+            self.given_rows(level) if (level == 0) == of_tokens else (0, 0)
+            for level in range(self.far_levels + 1)
+        )
+        return replace(
+            self.image_queries,
+            text_length=text_length, query_rows=self.image_query_rows, key_rows=rows,
+        )  # fmt: skip
+
+    @property
     def reference_windows(self) -> tuple[Window, ...]:
         """The disc within each of `local_references`; always the same objects."""
         sizes, radius = self.local_references, self.radius
@@ -313,35 +341,32 @@ class Window:
     def far_pairs(self) -> tuple[int, ...]:
         """Number of (image query, key) pairs with far keys: tokens, then cells level by level.
 
-        Of all keys, whatever `key_rows` says. By rows: pairs of rows and pairs of columns are
-        counted by their distance, which takes time linear in the grid's sides squared.
+        By rows: pairs of rows and pairs of columns are counted by their distance, which takes time
+        and memory of the squares of the grid's sides.
         """
         rows = range(*self.image_query_rows)
         sizes = self.height, self.width, self.disc_radius
-
-        def looked(level: int, children: bool) -> int:
-            return looked_into(*sizes, level, rows, children)
-
-        levels = range(1, self.far_levels + 1)
-        opened = [looked(level, children=True) for level in levels]
-        opened.append(
-            len(rows) * self.width
-            * cell_count(self.height, self.far_levels) * cell_count(self.width, self.far_levels)
-        )  # fmt: skip
-        return (opened[0], *(opened[one] - looked(one, children=False) for one in levels))
+        queries, pairs = len(rows) * self.width, []
+        for level in range(self.far_levels + 1):
+            given, columns = self.given_rows(level), cell_count(self.width, level)
+            if level < self.far_levels:
+                around = looked_into(*sizes, level + 1, rows, given, children=True)
+            else:
+                around = queries * (given[1] - given[0]) * columns
+            if level:
+                around -= looked_into(*sizes, level, rows, given, children=False)
+            pairs.append(around)
+        return tuple(pairs)
 
     def attended_pairs(self) -> int:
-        """Number of (query, key) pairs: the sum of `mask()`, without one.
-
-        With `key_rows` that of all keys, as if they were given.
-        """
+        """Number of (query, key) pairs: the sum of `mask()`, without one."""
         text = self.text_query_length
         image = self.query_length - text
         if self.far_levels:
             seen = sum(self.far_pairs())
         else:
             seen = self.disc_pairs() + image * self.pooled_length
-        dense = text * self.sequence_length + image * self.text_length
+        dense = text * self.key_length + image * self.text_length
         unseen = sum(own.image_length**2 - own.disc_pairs() for own in self.reference_windows)
         return dense - unseen + seen
 

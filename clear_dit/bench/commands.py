@@ -183,6 +183,7 @@ def bench_parallel(
     height: Height = 2048,
     width: Width = 2048,
     radius: options.Radius = 8,
+    far: options.WithFar = False,
     impl: options.Impl = "auto",
     dtype: Dtype = "float32",
     device: options.Device = None,
@@ -214,14 +215,14 @@ def bench_parallel(
     from .parallel_plan import ASSUMED, Rates, plan_parallel
     from .parallel_plan import report as plan_report
 
-    find_window(height, width, radius)
+    find_window(height, width, radius, far=far)
     found: dict[str, Any] = {}
     under_torchrun = "WORLD_SIZE" in os.environ
     with joined_ranks("patch" if under_torchrun else None, device) as ranks:
         rates = asdict(ASSUMED)
         if ranks is not None:
             measured = measure(
-                model, height, width, radius, impl, find_dtype(dtype), ranks, repeats
+                model, height, width, radius, far, impl, find_dtype(dtype), ranks, repeats
             )
             if not ranks.is_first:
                 return
@@ -231,7 +232,7 @@ def bench_parallel(
         given = {"tflops": tflops, "gbps": gbps, "latency": latency}
         rates |= {name: value for name, value in given.items() if value is not None}
         numbers = [int(side) for side in options.numbers("sides", sides)]
-        found["plan"] = plan_parallel(plan_model, numbers, plan_radius, Rates(**rates))
+        found["plan"] = plan_parallel(plan_model, numbers, plan_radius, far, Rates(**rates))
         print(plan_report(found["plan"]))
     if as_json:
         options.print_json(found)

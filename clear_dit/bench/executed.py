@@ -14,7 +14,7 @@ import torch
 
 from ..kernels.cells import cell_count
 from ..kernels.flex import BLOCK
-from ..kernels.tiled import tiles
+from ..kernels.tiled import lists, tiles
 from ..kernels.triton.geometry import executed_keys
 from ..kernels.triton.tables import FORWARD
 from ..kernels.window import Window
@@ -75,7 +75,7 @@ def exact_keys(window: Window) -> float:
 def tiled_keys(window: Window) -> float:
     """Keys that PyTorch's operators compute for an image query where no kernel is compiled."""
     text_pairs = window.text_length * window.sequence_length
-    return (tiles.executed_tile_pairs(window) - text_pairs) / window.image_length
+    return (lists.executed_tile_pairs(window) - text_pairs) / window.image_length
 
 
 def raster_keys(window: Window) -> float:

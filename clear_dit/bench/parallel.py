@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..generation.checks import find_impl
+from ..generation.checks import find_impl, find_window
 from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
-from ..kernels.window import Window
 from ..plugin import apply_clear
 from .plan import count_flops
 from .step import relative_error, step_inputs, step_report, verdict
@@ -29,6 +28,7 @@ def measure(
     height: int,
     width: int,
     radius: int,
+    far: bool,
     impl: str,
     dtype: torch.dtype,
     ranks: Ranks,
@@ -38,6 +38,7 @@ def measure(
 
     Args:
         height, width: in pixels; radius in tokens.
+        far: with far keys.
         ranks: all of which call this.
 
     Returns:
@@ -48,7 +49,7 @@ def measure(
     device = ranks.device
     name = find_impl(impl, dtype, device)
     pipe = load_pipeline(model, dtype, device, text_encoders=False)
-    apply_clear(pipe, radius=radius, far=False, impl=name)
+    apply_clear(pipe, radius=radius, far=far, impl=name)
     rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
     inputs = step_inputs(pipe, rows, columns, text_length(pipe))
 
@@ -91,7 +92,7 @@ def measure(
     alone, error = everyone[0][1], everyone[0][2]
     gbps, latency = (statistics.median(link[n] for *_, link in everyone) for n in (0, 1))
     config = {"_class_name": "FluxTransformer2DModel", **pipe.transformer.config}
-    window = Window(rows, columns, text_length(pipe), radius)
+    window = find_window(height, width, radius, 1, text_length(pipe), far=far)
     tflop = count_flops(config, window)["rows"][1]["total_tflop"]
     return {
         "rows": [row for row, *_ in everyone],
@@ -103,6 +104,7 @@ def measure(
         "height": height,
         "width": width,
         "radius": radius,
+        "far": far,
         "impl": name,
         **verdict(error, dtype, device),
     }

@@ -8,6 +8,13 @@ tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..kernels.cells import cell_count, levels_needed
+from ..kernels.window import Window
+
+if TYPE_CHECKING:
+    from ..pipelines.parallel.bands import Bands
 
 FLOAT32 = 4
 
@@ -20,6 +27,7 @@ class Layer:
         rows, columns: of the image, in tokens.
         text_length: text tokens.
         radius: of CLEAR's window, in tokens.
+        far: whether it has far keys.
         heads, head_dim: the layer's input has heads * head_dim channels.
         itemsize: bytes of a number.
     """
@@ -31,6 +39,7 @@ class Layer:
     heads: int
     head_dim: int
     itemsize: int
+    far: bool = False
 
     @property
     def tokens(self) -> int:
@@ -44,20 +53,44 @@ class Layer:
 
 
 def halo_bytes(layer: Layer, ranks: int) -> int:
-    """Patch parallelism: the rows of the layer's input that other bands' discs reach, and the text.
+    """Patch parallelism: rows of the layer's input that other bands see, rows of cells, the text.
 
-    No rank sends more rows than 2 (radius - 1), however many there are. The outputs of text queries
-    are merged by an all-reduce of their log-sum-exp and one of the weighted sums, in float32.
+    No rank sends more rows than twice the reach of a query, however many there are. The outputs of
+    text queries are merged by an all-reduce of their log-sum-exp and one of the weighted sums, in
+    float32.
     """
     from ..pipelines.parallel.bands import Bands
 
-    reach = min(layer.radius, layer.rows + layer.columns) - 1
-    rows = max(
-        sum(len(part) for _, part in Bands(layer.rows, ranks, rank, reach).sends)
-        for rank in range(ranks)
+    size = (layer.rows, layer.columns)
+    levels = levels_needed(*size, layer.radius) if layer.far else 0
+    window = Window(*size, 0, layer.radius, far_levels=levels)
+    views = [Bands(layer.rows, ranks, rank, window.reach) for rank in range(ranks)]
+    of_cells = far_bytes(layer, window, views[0])
+    most = max(
+        sum(len(part) for _, part in view.sends) * layer.columns * layer.token_bytes + of_rank
+        for view, of_rank in zip(views, of_cells, strict=True)
     )
     merged = layer.text_length * layer.heads * (1 + layer.head_dim + 1) * FLOAT32
-    return rows * layer.columns * layer.token_bytes + 2 * (ranks - 1) * merged // ranks
+    return most + 2 * (ranks - 1) * merged // ranks
+
+
+def far_bytes(layer: Layer, window: Window, bands: Bands) -> list[int]:
+    """What each rank sends of far keys: of every level the rows of cells that others' queries see.
+
+    Key and value; in float32 where a row of cells has tokens of several ranks, which add it up.
+    """
+    from ..pipelines.parallel.pooled import CellBands
+
+    ranks = range(bands.ranks)
+    sent = [0 for _ in ranks]
+    for level in range(1, window.far_levels + 1):
+        cells = CellBands.of(window, bands, level)
+        itemsize = max(layer.itemsize, FLOAT32) if cells.are_cut else layer.itemsize
+        row = 2 * cell_count(layer.columns, level) * layer.heads * layer.head_dim * itemsize
+        for rank in ranks:
+            rows = sum(len(cells.sent(rank, other)) for other in ranks if other != rank)
+            sent[rank] += rows * row
+    return sent
 
 
 def ulysses_bytes(layer: Layer, ranks: int) -> int | None:

@@ -39,7 +39,9 @@ class Rates:
 ASSUMED = Rates(tflops=400, gbps=200, latency=20)
 
 
-def plan_parallel(model: str, sides: Sequence[int], radius: int, rates: Rates) -> dict[str, Any]:
+def plan_parallel(
+    model: str, sides: Sequence[int], radius: int, far: bool, rates: Rates
+) -> dict[str, Any]:
     """Bytes, seconds a step and efficiency, with CLEAR's attention in bfloat16.
 
     Seconds are those of the products' FLOPs and of the messages one after the other, nothing of it
@@ -51,11 +53,12 @@ def plan_parallel(model: str, sides: Sequence[int], radius: int, rates: Rates) -
         model: a name or a folder, see `find_configuration`.
         sides: of square images, in pixels.
         radius: in tokens.
+        far: with far keys.
 
     Returns:
         rows with side (pixels), ranks, way ("halo", "ulysses", "ring"), mb_per_layer,
         compute_seconds, communication_seconds, seconds, overlapped_seconds, efficiency; those that
-        do not exist are None; `rates`, `model`, `radius`.
+        do not exist are None; `rates`, `model`, `radius`, `far`.
 
     Raises:
         RequestError: an unknown model, a side or a radius out of its range.
@@ -63,7 +66,7 @@ def plan_parallel(model: str, sides: Sequence[int], radius: int, rates: Rates) -
     configuration = find_configuration(model)
     rows: list[dict[str, Any]] = []
     for side in sides:
-        window = find_window(side, side, radius, 1, configuration.text_length)
+        window = find_window(side, side, radius, 1, configuration.text_length, far=far)
         costs = _Costs.of(configuration.transformer, window)
         alone = costs.flops_alone / (rates.tflops * 1e12)
         for ranks in RANKS:
@@ -72,7 +75,8 @@ def plan_parallel(model: str, sides: Sequence[int], radius: int, rates: Rates) -
                     {"side": side, "ranks": ranks, **row}
                     for row in _ways(costs, ranks, rates, alone)
                 ]
-    return {"rows": rows, "rates": asdict(rates), "model": model, "radius": radius}
+    setting = {"model": model, "radius": radius, "far": far}
+    return {"rows": rows, "rates": asdict(rates), **setting}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class _Costs:
                 small["heads"],
                 small["head_dim"],
                 BFLOAT16,
+                far=window.far_levels > 0,
             ),
             layers=small["layers"],
             linear_fixed=linear[0] - 64 * slope,
@@ -125,8 +130,9 @@ class _Costs:
         window, text = self.window, self.window.text_length
         rows = ceil(window.height / ranks)
         image = rows * window.width
-        halo_rows = min(2 * (window.disc_radius - 1), window.height - rows)
-        pairs = text * (text + image) + text * image + window.disc_pairs() * rows / window.height
+        halo_rows = min(2 * window.reach, window.height - rows)
+        seen = sum(window.far_pairs()) if window.far_levels else window.disc_pairs()
+        pairs = text * (text + image) + text * image + seen * rows / window.height
         halo = 2 * 2 * self.channels**2 * halo_rows * window.width
         return (
             self.linear_fixed
@@ -137,9 +143,10 @@ class _Costs:
 
 def _ways(costs: _Costs, ranks: int, rates: Rates, alone: float) -> list[dict[str, Any]]:
     shared = costs.flops_alone / ranks
+    # The halo, and what the ranks pool; then two all-reduces of the text, in a tree.
+    in_a_row = (2 if costs.layer.far else 1) + 4 * log2(ranks)
     ways: list[tuple[str, int | None, float, float]] = [
-        # Two all-reduces of the text, in a tree, after the halo.
-        ("halo", halo_bytes(costs.layer, ranks), costs.flops_of_band(ranks), 1 + 4 * log2(ranks)),
+        ("halo", halo_bytes(costs.layer, ranks), costs.flops_of_band(ranks), in_a_row),
         ("ulysses", ulysses_bytes(costs.layer, ranks), shared, 4),
         ("ring", ring_bytes(costs.layer, ranks), shared, ranks - 1),
     ]
@@ -171,10 +178,10 @@ def _ways(costs: _Costs, ranks: int, rates: Rates, alone: float) -> list[dict[st
 
 def report(result: dict[str, Any]) -> str:
     """The tables of a plan, one for each size."""
-    rates = result["rates"]
+    rates, sees = result["rates"], ", far keys" if result["far"] else ""
     parts = [
-        f"{result['model']}, CLEAR with radius {result['radius']} tokens, bfloat16, batch 1, one "
-        f"forward pass;\neach rank {rates['tflops']:.4g} TFLOP/s, {rates['gbps']:.4g} GB/s, "
+        f"{result['model']}, CLEAR with radius {result['radius']} tokens{sees}, bfloat16, batch 1, "
+        f"one forward pass;\neach rank {rates['tflops']:.4g} TFLOP/s, {rates['gbps']:.4g} GB/s, "
         f"{rates['latency']:.3g} microseconds a message"
     ]
     for side in dict.fromkeys(row["side"] for row in result["rows"]):

@@ -6,12 +6,9 @@ import torch
 
 from ..opaque import Geometry, Gradients, channels_contiguous
 from .lists import keys_of_tiles
-from .partial import attend_backward, compute_dtype
+from .partial import KEYS, attend_backward, compute_dtype
 from .tiles import bands, tile_columns
 from .views import column_major, dense_bias, dense_keys, heads_first, query_tiles, tokens_first
-
-# Channels more where there is a bias: one is used, the others keep rows aligned.
-ROOM = 8
 
 
 def backward_in_bands(
@@ -37,9 +34,9 @@ def backward_in_bands(
     pooled_key, pooled_value = channels_contiguous(pooled_key, pooled_value)
     dtype = compute_dtype(query.dtype, query.device)
     sum_dtype = torch.promote_types(dtype, torch.float32)
-    head_dim, room = query.shape[-1], ROOM if len(bias) else 0
+    head_dim, more = query.shape[-1], min(len(bias), 1)
     grads = [
-        torch.zeros(*x.shape[:-1], head_dim + room, dtype=sum_dtype, device=x.device)
+        torch.zeros(*x.shape[:-1], head_dim + more, dtype=sum_dtype, device=x.device)
         for x in (query, key, value, pooled_key, pooled_value)
     ]
     keys = keys_of_tiles(geometry, bias, grads[0].shape[2:].numel(), sum_dtype)
@@ -47,55 +44,41 @@ def backward_in_bands(
     dense_mask = dense_bias(bias, geometry, sum_dtype)
 
     def wide(tokens: torch.Tensor) -> torch.Tensor:
-        if not room:
+        if not more:
             return tokens
-        wide = tokens.new_zeros(*tokens.shape[:-1], head_dim + room)
-        wide[..., :head_dim] = tokens
-        return wide
+        more_channels = tokens.new_zeros(*tokens.shape[:-1], head_dim + more)
+        more_channels[..., :head_dim] = tokens
+        return more_channels
 
-    for item in range(query.shape[0]):
-        text = [wide(x[item, :text_length].to(dtype)) for x in (query, key, value, grad, out)]
-        q, k, v, g, o = (x[item, text_length:] for x in (query, key, value, grad, out))
-        image_lse = lse[item, text_length:]
-        text_lse = heads_first(lse[item, :text_length]).contiguous()
-        dense_key, dense_value = (
-            heads_first(wide(dense_keys(x[item], pooled[item], geometry).to(dtype)))
-            for x, pooled in ((key, pooled_key), (value, pooled_value))
-        )
-        text_query, text_key, text_value, text_grad, text_out = (heads_first(x) for x in text)
-        grad_dense_key = torch.zeros_like(dense_key, dtype=sum_dtype)
-        grad_dense_value = torch.zeros_like(dense_value, dtype=sum_dtype)
-        grad_q, grad_k, grad_v = (x[item, text_length:] for x in grads[:3])
-        grad_pooled_key, grad_pooled_value = (x[item] for x in grads[3:])
-        grad_text = grads[0][item, :text_length]
+    text = [x[:, :text_length].transpose(1, 2).to(dtype) for x in (grad, query, out)]
+    text_lse = lse[:, :text_length].transpose(1, 2).contiguous()
+    for start in range(0, key.shape[1] if text_length else 0, KEYS):
+        block = slice(start, start + KEYS)
+        block_key, block_value = (x[:, block].transpose(1, 2).to(dtype) for x in (key, value))
+        parts = attend_backward(text[0], text[1], block_key, block_value, text[2], text_lse, scale)
+        for whole, part in zip(grads, parts, strict=False):
+            rows = slice(text_length) if whole is grads[0] else block
+            whole[:, rows, :, :head_dim] += part.transpose(1, 2)
 
-        if text_length:
-            parts = attend_backward(
-                text_grad, text_query, text_key, text_value, text_out, text_lse, scale
-            )
-            grad_text += tokens_first(parts[0])
-            grad_dense_key[:, :, :text_length] += parts[1]
-            grad_dense_value[:, :, :text_length] += parts[2]
-
-        for band in bands(height, radius):
-            own = slice(band.start, band.stop)
-            own_tokens = slice(own.start * width, own.stop * width)
-            if text_length:
-                band_key, band_value = (heads_first(wide(x[own_tokens].to(dtype))) for x in (k, v))
-                parts = attend_backward(
-                    text_grad, text_query, band_key, band_value, text_out, text_lse, scale
-                )
-                grad_text += tokens_first(parts[0])
-                grad_k[own_tokens] += tokens_first(parts[1])
-                grad_v[own_tokens] += tokens_first(parts[2])
-
+    dense_key, dense_value = (
+        wide(dense_keys(*pair, geometry).to(dtype)).transpose(1, 2)
+        for pair in ((key, pooled_key), (value, pooled_value))
+    )
+    grad_dense_key = torch.zeros_like(dense_key, dtype=sum_dtype)
+    grad_dense_value = torch.zeros_like(dense_value, dtype=sum_dtype)
+    q, k, v, g, o, of_lse = (x[:, text_length:] for x in (query, key, value, grad, out, lse))
+    grad_q, grad_k, grad_v = (x[:, text_length:] for x in grads[:3])
+    grad_pooled_key, grad_pooled_value = grads[3:]
+    for band in bands(height, radius):
+        own = slice(band.start, band.stop)
+        for item in range(query.shape[0]):
             q_band, g_band, o_band = (
-                wide(column_major(x, width, own, dtype, query_width)) for x in (q, g, o)
+                wide(column_major(x[item], width, own, dtype, query_width)) for x in (q, g, o)
             )
-            q_band[..., head_dim : head_dim + 1] = 1  # no channel where there is no room
-            l_band = column_major(image_lse, width, own, lse.dtype, query_width)
-            k_band = wide(keys.copy(k, pooled_key[item], band, dtype))
-            v_band = wide(keys.copy(v, pooled_value[item], band, dtype))
+            q_band[..., head_dim:] = 1
+            l_band = column_major(of_lse[item], width, own, lse.dtype, query_width)
+            k_band = wide(keys.copy(k[item], pooled_key[item], band, dtype))
+            v_band = wide(keys.copy(v[item], pooled_value[item], band, dtype))
             grad_q_band = torch.zeros_like(q_band, dtype=sum_dtype)
             grad_k_band = torch.zeros_like(k_band, dtype=sum_dtype)
             grad_v_band = torch.zeros_like(v_band, dtype=sum_dtype)
@@ -118,28 +101,28 @@ def backward_in_bands(
                 parts = attend_backward(
                     heads_first(g_band.flatten(0, 1)),
                     heads_first(q_band.flatten(0, 1)),
-                    dense_key,
-                    dense_value,
+                    dense_key[item : item + 1],
+                    dense_value[item : item + 1],
                     heads_first(o_band.flatten(0, 1)),
                     heads_first(l_band.flatten(0, 1)).contiguous(),
                     scale,
                     dense_mask,
                 )
                 grad_q_band += tokens_first(parts[0]).view_as(grad_q_band)
-                grad_dense_key += parts[1]
-                grad_dense_value += parts[2]
-            target = grad_q[own_tokens].unflatten(0, (-1, width))
+                grad_dense_key[item] += parts[1][0]
+                grad_dense_value[item] += parts[2][0]
+            target = grad_q[item, own.start * width : own.stop * width].unflatten(0, (-1, width))
             target.copy_(grad_q_band[:width].transpose(0, 1))
-            keys.add_copy(grad_k, grad_pooled_key, band, grad_k_band)
-            keys.add_copy(grad_v, grad_pooled_value, band, grad_v_band)
+            keys.add_copy(grad_k[item], grad_pooled_key[item], band, grad_k_band)
+            keys.add_copy(grad_v[item], grad_pooled_value[item], band, grad_v_band)
 
-        for whole, pooled, part in (
-            (grads[1], grad_pooled_key, grad_dense_key),
-            (grads[2], grad_pooled_value, grad_dense_value),
-        ):
-            whole[item, :text_length] += tokens_first(part)[:text_length]
-            if not geometry.far_levels:
-                pooled += tokens_first(part)[text_length:]
-    grad_bias = grads[3][..., head_dim : head_dim + 1].sum((0, 3)) / scale
+    for whole, pooled, part in (
+        (grads[1], grad_pooled_key, grad_dense_key.transpose(1, 2)),
+        (grads[2], grad_pooled_value, grad_dense_value.transpose(1, 2)),
+    ):
+        whole[:, :text_length] += part[:, :text_length]
+        if not geometry.far_levels:
+            pooled += part[:, text_length:]
+    grad_bias = grad_pooled_key[..., head_dim:].sum((0, 3)) / scale
     dq, dk, dv, dpk, dpv = (x[..., :head_dim].to(query.dtype).contiguous() for x in grads)
     return dq, dk, dv, dpk, dpv, grad_bias[: len(bias)].to(bias.dtype)

@@ -18,11 +18,11 @@ from ..merge import merge_
 from ..opaque import Geometry, attention_op, channels_contiguous
 from ..window import Window
 from .backward import backward_in_bands
+from .lists import executed_tile_pairs, keys_of_tiles
 from .native import forward
 from .native.forward import attend_compiled, why_not_compiled
-from .lists import keys_of_tiles
 from .partial import attend, attend_all, compute_dtype
-from .tiles import bands, executed_tile_pairs, tile_columns
+from .tiles import bands, tile_columns
 from .views import (
     column_major,
     dense_bias,
@@ -37,8 +37,7 @@ logger = logging.getLogger(__name__)
 
 def executed_pairs(query: torch.Tensor, window: Window) -> int:
     """(query, key) pairs computed for a head, masked ones too; see `attended_pairs`."""
-    plain = not (window.far_levels or window.key_rows or window.pooled_weight == "count")
-    if _why_not_compiled(query, window.height, window.width, plain) is not None:
+    if why_not_compiled(query, window.height, window.width) is not None:
         return executed_tile_pairs(window)
     return forward.executed_pairs(window, query.shape[-1])
 
@@ -56,21 +55,11 @@ def _forward(
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=lse_dtype, device=query.device)
-    plain = not (geometry.far_levels or geometry.key_rows or len(bias))
-    why_not = _why_not_compiled(query, geometry.height, geometry.width, plain)
+    why_not = why_not_compiled(query, geometry.height, geometry.width)
     _announce(why_not)
-    if why_not is None:
-        dense = (dense_keys(*pair, geometry) for pair in ((key, pooled_key), (value, pooled_value)))
-        attend_compiled(query, key, value, *dense, out, lse, geometry)
-    else:
-        _attend_in_bands(query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
+    run = attend_compiled if why_not is None else _attend_in_bands
+    run(query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
     return out, lse
-
-
-def _why_not_compiled(query: torch.Tensor, height: int, width: int, plain: bool) -> str | None:
-    if not plain:
-        return "takes neither far keys nor weights of pooled keys"
-    return why_not_compiled(query, height, width)
 
 
 @functools.cache
@@ -111,11 +100,11 @@ def _attend_in_bands(
     keys = keys_of_tiles(geometry, bias, query.shape[2:].numel(), lse.dtype)
     query_width = tile_columns(width, radius).query_width
 
-    for item in range(query.shape[0]):
-        q, k, v = query[item], key[item], value[item]
-        dense = (dense_key[item : item + 1], dense_value[item : item + 1])
-        for band in bands(height, radius, range(query_start, query_stop)):
-            own = slice(band.start - query_start, band.stop - query_start)  # rows of queries
+    for band in bands(height, radius, range(query_start, query_stop)):
+        own = slice(band.start - query_start, band.stop - query_start)  # rows of queries
+        for item in range(query.shape[0]):
+            q, k, v = query[item], key[item], value[item]
+            dense = (dense_key[item : item + 1], dense_value[item : item + 1])
             q_band = column_major(q, width, own, dtype, query_width)
             k_band = keys.copy(k, pooled_key[item], band, dtype)
             v_band = keys.copy(v, pooled_value[item], band, dtype)
@@ -135,8 +124,8 @@ def _attend_in_bands(
                     scale,
                     group.mask,
                 )
-                tiles_of = (query_tiles(x, group.tiles) for x in (band_out, band_lse))
-                merge_(*tiles_of, *parts)
+                tile_out, tile_lse = (query_tiles(x, group.tiles) for x in (band_out, band_lse))
+                merge_(tile_out, tile_lse, *parts)
             for whole, part in ((out, band_out), (lse, band_lse)):
                 target = whole[item, own.start * width : own.stop * width]
                 target.unflatten(0, (-1, width)).copy_(part[:width].transpose(0, 1))

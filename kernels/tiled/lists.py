@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from ..cells import Comparisons, cell_count, comparisons, rows_in_reach
 from ..opaque import Geometry
-from .tiles import TILE_COLUMNS, Band
+from ..window import Window
+from .tiles import TILE_COLUMNS, Band, bands, tile_columns
 from .views import Group, Rectangles
 
 # Elements of the keys, or of the masks, of the tiles that are computed in one call.
@@ -28,19 +29,41 @@ REMEMBERED = 2**18
 NOTHING = -1e30
 
 
+def by_lists(geometry: Geometry) -> bool:
+    """Whether tiles take their keys by lists, because rectangles would not fit."""
+    return bool(geometry.far_levels or geometry.key_rows)
+
+
 def keys_of_tiles(
     geometry: Geometry, bias: torch.Tensor, elements: int, dtype: torch.dtype
 ) -> Rectangles | KeyLists:
-    """The way to the keys of tiles: by lists where rectangles would not fit.
+    """The way to the keys of tiles.
 
     Args:
         bias: (pooled, H), added to the scores of pooled keys.
         elements: of a token, H * D.
         dtype: of masks.
     """
-    if geometry.far_levels or geometry.key_rows:
+    if by_lists(geometry):
         return KeyLists(geometry, bias, elements, dtype)
     return Rectangles(geometry.width, geometry.radius, dtype, bias.device)
+
+
+def executed_tile_pairs(window: Window) -> int:
+    """(query, key) pairs these tiles compute, masked ones too; see `attended_pairs`."""
+    columns, geometry = tile_columns(window.width, window.disc_radius), Geometry.of(window, 1.0)
+    start, stop = window.image_query_rows
+    image, tile_keys = (stop - start) * columns.query_width, 0
+    for band in bands(window.height, window.disc_radius, range(start, stop)):
+        if by_lists(geometry):
+            lists = find_lists(geometry, band.start, band.stop, torch.float32, torch.device("cpu"))
+            keys = lists.places.numel()
+        else:
+            keys = columns.count * columns.key_length * (band.key_stop - band.key_start)
+        tile_keys += keys * (band.stop - band.start)
+    dense = window.text_length + (0 if window.far_levels else window.pooled_length)
+    text = window.text_query_length * window.key_length
+    return text + dense * image + tile_keys * TILE_COLUMNS
 
 
 class Lists(NamedTuple):
@@ -49,13 +72,13 @@ class Lists(NamedTuple):
     Attributes:
         tokens: what the band reaches, as a slice of the given image tokens.
         cells: of every level, as slices of the pooled keys.
-        index: int64 (T, K), places in the copy of tokens, cells, and a last key of zeros.
+        places: int64 (T, K), in the copy of tokens, cells, and a last key of zeros.
         mask: (T, 1, Q, K), added to the scores: 0 where a query sees the key, else -inf.
     """
 
     tokens: slice
     cells: tuple[slice, ...]
-    index: torch.Tensor
+    places: torch.Tensor
     mask: torch.Tensor
 
 
@@ -69,6 +92,7 @@ class KeyLists:
         every_head = not len(bias) or bias.stride(1) == 0
         self._bias = (bias[:, :1] if every_head else bias).to(dtype)
         self._elements = elements
+        self._kept: tuple[Band, Group] | None = None
         few = geometry.image_queries * geometry.radius**2 <= REMEMBERED
         find = _remembered_lists if few else find_lists
         shape = geometry._replace(scale=0.0, text_length=0)
@@ -94,7 +118,10 @@ class KeyLists:
             start = stop
 
     def groups(self, band: Band) -> Iterator[Group]:
-        """Groups of a band's tiles one after the other."""
+        """Groups of a band's tiles; a single one is kept for the other items of the batch."""
+        if self._kept is not None and self._kept[0] == band:
+            yield self._kept[1]
+            return
         lists = self._lists(band)
         of_tokens = self._bias.new_zeros(1, 1).expand(lists.tokens.stop, self._bias.shape[1])
         bias = self.copy(of_tokens, self._bias, band, self._bias.dtype)
@@ -102,79 +129,23 @@ class KeyLists:
         step = max(1, GROUP_ELEMENTS // (keys * max(self._elements, queries * bias.shape[1])))
         for start in range(0, tiles, step):
             own = slice(start, min(start + step, tiles))
-            index = lists.index[own]
-            of_keys = bias[index].transpose(1, 2).unsqueeze(2)
-            yield Group(range(own.start, own.stop), lists.mask[own] + of_keys, index)
+            places = lists.places[own]
+            mask = lists.mask[own] + bias[places].transpose(1, 2).unsqueeze(2)
+            group = Group(range(own.start, own.stop), mask, places)
+            if step >= tiles:
+                self._kept = band, group
+            yield group
 
     def take(self, copy: torch.Tensor, group: Group) -> torch.Tensor:
         """Keys of some tiles, (tiles, H, K, D), from a copy."""
-        found = copy.index_select(0, group.index.flatten())
-        return found.unflatten(0, group.index.shape).transpose(1, 2)
+        assert group.places is not None
+        found = copy.index_select(0, group.places.flatten())
+        return found.unflatten(0, group.places.shape).transpose(1, 2)
 
     def add(self, copy: torch.Tensor, group: Group, part: torch.Tensor) -> None:
         """Adjoint of `take`."""
-        copy.index_add_(0, group.index.flatten(), part.transpose(1, 2).flatten(0, 1))
-
-
-def find_lists(
-    geometry: Geometry, start: int, stop: int, dtype: torch.dtype, device: torch.device
-) -> Lists:
-    """The lists of a band, its rows of queries from `start` to before `stop`."""
-    height, width, levels = geometry.height, geometry.width, geometry.far_levels
-    tiles = range(0, width, TILE_COLUMNS)
-    first_x = torch.tensor(tiles, dtype=torch.int32, device=device)[:, None]
-    last_x = (first_x + TILE_COLUMNS - 1).clamp(max=width - 1)
-    slices, places, near, found = [], [], [], []
-    copied = 0
-    for level in range(levels + 1):
-        columns = cell_count(width, level)
-        rows = geometry.rows_in_reach(level, range(start, stop))
-        offset = geometry.given_rows(level)[0] * columns - geometry.first_cell(level)
-        slices.append(slice(rows.start * columns - offset, rows.stop * columns - offset))
-        # Of every tile the columns in its reach, as many as the widest has.
-        reach = [
-            rows_in_reach(
-                width, geometry.radius, levels, level, range(x, min(x + TILE_COLUMNS, width))
-            )
-            for x in tiles
-        ]
-        reach_start = torch.tensor([one.start for one in reach], device=device)[:, None]
-        reach_stop = torch.tensor([one.stop for one in reach], device=device)[:, None]
-        x = reach_start + torch.arange(max(map(len, reach)), device=device)  # (T, columns)
-        y = torch.arange(len(rows), device=device)[:, None] * columns
-        place = (y + x.clamp(max=columns - 1)[:, None]).flatten(1)  # (T, candidates)
-        near.append((x < reach_stop).repeat(1, len(rows)))
-        of_level = comparisons(
-            height, width, geometry.radius, levels, level, (rows.start, rows.stop), device
-        )
-        found.append(Comparisons(*(x[place] for x in of_level)))
-        places.append(place + copied)
-        copied += len(rows) * columns
-    place, candidates = (
-        torch.cat(places, 1),
-        Comparisons(*(torch.cat(x, 1) for x in zip(*found, strict=True))),
-    )
-    may = torch.cat(near, 1) & _may_be_seen(candidates, (start, stop - 1), (first_x, last_x))
-
-    tile, chosen = may.nonzero(as_tuple=True)
-    order = may.cumsum(1)[tile, chosen] - 1
-    longest = int(may.sum(1).max())
-    index = torch.full((len(tiles), longest + 1), copied, device=device)
-    index[tile, order] = place[tile, chosen]
-    nothing = torch.zeros_like(index, dtype=torch.int32)
-    nothing[tile, order] = 1
-    listed = []
-    for x in candidates:
-        listed.append(nothing.clone())
-        listed[-1][tile, order] = x[tile, chosen]
-    y = torch.arange(start, stop, dtype=torch.int32, device=device)
-    # Queries beyond the right border see what the last column does, so that they stay finite.
-    x = torch.minimum(first_x + torch.arange(TILE_COLUMNS, device=device), last_x)
-    seen = _seen(Comparisons(*listed), y, x)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
-    mask.masked_fill_(index[:, None] == copied, NOTHING)
-    tokens, *cells = slices
-    return Lists(tokens, tuple(cells), index, mask[:, None])
+        assert group.places is not None
+        copy.index_add_(0, group.places.flatten(), part.transpose(1, 2).flatten(0, 1))
 
 
 def find_lists(

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..window import Window
-
 # Size of a query tile, in tokens. Tall and narrow: the keys of every band are copied once, and
 # PyTorch's fused CPU attention takes at most 32 queries of a small tile at a time.
 TILE_ROWS, TILE_COLUMNS = 8, 4
@@ -119,17 +117,3 @@ def tile_bias(
     bias = torch.zeros(inside.shape, dtype=dtype, device=device)
     bias.masked_fill_(~inside, float("-inf"))
     return bias.flatten(3).flatten(1, 2).unsqueeze(1)
-
-
-def executed_tile_pairs(window: Window) -> int:
-    """(query, key) pairs these tiles compute, masked ones too; see `attended_pairs`."""
-    columns = tile_columns(window.width, window.disc_radius)
-    rows = sum(
-        (band.stop - band.start) * (band.key_stop - band.key_start)
-        for band in bands(window.height, window.disc_radius)
-    )
-    dense = window.text_length * window.sequence_length + window.pooled_length * (
-        window.height * columns.query_width
-    )
-    text = window.text_length * window.height * columns.query_width
-    return dense + text + rows * columns.query_width * columns.key_length

@@ -21,12 +21,12 @@ class Group(NamedTuple):
     Attributes:
         tiles: which they are.
         mask: (tiles, 1 or H, queries, keys), added to the scores; None where all is seen.
-        index: int64 (tiles, keys), which keys of the band they take; None for rectangles.
+        places: int64 (tiles, keys), of the keys they take in the band's copy; None for rectangles.
     """
 
     tiles: range
     mask: torch.Tensor | None
-    index: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
 
 class Rectangles:
@@ -78,7 +78,7 @@ class Rectangles:
 
 
 def dense_keys(tokens: torch.Tensor, pooled: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Keys (..., tokens, H, D) that all image queries see: the text's, and pooled ones unless far."""
+    """Keys (..., tokens, H, D) that all image queries see: the text's, pooled ones if not far."""
     text = tokens[..., : geometry.text_length, :, :]
     return text if geometry.far_levels else torch.cat([text, pooled], dim=-3)
 

@@ -28,7 +28,7 @@ from ..opaque import Geometry, Gradients
 from .forward import load_tile
 from .geometry import visits
 from .launch import OPTIONS, channels, readable_by_descriptor
-from .primitives import LOG2_E, disc_mask, load_rows, store_rows, tile_columns, tile_rows
+from .primitives import LOG2_E, disc_mask, load_bias, load_rows, store_rows, tile_columns, tile_rows
 from .tables import BackwardConfig, RunConfig, TileConfig
 
 # Of one walk: bounds the memory of the parts.
@@ -64,14 +64,17 @@ def prepare_rows(
 
 @triton.jit
 def add_query_gradient(
-    query_sum, query, grad, lse, delta, key, value, mask, scale_log2, MASKED: tl.constexpr
-):
+    query_sum, query, grad, lse, delta, key, value, mask, bias, scale_log2,
+    MASKED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
     """Gradient [M, D] of queries, but for the scale, from [N, D] more keys.
 
-    query, grad: [M, D]; lse (log2), delta: [M]; mask: [M, N] or [1, N].
+    query, grad: [M, D]; lse (log2), delta: [M]; mask: [M, N] or [1, N]; bias (log2): [N].
     """
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-    probability = tl.exp2(scores * scale_log2 - lse[:, None])
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    if BIAS:
+        scores += bias[None, :]
+    probability = tl.exp2(scores - lse[:, None])
     if MASKED:
         probability = tl.where(mask, probability, 0.0)
     grad_probability = tl.dot(grad, tl.trans(value), input_precision="ieee")
@@ -81,30 +84,36 @@ def add_query_gradient(
 
 @triton.jit
 def add_key_gradients(
-    key_sum, value_sum, key, value, query, grad, lse, delta, mask, scale_log2,
-    MASKED: tl.constexpr,
+    key_sum, value_sum, bias_sum, key, value, bias, query, grad, lse, delta, mask, scale_log2,
+    MASKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradients [M, D] of keys, but for the scale, and of values, from [N, D] more queries.
 
-    key, value: [M, D]; query, grad: [N, D]; lse (log2), delta: [N]; mask: [M, N]. The scores are
+    key, value: [M, D]; query, grad: [N, D]; lse (log2), delta: [N]; mask: [M, N]. With BIAS also
+    the gradient [M] of what is added to the keys' scores, `bias` in log2. The scores are
     transposed, so that they are a dot's left operand as they stand in registers.
     """
-    scores = tl.dot(key, tl.trans(query), input_precision="ieee")
-    probability = tl.exp2(scores * scale_log2 - lse[None, :])
+    scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
+    if BIAS:
+        scores += bias[:, None]
+    probability = tl.exp2(scores - lse[None, :])
     if MASKED:
         probability = tl.where(mask, probability, 0.0)
     value_sum = tl.dot(probability.to(grad.dtype), grad, value_sum, input_precision="ieee")
     grad_probability = tl.dot(value, tl.trans(grad), input_precision="ieee")
     grad_scores = probability * (grad_probability - delta[None, :])
+    if BIAS:
+        bias_sum += tl.sum(grad_scores, 1)
     key_sum = tl.dot(grad_scores.to(query.dtype), query, key_sum, input_precision="ieee")
-    return key_sum, value_sum
+    return key_sum, value_sum, bias_sum
 
 
 @triton.jit
 def walk_keys(
     query_sum, query, grad, lse, delta, key, value, key_token, value_token, begin, end,
-    scale_log2, head_dim,
-    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, STAGES: tl.constexpr,
+    scale_log2, head_dim, bias, bias_token,
+    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`add_query_gradient` over the tokens begin..end of one head, all visible."""
     lane = tl.arange(0, N)
@@ -113,24 +122,28 @@ def walk_keys(
     for start in tl.range(begin, full, N, num_stages=STAGES):
         k = load_rows(key, key_token, start + lane, everything, head_dim, D, EVEN_D)
         v = load_rows(value, value_token, start + lane, everything, head_dim, D, EVEN_D)
+        b = load_bias(bias, bias_token, start + lane, everything, BIAS)
         query_sum = add_query_gradient(
-            query_sum, query, grad, lse, delta, k, v, everything[None, :], scale_log2, False
-        )
+            query_sum, query, grad, lse, delta, k, v, everything[None, :], b, scale_log2,
+            False, BIAS,
+        )  # fmt: skip
     for start in tl.range(full, end, N, num_stages=1):
         valid = start + lane < end
         k = load_rows(key, key_token, start + lane, valid, head_dim, D, EVEN_D)
         v = load_rows(value, value_token, start + lane, valid, head_dim, D, EVEN_D)
+        b = load_bias(bias, bias_token, start + lane, valid, BIAS)
         query_sum = add_query_gradient(
-            query_sum, query, grad, lse, delta, k, v, valid[None, :], scale_log2, True
+            query_sum, query, grad, lse, delta, k, v, valid[None, :], b, scale_log2, True, BIAS
         )
     return query_sum
 
 
 @triton.jit
 def walk_queries(
-    key_sum, value_sum, key, value, query, grad, lse, delta, query_token, grad_token, begin, end,
-    scale_log2, head_dim,
-    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, STAGES: tl.constexpr,
+    key_sum, value_sum, bias_sum, key, value, bias, query, grad, lse, delta, query_token,
+    grad_token, begin, end, scale_log2, head_dim,
+    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`add_key_gradients` over the tokens begin..end of one head, all of which see the keys."""
     lane = tl.arange(0, N)
@@ -141,11 +154,11 @@ def walk_queries(
         # Queries beyond the end add nothing: all that is theirs is 0, their probability 1.
         row_lse = tl.load(lse + start + lane, mask=valid, other=0.0)
         row_delta = tl.load(delta + start + lane, mask=valid, other=0.0)
-        key_sum, value_sum = add_key_gradients(
-            key_sum, value_sum, key, value, q, g, row_lse, row_delta, valid[None, :],
-            scale_log2, False,
+        key_sum, value_sum, bias_sum = add_key_gradients(
+            key_sum, value_sum, bias_sum, key, value, bias, q, g, row_lse, row_delta, None,
+            scale_log2, False, BIAS,
         )  # fmt: skip
-    return key_sum, value_sum
+    return key_sum, value_sum, bias_sum
 
 
 @triton.jit
@@ -183,7 +196,7 @@ def walk_key_tiles(
         )  # fmt: skip
         mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C)
         query_sum = add_query_gradient(
-            query_sum, query, grad, lse, delta, k, v, mask, scale_log2, MASKED
+            query_sum, query, grad, lse, delta, k, v, mask, None, scale_log2, MASKED, False
         )
     return query_sum
 
@@ -213,28 +226,30 @@ def walk_query_tiles(
         row_delta = tl.load(delta + tokens, mask=valid, other=0.0)
         # Queries beyond the border add nothing, as in `walk_queries`.
         mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C, CLIP=False)
-        key_sum, value_sum = add_key_gradients(
-            key_sum, value_sum, key, value, q, g, row_lse, row_delta, mask, scale_log2, MASKED
-        )
+        key_sum, value_sum, _ = add_key_gradients(
+            key_sum, value_sum, None, key, value, None, q, g, row_lse, row_delta, mask,
+            scale_log2, MASKED, False,
+        )  # fmt: skip
     return key_sum, value_sum
 
 
 @triton.jit
 def image_query_backward(
-    grad, query, key, value, pooled_key, pooled_value, image_key, image_value, lse, delta,
+    grad, query, key, value, pooled_key, pooled_value, bias, image_key, image_value, lse, delta,
     grad_query, offsets, ranges, row_class, column_class,
     grad_batch, grad_token, grad_head, query_batch, query_token, query_head,
     key_batch, key_token, key_head, value_batch, value_token, value_head,
-    heads, head_dim, height, width, text_length, pooled_length,
+    heads, head_dim, height, width, text_length, pooled_length, bias_token, bias_head,
     tiles_x, tiles, column_classes, radius2, scale, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
     D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the image queries; one program per query tile, head and batch item.
 
     grad, query, key, value: (batch, text + image, heads, head_dim) with strides grad_batch,
-    grad_token, grad_head and so on; pooled_key, pooled_value, grad_query: contiguous; lse, delta:
-    as `prepare_rows` writes them; the lists: see geometry.py.
+    grad_token, grad_head and so on; pooled_key, pooled_value, grad_query: contiguous; bias, where
+    BIAS: (pooled, heads); lse, delta: as `prepare_rows` writes them; the lists: see geometry.py.
     """
     M: tl.constexpr = R * C
     N: tl.constexpr = STEP_R * STEP_C
@@ -260,13 +275,13 @@ def image_query_backward(
     query_sum = tl.zeros([M, D], tl.float32)
     query_sum = walk_keys(
         query_sum, q, g, row_lse, row_delta, key, value, key_token, value_token, 0, text_length,
-        scale_log2, head_dim, N, D, EVEN_D, STAGES,
+        scale_log2, head_dim, None, 0, N, D, EVEN_D, False, STAGES,
     )  # fmt: skip
     pooled = (batch * pooled_length * heads + head) * head_dim
     query_sum = walk_keys(
         query_sum, q, g, row_lse, row_delta, pooled_key + pooled, pooled_value + pooled,
-        heads * head_dim, heads * head_dim, 0, pooled_length,
-        scale_log2, head_dim, N, D, EVEN_D, STAGES,
+        heads * head_dim, heads * head_dim, 0, pooled_length, scale_log2, head_dim,
+        bias + head * bias_head, bias_token, N, D, EVEN_D, BIAS, STAGES,
     )  # fmt: skip
     if not DESCRIPTOR:
         image_key += batch * key_batch + head * key_head
@@ -325,9 +340,9 @@ def image_key_backward(
 
     key_sum = tl.zeros([M, D], tl.float32)
     value_sum = tl.zeros([M, D], tl.float32)
-    key_sum, value_sum = walk_queries(
-        key_sum, value_sum, k, v, query, grad, lse, delta, query_token, grad_token, 0, text_length,
-        scale_log2, head_dim, N, D, EVEN_D, STAGES,
+    key_sum, value_sum, _ = walk_queries(
+        key_sum, value_sum, None, k, v, None, query, grad, lse, delta, query_token, grad_token,
+        0, text_length, scale_log2, head_dim, N, D, EVEN_D, False, STAGES,
     )  # fmt: skip
     if not DESCRIPTOR:
         image_query += batch * query_batch + head * query_head
@@ -388,7 +403,7 @@ def text_query_backward(
     end = tl.minimum(begin + keys_per_split, sequence)
     query_sum = walk_keys(
         tl.zeros([M, D], tl.float32), q, g, row_lse, row_delta, key, value, key_token, value_token,
-        begin, end, scale_log2, head_dim, N, D, EVEN_D, STAGES,
+        begin, end, scale_log2, head_dim, None, 0, N, D, EVEN_D, False, STAGES,
     )  # fmt: skip
     part += split.to(tl.int64) * part_split + batch * part_batch + head * head_dim
     store_rows(part, heads * head_dim, tokens, valid, query_sum * scale, head_dim, D, EVEN_D)
@@ -396,19 +411,21 @@ def text_query_backward(
 
 @triton.jit
 def common_key_backward(
-    grad, query, key, value, lse, delta, key_part, value_part,
+    grad, query, key, value, bias, lse, delta, key_part, value_part, bias_part,
     grad_batch, grad_token, grad_head, query_batch, query_token, query_head,
     key_batch, key_token, key_head, value_batch, value_token, value_head, part_split, part_batch,
+    bias_token, bias_head,
     heads, head_dim, key_length, first_query, sequence, queries_per_split, blocks, planes,
     scale, scale_log2,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values that every query from `first_query` on sees.
 
     key, value: (batch, key_length or more, heads, head_dim), the text's or the pooled ones.
     key_part, value_part: (splits, batch, key_length, heads, head_dim); strides part_split and
-    part_batch, else contiguous.
+    part_batch, else contiguous. Where BIAS, bias: (key_length, heads), and its gradient, bias_part:
+    float32 (splits, batch, key_length, heads), contiguous.
     """
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     plane, split = rest % planes, rest // planes
@@ -428,15 +445,20 @@ def common_key_backward(
     end = tl.minimum(begin + queries_per_split, sequence)
     key_sum = tl.zeros([M, D], tl.float32)
     value_sum = tl.zeros([M, D], tl.float32)
-    key_sum, value_sum = walk_queries(
-        key_sum, value_sum, k, v, query, grad, lse, delta, query_token, grad_token, begin, end,
-        scale_log2, head_dim, N, D, EVEN_D, STAGES,
+    key_sum, value_sum, bias_sum = walk_queries(
+        key_sum, value_sum, tl.zeros([M], tl.float32), k, v,
+        load_bias(bias + head * bias_head, bias_token, tokens, valid, BIAS),
+        query, grad, lse, delta, query_token, grad_token, begin, end,
+        scale_log2, head_dim, N, D, EVEN_D, BIAS, STAGES,
     )  # fmt: skip
     start = split.to(tl.int64) * part_split + batch * part_batch + head * head_dim
     store_rows(
         key_part + start, heads * head_dim, tokens, valid, key_sum * scale, head_dim, D, EVEN_D
     )
     store_rows(value_part + start, heads * head_dim, tokens, valid, value_sum, head_dim, D, EVEN_D)
+    if BIAS:
+        row = (split.to(tl.int64) * (planes // heads) + batch) * key_length * heads + head
+        tl.store(bias_part + row + tokens.to(tl.int64) * heads, bias_sum, mask=valid)
 
 
 def split_walk(length: int, step: int, owners: int, programs: int) -> tuple[int, int]:
@@ -449,20 +471,20 @@ def split_walk(length: int, step: int, owners: int, programs: int) -> tuple[int,
     return triton.cdiv(length, size), size
 
 
-def _parts(target: torch.Tensor, splits: int) -> torch.Tensor:
+def parts_of(target: torch.Tensor, splits: int) -> torch.Tensor:
     """Where splits write their sums: the target itself if there is only one."""
     if splits == 1:
         return target.unsqueeze(0)
     return torch.empty(splits, *target.shape, dtype=torch.float32, device=target.device)
 
 
-def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+def strides_of(*tensors: torch.Tensor) -> tuple[int, ...]:
     """Batch, token and head strides."""
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
 @dataclass(frozen=True)
-class _Walked:
+class Walked:
     """What the launches of one backward pass share; lse and delta as `prepare_rows` writes them."""
 
     grad: torch.Tensor
@@ -491,15 +513,16 @@ class _Walked:
 def _walk_image(
     kernel: Any,
     config: TileConfig,
-    walked: _Walked,
+    walked: Walked,
     more: Sequence[torch.Tensor],
     visited: tuple[torch.Tensor, torch.Tensor],
     targets: Sequence[torch.Tensor],
-    more_lengths: Sequence[int],
+    more_numbers: Sequence[int],
+    **flags: bool,
 ) -> None:
     """Launch a kernel whose programs own tiles; `visited` are the two tensors its lists lead to.
 
-    more: inputs of this kernel only.
+    more, more_numbers, flags: of this kernel only.
     """
     height, width, text_length, radius, *_ = walked.geometry
     tiling, size = config.tiling, channels(walked.heads[1])
@@ -517,11 +540,11 @@ def _walk_image(
     four = (walked.grad, walked.query, walked.key, walked.value)
     kernel[(tiles * walked.planes,)](
         *four, *more, *images, walked.lse, walked.delta, *targets,
-        lists.offsets, lists.ranges, lists.row_class, lists.column_class, *_strides(*four),
-        *walked.heads, height, width, text_length, *more_lengths,
+        lists.offsets, lists.ranges, lists.row_class, lists.column_class, *strides_of(*four),
+        *walked.heads, height, width, text_length, *more_numbers,
         tiles_x, tiles, lists.ranges.shape[1], radius**2, *walked.scales,
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
-        **size, DESCRIPTOR=descriptor, STAGES=config.num_stages,
+        **size, DESCRIPTOR=descriptor, STAGES=config.num_stages, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
 
@@ -529,27 +552,88 @@ def _walk_image(
 def _walk_runs(
     kernel: Any,
     config: RunConfig,
-    walked: _Walked,
+    walked: Walked,
     programs: int,
     owners: int,
     first: int,
     targets: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] = (),
 ) -> None:
-    """Launch a kernel whose owners walk all tokens from `first` on, and add up the splits."""
-    sequence = walked.query.shape[1]
+    """Launch a kernel whose owners walk all tokens from `first` on, and add up the splits.
+
+    biases: of `common_key_backward`, what is added to the keys' scores and its gradient.
+    """
+    sequence, (heads, head_dim) = walked.query.shape[1], walked.heads
     blocks = triton.cdiv(owners, config.block)
     splits, split_size = split_walk(sequence - first, config.step, blocks * walked.planes, programs)
-    parts = [_parts(target, splits) for target in targets]
+    parts = [parts_of(target, splits) for target in targets]
+    bias, bias_parts, strides, flags = biases[:1], [], (), {}
+    for each in bias:
+        length = min(owners, len(each))
+        bias_parts = [each.new_empty(splits, walked.planes // heads, length, heads)]
+        strides, flags = each.stride(), {"BIAS": length > 0}
     four = (walked.grad, walked.query, walked.key, walked.value)
     kernel[(blocks * walked.planes * splits,)](
-        *four, walked.lse, walked.delta, *parts, *_strides(*four), *parts[0].stride()[:2],
-        *walked.heads, owners, first, sequence, split_size, blocks, walked.planes, *walked.scales,
-        M=config.block, N=config.step, **channels(walked.heads[1]), STAGES=config.num_stages,
+        *four, *bias, walked.lse, walked.delta, *parts, *bias_parts,
+        *strides_of(*four), *parts[0].stride()[:2], *strides,
+        heads, head_dim, owners, first, sequence, split_size, blocks, walked.planes,
+        *walked.scales,
+        M=config.block, N=config.step, **channels(head_dim), STAGES=config.num_stages, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
+    add_up(targets, parts)
+    for target, part in zip(biases[1:], bias_parts, strict=True):
+        target.copy_(part.sum((0, 1)))
+
+
+def add_up(targets: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> None:
+    """Sum what splits wrote, see `parts_of`."""
     for target, part in zip(targets, parts, strict=True):
-        if splits > 1:
+        if len(part) > 1:
             target.copy_(part.sum(0))
+
+
+def prepare(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: Geometry,
+) -> Walked:
+    """What all launches of a backward pass read; see `attention_backward`."""
+    batch, sequence, heads, head_dim = query.shape
+    lse_log2, delta = torch.empty(
+        2, batch, heads, sequence, dtype=torch.float32, device=query.device
+    ).unbind()
+    blocks = triton.cdiv(sequence * heads, PREPARE_ROWS)
+    prepare_rows[(blocks * batch,)](
+        grad, out, lse, lse_log2, delta, *strides_of(grad, out), heads, head_dim, sequence, blocks,
+        M=PREPARE_ROWS, **channels(head_dim), **OPTIONS,
+    )  # fmt: skip
+    return Walked(grad, query, key, value, lse_log2, delta, geometry)
+
+
+def gradients_of(*inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Where the gradients go, contiguous and not yet written."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+def text_gradients(
+    walked: Walked, config: BackwardConfig, programs: int, grads: Sequence[torch.Tensor]
+) -> None:
+    """Write the text's part of the gradients of query, key and value."""
+    text_length = walked.geometry.text_length
+    if not text_length:
+        return
+    text = [x[:, :text_length] for x in grads]
+    no_bias = walked.delta.new_empty(0, walked.heads[0])
+    _walk_runs(text_query_backward, config.text_query, walked, programs, text_length, 0, text[:1])
+    _walk_runs(
+        common_key_backward, config.common_key, walked, programs, text_length, 0, text[1:],
+        (no_bias, no_bias),
+    )  # fmt: skip
 
 
 def attention_backward(
@@ -567,63 +651,40 @@ def attention_backward(
     config: BackwardConfig,
     programs: int,
 ) -> Gradients:
-    """Gradients of CLEAR attention.
+    """Gradients of CLEAR attention, without far keys.
 
     Args:
         grad: gradient of `out`.
         query, key, value, out, grad: (batch, text + image, heads, head_dim), float16, bfloat16 or
             float32, any strides but channels side by side; summed in float32.
         pooled_key, pooled_value: (batch, pooled, heads, head_dim), contiguous; pooled may be 0.
+        bias: float32 (pooled, heads), any strides, or (0, heads) where nothing is added.
         lse: float32 (batch, text + image, heads), contiguous: natural-log log-sum-exp of the
             scaled scores of all keys a query sees.
         geometry: of the window; all rows are queries.
         config: shapes of the kernels.
 
     Returns:
-        Gradients of query, key, value, pooled_key and pooled_value, contiguous, in their dtype.
+        Gradients of query, key, value, pooled_key, pooled_value and bias, contiguous, in their
+        dtype.
     """
-    batch, sequence, heads, head_dim = query.shape
-    pooled_length = pooled_key.shape[1]
-    grad_query, grad_key, grad_value, grad_pooled_key, grad_pooled_value = grads = (
-        torch.empty_like(query, memory_format=torch.contiguous_format),
-        torch.empty_like(key, memory_format=torch.contiguous_format),
-        torch.empty_like(value, memory_format=torch.contiguous_format),
-        torch.empty_like(pooled_key),
-        torch.empty_like(pooled_value),
-    )
-    lse_log2, delta = torch.empty(
-        2, batch, heads, sequence, dtype=torch.float32, device=query.device
-    ).unbind()
-    blocks = triton.cdiv(sequence * heads, PREPARE_ROWS)
-    prepare_rows[(blocks * batch,)](
-        grad, out, lse, lse_log2, delta, *_strides(grad, out), heads, head_dim, sequence, blocks,
-        M=PREPARE_ROWS, **channels(head_dim), **OPTIONS,
-    )  # fmt: skip
-
-    text_length = geometry.text_length
-    walked = _Walked(grad, query, key, value, lse_log2, delta, geometry)
+    pooled_length, text_length = pooled_key.shape[1], geometry.text_length
+    grads = gradients_of(query, key, value, pooled_key, pooled_value, bias)
+    grad_query, grad_key, grad_value, grad_pooled_key, grad_pooled_value, grad_bias = grads
+    walked = prepare(grad, query, key, value, out, lse, geometry)
     _walk_image(
-        image_query_backward, config.query, walked,
-        (pooled_key, pooled_value), (key, value), (grad_query,), (pooled_length,),
+        image_query_backward, config.query, walked, (pooled_key, pooled_value, bias),
+        (key, value), (grad_query,), (pooled_length, *bias.stride()), BIAS=len(bias) > 0,
     )  # fmt: skip
     _walk_image(
         image_key_backward, config.key, walked,
         (), (query, grad), (grad_key, grad_value), (),
     )  # fmt: skip
-    if text_length:
-        text = [x[:, :text_length] for x in (grad_query, grad_key, grad_value)]
-        _walk_runs(
-            text_query_backward, config.text_query, walked, programs,
-            text_length, 0, text[:1],
-        )  # fmt: skip
-        _walk_runs(
-            common_key_backward, config.common_key, walked, programs,
-            text_length, 0, text[1:],
-        )  # fmt: skip
+    text_gradients(walked, config, programs, grads[:3])
     if pooled_length:
         _walk_runs(
             common_key_backward, config.common_key,
             replace(walked, key=pooled_key, value=pooled_value), programs,
-            pooled_length, text_length, (grad_pooled_key, grad_pooled_value),
+            pooled_length, text_length, (grad_pooled_key, grad_pooled_value), (bias, grad_bias),
         )  # fmt: skip
-    return *grads, torch.zeros_like(bias)
+    return tuple(grads)

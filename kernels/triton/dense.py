@@ -46,7 +46,7 @@ def text_forward(
     end = tl.minimum(begin + keys_per_split, sequence)
     row_max, row_sum, acc = attend_run(
         q, row_max, row_sum, acc, key, value, key_token, value_token, begin, end,
-        scale_log2, head_dim, N, D, EVEN_D, False, STAGES,
+        scale_log2, head_dim, None, 0, N, D, EVEN_D, False, False, STAGES,
     )  # fmt: skip
 
     row = (split.to(tl.int64) * (planes // heads) + batch) * text_length * heads + head

@@ -11,21 +11,29 @@ import triton
 import triton.language as tl
 
 from .primitives import (
-    LN_2,
     LOWEST,
     disc_mask,
+    load_bias,
     load_rows,
     online_softmax,
-    store_rows,
+    store_softmax,
     tile_columns,
     tile_rows,
 )
 
 
 @triton.jit
-def attend_block(query, key, value, mask, row_max, row_sum, acc, scale_log2, MASKED: tl.constexpr):
-    """Softmax attention of [M, D] queries over one more block of [N, D] keys."""
+def attend_block(
+    query, key, value, mask, bias, row_max, row_sum, acc, scale_log2,
+    MASKED: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of [M, D] queries over one more block of [N, D] keys.
+
+    bias: [N], added to the scores; mask: [M, N] or [1, N].
+    """
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    if BIAS:
+        scores += bias[None, :]
     if MASKED:
         scores = tl.where(mask, scores, float("-inf"))
     probability, factor, row_max, row_sum = online_softmax(scores, row_max, row_sum)
@@ -37,13 +45,13 @@ def attend_block(query, key, value, mask, row_max, row_sum, acc, scale_log2, MAS
 @triton.jit
 def attend_run(
     query, row_max, row_sum, acc, key, value, key_stride, value_stride, begin, end,
-    scale_log2, head_dim,
+    scale_log2, head_dim, bias, bias_stride,
     N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention over the tokens begin..end of one head, all visible. EVEN: (end - begin) % N == 0.
 
-    key, value: pointers to token 0 of the head.
+    key, value, and bias where BIAS: pointers to token 0 of the head.
     """
     lane = tl.arange(0, N)
     full = begin + (end - begin) // N * N
@@ -51,16 +59,18 @@ def attend_run(
     for start in tl.range(begin, full, N, num_stages=STAGES):
         k = load_rows(key, key_stride, start + lane, everything, head_dim, D, EVEN_D)
         v = load_rows(value, value_stride, start + lane, everything, head_dim, D, EVEN_D)
+        b = load_bias(bias, bias_stride, start + lane, everything, BIAS)
         row_max, row_sum, acc = attend_block(
-            query, k, v, everything, row_max, row_sum, acc, scale_log2, False
+            query, k, v, everything, b, row_max, row_sum, acc, scale_log2, False, BIAS
         )
     if not EVEN:
         for start in tl.range(full, end, N, num_stages=1):
             valid = start + lane < end
             k = load_rows(key, key_stride, start + lane, valid, head_dim, D, EVEN_D)
             v = load_rows(value, value_stride, start + lane, valid, head_dim, D, EVEN_D)
+            b = load_bias(bias, bias_stride, start + lane, valid, BIAS)
             row_max, row_sum, acc = attend_block(
-                query, k, v, valid[None, :], row_max, row_sum, acc, scale_log2, True
+                query, k, v, valid[None, :], b, row_max, row_sum, acc, scale_log2, True, BIAS
             )
     return row_max, row_sum, acc
 
@@ -108,29 +118,30 @@ def attend_tiles(
         )  # fmt: skip
         mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C)
         row_max, row_sum, acc = attend_block(
-            query, k, v, mask, row_max, row_sum, acc, scale_log2, MASKED
+            query, k, v, mask, None, row_max, row_sum, acc, scale_log2, MASKED, False
         )
     return row_max, row_sum, acc
 
 
 @triton.jit
 def image_forward(
-    query, key, value, pooled_key, pooled_value, image_key, image_value, out, lse,
+    query, key, value, pooled_key, pooled_value, bias, image_key, image_value, out, lse,
     offsets, ranges, row_class, column_class,
     query_batch, query_token, query_head, key_batch, key_token, key_head,
-    value_batch, value_token, value_head,
+    value_batch, value_token, value_head, bias_token, bias_head,
     heads, head_dim, height, width, text_length, pooled_length,
     query_start, query_stop, text_queries, tiles_x, tiles, column_classes, radius2, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr,
-    POOLED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+    POOLED: tl.constexpr, BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per tile, head and batch item.
 
     query: (batch, text_queries + image rows query_start to query_stop, heads, head_dim), key and
     value: (batch, text + image, heads, head_dim), with strides query_batch, query_token, query_head
-    and so on; pooled_key, pooled_value, out, lse: contiguous. image_key, image_value:
-    tensor descriptors where DESCRIPTOR, else pointers to the first image token.
+    and so on; pooled_key, pooled_value, out, lse: contiguous; bias, where BIAS: (pooled, heads).
+    image_key, image_value: tensor descriptors where DESCRIPTOR, else pointers to the first image
+    token. Rows are counted from the first that is given.
     """
     M: tl.constexpr = R * C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -154,14 +165,15 @@ def image_forward(
     acc = tl.zeros([M, D], tl.float32)
     row_max, row_sum, acc = attend_run(
         q, row_max, row_sum, acc, key, value, key_token, value_token, 0, text_length,
-        scale_log2, head_dim, N, D, EVEN_D, EVEN_TEXT, STAGES,
+        scale_log2, head_dim, None, 0, N, D, EVEN_D, EVEN_TEXT, False, STAGES,
     )  # fmt: skip
     if POOLED:
         plane_start = (wide_batch * pooled_length * heads + head) * head_dim
         row_max, row_sum, acc = attend_run(
             q, row_max, row_sum, acc, pooled_key + plane_start, pooled_value + plane_start,
             heads * head_dim, heads * head_dim, 0, pooled_length,
-            scale_log2, head_dim, N, D, EVEN_D, False, STAGES,
+            scale_log2, head_dim, bias + wide_head * bias_head, bias_token,
+            N, D, EVEN_D, False, BIAS, STAGES,
         )  # fmt: skip
 
     if not DESCRIPTOR:
@@ -183,9 +195,7 @@ def image_forward(
 
     queries = text_queries + (query_stop - query_start) * width
     row = wide_batch * queries * heads + head
-    store_rows(
-        out + row * head_dim, heads * head_dim, tokens, valid, acc / row_sum[:, None],
-        head_dim, D, EVEN_D,
+    store_softmax(
+        out + row * head_dim, lse + row, tokens, valid, row_max, row_sum, acc, heads, head_dim,
+        D, EVEN_D,
     )  # fmt: skip
-    logsumexp = (row_max + tl.log2(row_sum)) * LN_2
-    tl.store(lse + row + tokens.to(tl.int64) * heads, logsumexp, mask=valid)

@@ -64,7 +64,7 @@ def _reaches(length: int, tile: int, reach: int, owned: range) -> list[_Reach]:
     """What each tile can see of an axis; tiles cut up the `owned` part of it."""
     return [
         _Reach(
-            -min(start, reach),
+            max(-start, -reach),
             min(length - 1 - start, min(tile, owned.stop - start) - 1 + reach),
         )
         for start in range(owned.start, owned.stop, tile)
@@ -103,7 +103,7 @@ def _visits(rows: _Reach, columns: _Reach, tiling: Tiling, radius: int) -> np.nd
         np.stack([np.full(count, row), column + tiling.step_columns * np.arange(count)], axis=1)
         for row, column, count in cover
     ]
-    return np.concatenate(parts)
+    return np.concatenate([np.empty((0, 2), dtype=np.int64), *parts])
 
 
 def _inner(
@@ -133,7 +133,8 @@ def visits(
 ) -> Visits:
     """The lists of a grid of height x width tokens for discs of `radius` tokens.
 
-    owner_rows: (start, stop) of the rows that owners take up; all where None.
+    owner_rows: (start, stop) of the rows that owners take up, all where None; rows beyond the grid
+        are rows of queries whose keys are not given.
 
     A pure function of its arguments; remembered, because a model asks once per layer and step.
     """

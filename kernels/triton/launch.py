@@ -9,8 +9,10 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..opaque import Geometry
+from .cell_lists import key_comparisons, key_lists, of_lists
 from .dense import text_forward, text_merge
 from .device import architecture
+from .far import far_forward
 from .forward import image_forward
 from .geometry import visits
 from .tables import ForwardConfig, RunConfig
@@ -49,20 +51,25 @@ def image_attention(
     value: torch.Tensor,
     pooled_key: torch.Tensor,
     pooled_value: torch.Tensor,
+    bias: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     geometry: Geometry,
     config: ForwardConfig,
 ) -> None:
-    """Write the image tokens' part of `out` and `lse`, both contiguous."""
-    height, width, text_length, radius, scale, start, stop, *_ = geometry
+    """Write the image tokens' part of `out` and `lse`, both contiguous; without far keys."""
+    _, width, text_length, radius, scale, start, stop, *_ = geometry
+    # The disc moves along: rows count from the first that is given.
+    first, last = geometry.given_rows(0)
+    height, start, stop = last - first, start - first, stop - first
     batch, queries, heads, head_dim = query.shape
     tiling = config.tiling
     text_queries = queries - geometry.image_queries
     found = visits(height, width, radius, tiling, query.device, (start, stop))
     size = channels(head_dim)
     image_key, image_value = key[:, text_length:], value[:, text_length:]
-    if config.descriptor:
+    descriptor = config.descriptor and height > 0
+    if descriptor:
         block = [1, tiling.step_rows, tiling.step_columns, 1, size["D"]]
         image_key, image_value = (
             TensorDescriptor.from_tensor(image.unflatten(1, (height, width)), block)
@@ -70,15 +77,48 @@ def image_attention(
         )
     tiles_y, tiles_x = found.row_class.numel(), found.column_class.numel()
     image_forward[(tiles_y * tiles_x * heads * batch,)](
-        query, key, value, pooled_key, pooled_value, image_key, image_value, out, lse,
+        query, key, value, pooled_key, pooled_value, bias, image_key, image_value, out, lse,
         found.offsets, found.ranges, found.row_class, found.column_class,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride(),
         heads, head_dim, height, width, text_length, pooled_key.shape[1],
         start, stop, text_queries,
         tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius**2, scale * math.log2(math.e),
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
         N=config.dense_keys, **size, EVEN_TEXT=text_length % config.dense_keys == 0,
-        POOLED=pooled_key.shape[1] > 0, DESCRIPTOR=config.descriptor, STAGES=config.num_stages,
+        POOLED=pooled_key.shape[1] > 0, BIAS=len(bias) > 0, DESCRIPTOR=descriptor,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+    )  # fmt: skip
+
+
+def far_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    bias: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: Geometry,
+    config: ForwardConfig,
+) -> None:
+    """`image_attention` with far keys."""
+    _, width, text_length, _, scale, start, stop, *_ = geometry
+    batch, queries, heads, head_dim = query.shape
+    tiling, text_queries = config.tiling, queries - geometry.image_queries
+    shared = of_lists(geometry)
+    lists = key_lists(shared, tiling.rows, tiling.columns, config.dense_keys, query.device)
+    table = key_comparisons(shared, query.device)
+    tiles, tiles_x = len(lists.ranges), triton.cdiv(width, tiling.columns)
+    far_forward[(tiles * heads * batch,)](
+        query, key, value, key[:, text_length:], value[:, text_length:], pooled_key, pooled_value,
+        bias, out, lse, lists.keys, lists.ranges, table,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride(),
+        heads, head_dim, width, text_length, key.shape[1] - text_length, table.shape[1],
+        start, stop, text_queries, tiles_x, tiles, scale * math.log2(math.e),
+        R=tiling.rows, C=tiling.columns, N=config.dense_keys, **channels(head_dim),
+        EVEN_TEXT=text_length % config.dense_keys == 0, STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
 

@@ -10,7 +10,14 @@ from ..opaque import Geometry, Gradients, attention_op, channels_contiguous
 from . import tables
 from .backward import attention_backward
 from .device import programs
-from .launch import image_attention, readable_by_descriptor, table_key, text_attention
+from .far_backward import far_attention_backward
+from .launch import (
+    far_attention,
+    image_attention,
+    readable_by_descriptor,
+    table_key,
+    text_attention,
+)
 from .tuning import choose
 
 
@@ -40,7 +47,6 @@ def _forward(
     geometry: Geometry,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = channels_contiguous(query, key, value)
-    assert not len(bias), "not built yet"
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     entry_key = table_key(query.device, query.dtype, query.shape[-1])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -51,13 +57,15 @@ def _forward(
                 query, key, value, out, lse, geometry.text_length, geometry.scale,
                 tables.text_config(*entry_key), programs(query.device),
             )  # fmt: skip
-    run = partial(image_attention, query, key, value, pooled_key, pooled_value, out, lse, geometry)
+    attention = far_attention if geometry.far_levels else image_attention
+    run = partial(attention, query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
     entries = tables.forward_configs(*entry_key)
     if not all(map(readable_by_descriptor, (key, value))):
         entries = tuple(entry for entry in entries if not entry.descriptor)
     kind = (
         query.device, query.dtype, query.shape[-1],
         geometry.radius, geometry.text_length > 0, pooled_key.shape[1] > 0,
+        geometry.far_levels > 0,
     )  # fmt: skip
     with torch.cuda.device_of(query):
         run(choose(entries, kind, run))
@@ -79,8 +87,9 @@ def _backward(
     grad, query, key, value = channels_contiguous(grad, query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     entry_key = table_key(query.device, query.dtype, query.shape[-1])
+    backward = far_attention_backward if geometry.far_levels else attention_backward
     with torch.cuda.device_of(query):
-        return attention_backward(
+        return backward(
             grad, query, key, value, pooled_key, pooled_value, bias, out, lse, geometry,
             config=tables.backward_config(*entry_key), programs=programs(query.device),
         )  # fmt: skip

@@ -51,6 +51,18 @@ def store_rows(
 
 
 @triton.jit
+def load_bias(bias, stride, tokens, valid, BIAS: tl.constexpr):
+    """What is added to the scores of tokens of one head, in units of log2; 0 where not `valid`.
+
+    None without BIAS.
+    """
+    if BIAS:
+        return tl.load(bias + tokens.to(tl.int64) * stride, mask=valid, other=0.0) * LOG2_E
+    else:
+        return None
+
+
+@triton.jit
 def disc_mask(
     own_y, own_x, y, x, height, width, radius2,
     M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CLIP: tl.constexpr = True,
@@ -86,3 +98,18 @@ def online_softmax(scores, row_max, row_sum):
     factor = tl.exp2(row_max - new_max)
     probability = tl.exp2(scores - new_max[:, None])
     return probability, factor, new_max, row_sum * factor + tl.sum(probability, 1)
+
+
+@triton.jit
+def store_softmax(
+    out, lse, tokens, valid, row_max, row_sum, acc, heads, head_dim,
+    D: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """Output and natural-log log-sum-exp of [M] queries of a head, contiguous but for the heads.
+
+    A query that has met no key gets output 0 and a log-sum-exp of about `LOWEST`.
+    """
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)
+    store_rows(out, heads * head_dim, tokens, valid, acc / row_sum[:, None], head_dim, D, EVEN_D)
+    logsumexp = (row_max + tl.log2(row_sum)) * LN_2
+    tl.store(lse + tokens.to(tl.int64) * heads, logsumexp, mask=valid)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,15 +14,15 @@ from clear_dit.attention.layout import Layout
 from clear_dit.attention.norm_rope import Rotary
 from clear_dit.attention.text_padding import Projected
 from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.cells import levels_needed
 from clear_dit.kernels.dense import dense_attention
 from clear_dit.kernels.merge import merge_
-from clear_dit.kernels.pooling import pool_rows
+from clear_dit.kernels.two_positions import attend_near_and_far
 from clear_dit.kernels.window import Window
 
 from .bands import Bands, Piece, common
 from .exchange import Gathered, HaloRows, MergedText, Traffic
-
-KeyValue = tuple[torch.Tensor, torch.Tensor]
+from .pooled import CellBands, FarCells, KeyValue, PooledTokens
 
 
 class SharedImage:
@@ -30,11 +30,12 @@ class SharedImage:
 
     Text, and reference images, are on every rank ("text" below means both). A layer's queries of
     this rank's rows attend to the text, to their discs (the halo comes from the neighbours) and to
-    the pooled tokens of the whole image; text queries attend to all, by way of `MergedText`.
+    the pooled tokens of the whole image, or to near tokens and the far keys beyond; text queries
+    attend to all, by way of `MergedText`.
 
     Args:
         whole: the image, in tokens.
-        radius, down_factor: of the window.
+        radius, down_factor, far_levels: of the window.
         group: its ranks, from the top of the image to the bottom.
         traffic: counts what is sent.
         keeps_halos: whether every layer's halo is kept for the next step, where `stale` may be set.
@@ -49,14 +50,16 @@ class SharedImage:
         whole: Layout,
         radius: int,
         down_factor: int,
+        far_levels: int,
         group: dist.ProcessGroup,
         traffic: Traffic,
         keeps_halos: bool = False,
     ) -> None:
         self.whole = whole
-        self.window = Window(whole.rows, whole.columns, 0, radius, down_factor)
-        reach = self.window.disc_radius - 1
-        self.bands = Bands(whole.rows, group.size(), group.rank(), reach)
+        # Cells that nobody sees need not travel.
+        levels = min(far_levels, levels_needed(whole.rows, whole.columns, radius))
+        self.window = Window(whole.rows, whole.columns, 0, radius, down_factor, far_levels=levels)
+        self.bands = Bands(whole.rows, group.size(), group.rank(), self.window.reach)
         self.layout = whole._replace(rows=len(self.bands.own))
         self.group = group
         self.traffic = traffic
@@ -64,6 +67,9 @@ class SharedImage:
         self.stale = False
         self._text = whole.text_length + whole.reference_length
         self._tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._cells = [
+            CellBands.of(self.window, self.bands, level) for level in range(1, levels + 1)
+        ]
         # An implementation may keep a mask on its window: always the same one for a piece.
         self._windows: dict[tuple[Piece, int], Window] = {}
         self._keeps_halos = keeps_halos
@@ -143,12 +149,13 @@ class SharedImage:
         self,
         halo: HaloRows,
         tensors: Projected,
-        far: KeyValue | None,
+        scaled: KeyValue | None,
         *,
         key_value: Callable[[torch.Tensor, Rotary | None], KeyValue],
         rotary: Rotary | None,
         scale: float,
         spatial_weight: torch.Tensor | None,
+        far_offset: torch.Tensor | None,
         impl: str,
     ) -> torch.Tensor:
         """What `local_attention` gives the text and this rank's rows in the whole image.
@@ -156,12 +163,12 @@ class SharedImage:
         Args:
             halo: what `send` returned for this layer.
             tensors: query, key and value, (batch, text + own rows * width, heads, head_dim) each.
-            far: query and key again, rotated by scaled positions, where tokens have two (see
+            scaled: query and key again, rotated by scaled positions, where tokens have two (see
                 `two_position_attention`).
             key_value: makes key and value (batch, tokens, heads, head_dim) of rows of the layer's
                 input, (batch, tokens, channels), and their part of the rotary table.
             rotary: the table of the whole sequence.
-            scale, spatial_weight, impl: as in `local_attention`.
+            scale, spatial_weight, far_offset, impl: as in `local_attention`.
 
         Returns:
             Shape and dtype of the query.
@@ -169,16 +176,16 @@ class SharedImage:
         self.traffic.layers += 1
         text, own = self._text, self.bands.own
         query, key, value = tensors
-        far_query, far_key = (query, key) if far is None else far
-        pooling = self._start_pooling(far_key[:, text:], value[:, text:], spatial_weight)
+        scaled_query, scaled_key = (query, key) if scaled is None else scaled
+        pooling = self._start_pooling(scaled_key[:, text:], value[:, text:], spatial_weight)
         merged = None
         if text:
             # The keys of the text count once.
             first = 0 if self.bands.rank == 0 else text
             merged = MergedText(
                 *dense_attention(
-                    far_query[:, :text],
-                    far_key[:, first:],
+                    scaled_query[:, :text],
+                    scaled_key[:, first:],
                     value[:, first:],
                     scale=scale,
                     impl=impl,
@@ -186,40 +193,52 @@ class SharedImage:
                 self.group,
                 self.traffic,
             )
-        seen_by_all = [far_key[:, :text]], [value[:, :text]]
-        if pooling is not None:
-            for parts, pooled in zip(seen_by_all, self._pooled(pooling), strict=True):
-                parts.append(pooled.to(key.dtype))
+        seen_by_all = [scaled_key[:, :text]], [value[:, :text]]
+        cells = None
+        if isinstance(pooling, FarCells):
+            cells = pooling.wait()
+        elif pooling is not None:
+            for parts, pooled in zip(seen_by_all, pooling.wait(), strict=True):
+                parts.append(pooled)
         # In front of the image's keys; apart from them where they are scored by another query.
-        in_front = seen_by_all if far is None else ([], [])
-        apart = None if far is None else [torch.cat(parts, dim=1) for parts in seen_by_all]
+        in_front = seen_by_all if scaled is None else ([], [])
+        apart = None if scaled is None else [torch.cat(parts, dim=1) for parts in seen_by_all]
+        in_common = sum(part.shape[1] for part in seen_by_all[0])
         out = torch.empty_like(query)
 
         def compute(piece: Piece, keys: torch.Tensor, values: torch.Tensor) -> None:
             rows = range(piece.queries.start - own.start, piece.queries.stop - own.start)
             columns = self.whole.columns
             part = slice(text + rows.start * columns, text + rows.stop * columns)
-            in_common = 0 if apart is not None else self._text + self.window.pooled_length
+            if apart is not None and cells is not None:
+                out[:, part] = attend_near_and_far(
+                    query[:, part], (keys, values), scaled_query[:, part], (apart[0], apart[1]),
+                    cells, self._window(piece, text),
+                    scale=scale, impl=impl, far_offset=far_offset,
+                )  # fmt: skip
+                return
             attended, lse = local_attention(
                 query[:, part],
                 keys,
                 values,
-                self._window(piece, in_common),
+                self._window(piece, in_common if apart is None else 0),
                 scale=scale,
+                far_offset=far_offset,
+                pooled=cells,
                 impl=impl,
                 return_lse=True,
             )
-            if apart is not None and apart[0].shape[1]:
+            if apart is not None and in_common:
                 attended = attended.to(lse.dtype)
-                others = dense_attention(far_query[:, part], *apart, scale=scale, impl=impl)
+                others = dense_attention(scaled_query[:, part], *apart, scale=scale, impl=impl)
                 merge_(attended, lse, *others)
             out[:, part] = attended
 
         inside = self.bands.interior
         if inside is not None:
-            if far is not None:
+            if scaled is not None:
                 compute(inside, key[:, text:], value[:, text:])
-            elif pooling is None:
+            elif in_common == text:
                 compute(inside, key, value)
             else:
                 keys, values = (
@@ -245,15 +264,22 @@ class SharedImage:
     def _window(self, piece: Piece, in_common: int) -> Window:
         """in_common: tokens in front of the image that every query sees: text, pooled tokens."""
         if (piece, in_common) not in self._windows:
-            first = piece.keys.start
-            self._windows[piece, in_common] = Window(
-                len(piece.keys),
-                self.whole.columns,
-                in_common,
-                self.window.radius,
-                query_rows=(piece.queries.start - first, piece.queries.stop - first),
-            )
+            self._windows[piece, in_common] = self._make_window(piece, in_common)
         return self._windows[piece, in_common]
+
+    def _make_window(self, piece: Piece, in_common: int) -> Window:
+        queries, keys, columns = piece.queries, piece.keys, self.whole.columns
+        if not self._cells:
+            # As if the rows of the keys were the whole image.
+            rows = (queries.start - keys.start, queries.stop - keys.start)
+            return Window(len(keys), columns, in_common, self.window.radius, query_rows=rows)
+        given = [keys, *(level.seen[self.bands.rank] for level in self._cells)]
+        return replace(
+            self.window,
+            text_length=in_common,
+            query_rows=(queries.start, queries.stop),
+            key_rows=tuple((rows.start, rows.stop) for rows in given),
+        )
 
     def _rows(self, own: torch.Tensor, halo: torch.Tensor, wanted: range) -> list[torch.Tensor]:
         """Views of the wanted rows, top to bottom: of the halo above, this rank's, the halo below.
@@ -273,34 +299,11 @@ class SharedImage:
 
     def _start_pooling(
         self, key: torch.Tensor, value: torch.Tensor, spatial_weight: torch.Tensor | None
-    ) -> Gathered | None:
-        """Start to gather every rank's part of the pooled keys and values."""
-        factor = self.window.down_factor
-        if factor == 1:
-            return None
-        parts = [pool_rows(x, self.window, spatial_weight, self.bands.own) for x in (key, value)]
-        pooled = torch.cat(parts).unflatten(1, (-1, math.ceil(self.whole.columns / factor)))
-        room = max(len(self._cell_rows(rank)) for rank in range(self.bands.ranks))
-        padded = pooled.new_zeros(len(pooled), room, *pooled.shape[2:])
-        padded[:, : pooled.shape[1]] = pooled
-        # Sums of whole cells are rounded as on one process; parts of cells are not yet sums.
-        if all(self.bands.of(rank).start % factor == 0 for rank in range(self.bands.ranks)):
-            padded = padded.to(key.dtype)
-        return Gathered(padded, self.group, self.traffic, "pooled")
-
-    def _pooled(self, pooling: Gathered) -> KeyValue:
-        """Pooled key and value of the whole image, (batch, pooled, heads, head_dim)."""
-        parts = pooling.wait()
-        rows = math.ceil(self.whole.rows / self.window.down_factor)
-        wide = torch.promote_types(parts[0].dtype, torch.float32)
-        whole = parts[0].new_zeros(len(parts[0]), rows, *parts[0].shape[2:], dtype=wide)
-        for rank, part in enumerate(parts):
-            cells = self._cell_rows(rank)
-            whole[:, cells.start : cells.stop] += part[:, : len(cells)]
-        key, value = whole.flatten(1, 2).chunk(2)
-        return key, value
-
-    def _cell_rows(self, rank: int) -> range:
-        """The rows of pooling cells that have rows of a rank."""
-        rows, factor = self.bands.of(rank), self.window.down_factor
-        return range(rows.start // factor, math.ceil(rows.stop / factor))
+    ) -> PooledTokens | FarCells | None:
+        """Start to exchange the pooled keys and values that this rank's queries see."""
+        given = key, value, spatial_weight, self.window, self.bands
+        if self._cells:
+            return FarCells(*given, self._cells, self.group, self.traffic)
+        if self.window.down_factor > 1:
+            return PooledTokens(*given, self.group, self.traffic)
+        return None

@@ -1,7 +1,7 @@
 """Whose rows are whose: an image cut into bands of rows of tokens, one for each rank.
 
-A band's queries see rows of other bands too, at most `reach` = radius - 1 above and below: the
-halo. Queries that do not see it, the interior, need not wait for it.
+A band's queries see rows of other bands too, at most `reach` above and below: the halo. Queries
+that do not see it, the interior, need not wait for it.
 """
 
 from __future__ import annotations
@@ -118,4 +118,5 @@ class Bands:
 
 def common(one: range, other: range) -> range:
     """The rows that are in both, possibly none."""
-    return range(max(one.start, other.start), min(one.stop, other.stop))
+    start = max(one.start, other.start)
+    return range(start, max(start, min(one.stop, other.stop)))

@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 from .bands import Bands
 
+# What attention layers send.
+OF_LAYERS = ("halo", "text", "pooled", "far")
+
 
 @dataclass
 class Traffic:
@@ -26,8 +29,8 @@ class Traffic:
     part to every other rank, all-reduce 2 (ranks - 1) / ranks of the tensor.
 
     Attributes:
-        sent: bytes by kind: "halo", "text", "pooled", "image" and "guidance" (the latter two
-            once a forward, not per layer).
+        sent: bytes by kind: of every layer "halo", "text", "pooled" and "far", of every forward
+            "image" and "guidance".
         layers: number of attention layers computed.
         waiting: whether this process waits for what others send.
     """
@@ -71,9 +74,7 @@ class Traffic:
 
     def per_layer(self, *kinds: str) -> float:
         """Bytes sent per attention layer, of some kinds, or of all that layers send."""
-        return sum(self.sent[kind] for kind in kinds or ("halo", "text", "pooled")) / max(
-            self.layers, 1
-        )
+        return sum(self.sent[kind] for kind in kinds or OF_LAYERS) / max(self.layers, 1)
 
 
 class HaloRows:

@@ -9,7 +9,8 @@
 Every rank runs this with the same arguments, and gets the same image: noise is drawn whole from
 the seed, and the latents are whole on every rank between steps. Within the transformer a rank has
 its band, all layers but attention being per token. In attention it gets the radius - 1 rows beside
-its band from the neighbours, while it computes what does not need them. The authors of CLEAR
+its band from the neighbours, while it computes what does not need them; with far keys radius rows,
+and about as many rows of the cells of every level. The authors of CLEAR
 average the text's outputs over the ranks (arXiv 2412.16112); here they are merged by their
 log-sum-exp: what all ranks compute together is what one would, but for rounding.
 
@@ -63,7 +64,8 @@ def parallelize(
         mesh: with a dimension "patch", from the top of the image to the bottom.
         stale_halos_after: None is exact. A number of steps, at least 1, is an approximation
             (DistriFusion, arXiv 2402.19481): after so many steps every layer takes the neighbours'
-            rows from the step before, so that nothing waits for them. Text stays exact.
+            rows from the step before, so that nothing waits for them. Text, pooled keys and far
+            keys stay exact.
 
     Returns:
         The handle: its `traffic` counts what this rank sent, its `remove()` ends the sharing.
@@ -128,7 +130,7 @@ class PatchParallel:
         self.traffic = Traffic()
         self._guidance_scale: float | None = None
         self._decisions = SharedDecisions(self.group)
-        self._shares: dict[tuple[Layout, int, int], SharedImage] = {}
+        self._shares: dict[tuple[Layout, int, int, int], SharedImage] = {}
         self._share: SharedImage | None = None
         self._steps = _Steps()
         self._handles: list[Any] = []
@@ -234,7 +236,12 @@ class PatchParallel:
                 f"{WHO} does not share reference images that are local within themselves; call "
                 "apply_clear with references='dense'."
             )
-        key = (layout, tracker.radius, tracker.down_factor)
+        if tracker.pooled_weight != "one":
+            raise ValueError(
+                f"{WHO} does not share pooled keys that weigh as their tokens; call apply_clear "
+                "with pooled_weight='one', or with far=True."
+            )
+        key = (layout, tracker.radius, tracker.down_factor, tracker.far_levels)
         if key not in self._shares:
             for share in self._shares.values():
                 share.forget_halos()

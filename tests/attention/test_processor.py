@@ -1,13 +1,22 @@
 """CLEARProcessor against the stock processor: same results where it must, the window elsewhere."""
 
+import logging
+from unittest import mock
+
 import pytest
 import torch
 from diffusers.models.transformers import transformer_flux
-from support.models import FAR, assert_same, run
+from support.models import FAR, assert_differs, assert_same, by_definition, run
+from support.oracle import attention_by_definition
 
 from clear_dit import CLEARProcessor, Window, apply_clear
+from clear_dit.kernels.cells import FAR_LEVELS
+from clear_dit.weights.learned import make_far_trainable
 
 SHAPES = [(4, 4), (3, 7), (6, 2), (1, 9), (9, 1), (1, 1)]
+
+
+with_and_without_far = pytest.mark.parametrize("far", [False, True])
 
 
 def bare(model, **settings):
@@ -23,34 +32,49 @@ def route(request):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_radius_past_the_diagonal_is_the_stock_model(tiny_transformer, tiny_inputs, route, shape):
+@with_and_without_far
+def test_radius_past_the_diagonal_is_the_stock_model(
+    tiny_transformer, tiny_inputs, route, shape, far
+):
     model, inputs = tiny_transformer(), tiny_inputs(*shape, batch=2)
     expected = run(model, inputs)
-    route(model, radius=FAR)
+    route(model, radius=FAR, far=far)
     assert_same(run(model, inputs), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("impl", ["auto", "tiled", "reference"])
-def test_small_radius_is_the_stock_model_under_the_mask(
-    tiny_transformer, tiny_inputs, route, shape, impl
+@with_and_without_far
+def test_small_radius_is_the_stock_model_by_the_definition(
+    tiny_transformer, tiny_inputs, route, shape, impl, far
 ):
     model, inputs = tiny_transformer(), tiny_inputs(*shape, batch=2)
-    mask = Window(*shape, text_length=3, radius=2).mask()
-    expected = run(model, inputs, joint_attention_kwargs={"attention_mask": mask})
-    route(model, radius=2, impl=impl)
+    with by_definition(*shape, 2, far):
+        expected = run(model, inputs)
+    route(model, radius=2, impl=impl, far=far)
     assert_same(run(model, inputs), expected)
 
 
-def test_resolution_text_and_batch_change_between_calls(tiny_transformer, tiny_inputs, route):
+@pytest.mark.parametrize("impl", ["auto", "tiled", "reference"])
+def test_far_keys_of_several_levels(tiny_transformer, tiny_inputs, impl):
+    model, inputs = tiny_transformer(), tiny_inputs(11, 19)
+    with by_definition(11, 19, 2, far=True):
+        expected = run(model, inputs)
+    for radius in (2, 3):
+        apply_clear(model, radius=radius, impl=impl)
+        assert torch.allclose(run(model, inputs), expected, atol=1e-5) == (radius == 2)
+
+
+@with_and_without_far
+def test_resolution_text_and_batch_change_between_calls(tiny_transformer, tiny_inputs, route, far):
     stock, model = tiny_transformer(), tiny_transformer()
-    route(model, radius=2)
+    route(model, radius=2, far=far)
     # Classifier-free guidance: two text lengths in turn; 4 x 6 and 6 x 4 have the same length.
     calls = [(4, 6, 3, 1), (4, 6, 5, 1), (4, 6, 3, 1), (6, 4, 3, 2), (4, 6, 3, 1), (5, 5, 0, 1)]
     for rows, columns, text, batch in calls:
         inputs = tiny_inputs(rows, columns, text, batch=batch)
-        mask = Window(rows, columns, text, 2).mask()
-        expected = run(stock, inputs, joint_attention_kwargs={"attention_mask": mask})
+        with by_definition(rows, columns, 2, far, text):
+            expected = run(stock, inputs)
         assert_same(run(model, inputs), expected)
 
 
@@ -63,7 +87,7 @@ def test_ids_in_the_model_s_dtype_above_256(tiny_transformer, tiny_inputs, route
     # The bare processor finds the grid in rounded ids; only apply_clear can put the ids right.
     seen = exact if route is apply_clear else rounded
     expected = run(model, seen, joint_attention_kwargs={"attention_mask": mask})
-    route(model, radius=4)
+    route(model, radius=4, far=False)
     assert_same(run(model, rounded), expected)
 
 
@@ -142,7 +166,7 @@ def test_explicit_grid_wins_and_is_checked(tiny_transformer, tiny_inputs):
     model, inputs = tiny_transformer(), tiny_inputs(4, 6)
     mask = Window(6, 4, 3, 2).mask()
     expected = run(model, inputs, joint_attention_kwargs={"attention_mask": mask})
-    bare(model, radius=2, grid=(6, 4))
+    bare(model, radius=2, grid=(6, 4), far=False)
     assert_same(run(model, inputs), expected)
     bare(model, grid=(5, 5))
     with pytest.raises(ValueError, match=r"grid=\(5, 5\) means 25 image tokens.*27 tokens, 3 of"):
@@ -175,6 +199,78 @@ def test_made_again_from_its_class():
     assert list(CLEARProcessor(down_factor=4).state_dict()) == ["spatial_weight"]
 
 
+def test_far_keys_by_default(tiny_transformer, tiny_inputs, caplog):
+    """Where they are possible, and said once."""
+    caplog.set_level(logging.INFO, logger="clear_dit")
+    for settings, far in (
+        ({}, True),
+        ({"far": True}, True),
+        ({"far": False}, False),
+        ({"radius": 1}, False),
+        ({"down_factor": 2}, False),
+    ):
+        processor = CLEARProcessor(**{"radius": 2} | settings)
+        assert processor.has_far_keys == far
+        assert f"far={far}" in repr(processor)
+        model = tiny_transformer()
+        model.set_attn_processor(processor)
+        for _ in range(2):
+            run(model, tiny_inputs(4, 6))
+        said = caplog.text.count("far keys are on because no CLEAR weights are loaded")
+        assert said == (settings == {})
+        caplog.clear()
+
+
+def test_pooled_keys_that_count(tiny_transformer, tiny_inputs):
+    model, inputs = tiny_transformer(), tiny_inputs(5, 7)
+    window, attended = Window(5, 7, 3, 2, 2, pooled_weight="count"), []
+
+    def attend(query, key, value, **_):
+        attended.append(attention_by_definition(query, key, value, window, 16**-0.5))
+        return attended[-1]
+
+    with mock.patch.object(transformer_flux, "dispatch_attention_fn", attend):
+        expected = run(model, inputs)
+    assert len(attended) == 4
+    apply_clear(model, radius=2, down_factor=2, pooled_weight="count")
+    assert_same(run(model, inputs), expected)
+    apply_clear(model, radius=2, down_factor=2)
+    assert_differs(run(model, inputs), expected)
+
+
+def test_what_is_learned_of_far_keys(tiny_transformer, tiny_inputs):
+    """A layer's own weights and offsets, by the definition, and their gradients."""
+    model, inputs = tiny_transformer(num_layers=1, num_single_layers=0), tiny_inputs(5, 7)
+    apply_clear(model, radius=2)
+    plain = run(model, inputs)
+    make_far_trainable(model)
+    assert torch.equal(run(model, inputs), plain)
+    processor = model.transformer_blocks[0].attn.processor
+    weight, offset = processor.far_weight, processor.far_offset
+    assert weight.shape == (FAR_LEVELS, 2, 2)
+    assert offset.shape == (FAR_LEVELS, 2)
+    with torch.no_grad():
+        weight.uniform_(0, 0.5)
+        offset.normal_()
+    leaves = [x.detach().clone().requires_grad_() for x in (weight, offset)]
+    window = Window(5, 7, 3, 2, far_levels=FAR_LEVELS)
+
+    def attend(query, key, value, **_):
+        return attention_by_definition(query, key, value, window, 16**-0.5, *leaves)
+
+    with mock.patch.object(transformer_flux, "dispatch_attention_fn", attend):
+        stock = tiny_transformer(num_layers=1, num_single_layers=0)
+        expected = stock(**inputs).sample
+        expected.square().sum().backward()
+    out = model(**inputs).sample
+    assert_same(out, expected)
+    assert_differs(out, plain)
+    out.square().sum().backward()
+    for ours, theirs in zip((weight, offset), leaves, strict=True):
+        assert theirs.grad[:2].abs().min() > 0
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -186,6 +282,11 @@ def test_made_again_from_its_class():
         ({"grid": (4,)}, r"grid must be \(rows, columns\) in tokens, got \(4,\)"),
         ({"grid": (4, 0)}, "grid columns must be an integer of at least 1, got 0"),
         ({"proportional_base": 1}, "proportional_base must be an integer of at least 2, got 1"),
+        ({"far": 3}, "far must be True, False or None, got 3"),
+        ({"far": True, "down_factor": 4}, "exclude each other, got far=True and down_factor=4; le"),
+        ({"far": True, "radius": 1}, "need a radius of at least 2, got radius=1; take a larger"),
+        ({"pooled_weight": "two", "down_factor": 2}, "must be one or count, got 'two'"),
+        ({"pooled_weight": "count"}, "'count' is for the pooled keys of down_factor > 1, got down"),
     ],
 )
 def test_bad_settings(settings, message):

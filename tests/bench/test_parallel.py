@@ -1,6 +1,8 @@
 """Formulas of what ranks send, against exchanges that are played through and counted."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 from clear_dit.bench.parallel_bytes import FLOAT32, Layer, halo_bytes, ring_bytes, ulysses_bytes
 from clear_dit.bench.parallel_plan import ASSUMED, Rates, plan_parallel
 from clear_dit.cli import app
+from clear_dit.pipelines.parallel.bands import Bands
 
 # FLUX.1-dev at 8192 pixels, with CLEAR's radius 16.
 FLUX_8K = Layer(512, 512, 512, 16, 24, 128, 2)
@@ -66,6 +69,63 @@ def played_halo(layer, ranks):
     return [sum(owner[row] == rank for _, row in needs) * row_bytes for rank in range(ranks)]
 
 
+def played_far(layer, ranks):
+    """Bytes of cells each rank sends: its part of a row of cells to each who may look at it."""
+    edges = [layer.rows * rank // ranks for rank in range(ranks + 1)]
+    bands = [range(*edge) for edge in pairwise(edges)]
+    sent = [0] * ranks
+    # A row of cells may be seen where the row around it may be looked into. The coarsest has none
+    # around it; it is the last with a cell beyond the reach of its level.
+    levels = [1]
+    while (layer.radius * 2 ** levels[-1]) ** 2 <= layer.rows**2 + layer.columns**2:
+        levels.append(levels[-1] + 1)
+    for level in levels:
+        side, around = 2**level, 2 ** (level + 1)
+        tops = range(0, layer.rows, side)
+        makers = [
+            {rank for rank in range(ranks) for row in bands[rank] if row // side == top // side}
+            for top in tops
+        ]
+        itemsize = 4 if any(len(those) > 1 for those in makers) else layer.itemsize
+        columns = -(-layer.columns // side)
+        for top, those in zip(tops, makers, strict=True):
+            first = top // around * around
+            centre = (first + min(first + around, layer.rows) - 1) / 2
+            needs = {
+                rank
+                for rank in range(ranks)
+                for row in bands[rank]
+                if level == levels[-1] or abs(row - centre) < layer.radius * side
+            }
+            for rank in those:
+                sent[rank] += len(needs - {rank}) * columns * itemsize
+    return [2 * each * layer.heads * layer.head_dim for each in sent]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(14, 5, 0, 2, 2, 4, 2, far=True),
+        Layer(32, 9, 0, 3, 2, 4, 2, far=True),
+        Layer(64, 3, 0, 2, 2, 4, 4, far=True),
+        Layer(9, 9, 0, 30, 2, 4, 2, far=True),
+    ],
+    ids=str,
+)
+def test_rows_of_cells(layer, ranks):
+    reach = min(layer.radius, layer.rows + layer.columns)
+    halo = [
+        len(rows) * layer.columns * layer.token_bytes
+        for rank in range(ranks)
+        for rows in [
+            [row for _, part in Bands(layer.rows, ranks, rank, reach).sends for row in part]
+        ]
+    ]
+    far = played_far(layer, ranks)
+    assert halo_bytes(layer, ranks) == max(map(sum, zip(halo, far, strict=True)))
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 6])
 def test_ulysses_and_ring(ranks):
     layer = Layer(4, 5, 4, 3, 6, 8, 8)
@@ -98,8 +158,21 @@ def test_at_8k_a_sixth_of_ulysses_whatever_the_ranks():
     assert ulysses_bytes(FLUX_8K, 16) is None
 
 
+def test_far_keys_at_8k_travel_like_the_halo():
+    """What grows with the ranks are parts of coarse cells, in float32, which several ranks send."""
+    near = replace(FLUX_8K, text_length=0, radius=8)
+    far = replace(near, far=True)
+    ranks = (4, 8, 16, 64)
+    cells = {count: halo_bytes(far, count) - halo_bytes(near, count) for count in ranks}
+    assert cells[8] < 2.5 * halo_bytes(near, 8)
+    assert max(cells.values()) < 1.6 * cells[4]
+    all_cells = sum((512 // 2**level) ** 2 for level in range(1, 8))
+    gathered = 2 * all_cells * far.token_bytes
+    assert max(cells.values()) < gathered / 6
+
+
 def test_a_plan_of_the_demo():
-    result = plan_parallel("demo", [2048], 8, Rates(tflops=0.1, gbps=1, latency=10))
+    result = plan_parallel("demo", [2048], 8, False, Rates(tflops=0.1, gbps=1, latency=10))
     rows = {(row["way"], row["ranks"]): row for row in result["rows"]}
     alone, two, ring = rows["one rank", 1], rows["halo", 2], rows["ring", 2]
     assert alone["efficiency"] == 1
@@ -121,14 +194,14 @@ def test_a_measured_step(tmp_path):
     assert statuses == [0] * 3, said
     found = [json.loads((tmp_path / f"bench-{rank}.json").read_text()) for rank in range(3)]
     assert found[0] == found[1] == found[2]
-    result = found[0]
-    assert result["correct"]
-    assert result["max_error"] < 1e-5
     # The one in the middle has two neighbours: two rows of 8 tokens to each, and the text.
-    layer = Layer(16, 8, 64, 3, 3, 64, 4)
-    middle = result["rows"][1]["mb_per_layer"] * 1e6
-    assert middle == pytest.approx(halo_bytes(layer, 3), rel=0.01)
-    assert result["rows"][0]["mb_per_layer"] < result["rows"][1]["mb_per_layer"]
+    for result, far in zip(found[0], (False, True), strict=True):
+        assert result["correct"]
+        assert result["max_error"] < 1e-5
+        layer = Layer(16, 8, 64, 3, 3, 64, 4, far=far)
+        middle = result["rows"][1]["mb_per_layer"] * 1e6
+        assert middle == pytest.approx(halo_bytes(layer, 3), rel=0.01)
+        assert result["rows"][0]["mb_per_layer"] < result["rows"][1]["mb_per_layer"]
     for row in result["rows"]:
         assert 0 < row["compute_seconds"] < row["seconds"]
         assert 0 < row["communication_seconds"] < row["seconds"]

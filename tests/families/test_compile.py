@@ -26,11 +26,12 @@ def forget_graphs():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("name", slow_but(NAMES, "qwen-image"))
-def test_another_resolution_compiles_nothing(name):
+def test_another_resolution_compiles_nothing(name, far):
     model = make_model(name, **LARGER.get(name, {}))
     inputs = [make_inputs(name, *size, text=23) for size in SIZES]
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=far)
     expected = [run(model, given) for given in inputs]
     family, options = family_of(model), {"fullgraph": True, "dynamic": True, "backend": "eager"}
     assert bool(model._repeated_blocks) == family.repeated_blocks

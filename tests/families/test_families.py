@@ -1,24 +1,27 @@
 """Every family: a tiny random model of the real class against the stock one, and the oracle."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from support.families.models import FAMILIES, make_inputs, make_model, run
-from support.families.oracle import FAR, dense_masks, expected, local_mask
+from support.families.oracle import FAR, dense_attention, expected
 from support.families.pipelines import draw, make_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clear_dit import CLEARProcessor, apply_clear, remove_clear, save_clear_weights
 from clear_dit.families.table import MODELS
-from clear_dit.weights.format import parameters_by_key
+from clear_dit.weights.format import parameters_by_key, pooling_by_key
+from clear_dit.weights.learned import make_far_trainable
 
 NAMES = [name for name, tiny in FAMILIES.items() if tiny.model_class.__name__ in MODELS]
 MASKING = [name for name in NAMES if FAMILIES[name].masks_text]
 EDITING = [name for name in NAMES if FAMILIES[name].takes_references]
 GUIDED = [name for name in NAMES if FAMILIES[name].guided]
 families = pytest.mark.parametrize("name", NAMES)
+with_and_without_far = pytest.mark.parametrize("far", [False, True])
 SHAPES = pytest.mark.parametrize(("rows", "columns"), [(5, 5), (4, 6), (7, 2)])
 
 
@@ -31,16 +34,19 @@ def assert_differs(value, other):
 
 
 def check(name, rows, columns, config=None, **inputs):
-    """The stock model at a large radius, the oracle at a small one."""
+    """The stock model at a large radius, the oracle at a small one; without and with far keys."""
     given = make_inputs(name, rows, columns, **inputs)
     model = make_model(name, **config or {})
-    stock = run(model, given)
-    apply_clear(model, radius=FAR)
-    assert_same(run(model, given), stock)
-    apply_clear(model, radius=2)
-    local = run(model, given)
-    assert_same(local, expected(name, rows, columns, 2, config=config, **inputs))
-    assert_differs(local, stock)
+    others = [run(model, given)]
+    for far in (False, True):
+        apply_clear(model, radius=FAR, far=far)
+        assert_same(run(model, given), others[0])
+        apply_clear(model, radius=2, far=far)
+        found = run(model, given)
+        assert_same(found, expected(name, rows, columns, 2, config=config, far=far, **inputs))
+        for other in others:
+            assert_differs(found, other)
+        others.append(found)
 
 
 @families
@@ -86,15 +92,21 @@ def test_every_layer_and_back(name):
 
 
 @families
-def test_weights_are_saved_loaded_and_taken_away(name, tmp_path):
+@pytest.mark.parametrize("down_factor", [1, 2], ids=["far", "pooled"])
+def test_weights_are_saved_loaded_and_taken_away(name, tmp_path, down_factor):
     tuned, model, given = make_model(name), make_model(name), make_inputs(name, 4, 6)
     before, values = run(model, given), copy.deepcopy(model.state_dict())
-    apply_clear(tuned, radius=2, down_factor=2)
-    for parameter in parameters_by_key(tuned).values():
+    apply_clear(tuned, radius=2, down_factor=down_factor)
+    if down_factor == 1:
+        make_far_trainable(tuned)
+    untuned = run(tuned, given)
+    for parameter in (parameters_by_key(tuned) | pooling_by_key(tuned)).values():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    save_clear_weights(tuned, tmp_path / "clear_local_2_down_2.safetensors")
-    apply_clear(model, radius=2, down_factor=2, weights=tmp_path)
+    file = "clear_far_2" if down_factor == 1 else "clear_local_2_down_2"
+    save_clear_weights(tuned, tmp_path / f"{file}.safetensors")
+    apply_clear(model, radius=2, down_factor=down_factor, weights=tmp_path)
     assert torch.equal(run(model, given), run(tuned, given))
+    assert_differs(run(model, given), untuned)
     assert remove_clear(model)
     assert torch.equal(run(model, given), before)
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
@@ -103,7 +115,7 @@ def test_weights_are_saved_loaded_and_taken_away(name, tmp_path):
 @families
 def test_pooling(name):
     model, given = make_model(name), make_inputs(name, 5, 7, batch=2)
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=False)
     plain = run(model, given)
     apply_clear(model, radius=2, down_factor=2, impl="reference")
     pooled = run(model, given)
@@ -113,13 +125,14 @@ def test_pooling(name):
 
 
 @families
-def test_from_call_to_call(name):
+@with_and_without_far
+def test_from_call_to_call(name, far):
     """Another size, another length of text: nothing of the call before is left."""
     model = make_model(name)
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=far)
     for rows, columns, text in ((4, 6, 5), (6, 4, 5), (4, 6, 3)):
         given = make_inputs(name, rows, columns, text)
-        assert_same(run(model, given), expected(name, rows, columns, 2, text))
+        assert_same(run(model, given), expected(name, rows, columns, 2, text, far=far))
 
 
 # Tiny models with positions for an image of 48 x 48 tokens.
@@ -144,34 +157,32 @@ class Largest(TorchDispatchMode):
 
 
 @families
-def test_nothing_is_quadratic(name):
+@with_and_without_far
+def test_nothing_is_quadratic(name, far):
     side, padded = 48, name in MASKING
     model = make_model(name, **LARGER.get(name, {}))
     given = make_inputs(name, side, side, batch=2, padded=padded)
-    apply_clear(model, radius=3, impl="tiled")
+    apply_clear(model, radius=3, impl="tiled", far=far)
     with Largest() as largest:
         run(model, given)
     assert largest.elements < side**4 / 2
 
 
 @families
-def test_gradients(name):
+@with_and_without_far
+def test_gradients(name, far):
     """Of what distillation trains, through padded text and references where there are any."""
     options = {"references": ((2, 3),)} if name in EDITING else {}
     if name in MASKING and not options:
         options = {"batch": 2, "padded": True}
     given, grads = make_inputs(name, 4, 6, **options), []
-    image, references = 24, 6 if "references" in options else 0
+    references = options.get("references", ())
     for clear in (False, True):
         model = make_model(name)
         if clear:
-            apply_clear(model, radius=2)
-        else:
-            masks = [
-                local_mask(length, [(start, 4, 6)], 2)
-                for length, start in FAMILIES[name].image_sequences(image, 5, references)
-            ]
-        with dense_masks(*([] if clear else masks)):
+            apply_clear(model, radius=2, far=far)
+        oracle = dense_attention(name, 4, 6, 2, 5, references, far)
+        with nullcontext() if clear else oracle:
             out = model(**given, return_dict=False)[0]
             sum(each.square().sum() for each in out).backward()
         grads.append({key: value.grad for key, value in parameters_by_key(model).items()})

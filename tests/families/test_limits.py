@@ -15,7 +15,7 @@ def assert_same(value, other):
 def local(name, given, **config):
     """The prediction with CLEAR."""
     model = make_model(name, **config)
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=False)
     return run(model, given)
 
 
@@ -63,7 +63,7 @@ def test_fused_sd3():
         apply_clear(model)
     assert not any(isinstance(p, CLEARProcessor) for p in model.attn_processors.values())
     model.unfuse_qkv_projections()
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=False)
     given = make_inputs("sd3", 4, 6)
     assert_same(run(model, given), expected("sd3", 4, 6, 2))
 

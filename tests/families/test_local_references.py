@@ -18,6 +18,7 @@ from clear_dit.attention.grid import reference_grids
 from clear_dit.attention.layout import Layout
 from clear_dit.attention.tracker import WindowTracker
 from clear_dit.families.table import all_families, family_of
+from clear_dit.kernels.cells import FAR_LEVELS
 from clear_dit.pipelines.cascade.positions import ExtendedPosEmbed
 from clear_dit.pipelines.parallel.patch_parallel import parallelize
 
@@ -41,19 +42,22 @@ def local(model, **settings):
 
 
 def check(name, references=TWO, config=None, **inputs):
-    """The stock model at a large radius, the oracle at a small one; and dense is something else."""
+    """The stock model at a large radius, the oracle at a small one; and dense is something else.
+
+    With far keys, which are the image's alone, and without.
+    """
     given = make_inputs(name, 4, 5, references=references, **inputs)
     model = make_model(name, **config or {})
     stock = run(model, given)
     apply_clear(model, radius=FAR, references="local")
     assert_same(run(model, given), stock)
-    found = run(local(model), given)
-    oracle = expected(
-        name, 4, 5, 2, references=references, local_references=True, config=config, **inputs
-    )
-    assert_same(found, oracle)
-    apply_clear(model, radius=2)
-    assert_differs(run(model, given), found)
+    for far in (False, True):
+        found = run(local(model, far=far), given)
+        options = {"local_references": True, "config": config, "far": far} | inputs
+        oracle = expected(name, 4, 5, 2, references=references, **options)
+        assert_same(found, oracle)
+        apply_clear(model, radius=2, far=far)
+        assert_differs(run(model, given), found)
 
 
 def test_the_families_are_those_of_the_table():
@@ -88,7 +92,7 @@ def test_a_reference_smaller_than_the_radius_is_dense(name):
 
 @families
 def test_from_call_to_call(name):
-    model = local(make_model(name))
+    model = local(make_model(name), far=False)
     for references in (TWO, ((4, 3), (2, 6)), (), ((3, 4),)):
         found = run(model, make_inputs(name, 4, 6, references=references))
         oracle = expected(name, 4, 6, 2, references=references, local_references=True)
@@ -100,12 +104,12 @@ def test_pooled_keys_are_the_images(name):
     model, given = make_model(name), make_inputs(name, 5, 7, references=TWO)
     reference = run(local(model, down_factor=2, impl="reference"), given)
     assert_same(run(local(model, down_factor=2, impl="tiled"), given), reference)
-    assert_differs(run(local(model), given), reference)
+    assert_differs(run(local(model, far=False), given), reference)
 
 
 def test_the_bare_processor():
     model, given = make_model("flux"), make_inputs("flux", 4, 6, references=TWO)
-    model.set_attn_processor(CLEARProcessor(radius=2, references="local"))
+    model.set_attn_processor(CLEARProcessor(radius=2, references="local", far=False))
     oracle = expected("flux", 4, 6, 2, references=TWO, local_references=True)
     assert_same(run(model, given), oracle)
 
@@ -143,18 +147,19 @@ def test_kontext_pipeline(tiny_pipeline):
 
     with dense_masks(local_mask(6 + 60 + 24, [(6, 6, 10), (66, 4, 6)], 2)):
         oracle = edit()
-    apply_clear(pipe, radius=2)
+    apply_clear(pipe, radius=2, far=False)
     dense = edit()
-    apply_clear(pipe, radius=2, references="local")
+    apply_clear(pipe, radius=2, references="local", far=False)
     np.testing.assert_allclose(edit(), oracle, atol=1e-5)
     assert np.abs(dense - oracle).max() > 1e-4
 
 
 @slow
-def test_another_size_compiles_nothing():
+@pytest.mark.parametrize("far", [False, True])
+def test_another_size_compiles_nothing(far):
     """As long as there are as many references."""
     name = "flux"
-    model = local(make_model(name))
+    model = local(make_model(name), far=far)
     model.transformer_blocks[0].compile(fullgraph=True, dynamic=True, backend="eager")
     for call, (rows, columns, *references) in enumerate(
         [(9, 9, (9, 9), (12, 7)), (9, 12, (9, 10), (7, 13)), (13, 9, (7, 12), (11, 10))]
@@ -163,7 +168,7 @@ def test_another_size_compiles_nothing():
         with torch.compiler.set_stance("fail_on_recompile" if call else "default"):
             found = run(model, given)
         oracle = expected(
-            name, rows, columns, 2, references=tuple(references), local_references=True
+            name, rows, columns, 2, references=tuple(references), local_references=True, far=far
         )
         assert_same(found, oracle)
     torch.compiler.reset()
@@ -209,15 +214,17 @@ def test_refused_references():
 
 
 @families
-def test_flops_are_the_windows(name):
-    model, given = local(make_model(name), impl="tiled"), make_inputs(name, 4, 6, references=TWO)
+@pytest.mark.parametrize("far_levels", [0, FAR_LEVELS])
+def test_flops_are_the_windows(name, far_levels):
+    model = local(make_model(name), impl="tiled", far=far_levels > 0)
+    given = make_inputs(name, 4, 6, references=TWO)
     with FlopCounterMode(display=False) as counter:
         run(model, given)
     counts, operators = counter.get_flop_counts()["Global"], torch.ops.clear_dit
     attention = counts[operators.tiled_attention] + counts[operators.dense_attention]
-    window = Layout(5, 4, 6, 24, local_references=TWO).window(2, 1)
+    window = Layout(5, 4, 6, 24, local_references=TWO).window(2, 1, far_levels)
     assert attention == len(family_of(model).layers(model)) * window.attention_flops(2, 16)
-    dense = Layout(5, 4, 6, 24).window(2, 1)
+    dense = Layout(5, 4, 6, 24).window(2, 1, far_levels)
     assert window.attended_pairs() < dense.attended_pairs()
 
 

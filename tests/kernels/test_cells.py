@@ -1,6 +1,8 @@
 """Far keys: every token once for every query, and what the window says of them."""
 
 import re
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from support.oracle import far_cells, far_mask_by_definition, far_means_by_definition
 
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.pooling import pool_cells, pooled_bias
+from clear_dit.kernels.cells import levels_needed
+from clear_dit.kernels.pooling import pool_cell_rows, pool_cells, pooled_bias
 from clear_dit.kernels.window import Window
 
 quick = settings(deadline=None, max_examples=40)
@@ -64,6 +67,40 @@ def test_pairs_level_by_level(window):
 
 @quick
 @given(windows, st.data())
+def test_pairs_of_some_rows(window, data):
+    """Some rows of queries, some of tokens and of cells: rows and columns of the whole mask."""
+
+    def some_rows(end, empty):
+        start = data.draw(st.integers(0, end - 1))
+        return start, data.draw(st.integers(start + (not empty), end))
+
+    ends = [-(-window.height // 2**level) for level in range(window.far_levels + 1)]
+    key_rows = tuple(some_rows(end, True) for end in ends)
+    part = replace(window, query_rows=some_rows(window.height, False), key_rows=key_rows)
+    text = window.text_length
+    kept, begin = [torch.arange(text)], text
+    for level, (start, stop) in enumerate(key_rows):
+        columns = -(-window.width // 2**level)
+        kept.append(torch.arange(begin + start * columns, begin + stop * columns))
+        begin += ends[level] * columns
+    queries = slice(*(text + row * window.width for row in part.query_rows))
+    mask = window.mask()[queries][:, torch.cat(kept)]
+    assert torch.equal(part.mask(), mask)
+    assert part.attended_pairs() == int(mask.sum())
+
+
+@given(windows)
+def test_parts_are_the_image_queries(window):
+    whole, near, far = window.image_queries, window.near_part, window.far_part
+    text, tokens = window.text_length, window.key_length
+    mask = whole.mask()
+    assert torch.equal(near.mask(), mask[:, text:tokens])
+    assert torch.equal(far.mask(), torch.cat([mask[:, :text], mask[:, tokens:]], dim=1))
+    assert near.attended_pairs() + far.attended_pairs() == whole.attended_pairs()
+
+
+@quick
+@given(windows, st.data())
 def test_rows_in_reach_hold_all_that_is_seen(window, data):
     start = data.draw(st.integers(0, window.height - 1))
     rows = range(start, data.draw(st.integers(start + 1, window.height)))
@@ -98,6 +135,38 @@ def test_cells_are_means(window, weighted):
     ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (pooled, expected))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@quick
+@given(windows, st.booleans(), st.data())
+def test_parts_of_cells_add_up(window, weighted, data):
+    """Bands that begin anywhere, at odd rows too: what they contribute is the cells."""
+    height, width, levels = window.height, window.width, window.far_levels
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(2, height * width, 2, 3, generator=generator)
+    weight = torch.rand(levels + 1, 2, 2, generator=generator) if weighted else None
+    cuts = data.draw(st.sets(st.integers(0, height)))
+    edges = sorted({0, height, *cuts})
+    ends = [-(-height // 2**level) for level in range(1, levels + 1)]
+    whole = [torch.zeros(2, end, -(-width // 2 ** (n + 1)), 2, 3) for n, end in enumerate(ends)]
+    for start, stop in pairwise(edges):
+        rows = image[:, start * width : stop * width]
+        parts = pool_cell_rows(rows, weight, height, width, levels, range(start, stop))
+        for level, (cells, part) in enumerate(zip(whole, parts, strict=True), 1):
+            cells[:, start // 2**level : -(-stop // 2**level)] += part
+    expected = pool_cells(image, weight, height, width, levels)
+    torch.testing.assert_close(torch.cat([cells.flatten(1, 2) for cells in whole], 1), expected)
+
+
+@quick
+@given(windows)
+@example(Window(16, 1, 0, 16, far_levels=7))
+@example(Window(12, 12, 0, 4, far_levels=7))
+def test_coarser_levels_than_needed_are_seen_by_nobody(window):
+    needed = levels_needed(window.height, window.width, window.disc_radius)
+    assert not any(window.far_pairs()[needed + 1 :])
+    diagonal2 = window.height**2 + window.width**2
+    assert needed == 1 or (window.disc_radius * 2 ** (needed - 1)) ** 2 <= diagonal2
 
 
 def test_more_levels_than_the_grid_needs_change_nothing():
@@ -144,8 +213,12 @@ def test_counts_of_pooled_keys():
         (dict(far_levels=2, width=2**14), "at most 16384 rows and columns"),
         (dict(pooled_weight="two"), "pooled_weight must be one or count, got 'two'"),
         (dict(pooled_weight="count"), "needs a down_factor above 1"),
-        (dict(key_rows=((0, 8),)), "with query_rows and without down_factor"),
-        (dict(key_rows=((0, 9),), query_rows=(0, 2)), "within ((0, 8),)"),
+        (dict(key_rows=((0, 8),), query_rows=(0, 2)), "come with query_rows and far_levels"),
+        (dict(key_rows=((0, 8), (0, 4)), far_levels=1), "come with query_rows and far_levels"),
+        (
+            dict(key_rows=((0, 8), (0, 5)), query_rows=(0, 2), far_levels=1),
+            "within ((0, 8), (0, 4))",
+        ),
     ],
 )
 def test_refusals(arguments, message):

@@ -1,10 +1,18 @@
 """Attention whose far pairs have a query and key of their own."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from support.oracle import mask_by_definition, pool_by_definition, relative_error
+from support.oracle import (
+    far_cells,
+    far_mask_by_definition,
+    far_means_by_definition,
+    mask_by_definition,
+    pool_by_definition,
+    relative_error,
+)
 
 from clear_dit.kernels import two_positions
 from clear_dit.kernels.attention import local_attention
@@ -18,8 +26,13 @@ WINDOWS = [
     Window(6, 5, 0, 2, down_factor=2),
     Window(5, 6, 4, 1),
     Window(5, 6, 1, 100),
+    Window(17, 13, 7, 2, far_levels=4),
+    Window(9, 14, 0, 3, far_levels=2),
+    Window(6, 5, 2, 20, far_levels=10),
 ]
-IDS = [str((w.height, w.width, w.text_length, w.radius, w.down_factor)) for w in WINDOWS]
+IDS = [
+    str((w.height, w.width, w.text_length, w.radius, w.down_factor, w.far_levels)) for w in WINDOWS
+]
 
 
 def inputs(window, dtype, batch=2, heads=2, head_dim=16):
@@ -27,27 +40,46 @@ def inputs(window, dtype, batch=2, heads=2, head_dim=16):
     shape = (5, batch, window.sequence_length, heads, head_dim)
     tensors = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     near, far, value = (tensors[0], tensors[1]), (tensors[2], tensors[3]), tensors[4]
-    weight = None
+    learned = {}
     if window.down_factor > 1:
         f = window.down_factor
-        weight = torch.rand(1, 1, 1, f, 1, f, 1, generator=generator)
-    return near, far, value, weight
+        learned["spatial_weight"] = torch.rand(1, 1, 1, f, 1, f, 1, generator=generator)
+    if window.far_levels:
+        learned["spatial_weight"] = torch.rand(window.far_levels, 2, 2, generator=generator)
+        learned["far_offset"] = torch.randn(window.far_levels, heads, generator=generator)
+    return near, far, value, learned
 
 
-def definition(near, far, value, window, weight, scale, full=False):
+def definition(near, far, value, window, learned, scale, full=False):
     """Dense, in float64: which query and key score a pair is chosen pair by pair."""
     near, far = [x.double() for x in near], [x.double() for x in far]
     value, text = value.double(), window.text_length
     scores = torch.einsum("bqhd,bkhd->bhqk", *far) * scale
-    inside = mask_by_definition(window)
+    if window.far_levels and not full:
+        inside = far_mask_by_definition(window)
+        cells = inside[:, len(inside) :]
+        inside = inside[:, : len(inside)]
+    else:
+        inside = mask_by_definition(window)
     is_near = inside.clone()
     is_near[:text] = is_near[:, :text] = False
     true_scores = torch.einsum("bqhd,bkhd->bhqk", *near) * scale
     scores = torch.where(is_near, true_scores, scores)
     if not full:
         scores = scores.masked_fill(~inside, float("-inf"))
+    if window.far_levels and not full:
+        weight, offset = (x.double() for x in learned.values())
+        key, more = (far_means_by_definition(x, window, weight) for x in (far[1], value))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", far[0], key) * scale
+        bias = [
+            offset[level - 1] + math.log(rows * columns)
+            for level, _, _, rows, columns in far_cells(window)
+        ]
+        pooled = pooled + torch.stack(bias, dim=1)[:, None]
+        pooled = pooled.masked_fill(~cells, float("-inf"))
+        scores, value = torch.cat([scores, pooled], dim=-1), torch.cat([value, more], dim=1)
     if window.down_factor > 1:
-        square = weight.double().reshape(window.down_factor, window.down_factor)
+        square = learned["spatial_weight"].double().reshape(window.down_factor, window.down_factor)
         key, more = (pool_by_definition(x, window, square) for x in (far[1], value))
         pooled = torch.einsum("bqhd,bkhd->bhqk", far[0], key) * scale
         pooled[:, :, :text] = float("-inf")
@@ -59,12 +91,10 @@ def definition(near, far, value, window, weight, scale, full=False):
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_pair_is_scored_by_its_own_positions(window, impl, dtype):
-    near, far, value, weight = inputs(window, dtype)
-    out = two_position_attention(
-        near, far, value, window, scale=0.3, spatial_weight=weight, impl=impl
-    )
+    near, far, value, learned = inputs(window, dtype)
+    out = two_position_attention(near, far, value, window, scale=0.3, impl=impl, **learned)
     assert out.dtype == dtype
-    exact = definition(near, far, value, window, weight, 0.3)
+    exact = definition(near, far, value, window, learned, 0.3)
     assert relative_error(out, exact) < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
@@ -72,7 +102,7 @@ def test_each_pair_is_scored_by_its_own_positions(window, impl, dtype):
 @pytest.mark.parametrize("block", [1, 1000, 2**25])
 def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window, block):
     monkeypatch.setattr(two_positions, "SCORES", block)
-    window = replace(window, down_factor=1)
+    window = replace(window, down_factor=1, far_levels=0)
     near, far, value, _ = inputs(window, torch.float32)
     out = full_two_position_attention(near, far, value, window, scale=0.3)
     exact = definition(near, far, value, window, None, 0.3, full=True)
@@ -81,9 +111,9 @@ def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window
 
 @pytest.mark.parametrize("window", WINDOWS, ids=IDS)
 def test_equal_positions_are_local_attention(window):
-    near, _, value, weight = inputs(window, torch.float64)
-    out = two_position_attention(near, near, value, window, spatial_weight=weight)
-    expected = local_attention(*near, value, window, spatial_weight=weight)
+    near, _, value, learned = inputs(window, torch.float64)
+    out = two_position_attention(near, near, value, window, **learned)
+    expected = local_attention(*near, value, window, **learned)
     torch.testing.assert_close(out, expected)
 
 
@@ -97,11 +127,18 @@ def test_the_images_own_window_is_made_once(monkeypatch):
 
     monkeypatch.setattr(two_positions, "local_attention", spy)
     window = WINDOWS[1]
-    near, far, value, weight = inputs(window, torch.float32)
+    near, far, value, learned = inputs(window, torch.float32)
     for _ in range(2):
-        two_position_attention(near, far, value, window, spatial_weight=weight)
+        two_position_attention(near, far, value, window, **learned)
     assert seen == [Window(9, 13, 0, 3)] * 2
     assert seen[0] is seen[1]
+
+
+def test_pooled_keys_that_count_are_refused():
+    window = Window(8, 8, 2, 2, down_factor=2, pooled_weight="count")
+    near, far, value, _ = inputs(window, torch.float32)
+    with pytest.raises(ValueError, match='pooled_weight="count" does not go with two positions'):
+        two_position_attention(near, far, value, window)
 
 
 def test_gradients_are_refused():

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxPipeline, TaylorSeerCacheConfig
-from support.models import FAR, assert_differs, assert_same, dense_masks, draw, image_mask, run
+from support.models import (
+    FAR,
+    assert_differs,
+    assert_same,
+    by_definition,
+    dense_masks,
+    draw,
+    image_mask,
+    run,
+)
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.pipelines.cascade.resolution import Resolution
@@ -30,12 +39,12 @@ def four_steps(model, inputs, config=None):
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("cache_first", [True, False])
-def test_caches(tiny_transformer, tiny_inputs, name, cache_first):
+@pytest.mark.parametrize("far", [False, True])
+def test_caches(tiny_transformer, tiny_inputs, name, cache_first, far):
     make, inputs = CONFIGURATIONS[name], tiny_inputs(4, 6)
     stock, model = tiny_transformer(), tiny_transformer()
     full = four_steps(stock, inputs, make())
-    mask = image_mask(4, 6, radius=2)
-    with dense_masks(mask):
+    with by_definition(4, 6, 2, far):
         expected, uncached = four_steps(stock, inputs, make()), four_steps(stock, inputs)
     assert_differs(expected, full)
     if "none" in name:
@@ -44,10 +53,10 @@ def test_caches(tiny_transformer, tiny_inputs, name, cache_first):
         assert_differs(expected, uncached)  # the cache acts
     if cache_first:
         model.enable_cache(make())
-        apply_clear(model, radius=2)
+        apply_clear(model, radius=2, far=far)
         model.disable_cache()
     else:
-        apply_clear(model, radius=2)
+        apply_clear(model, radius=2, far=far)
     assert_same(four_steps(model, inputs, make()), expected)
     apply_clear(model, radius=FAR)
     assert_same(four_steps(model, inputs, make()), full)
@@ -67,5 +76,5 @@ def test_pipeline_with_true_guidance(tiny_pipeline):
     with dense_masks(image_mask(6, 10, radius=2, text=6)):
         expected = guided(tiny_pipeline(FluxPipeline))
     pipe, as_trained = tiny_pipeline(CLEARFluxPipeline), lambda height, width: Resolution()
-    pipe.set_attn_processor(CLEARProcessor(radius=2))
+    pipe.set_attn_processor(CLEARProcessor(radius=2, far=False))
     torch.testing.assert_close(guided(pipe, resolution=as_trained), expected, rtol=0, atol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from support.ip_adapter import load_ip_adapters
-from support.models import assert_same, dense_masks, image_mask, run
+from support.models import assert_same, by_definition, run
 from support.slow import slow
 
 from clear_dit import CLEARProcessor, apply_clear
@@ -24,10 +24,11 @@ def with_references(inputs, number):
 
 
 @slow  # families/test_compile.py has a quick one
-def test_another_resolution_compiles_nothing(tiny_transformer, tiny_inputs):
+@pytest.mark.parametrize("far", [False, True])
+def test_another_resolution_compiles_nothing(tiny_transformer, tiny_inputs, far):
     """Images of other sizes and aspect ratios; then reference images, of two sizes."""
     stock, model = (tiny_transformer(num_layers=1, num_single_layers=1) for _ in range(2))
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=far)
     model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
     for references in ((0, 0, 0), (15, 6)):
         for call, number in enumerate(references):
@@ -35,28 +36,30 @@ def test_another_resolution_compiles_nothing(tiny_transformer, tiny_inputs):
             inputs = tiny_inputs(rows, columns)
             if number:
                 inputs = with_references(inputs, number)
-            with dense_masks(image_mask(rows, columns, 2, references=number)):
+            with by_definition(rows, columns, 2, far, references=number):
                 expected = run(stock, inputs)
             with torch.compiler.set_stance("fail_on_recompile" if call else "default"):
                 assert_same(run(model, inputs), expected)
 
 
 @slow
-def test_sizes_become_dynamic_by_themselves(tiny_transformer, tiny_inputs):
+@pytest.mark.parametrize("far", [False, True])
+def test_sizes_become_dynamic_by_themselves(tiny_transformer, tiny_inputs, far):
     """Without dynamic=True the second resolution compiles once more, and no later one does."""
     stock, model = (tiny_transformer(num_layers=1, num_single_layers=0) for _ in range(2))
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=far)
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     for rows, columns in ((4, 6), (5, 7), (9, 4), (3, 8)):
         inputs = tiny_inputs(rows, columns)
-        with dense_masks(image_mask(rows, columns, 2)):
+        with by_definition(rows, columns, 2, far):
             expected = run(stock, inputs)
         with torch.compiler.set_stance("default" if rows in (4, 5) else "fail_on_recompile"):
             assert_same(run(model, inputs), expected)
 
 
 @slow
-def test_ip_adapter(tiny_pipeline, tiny_inputs):
+@pytest.mark.parametrize("far", [False, True])
+def test_ip_adapter(tiny_pipeline, tiny_inputs, far):
     pipe, inputs = tiny_pipeline(FluxPipeline), tiny_inputs(4, 6)
     load_ip_adapters(pipe)
     model, prompt = pipe.transformer, torch.randn(1, 2, 6)
@@ -64,9 +67,9 @@ def test_ip_adapter(tiny_pipeline, tiny_inputs):
     def prompted():
         return run(model, inputs, joint_attention_kwargs={"ip_adapter_image_embeds": [prompt]})
 
-    with dense_masks(image_mask(4, 6, radius=2)):
+    with by_definition(4, 6, 2, far):
         expected = prompted()
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=far)
     model.transformer_blocks[0].compile(fullgraph=True, dynamic=True, backend="eager")
     assert_same(prompted(), expected)
 

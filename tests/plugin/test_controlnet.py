@@ -12,7 +12,15 @@ from diffusers import (
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
 from support.families.models import FAMILIES
-from support.models import FAR, assert_differs, assert_same, dense_masks, draw, image_mask
+from support.models import (
+    FAR,
+    assert_differs,
+    assert_same,
+    by_definition,
+    dense_masks,
+    draw,
+    image_mask,
+)
 
 from clear_dit import CLEARProcessor, apply_clear, load_clear_weights, remove_clear
 from clear_dit.families.table import attention_layers
@@ -36,13 +44,14 @@ def control(model, inputs):
 
 
 NETS = {"plain": {}, "union": {"num_mode": 3}}
-ROUTES = {"bare": lambda m, radius: m.set_attn_processor(CLEARProcessor(radius=radius))}
+ROUTES = {"bare": lambda m, **settings: m.set_attn_processor(CLEARProcessor(**settings))}
 ROUTES["apply_clear"] = apply_clear
 
 
 @pytest.mark.parametrize("kind", NETS)
 @pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
-def test_alone(tiny_inputs, kind, route):
+@pytest.mark.parametrize("far", [False, True])
+def test_alone(tiny_inputs, kind, route, far):
     model, inputs = control_net(**NETS[kind]), tiny_inputs(4, 6)
     inputs["controlnet_cond"] = torch.randn(1, 24, 4)
     text = 3
@@ -50,12 +59,12 @@ def test_alone(tiny_inputs, kind, route):
         inputs["controlnet_mode"] = torch.tensor([[1]])
         text += 1  # the mode is a token of its own
     full = control(model, inputs)
-    with dense_masks(image_mask(4, 6, 2, text)):
+    with by_definition(4, 6, 2, far, text):
         expected = control(model, inputs)
     assert_differs(expected, full)
-    route(model, radius=FAR)
+    route(model, radius=FAR, far=far)
     assert_same(control(model, inputs), full)
-    route(model, radius=2)
+    route(model, radius=2, far=far)
     assert_same(control(model, inputs), expected)
     assert remove_clear(model)
     assert torch.equal(control(model, inputs), full)
@@ -97,7 +106,7 @@ def test_pipelines(control_pipeline, kind):
     with dense_masks(*(image_mask(6, 10, 2, text) for text in texts)):
         expected = controlled(pipe)
     assert np.abs(expected - full).max() > 1e-3
-    apply_clear(pipe, radius=2)
+    apply_clear(pipe, radius=2, far=False)
     np.testing.assert_allclose(controlled(pipe), expected, atol=1e-5)
     apply_clear(pipe, radius=FAR)
     np.testing.assert_allclose(controlled(pipe), full, atol=1e-5)
@@ -116,6 +125,10 @@ def test_weights_are_the_transformer_s(control_pipeline, clear_weights):
     after = net.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert {p.radius for p in net.attn_processors.values()} == {2}
+    # Weights made for local attention are the transformer's; the ControlNet has none.
+    of_transformer, of_net = pipe.transformer.attn_processors, net.attn_processors
+    assert not any(p.has_far_keys for p in of_transformer.values())
+    assert all(p.has_far_keys for p in of_net.values())
     for call in (load_clear_weights, lambda *args: apply_clear(args[0], weights=args[1])):
         with pytest.raises(ValueError, match=r"are FluxTransformer2DModel, Chroma.* got FluxC"):
             call(net, clear_weights)

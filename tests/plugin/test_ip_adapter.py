@@ -12,9 +12,11 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from safetensors.torch import load_file
 from support.ip_adapter import load_ip_adapters as load
-from support.models import FAR, assert_differs, assert_same, dense_masks, draw, image_mask, run
+from support.models import FAR, assert_differs, assert_same, by_definition, draw, run
 
 from clear_dit import apply_clear, remove_clear, save_clear_weights
+from clear_dit.weights.format import pooling_by_key
+from clear_dit.weights.learned import make_far_trainable
 
 # Two images as prompt of one sample.
 IMAGE_PROMPT = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(7))
@@ -35,44 +37,50 @@ def prompted(pipe, inputs, adapters=1):
     return run(pipe.transformer, inputs, joint_attention_kwargs=prompts)
 
 
-def local(call, *args):
-    with dense_masks(image_mask(4, 6, radius=2)):
+def clear(far, call, *args):
+    with by_definition(4, 6, 2, far):
         return call(*args)
 
 
-ORDERS = {
-    "loaded before": (load, lambda pipe: apply_clear(pipe, radius=2)),
-    "loaded after": (lambda pipe: apply_clear(pipe, radius=2), load),
-}
-
-
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_loaded_used_and_unloaded(pipe, inputs, order):
-    plain, local_plain = run(pipe.transformer, inputs), local(run, pipe.transformer, inputs)
+def loaded_before(pipe, far=None):
     load(pipe)
-    full, expected = prompted(pipe, inputs), local(prompted, pipe, inputs)
+    apply_clear(pipe, radius=2, far=far)
+
+
+def loaded_after(pipe, far=None):
+    apply_clear(pipe, radius=2, far=far)
+    load(pipe)
+
+
+orders = pytest.mark.parametrize("order", [loaded_before, loaded_after])
+
+
+@orders
+@pytest.mark.parametrize("far", [False, True])
+def test_loaded_used_and_unloaded(pipe, inputs, order, far):
+    plain, clear_plain = run(pipe.transformer, inputs), clear(far, run, pipe.transformer, inputs)
+    load(pipe)
+    full, expected = prompted(pipe, inputs), clear(far, prompted, pipe, inputs)
     assert_differs(full, plain)
     assert_differs(expected, full)
     pipe.unload_ip_adapter()
 
-    for step in order:
-        step(pipe)
+    order(pipe, far)
     assert_same(prompted(pipe, inputs), expected)
-    apply_clear(pipe, radius=FAR)
+    apply_clear(pipe, radius=FAR, far=far)
     assert_same(prompted(pipe, inputs), full)
-    apply_clear(pipe, radius=2)
+    apply_clear(pipe, radius=2, far=far)
     pipe.unload_ip_adapter()
-    assert_same(run(pipe.transformer, inputs), local_plain)
+    assert_same(run(pipe.transformer, inputs), clear_plain)
     load(pipe)
     assert_same(prompted(pipe, inputs), expected)
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@orders
 def test_removing_clear_leaves_the_adapter(pipe, inputs, order):
     load(pipe)
     full = prompted(pipe, inputs)
-    for step in order:
-        step(pipe)
+    order(pipe)
     remove_clear(pipe)  # before any forward
     doubles = [block.attn for block in pipe.transformer.transformer_blocks]
     stock = [attn.processor for attn in doubles]
@@ -85,11 +93,10 @@ def test_removing_clear_leaves_the_adapter(pipe, inputs, order):
     assert [attn.processor for attn in doubles] == stock
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@orders
 def test_removing_clear_after_the_adapter(pipe, inputs, order):
     plain = run(pipe.transformer, inputs)
-    for step in order:
-        step(pipe)
+    order(pipe)
     prompted(pipe, inputs)
     pipe.unload_ip_adapter()
     remove_clear(pipe)
@@ -101,7 +108,7 @@ def test_scale_by_layer_and_by_adapter(pipe, inputs):
     load(pipe, 0, 1)
     scales = [[0.3, 0.9], [0.7, 0.0]]
     pipe.set_ip_adapter_scale(scales)
-    expected = local(prompted, pipe, inputs, 2)
+    expected = clear(True, prompted, pipe, inputs, 2)
     pipe.set_ip_adapter_scale(1.0)
     apply_clear(pipe, radius=2)
     assert_differs(prompted(pipe, inputs, 2), expected)
@@ -112,10 +119,14 @@ def test_scale_by_layer_and_by_adapter(pipe, inputs):
     assert [processor.scale for processor in processors[:2]] == [[0.3, 0.7], [0.9, 0.0]]
 
 
-def test_pooling_weights_survive(pipe, inputs, tmp_path):
-    apply_clear(pipe, radius=2, down_factor=2)
-    weights = [p.spatial_weight for p in pipe.transformer.attn_processors.values()]
-    for weight in weights:
+@pytest.mark.parametrize("down_factor", [1, 2], ids=["far", "pooled"])
+def test_pooling_weights_survive(pipe, inputs, tmp_path, down_factor):
+    apply_clear(pipe, radius=2, down_factor=down_factor)
+    if down_factor == 1:
+        make_far_trainable(pipe.transformer)
+    weights = pooling_by_key(pipe.transformer)
+    assert len(weights) == (8 if down_factor == 1 else 4)
+    for weight in weights.values():
         weight.data.normal_()
     plain = run(pipe.transformer, inputs)
     load(pipe)
@@ -124,8 +135,9 @@ def test_pooling_weights_survive(pipe, inputs, tmp_path):
     pipe.unload_ip_adapter()
     save_clear_weights(pipe, tmp_path / "unloaded.safetensors")
     assert torch.equal(run(pipe.transformer, inputs), plain)
-    processors = pipe.transformer.attn_processors.values()
-    assert all(p.spatial_weight is w for p, w in zip(processors, weights, strict=True))
+    again = pooling_by_key(pipe.transformer)
+    assert again.keys() == weights.keys()
+    assert all(again[key] is weight for key, weight in weights.items())
     loaded, unloaded = (tmp_path / f"{name}.safetensors" for name in ("loaded", "unloaded"))
     assert load_file(loaded).keys() == load_file(unloaded).keys()
     for name, tensor in load_file(loaded).items():
@@ -160,7 +172,7 @@ def test_pipeline(pipe):
     }
     load(pipe)
     full = draw(pipe, **options)
-    with dense_masks(image_mask(6, 10, radius=2, text=6)):
+    with by_definition(6, 10, 2, far=True, text=6):
         expected = draw(pipe, **options)
     apply_clear(pipe, radius=2)
     np.testing.assert_allclose(draw(pipe, **options), expected, atol=1e-5)

@@ -9,7 +9,7 @@ from support.models import FAR, assert_differs, assert_same, dense_masks, image_
 from clear_dit import CLEARProcessor, apply_clear, remove_clear
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
-ROUTES = {"bare": lambda m, radius: m.set_attn_processor(CLEARProcessor(radius=radius))}
+ROUTES = {"bare": lambda m, **settings: m.set_attn_processor(CLEARProcessor(**settings))}
 ROUTES["apply_clear"] = apply_clear
 
 
@@ -30,7 +30,7 @@ def test_lora(tiny_pipeline, tiny_inputs, route, merged):
     route(model, radius=FAR)
     assert_same(run(model, inputs), full)
     remove_clear(model)
-    route(model, radius=2)
+    route(model, radius=2, far=False)
     assert_same(run(model, inputs), expected)
     if merged:  # and out again, while CLEAR is there
         pipe.unfuse_lora(components=["transformer"])
@@ -44,7 +44,7 @@ def test_files_in_pipelines(tiny_pipeline, tiny_inputs, tmp_path):
     """Saved by one pipeline, loaded into another that has CLEAR, with a scale; unloaded."""
     pipe, inputs = tiny_pipeline(FluxPipeline), tiny_inputs(4, 6)
     model = pipe.transformer
-    apply_clear(pipe, radius=2)
+    apply_clear(pipe, radius=2, far=False)
     plain = run(model, inputs)
     other = tiny_pipeline(FluxPipeline).transformer
     config = LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False)

@@ -1,13 +1,17 @@
 """What saves memory: gradient checkpointing and offloading, from the CPU to itself or to disk."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import FluxPipeline
-from support.models import FAR, assert_differs, assert_same, dense_masks, draw, image_mask, run
+from support.models import FAR, assert_differs, assert_same, by_definition, draw, run
 
 from clear_dit import apply_clear, remove_clear
+from clear_dit.weights.format import pooling_by_key
+from clear_dit.weights.learned import make_far_trainable
 
 CPU = torch.device("cpu")
 
@@ -23,14 +27,18 @@ def two_forwards(model, tiny_inputs):
     return gradients(model)
 
 
-def test_gradient_checkpointing(tiny_transformer, tiny_inputs):
+@pytest.mark.parametrize("down_factor", [1, 2], ids=["far", "pooled"])
+def test_gradient_checkpointing(tiny_transformer, tiny_inputs, down_factor):
     plain, checkpointed = tiny_transformer(), tiny_transformer()
     checkpointed.enable_gradient_checkpointing()
     for model in (plain, checkpointed):
-        apply_clear(model, radius=2, down_factor=2)
+        apply_clear(model, radius=2, down_factor=down_factor)
+        if down_factor == 1:
+            make_far_trainable(model)
     expected, received = (two_forwards(m, tiny_inputs) for m in (plain, checkpointed))
     assert expected.keys() == received.keys()
-    assert sum("spatial_weight" in name for name in received) == 4
+    learned = sum(".processor." in name for name in received)
+    assert learned == (8 if down_factor == 1 else 4)
     for name, gradient in expected.items():
         torch.testing.assert_close(received[name], gradient)
 
@@ -79,18 +87,26 @@ def leaves_on_disk(model, folder):
 WAYS = [sequential, blocks, leaves, blocks_on_disk, leaves_on_disk]
 
 
+# What was learned of far keys goes with CLEAR.
 @pytest.mark.parametrize("offload", WAYS)
-@pytest.mark.parametrize("clear_first", [True, False])
-@pytest.mark.parametrize("down_factor", [1, 2])
-def test_offloading(tiny_transformer, tiny_inputs, tmp_path, offload, clear_first, down_factor):
+@pytest.mark.parametrize(
+    ("clear_first", "pooling"),
+    [*product((True, False), ("none", "pooled", "far")), (True, "learned")],
+)
+def test_offloading(tiny_transformer, tiny_inputs, tmp_path, offload, clear_first, pooling):
     model, inputs = tiny_transformer(), tiny_inputs(4, 6)
-    apply_clear(model, radius=2, down_factor=down_factor)
+    settings = {"none": {"far": False}, "pooled": {"down_factor": 2}}.get(pooling, {})
+    apply_clear(model, radius=2, **settings)
+    if pooling == "learned":
+        make_far_trainable(model)
+        for weight in pooling_by_key(model).values():
+            weight.data.uniform_(0, 0.5)
     expected = run(model, inputs)
     if not clear_first:
         remove_clear(model)
     offload(model, tmp_path)
     if not clear_first:
-        apply_clear(model, radius=2, down_factor=down_factor)
+        apply_clear(model, radius=2, **settings)
     for _ in range(2):
         assert_same(run(model, inputs), expected)
 
@@ -99,7 +115,7 @@ def test_offloading(tiny_transformer, tiny_inputs, tmp_path, offload, clear_firs
 def test_offloaded_is_full_attention_or_masked(tiny_transformer, tiny_inputs, tmp_path, offload):
     stock, model, inputs = tiny_transformer(), tiny_transformer(), tiny_inputs(4, 6)
     full = run(stock, inputs)
-    with dense_masks(image_mask(4, 6, radius=2)):
+    with by_definition(4, 6, 2, far=True):
         expected = run(stock, inputs)
     assert_differs(expected, full)
     offload(model, tmp_path)

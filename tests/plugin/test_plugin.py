@@ -25,8 +25,10 @@ def test_every_layer_and_back(tiny_transformer, tiny_inputs, caplog):
     model, inputs = tiny_transformer(), tiny_inputs(4, 6)
     originals, expected = model.attn_processors, run(model, inputs)
     with caplog.at_level(logging.INFO, logger="clear_dit.plugin"):
-        apply_clear(model, radius=2)
+        (applied,) = apply_clear(model, radius=2)
     assert "CLEAR applied to 4 attention layers: radius=2, down_factor=1" in caplog.text
+    assert applied.far
+    assert str(applied) == f"{applied.family}: 4 attention layers run CLEAR with far keys"
     assert len({id(processor) for processor in model.attn_processors.values()}) == 4
     assert not torch.allclose(run(model, inputs), expected)
     assert remove_clear(model) is True
@@ -47,7 +49,7 @@ def test_a_second_call_replaces_settings_and_keeps_the_originals(tiny_transforme
     model, inputs = tiny_transformer(), tiny_inputs(4, 6)
     originals, stock = model.attn_processors, tiny_transformer()
     apply_clear(model, radius=9)
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=False)
     assert_same(run(model, inputs), run(stock, inputs, **local(4, 6, 2)))
     apply_clear(model, down_factor=2)
     layer = model.single_transformer_blocks[0].attn

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
+from support.models import FAR, assert_differs, assert_same, by_definition, run
 
 from clear_dit import apply_clear, load_clear_weights, remove_clear, save_clear_weights
 
@@ -21,18 +21,19 @@ def quantise():
     return lambda model: torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
 
 
-def test_attention_of_quantised_models(tiny_transformer, tiny_inputs, quantise):
+@pytest.mark.parametrize("far", [False, True])
+def test_attention_of_quantised_models(tiny_transformer, tiny_inputs, quantise, far):
     model, inputs = tiny_transformer(), tiny_inputs(4, 6)
     exact = run(model, inputs)
     quantise(model)
     full = run(model, inputs)
     assert not torch.equal(full, exact)
-    with dense_masks(image_mask(4, 6, radius=2)):
+    with by_definition(4, 6, 2, far):
         expected = run(model, inputs)
     assert_differs(expected, full)
-    apply_clear(model, radius=FAR)
+    apply_clear(model, radius=FAR, far=far)
     assert_same(run(model, inputs), full)
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=far)
     assert_same(run(model, inputs), expected)
     assert remove_clear(model)
     assert torch.equal(run(model, inputs), full)

@@ -5,7 +5,15 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
-from support.models import FAR, assert_differs, assert_same, dense_masks, image_mask, run
+from support.models import (
+    FAR,
+    assert_differs,
+    assert_same,
+    by_definition,
+    dense_masks,
+    image_mask,
+    run,
+)
 
 from clear_dit import CLEARProcessor, apply_clear, remove_clear
 
@@ -38,14 +46,15 @@ def bare(model, **settings):
 
 @pytest.mark.parametrize("references", REFERENCES.values(), ids=REFERENCES)
 @pytest.mark.parametrize("route", [bare, apply_clear])
-def test_everyone_sees_the_references(tiny_transformer, edit_inputs, route, references):
+@pytest.mark.parametrize("far", [False, True])
+def test_everyone_sees_the_references(tiny_transformer, edit_inputs, route, references, far):
     model, inputs = tiny_transformer(), edit_inputs(4, 6, references)
     full = run(model, inputs)
-    with dense_masks(image_mask(4, 6, radius=2, references=count(references))):
+    with by_definition(4, 6, 2, far, references=count(references)):
         expected = run(model, inputs)
-    route(model, radius=FAR)
+    route(model, radius=FAR, far=far)
     assert_same(run(model, inputs), full)
-    route(model, radius=2)
+    route(model, radius=2, far=far)
     assert_same(run(model, inputs), expected)
     assert_differs(expected, full)
 
@@ -61,7 +70,7 @@ def test_implementations_and_pooling(tiny_transformer, edit_inputs, impl):
 
 def test_from_call_to_call(tiny_transformer, edit_inputs, tiny_inputs):
     stock, model = tiny_transformer(), tiny_transformer()
-    apply_clear(model, radius=2)
+    apply_clear(model, radius=2, far=False)
     # A reference of 2 x 3 tokens, none, one as if the image had another row, a longer text.
     for text, references in ((3, [(2, 3)]), (3, []), (3, [(1, 6)]), (5, [(2, 3)])):
         inputs = edit_inputs(4, 6, references, text)
@@ -78,11 +87,12 @@ def test_rounded_ids_of_the_image_are_put_right(tiny_transformer, edit_inputs):
     assert_same(run(model, edit_inputs(2, 300, [(2, 3)], dtype=torch.bfloat16)), expected)
 
 
-def test_gradients(tiny_transformer, edit_inputs):
+@pytest.mark.parametrize("far", [False, True])
+def test_gradients(tiny_transformer, edit_inputs, far):
     models, inputs = [tiny_transformer(), tiny_transformer()], edit_inputs(4, 6, [(2, 3)])
-    with dense_masks(image_mask(4, 6, 2, references=6)):
+    with by_definition(4, 6, 2, far, references=6):
         models[0](**inputs).sample.square().sum().backward()
-    apply_clear(models[1], radius=2)
+    apply_clear(models[1], radius=2, far=far)
     models[1](**inputs).sample.square().sum().backward()
     for expected, received in zip(models[0].parameters(), models[1].parameters(), strict=True):
         if expected.grad is not None:
@@ -138,7 +148,7 @@ def test_kontext_pipeline(tiny_pipeline):
             local = edit(stock, size)
         apply_clear(pipe, radius=FAR)
         np.testing.assert_allclose(edit(pipe, size), full, atol=1e-5)
-        apply_clear(pipe, radius=2)
+        apply_clear(pipe, radius=2, far=False)
         np.testing.assert_allclose(edit(pipe, size), local, atol=1e-5)
         assert np.abs(local - full).max() > 1e-3
         assert remove_clear(pipe)

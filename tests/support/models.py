@@ -8,6 +8,8 @@ from diffusers.models.transformers import transformer_flux
 
 from clear_dit import Window
 
+from .oracle import far_attention_within
+
 FAR = 100  # a radius past every diagonal here
 
 
@@ -62,4 +64,30 @@ def dense_masks(*masks):
         return original(query, key, value, **options)
 
     with mock.patch.object(transformer_flux, "dispatch_attention_fn", masked):
+        yield
+
+
+@contextmanager
+def by_definition(rows, columns, radius, far, text=3, references=0):
+    """Inside, diffusers' self-attention is CLEAR's by its definition, dense.
+
+    Args:
+        rows, columns: of the image, in tokens.
+        far: whether with far keys.
+        text, references: tokens before and behind the image.
+    """
+    if not far:
+        with dense_masks(image_mask(rows, columns, radius, text, references)):
+            yield
+        return
+    window = Window(rows, columns, text + references, radius, far_levels=4)
+    original = transformer_flux.dispatch_attention_fn
+
+    def attend(query, key, value, **options):
+        if query.shape[1] != key.shape[1]:
+            return original(query, key, value, **options)
+        assert query.shape[1] == window.sequence_length
+        return far_attention_within(query, key, value, text, window)
+
+    with mock.patch.object(transformer_flux, "dispatch_attention_fn", attend):
         yield

@@ -111,8 +111,12 @@ def far_means_by_definition(tokens, window, weight=None):
     return torch.stack(cells, dim=1)
 
 
-def far_attention_by_definition(q, k, v, window, scale, weight=None, offset=None):
-    """As `attention_by_definition`, with far keys."""
+def far_attention_by_definition(q, k, v, window, scale, weight=None, offset=None, allowed=None):
+    """As `attention_by_definition`, with far keys.
+
+    Args:
+        allowed: (1 or batch, 1, 1 or sequence, sequence) bool: no other tokens are attended to.
+    """
     mask = far_mask_by_definition(window)
     bias = torch.zeros(q.shape[2], mask.shape[1], dtype=torch.float64)
     cells = [(level, rows * columns) for level, _, _, rows, columns in far_cells(window)]
@@ -123,7 +127,11 @@ def far_attention_by_definition(q, k, v, window, scale, weight=None, offset=None
     bias = torch.cat([bias[:, : -len(cells)], of_cells], dim=1).to(q.dtype)
     k, v = (torch.cat([x, far_means_by_definition(x, window, weight)], dim=1) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale + bias[None, :, None]
+    if allowed is not None:
+        allowed = torch.nn.functional.pad(allowed, (0, len(cells)), value=True)
+        mask = mask & allowed
     probability = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    probability = probability.nan_to_num(0.0)  # a padded query attends to nothing
     return torch.einsum("bhqk,bkhd->bqhd", probability, v)
 
 
@@ -162,3 +170,25 @@ def relative_error(value, exact) -> float:
     """Norm of the difference over norm of the exact value."""
     value, exact = value.detach().double(), exact.detach().double()
     return float((value - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def far_attention_within(query, key, value, start, window, allowed=None):
+    """Attention of a sequence that has the image somewhere, with far keys, by the definition.
+
+    Args:
+        query, key, value: (batch, sequence, heads, head_dim).
+        start: place of the image's first token. All others are treated as text.
+        window: whose text is the other tokens.
+        allowed: (1 or batch, 1, 1 or sequence, sequence) bool, see above.
+    """
+    image = window.height * window.width
+    places = torch.arange(query.shape[1])
+    inside = (places >= start) & (places < start + image)
+    order = torch.cat([places[~inside], places[inside]])
+    if allowed is not None:
+        allowed = allowed[..., order]
+        allowed = allowed if allowed.shape[-2] == 1 else allowed[..., order, :]
+    ordered = [x[:, order] for x in (query, key, value)]
+    scale = query.shape[-1] ** -0.5
+    out = far_attention_by_definition(*ordered, window, scale, allowed=allowed)
+    return out[:, order.argsort()]

@@ -47,6 +47,7 @@ def denoise(
     references=0,
     text=5,
     controlled=False,
+    far=False,
 ):
     """Final latents of a tiny random FLUX model after a few Euler steps, and the handle's traffic.
 
@@ -57,6 +58,7 @@ def denoise(
         stale: `stale_halos_after`.
         references: tokens of a reference image.
         controlled: whether a ControlNet adds to every block.
+        far: whether with far keys, and what may be learned of them learned.
     """
     model = make_model("flux")
     for name, parameter in model.named_parameters():  # attention that matters, and chooses
@@ -66,7 +68,9 @@ def denoise(
             parameter *= 2
     if prepare is not None:
         prepare(model)
-    apply_clear(model, radius=radius, down_factor=down_factor, impl=impl)
+    apply_clear(model, radius=radius, down_factor=down_factor, far=far, impl=impl)
+    if far:
+        learn_of_far_keys(model)
     if down_factor > 1:
         generator = torch.Generator().manual_seed(3)
         for processor in model.attn_processors.values():
@@ -98,6 +102,14 @@ def denoise(
         return latents, None
     patches.remove()
     return latents, patches.traffic
+
+
+def learn_of_far_keys(model):
+    generator = torch.Generator().manual_seed(4)
+    for processor in model.attn_processors.values():
+        processor.add_far_parameters(heads=2)
+        for parameter in (processor.far_weight, processor.far_offset):
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 def add_lora(model):
@@ -132,6 +144,7 @@ CASES = {
     "pooled by 4, odd grid, batch 2": {"grid": ODD, "down_factor": 4, "batch": 2},
     "pooled with interior rows": {"grid": (60, 5), "down_factor": 4, "radius": 3},
     "two passes": {"passes": 2, "grid": ODD},
+    "far keys, odd grid": {"far": True, "grid": ODD, "radius": 2, "passes": 2},
     "LoRA": {"prepare": add_lora},
     "cache, some skipped": {"prepare": cache(SKIPS_SOME), "grid": ODD},
 }
@@ -156,16 +169,20 @@ def demo():
     return pipe
 
 
-def generate(mesh, height=256, width=256, radius=4, adapted=False, stale=None, **options):
+def generate(
+    mesh, height=256, width=256, radius=4, adapted=False, far=False, stale=None, **options
+):
     """Final latents of the demo pipeline, two passes of guidance.
 
     Args:
         adapted: whether with the weights made for the radius.
+        far: whether with far keys.
         stale: `stale_halos_after`.
     """
     pipe = demo()
     remove_clear(pipe)
-    apply_clear(pipe, radius=radius, weights=known_weights("demo", radius, 1) if adapted else None)
+    weights = known_weights("demo", radius, 1) if adapted else None
+    apply_clear(pipe, radius=radius, far=far, weights=weights)
     if mesh is not None:
         pipe.enable_patch_parallel(mesh, stale)
     try:
@@ -191,6 +208,11 @@ CASCADE = {
     "a cascade to 400 x 272 px": {
         **{"height": 400, "width": 272, "cascade": True, "low_resolution_guidance": 1.0},
         **{"radius": 8, "adapted": True},
+    },
+    # Two positions a token in the last stage.
+    "far keys, a cascade to 400 x 272 px": {
+        **{"height": 400, "width": 272, "cascade": True, "low_resolution_guidance": 1.0},
+        **{"radius": 4, "far": True},
     },
 }
 
@@ -223,6 +245,7 @@ def all_cases(mesh, world):
     found["averaged"] = averaged(partial(denoise, **CASES["24 x 16, radius 4"]), mesh)
     found["stale after all steps"] = denoise(mesh, stale=STEPS, **CASES["two passes"])
     found["stale"] = denoise(mesh, stale=2, **CASES["two passes"])
+    found["far keys, stale"] = denoise(mesh, stale=2, **CASES["far keys, odd grid"])
     for name, image in images(world).items():
         found[name] = generate(mesh, **image), None
     if world == 2:

@@ -123,8 +123,10 @@ def generate_with_other_adapters(ranks):
 
 
 def bench(ranks, folder):
-    """Measure a small step; what is found on each rank."""
-    found = measure("demo", 256, 128, 3, "tiled", torch.float32, ranks, 2)
+    """Measure a small step, without and with far keys; what is found on each rank."""
+    found = [
+        measure("demo", 256, 128, 3, far, "tiled", torch.float32, ranks, 2) for far in (False, True)
+    ]
     (folder / f"bench-{ranks.rank}.json").write_text(json.dumps(found))
 
 

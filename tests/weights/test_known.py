@@ -16,20 +16,24 @@ from clear_dit.weights.load import published_name
 SMALL = {"height": 64, "width": 96, "steps": 1, "guidance": 1.0}
 
 
-@pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    """A folder of adapters with one for radius 2, whose weights are twice the demo's."""
-    monkeypatch.setattr(known, "DEMO_ADAPTERS", tmp_path / "adapters")
+def ship(folder, far):
+    """Weights for radius 2, twice the demo's, in a folder of adapters."""
     pipe = load_pipeline("demo", torch.float32, torch.device("cpu"), only_transformer=True)
-    apply_clear(pipe, radius=2)
+    apply_clear(pipe, radius=2, far=far)
     with torch.no_grad():
         for block in pipe.transformer.single_transformer_blocks:
             block.attn.to_v.weight.mul_(2)
-    folder = tmp_path / "adapters" / adapter_folder(2, 1)
-    folder.mkdir(parents=True)
-    file = folder / published_name(2, 1)
+    file = folder / adapter_folder(2, 1, far) / published_name(2, 1, far)
+    file.parent.mkdir(parents=True)
     save_clear_weights(pipe, file, base_model="demo")
     return file
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder of adapters with one for radius 2, made for local attention."""
+    monkeypatch.setattr(known, "DEMO_ADAPTERS", tmp_path / "adapters")
+    return ship(known.DEMO_ADAPTERS, far=False)
 
 
 def test_known_weights(shipped):
@@ -41,7 +45,19 @@ def test_known_weights(shipped):
         assert known_weights(model, 8, 4) == PUBLISHED
         assert known_weights(model, 7, 1) is None
         assert known_weights(model, 32, 4) is None  # never published
+        assert known_weights(model, 16, 1, far=False) == PUBLISHED
+        assert known_weights(model, 16, 1, far=True) is None
     assert known_weights("somebody/else", 16, 1) is None
+
+
+def test_weights_made_for_far_keys_come_first(shipped):
+    assert known_weights("demo", 2, 1, far=True) is None
+    assert known_weights("demo", 2, 1, far=False) == str(shipped)
+    made_for_far = ship(known.DEMO_ADAPTERS, far=True)
+    assert (made_for_far.parent.name, made_for_far.name) == ("r2-far", "clear_far_2.safetensors")
+    assert known_weights("demo", 2, 1) == str(made_for_far)
+    assert known_weights("demo", 2, 1, far=True) == str(made_for_far)
+    assert known_weights("demo", 2, 1, far=False) == str(shipped)
 
 
 def test_auto_takes_the_fitting_weights_and_says_so(shipped, tmp_path, caplog):
@@ -63,8 +79,9 @@ def test_auto_takes_the_fitting_weights_and_says_so(shipped, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("settings", "warns"),
     [
-        ({"radius": 3}, True),
-        ({"radius": 3, "weights": "none"}, False),
+        ({"radius": 3, "far": False}, True),
+        ({"radius": 3}, False),  # far keys need none
+        ({"radius": 3, "far": False, "weights": "none"}, False),
         ({"radius": 100}, False),  # the window covers the image
         ({"attention": "full"}, False),
     ],

@@ -21,9 +21,16 @@ from clear_dit import (
     remove_clear,
     save_clear_weights,
 )
+from clear_dit.kernels.cells import FAR_LEVELS
 from clear_dit.versions import __version__
 from clear_dit.weights.format import parameters_by_key, pooling_by_key
-from clear_dit.weights.state import ClearState
+from clear_dit.weights.learned import make_far_trainable
+from clear_dit.weights.load import find_weights, published_name
+from clear_dit.weights.state import (
+    FAR_WITH_LOCAL_WEIGHTS,
+    LOCAL_WITH_FAR_WEIGHTS,
+    ClearState,
+)
 
 Q = "transformer_blocks.0.attn.to_q.weight"
 
@@ -280,6 +287,7 @@ def test_files_for_another_down_factor(tiny_transformer, tensors, tmp_path):
     [
         ({"radius": "wide"}, "metadata's radius is not a number: 'wide'"),
         ({"down_factor": "4"}, "metadata says down_factor=4, the tensors 1"),
+        ({"far": "yes"}, "metadata's far is not true or false: 'yes'"),
     ],
 )
 def test_metadata_that_contradicts_itself(clear_model, tensors, tmp_path, metadata, message):
@@ -313,14 +321,14 @@ def test_models_that_cannot_take_weights(clear_model, tiny_transformer, tensors,
         load_clear_weights(tiny_transformer(), path)
     shared = tiny_transformer()
     shared.set_attn_processor(CLEARProcessor(down_factor=2))
-    with pytest.raises(ValueError, match="layers share one CLEARProcessor"):
+    with pytest.raises(ValueError, match="down_factor > 1 each layer needs a CLEARProc"):
         load_clear_weights(shared, path)
     clear_model.fuse_qkv_projections()
     with pytest.raises(ValueError, match="fused projections; call unfuse_qkv_projections"):
         load_clear_weights(clear_model, path)
     clear_model.unfuse_qkv_projections()
     clear_model.transformer_blocks[0].attn.processor.radius = 3
-    with pytest.raises(ValueError, match="differ in radius or down_factor"):
+    with pytest.raises(ValueError, match="differ in radius, down_factor, far or poo"):
         load_clear_weights(clear_model, path)
     with torch.device("meta"):
         absent = tiny_transformer()
@@ -344,9 +352,9 @@ def test_files_that_are_not_there(clear_model, tmp_path, monkeypatch):
     for path in ("no-file.safetensors", "folder/no-file.safetensors", "./a/b", "/no/such/folder"):
         with pytest.raises(FileNotFoundError, match="there is no file or folder"):
             load_clear_weights(clear_model, path)
-    with pytest.raises(
-        FileNotFoundError, match=r"no 'clear_local_16.* there: other.safetensors. Cho"
-    ):
+    names = r"'clear_far_16.safetensors' or 'clear_local_16.safetensors'"
+    message = rf"there is no {names} in .* there: other.safetensors. Choose one"
+    with pytest.raises(FileNotFoundError, match=message):
         load_clear_weights(clear_model, tmp_path)
     with pytest.raises(ValueError, match=r"weight_name must end in '.safetensors', got 'a.bin'"):
         load_clear_weights(clear_model, tmp_path, weight_name="a.bin")
@@ -367,14 +375,203 @@ def test_hub_repositories(tiny_transformer, tensors, tmp_path, monkeypatch):
     apply_clear(model, radius=8, weights="Huage001/CLEAR")
     assert torch.equal(model.state_dict()[Q], tensors[Q])
     load_clear_weights(model, "Huage001/CLEAR", revision="main", local_files_only=True)
-    assert [call[:2] for call in calls] == [("Huage001/CLEAR", "clear_local_8.safetensors")] * 2
-    assert calls[1][2]["revision"] == "main"
-    assert calls[1][2]["local_files_only"] is True
+    names = ["clear_far_8.safetensors", "clear_local_8.safetensors"]
+    assert [call[:2] for call in calls] == [("Huage001/CLEAR", name) for name in names * 2]
+    assert all(call[2]["revision"] == "main" for call in calls[2:])
+    assert all(call[2]["local_files_only"] is True for call in calls[2:])
+    calls.clear()
+    apply_clear(model, radius=8, far=False, weights="Huage001/CLEAR")
+    assert [call[1] for call in calls] == ["clear_local_8.safetensors"]
     with pytest.raises(
         OSError, match=r"cannot get 'clear_local_16_down_4.safetensors' .* no clear_"
     ):
         apply_clear(model, 16, 4, weights="Huage001/CLEAR")
     assert model.transformer_blocks[0].attn.processor.radius == 8
+
+
+def save_weights(folder, model, far, learned=False):
+    """What a model of another seed has tuned, in a file of its name."""
+    apply_clear(model, radius=4, far=far)
+    if learned:
+        make_far_trainable(model)
+        for weight in pooling_by_key(model).values():
+            weight.data.uniform_(0, 0.5)
+    path = folder / published_name(4, 1, far)
+    save_clear_weights(model, path)
+    return path
+
+
+def far_of(model):
+    """Whether all layers have far keys, or none."""
+    (far,) = {processor.has_far_keys for processor in model.attn_processors.values()}
+    return far
+
+
+ROUTES = {
+    "apply_clear": lambda model, path, **far: apply_clear(model, radius=4, weights=path, **far),
+    "loaded": lambda model, path, **far: (
+        apply_clear(model, radius=4, **far),
+        load_clear_weights(model, path),
+    ),
+    "bare": lambda model, path, **far: (
+        model.set_attn_processor(CLEARProcessor(radius=4, **far)),
+        load_clear_weights(model, path),
+    ),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("made_for", [False, True])
+def test_far_keys_follow_the_weights(tiny_transformer, tmp_path, caplog, route, made_for):
+    path = save_weights(tmp_path, tiny_transformer(seed=5), made_for)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["far"] == str(made_for).lower()
+    model = tiny_transformer()
+    route(model, path)
+    assert far_of(model) == made_for
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    # So do settings and processors that come later, until the weights are taken away.
+    apply_clear(model, radius=3)
+    assert far_of(model) == made_for
+    remove_clear(model)
+    apply_clear(model, radius=3)
+    assert far_of(model)
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
+@pytest.mark.parametrize("made_for", [False, True])
+def test_settings_against_the_weights(tiny_transformer, tmp_path, caplog, route, made_for):
+    path = save_weights(tmp_path, tiny_transformer(seed=5), made_for, learned=made_for)
+    model = tiny_transformer()
+    route(model, path, far=not made_for)
+    assert far_of(model) == (not made_for)
+    assert not pooling_by_key(model)  # what was learned is of no use without far keys
+    message = LOCAL_WITH_FAR_WEIGHTS if made_for else FAR_WITH_LOCAL_WEIGHTS
+    assert caplog.text.count(message) == 1
+    caplog.clear()
+    apply_clear(model, radius=4)
+    assert far_of(model) == made_for
+    apply_clear(model, radius=4, far=not made_for)
+    assert caplog.text.count(message) == 1
+
+
+def test_processors_set_after_the_weights(tiny_transformer, tiny_inputs, tmp_path):
+    path = save_weights(tmp_path, tiny_transformer(seed=5), far=False)
+    model = tiny_transformer()
+    apply_clear(model, radius=4, weights=path)
+    model.set_attn_processor(CLEARProcessor(radius=4))
+    model(**tiny_inputs(4, 6))
+    assert not far_of(model)
+
+
+@pytest.mark.parametrize("made_for", [None, False])
+def test_files_that_say_nothing_are_local(tiny_transformer, tensors, tmp_path, made_for):
+    """The published ones, and ours from before there were far keys."""
+    metadata = None if made_for is None else {"format": "clear-dit", "radius": "4"}
+    save_file(tensors, tmp_path / "clear_local_4.safetensors", metadata=metadata)
+    model = tiny_transformer()
+    apply_clear(model, radius=4, weights=tmp_path)
+    assert not far_of(model)
+
+
+def test_what_was_learned_of_far_keys(tiny_transformer, tmp_path):
+    tuned, model = tiny_transformer(seed=5), tiny_transformer()
+    before = snapshot(model)
+    path = save_weights(tmp_path, tuned, far=True, learned=True)
+    learned = {key: tensor.clone() for key, tensor in pooling_by_key(tuned).items()}
+    assert {tuple(tensor.shape) for tensor in learned.values()} == {
+        (FAR_LEVELS, 2, 2),
+        (FAR_LEVELS, 2),
+    }
+    apply_clear(model, radius=4)
+    assert not pooling_by_key(model)
+    load_clear_weights(model, path)
+    found = pooling_by_key(model)
+    assert found.keys() == learned.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in learned.items())
+    assert {key for key in load_file(path) if ".processor." in key} == learned.keys()
+    # Settings and dtypes change around them; weights without them take them away.
+    apply_clear(model.to(torch.bfloat16), radius=3)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(p, learned[key].bfloat16()) for key, p in pooling_by_key(model).items())
+    model.float()
+    (tmp_path / "other").mkdir()
+    other = save_weights(tmp_path / "other", tiny_transformer(seed=6), far=True)
+    load_clear_weights(model, other)
+    assert far_of(model)
+    assert not pooling_by_key(model)
+    model = tiny_transformer()
+    apply_clear(model, radius=4, weights=path)
+    remove_clear(model)
+    assert_unchanged(model, before)
+
+
+WRONG_FAR_FILES = {
+    "a layer's are missing": (
+        lambda t: {k: v for k, v in t.items() if not (k.startswith(Q[:24]) and "far_off" in k)},
+        r"1 tensors \(transformer_blocks.0.attn.processor.far_offset\) missing, 0 tensors unexpect",
+    ),
+    "fewer levels": (
+        lambda t: {k: v[:3] if "far_" in k else v for k, v in t.items()},
+        r"8 of 36 tensors have another shape \(.*far_offset has \(3, 2\), the model \(10, 2\)\)",
+    ),
+    "not finite": (
+        lambda t: {k: v / 0 if "far_weight" in k else v for k, v in t.items()},
+        "far_weight has values that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FAR_FILES)
+def test_wrong_files_of_far_keys(tiny_transformer, tmp_path, name):
+    change, message = WRONG_FAR_FILES[name]
+    path = save_weights(tmp_path, tiny_transformer(seed=5), far=True, learned=True)
+    save_file(change(load_file(path)), path)
+    model = tiny_transformer()
+    with pytest.raises(ValueError, match=message):
+        apply_clear(model, radius=4, weights=path)
+    assert ClearState.on(model) is None
+
+
+def test_learned_of_far_keys_by_a_layer_each(tiny_transformer, tmp_path):
+    path = save_weights(tmp_path, tiny_transformer(seed=5), far=True, learned=True)
+    model = tiny_transformer()
+    model.set_attn_processor(CLEARProcessor(radius=4))
+    with pytest.raises(ValueError, match=r"as clear_far_4.safetensors did, each layer needs a CL"):
+        load_clear_weights(model, path)
+    with pytest.raises(ValueError, match="to learn of far keys each layer needs a CLEARProcessor"):
+        make_far_trainable(model)
+    apply_clear(model, radius=4, far=False)
+    with pytest.raises(
+        ValueError, match=r"blocks.0.attn has no far keys; call apply_clear\(..., f"
+    ):
+        make_far_trainable(model)
+    with pytest.raises(ValueError, match="is for down_factor=1, but the model runs down_factor=2"):
+        apply_clear(model, radius=4, down_factor=2, weights=path)
+
+
+def test_pooled_keys_that_count(tiny_transformer, tmp_path, caplog):
+    """Weights are made for pooled keys of one weight; the published ones for "one"."""
+    model = tiny_transformer()
+    settings = {"radius": 4, "down_factor": 2}
+    apply_clear(model, **settings)
+    save_clear_weights(model, tmp_path / "one.safetensors")
+    apply_clear(model, **settings, pooled_weight="count")
+    save_clear_weights(model, tmp_path / "count.safetensors")
+    apply_clear(model, **settings, pooled_weight="count", weights=tmp_path / "count.safetensors")
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    apply_clear(model, **settings, pooled_weight="count", weights=tmp_path / "one.safetensors")
+    assert "trained with pooled_weight='one', the model runs pooled_weight='count'" in caplog.text
+
+
+def test_folders_of_both(tiny_transformer, tmp_path):
+    """The setting decides which comes first."""
+    for far in (False, True):
+        save_weights(tmp_path, tiny_transformer(seed=5), far)
+    for far, name in ((None, "far"), (True, "far"), (False, "local")):
+        assert find_weights(tmp_path, 4, 1, far).name == f"clear_{name}_4.safetensors"
+    (tmp_path / "clear_far_4.safetensors").unlink()
+    assert find_weights(tmp_path, 4, 1, far=True).name == "clear_local_4.safetensors"
 
 
 def test_saving_is_refused_before_a_file_appears(clear_model, tiny_transformer, tmp_path):

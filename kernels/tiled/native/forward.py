@@ -9,17 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import torch
 
+from ...cells import MOST_LEVELS
 from ...opaque import Geometry
-from ...window import Window
+from ...window import LARGEST_FAR_GRID, Window
 from .build import BuildError, load
 
 # A dtype's place is its number in the kernel, which computes in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 128
-# Rows and columns together: squares of distances are exact in float32.
-LARGEST_GRID = 4096
+# Rows and columns together, as of far keys: the kernel counts tokens in 32 bits.
+LARGEST_GRID = LARGEST_FAR_GRID
 # What a thread takes at a time, if there is enough for all. Rows of image queries, at least: the
 # keys above and below are copied once more.
 SHARE_ROWS = 32
@@ -38,15 +40,18 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *(
             (name, _Tensor)
-            for name in ("query", "out", "lse", "key", "value", "dense_key", "dense_value")
+            for name in (
+                *("query", "out", "lse", "key", "value", "packed_key", "packed_value", "bias"),
+            )
         ),
         *(
             (name, ctypes.c_int32)
             for name in (
                 *("dtype", "text_queries", "text_length", "height", "width", "radius"),
-                *("query_start", "dense_length"),
+                *("query_start", "pooled_length", "far_levels"),
             )
         ),
+        ("given", (ctypes.c_int32 * 2) * (MOST_LEVELS + 1)),
         ("scale", ctypes.c_float),
     )
 
@@ -94,45 +99,55 @@ def attend_compiled(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    dense_key: torch.Tensor,
-    dense_value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    bias: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     geometry: Geometry,
 ) -> int:
-    """Attention of text queries to all keys, of image queries to their disc and to dense keys.
+    """Attention of text queries to all given tokens, of image queries to what the window says.
 
     Args:
         query, out: (batch, text and image queries, heads, head_dim), head_dim contiguous.
-        key, value: (batch, text and image tokens, heads, head_dim), head_dim contiguous.
-        dense_key, dense_value: (batch, dense tokens, heads, head_dim), none or more.
+        key, value: (batch, text and given image tokens, heads, head_dim), head_dim contiguous.
+        pooled_key, pooled_value: (batch, pooled, heads, head_dim), none or more.
+        bias: (pooled, heads) float32, any strides, added to the scores of pooled keys; (0, heads)
+            where nothing is.
         lse: (batch, text and image queries, heads), float32.
         geometry: of the window.
 
     Returns:
         The (query, key) pairs computed, masked ones too, over all batch items and heads. `out` and
-        `lse` are written.
+        `lse` are written; those of a query that sees no key are 0 and hugely negative.
 
     Raises:
         MemoryError: no room for the rows of keys that a tile reaches.
     """
     library = _library(query.shape[-1])
     assert isinstance(library, ctypes.CDLL), library
-    height, width, text_length, radius, scale, query_start, query_stop, *_ = geometry
-    # The kernel believes these numbers.
-    assert key.shape[1] == value.shape[1] == text_length + height * width
-    assert 0 <= query_start < query_stop <= height
-    dense_key, dense_value = (
-        x.transpose(1, 2).to(torch.float32).contiguous().transpose(1, 2)
-        for x in (dense_key, dense_value)
-    )
+    height, width, text_length, radius, scale, query_start, query_stop, levels, _ = geometry
     text_queries = query.shape[1] - geometry.image_queries
+    given = [geometry.given_rows(level) for level in range(levels + 1)]
+    pooled_length = pooled_key.shape[1]
+    if not len(bias):
+        bias = query.new_zeros(1, 1, dtype=torch.float32).expand(pooled_length, query.shape[2])
+    # The kernel believes these numbers.
+    start, stop = given[0]
+    assert key.shape[1] == value.shape[1] == text_length + (stop - start) * width
+    assert len(bias) == pooled_length == pooled_value.shape[1]
+    assert not levels or pooled_length == geometry.first_cell(levels + 1)
+    assert 0 <= query_start < query_stop <= height
     assert text_queries >= 0
-    tensors = (query, out, lse, key, value, dense_key, dense_value)
+    packed_key, packed_value = (
+        _packed(x[:, :text_length], pooled)
+        for x, pooled in ((key, pooled_key), (value, pooled_value))
+    )
+    tensors = (query, out, lse, key, value, packed_key, packed_value, bias[None])
     problem = _Problem(
         *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors),
         DTYPES.index(query.dtype), text_queries, text_length, height, width, radius,
-        query_start, dense_key.shape[1], scale,
+        query_start, pooled_length, levels, tuple(given), scale,
     )  # fmt: skip
     rows, columns = _tile(library)
     text_share = _share(text_queries, SHARE_TEXT, rows * columns)
@@ -155,6 +170,16 @@ def attend_compiled(
     if min(pairs, default=0) < 0:
         raise MemoryError("tiled attention: no memory for the keys that a tile reaches")
     return sum(pairs)
+
+
+def _packed(text: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    """(batch, text + pooled, heads, head_dim) in float32, the tokens of a head side by side."""
+    batch, length, heads, head_dim = text.shape
+    packed = text.new_empty(
+        batch, heads, length + pooled.shape[1], head_dim, dtype=torch.float32
+    ).transpose(1, 2)
+    packed[:, :length], packed[:, length:] = text, pooled
+    return packed
 
 
 def _by_threads(run: Callable[[Share], int], shares: list[Share]) -> list[int]:
@@ -197,20 +222,40 @@ def executed_pairs(window: Window, head_dim: int) -> int:
     library = _library(head_dim)
     assert isinstance(library, ctypes.CDLL), library
     rows, columns = _tile(library)
-    radius, reach = window.disc_radius, window.disc_radius - 1
-    tiles = range(0, window.width, columns)
     start, stop = window.image_query_rows
-
-    @functools.cache
-    def row_keys(distance: int) -> int:
-        """Keys of a row so far from the tiles of a row."""
-        half = math.isqrt(radius**2 - distance**2 - 1)
-        return sum(min(window.width, x + columns + half) - max(0, x - half) for x in tiles)
-
     keys = math.ceil(window.text_query_length / (rows * columns)) * window.sequence_length
-    for y in range(start, stop, rows):
-        last = min(y + rows, stop) - 1
-        keys += len(tiles) * (window.text_length + window.pooled_length)
-        for key_y in range(max(0, y - reach), min(window.height, last + reach + 1)):
-            keys += row_keys(max(0, y - key_y, key_y - last))
+    dense = window.text_length + (0 if window.far_levels else window.pooled_length)
+    keys += math.ceil((stop - start) / rows) * math.ceil(window.width / columns) * dense
+    for level in range(window.far_levels + 1):
+        if window.cells_of_level(level):
+            keys += _level_keys(window, level, rows, columns)
     return keys * rows * columns
+
+
+def _level_keys(window: Window, level: int, rows: int, columns: int) -> int:
+    """Tokens or cells of a level that are computed for all tiles of rows x columns queries."""
+    given = window.comparisons(level)
+    start, stop = window.given_rows(level)
+    inner_y, inner_x, inner2, outer_y, outer_x, outer2 = (
+        each.numpy().astype(np.int64).reshape(stop - start, -1) for each in given
+    )
+    left = 2 * np.arange(0, window.width, columns)
+    right = np.minimum(left + 2 * (columns - 1), 2 * (window.width - 1))
+
+    def side(square: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        """How far to the side what is nearer may be, (rows, 1); -1 where nothing is."""
+        room = square[:, 0] - distance**2
+        return np.where(room > 0, np.sqrt(np.maximum(room - 1, 0)).astype(int), -1)[:, None]
+
+    keys = 0
+    first, last = window.image_query_rows
+    for top in range(first, last, rows):
+        y = 2 * np.arange(top, min(top + rows, last))[:, None]
+        outer = side(outer2, np.abs(y - outer_y[:, 0]).min(0))  # of the nearest query
+        inner = side(inner2, np.abs(y - inner_y[:, 0]).max(0))  # of the farthest
+        seen = np.searchsorted(outer_x[0], right + outer, "right")
+        seen -= np.searchsorted(outer_x[0], left - outer)
+        into = np.searchsorted(inner_x[0], left + inner, "right")
+        into -= np.searchsorted(inner_x[0], right - inner)
+        keys += int(((outer >= 0) * (seen - into.clip(0))).sum())
+    return keys

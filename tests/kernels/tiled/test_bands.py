@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from support.agreement import FAR
 from support.compiled import needs_compiler, switch_off
 from support.operators import check_operator
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,15 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from clear_dit.kernels import flex
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.tiled import bands as tiled
-from clear_dit.kernels.tiled import partial, views
-from clear_dit.kernels.tiled.tiles import (
-    TILE_COLUMNS,
-    bands,
-    executed_tile_pairs,
-    tile_bias,
-    tile_columns,
-)
+from clear_dit.kernels.tiled import lists, partial, views
+from clear_dit.kernels.tiled.lists import executed_tile_pairs
+from clear_dit.kernels.tiled.tiles import TILE_COLUMNS, bands, tile_bias, tile_columns
 from clear_dit.kernels.window import Window
+
+POOLINGS = (
+    {},
+    {"down_factor": 2},
+    {"down_factor": 2, "pooled_weight": "count"},
+    {"far_levels": 3},
+)
 
 
 def tensors(window, batch=1, heads=2, head_dim=16, requires_grad=False):
@@ -55,13 +58,16 @@ def test_mask_is_left_out_where_all_is_inside():
 
 
 @pytest.mark.parametrize("elements", [1, 5000])
-def test_large_masks_are_made_in_groups(monkeypatch, elements):
+@pytest.mark.parametrize("levels", [0, 4])
+def test_large_masks_are_made_in_groups(monkeypatch, elements, levels):
     switch_off(monkeypatch)
-    window = Window(19, 30, 3, 4)
+    window = Window(19, 30, 3, 4, far_levels=levels)
     query, key, value = tensors(window, requires_grad=True)
     expected = local_attention(query, key, value, window, impl="tiled")
     gradients = torch.autograd.grad(expected.square().sum(), (query, key, value))
     monkeypatch.setattr(views, "MASK_ELEMENTS", elements)
+    monkeypatch.setattr(lists, "GROUP_ELEMENTS", 20 * elements)
+    monkeypatch.setattr(lists, "REMEMBERED", 0)
     out = local_attention(query, key, value, window, impl="tiled")
     torch.testing.assert_close(out, expected)
     for grad, other in zip(
@@ -81,11 +87,24 @@ def test_work_is_linear_in_the_tokens(monkeypatch, compiled):
     assert flex.executed_pairs(Window(64, 64, 512, 8)) > executed_pairs(small)
 
 
+def test_work_with_far_keys_is_almost_linear(monkeypatch):
+    """A level more for four times the tokens; what is masked is about what a disc's tiles mask."""
+    switch_off(monkeypatch)
+    small, large = (Window(side, side, 512, 4, far_levels=8) for side in (64, 256))
+    executed = [tiled.executed_pairs(torch.empty(1, 1, 1, 16), x) for x in (small, large)]
+    assert executed[1] / executed[0] < 1.3 * 16
+    assert executed[1] / large.attended_pairs() < 1.6
+
+
+@pytest.mark.parametrize(
+    "window",
+    [Window(19, 26, 5, 4, 2), Window(19, 26, 5, 4, 2, pooled_weight="count"), FAR],
+    ids=str,
+)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_executed_pairs_counts_what_runs(monkeypatch, compiled):
+def test_executed_pairs_counts_what_runs(monkeypatch, compiled, window):
     if not compiled:
         switch_off(monkeypatch)
-    window = Window(19, 26, 5, 4, 2)
     query, key, value = tensors(window)
     pairs = 0
     attend, attend_compiled = tiled.attend, tiled.attend_compiled
@@ -108,15 +127,16 @@ def test_executed_pairs_counts_what_runs(monkeypatch, compiled):
         assert pairs == executed_tile_pairs(window)
 
 
-@pytest.mark.parametrize("down_factor", [1, 2])
-def test_custom_op_is_well_formed(down_factor):
-    window = Window(9, 6, 3, 3, down_factor)
+@pytest.mark.parametrize("pooling", POOLINGS, ids=str)
+def test_custom_op_is_well_formed(pooling):
+    window = Window(9, 6, 3, 3, **pooling)
     query, key, value = tensors(window, requires_grad=True)
     check_operator("tiled", query, key, value, window)
 
 
-def test_no_graph_break_under_compile():
-    window = Window(9, 17, 3, 3, 2)
+@pytest.mark.parametrize("pooling", POOLINGS, ids=str)
+def test_no_graph_break_under_compile(pooling):
+    window = Window(9, 17, 3, 3, **pooling)
     query, key, value = tensors(window, requires_grad=True)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -133,8 +153,9 @@ def test_no_graph_break_under_compile():
         torch.testing.assert_close(grad, other)
 
 
-def test_8k_image_under_fake_tensors():
-    window = Window(512, 512, 512, 8)
+@pytest.mark.parametrize("levels", [0, 10])
+def test_8k_image_under_fake_tensors(levels):
+    window = Window(512, 512, 512, 8, far_levels=levels)
     with FakeTensorMode():
         shape = (1, window.sequence_length, 24, 128)
         query, key, value = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(3))
@@ -144,9 +165,9 @@ def test_8k_image_under_fake_tensors():
     assert lse.shape == shape[:-1]
 
 
-@pytest.mark.parametrize("down_factor", [1, 2])
-def test_flop_counter_counts_the_windows_flops(down_factor):
-    window = Window(12, 10, 5, 3, down_factor)
+@pytest.mark.parametrize("pooling", POOLINGS, ids=str)
+def test_flop_counter_counts_the_windows_flops(pooling):
+    window = Window(12, 10, 5, 3, **pooling)
     query, key, value = tensors(window, batch=2, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         out = local_attention(query, key, value, window, impl="tiled")

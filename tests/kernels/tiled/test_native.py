@@ -1,18 +1,22 @@
 """The compiled kernel: the definition, every number format, threads, forks."""
 
+import functools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support.agreement import WIDE, check, inputs, problem, problems
+from support.agreement import FAR, WIDE, check, inputs, problem, problems
 from support.compiled import needs_compiler, switch_off
 from support.slow import slow
 
 from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.merge import merge
 from clear_dit.kernels.opaque import Geometry
+from clear_dit.kernels.pooling import pooled_bias, pooled_keys
 from clear_dit.kernels.tiled import bands
 from clear_dit.kernels.tiled.native.forward import (
     LARGEST_GRID,
@@ -34,14 +38,18 @@ def threads():
     torch.set_num_threads(before)
 
 
-def image_queries(query, key, value, window, dense=0):
-    """(out, lse, pairs) of `attend_compiled`; dense keys are the first of the image's."""
+def compiled(query, key, value, pooled, bias, window):
+    """(out, lse, pairs) of `attend_compiled`."""
     out, lse = torch.full_like(query, float("nan")), torch.full(query.shape[:-1], float("nan"))
-    pairs = attend_compiled(
-        query, key, value, key[:, :dense], value[:, :dense], out, lse,
-        Geometry.of(window, query.shape[-1] ** -0.5)._replace(text_length=0),
-    )  # fmt: skip
+    geometry = Geometry.of(window, query.shape[-1] ** -0.5)
+    pairs = attend_compiled(query, key, value, *pooled, bias, out, lse, geometry)
     return out, lse, pairs
+
+
+def image_queries(query, key, value, window, dense=0):
+    """The same where the first of the image's keys are seen by all once more."""
+    pooled, bias = (key[:, :dense], value[:, :dense]), torch.empty(0, key.shape[2])
+    return compiled(query, key, value, pooled, bias, window)
 
 
 def average(value, window):
@@ -55,17 +63,26 @@ def average(value, window):
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-@given(case=problems(), dtype=st.sampled_from((torch.float32, *HALVES)), count=st.integers(1, 3))
+@given(
+    case=problems() | problems(far=True),
+    dtype=st.sampled_from((torch.float32, *HALVES)),
+    count=st.integers(1, 3),
+)
 @example(case=problem(WIDE, batch=3), dtype=torch.float16, count=2)
 @example(case=problem(Window(38, 21, 64, 4), head_dim=13), dtype=torch.float32, count=2)
 @example(case=problem(Window(40, 6, 3, 80, 2), head_dim=128), dtype=torch.bfloat16, count=2)
+@example(case=problem(FAR), dtype=torch.float32, count=2)
+@example(case=problem(FAR, batch=3, head_dim=13), dtype=torch.float16, count=2)
+@example(case=problem(Window(51, 67, 3, 2, far_levels=10)), dtype=torch.bfloat16, count=1)
 def test_kernel_is_the_definition(threads, case, dtype, count):
     threads(count)
     window = case["window"]
 
     def run(query, key, value, weight, offset=None):
         assert why_not_compiled(query, window.height, window.width) is None
-        return local_attention(query, key, value, window, spatial_weight=weight, impl="tiled")
+        return local_attention(
+            query, key, value, window, spatial_weight=weight, far_offset=offset, impl="tiled"
+        )
 
     check(run, case, dtype, gradients=False)
 
@@ -94,20 +111,76 @@ def test_both_paths_agree(monkeypatch, window):
 def test_pairs_are_counted(threads):
     """What the kernel computed is what `executed_pairs` says, however it was shared out."""
     rows = Window(45, 10, 0, 4, query_rows=(6, 39))
+    some = dict(query_rows=(9, 12), key_rows=((5, 20), (3, 9), (6, 6), (0, 1), (1, 1)))
     for count, window in (
         (1, Window(19, 26, 37, 4)), (3, Window(45, 9, 0, 1)), (2, rows), (2, Window(6, 7, 3, 90)),
+        (1, Window(19, 26, 5, 4, 2, pooled_weight="count")), (2, FAR),
+        (2, Window(45, 38, 0, 2, far_levels=9)), (1, Window(1, 1, 0, 2, far_levels=2)),
+        (2, replace(FAR, query_rows=(6, 19))), (2, replace(FAR, **some)),
     ):  # fmt: skip
         threads(count)
-        key, value = torch.randn(2, 2, window.sequence_length, 3, 24)
         query = torch.randn(2, window.query_length, 3, 24)
-        out, lse = torch.empty_like(query), torch.empty(query.shape[:-1])
-        pairs = attend_compiled(
-            query, key, value, key[:, : window.text_length], value[:, : window.text_length],
-            out, lse, Geometry.of(window, 0.2),
-        )  # fmt: skip
+        key, pooled = (
+            torch.randn(2, length, 3, 24) for length in (window.key_length, window.pooled_length)
+        )
+        bias = pooled_bias(window, 3, None, query.device)
+        pairs = compiled(query, key, key, (pooled, pooled), bias, window)[2]
         assert pairs == 2 * 3 * executed_pairs(window, 24)
-    image_pairs = Window(64, 64, 0, 8).disc_pairs()
-    assert image_pairs < executed_pairs(Window(64, 64, 0, 8), 24) < 1.6 * image_pairs
+    for window, most in ((Window(64, 64, 0, 8), 1.6), (Window(64, 64, 0, 4, far_levels=9), 2)):
+        exact = window.attended_pairs()
+        assert exact < executed_pairs(window, 24) < most * exact
+
+
+ALL = ((0, 21), (0, 11), (0, 6), (0, 3), (0, 2))
+NONE = ((0, 0),) * 5
+SPLITS = {
+    "near and far": ((ALL[0], *NONE[1:]), (NONE[0], *ALL[1:])),
+    "above and below": (
+        ((0, 9), (0, 4), (0, 3), (0, 1), (0, 2)),
+        ((9, 21), (4, 11), (3, 6), (1, 3), (2, 2)),
+    ),
+    "all and nothing": (ALL, NONE),
+    "nothing twice": (NONE, NONE, ALL),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_of_the_keys_merge_to_the_whole(split, dtype):
+    """Rows of tokens and of cells, each given to one part; whoever sees nothing there gets 0."""
+    whole = replace(FAR, text_length=0)
+    query, key, value, weight, offset, _ = inputs(**problem(whole), dtype=dtype)
+    pooled = pooled_keys(key, value, whole, weight)
+    rows = replace(whole, query_rows=(3, 14))
+    query = query[:, 3 * FAR.width : 14 * FAR.width]
+    found = []
+    for key_rows in SPLITS[split]:
+        window = replace(rows, key_rows=key_rows)
+        first = (sum(whole.cells_of_level(one) for one in range(1, level)) for level in range(1, 5))
+        cells = [
+            at + row * -(-FAR.width // 2**level) + column
+            for level, at in enumerate(first, 1)
+            for row in range(*key_rows[level])
+            for column in range(-(-FAR.width // 2**level))
+        ]
+        tokens = slice(*(row * FAR.width for row in key_rows[0]))
+        part = [x[:, cells] for x in pooled]
+        out, lse, _ = compiled(
+            query, key[:, tokens], value[:, tokens], part,
+            pooled_bias(window, 2, offset, query.device), window,
+        )  # fmt: skip
+        blind = ~window.mask().any(1)
+        assert (out[:, blind] == 0).all()
+        assert (lse[:, blind] < -1e20).all()
+        found.append((out.float(), lse))
+    out, lse = functools.reduce(lambda one, other: merge(*one, *other), found)
+    expected, expected_lse = local_attention(
+        query, key, value, rows, far_offset=offset, pooled=pooled,
+        impl="reference", return_lse=True,
+    )  # fmt: skip
+    rounding = dict(rtol=2e-2, atol=2e-3) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(out, expected.float(), **rounding)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -170,12 +243,12 @@ def test_what_it_does_not_take():
         (query.double(), 8, "takes float16, bfloat16 or float32, got torch.float64"),
         (torch.empty(1, 1, 1, 129), 8, "takes a head_dim of 1 to 128, got 129"),
         (query.to("meta"), 8, "needs a CPU, got a query on 'meta'"),
-        (query, LARGEST_GRID, "takes at most 4096 rows and columns, got 4096 + 8"),
+        (query, LARGEST_GRID, "takes at most 16384 rows and columns, got 16384 + 8"),
     ):
         assert why_not_compiled(other, height, 8) == words
     window = Window(9, 11, 5, 3)
     check(
-        lambda q, k, v, w: local_attention(q, k, v, window, impl="tiled"),
+        lambda q, k, v, *_: local_attention(q, k, v, window, impl="tiled"),
         problem(window, head_dim=160),
         torch.float32,
     )

@@ -6,10 +6,13 @@ None of them reads or writes beyond its memory.
 import ctypes
 import math
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from support.agreement import FAR
 from support.compiled import needs_compiler
 from support.oracle import relative_error
 from support.slow import slow_but
@@ -21,13 +24,41 @@ from clear_dit.kernels.window import Window
 pytestmark = needs_compiler
 SOURCE = Path(forward.__file__).with_suffix(".cpp")
 MUTANTS = {
-    "disc with its rim": ("dx * dx < room", "dx * dx <= room"),
-    "window one column to the right": ("x - float(column++)", "x - float(++column)"),
-    "window one row down": ("tile.y - float(key_y)", "tile.y + 1 - float(key_y)"),
-    "a column too few": ("last = std::min(last_x + half", "last = std::min(last_x + half - 1"),
-    "last row of keys left out": ("key_y <= last_key_y", "key_y < last_key_y"),
-    "rows of keys in each other's place": ("TILE_ROWS + 2 * reach)", "2 * reach)"),
-    "dense keys left out": ("p.dense_length);\n", "0);\n"),
+    "disc with its rim": ("sqrt(room - 1)", "sqrt(room)"),
+    "window one column to the right": ("place[lane] = 2 * lane_x", "place[lane] = 2 * lane_x + 2"),
+    "window one row down": ("2 * std::min(y + i, last_y)", "2 * std::min(y + i, last_y) + 2"),
+    "a column too few": ("<= 2 * last_x + most_outer", "< 2 * last_x + most_outer - 1"),
+    "last row of keys left out": ("at < end; ++at", "at < end - 1; ++at"),
+    "rows of keys in each other's place": ("TILE_ROWS + 2 * p.radius)", "2 * p.radius - 2)"),
+    "text keys left out": ("p.text_length);\n      if", "0);\n      if"),
+    "pooled keys without their bias": ("score + levels[0].bias[i * step] * LOG2_E", "score"),
+    "far keys without their bias": (" + row.bias[(from + i) * step] * LOG2_E", ""),
+    "bias to the base e": ("row.bias[(from + i) * step] * LOG2_E", "row.bias[(from + i) * step]"),
+    "bias of a run's first cell": ("row.bias[(from + i) * step]", "row.bias[from * step]"),
+    "a level left out": (
+        "if (!row.seen(p.width)) continue;",
+        "if (!row.seen(p.width) || level.number == 2) continue;",
+    ),
+    "keys of the level below": ("if (number) cells +=", "if (number == 1) cells +="),
+    "far cells seen from within": ("near & ~into ?", "near ?"),
+    "far cells seen from everywhere": ("near & ~into ?", "~into ?"),
+    "the hole a column wider": (
+        "see_cells(row.hole_stop, row.stop)",
+        "see_cells(row.hole_stop + 1, row.stop)",
+    ),
+    "a centre off by one": ("length) - 1;\n", "length);\n"),
+    "partial cells taken for whole": (
+        "std::min(first + (1 << level), length)",
+        "(first + (1 << level))",
+    ),
+    "the reach of the level below": (
+        "reach2(p.radius, ++outer_level)",
+        "reach2(p.radius, outer_level++)",
+    ),
+    "rows from the last to the first": (
+        "int64_t(at - start) * level.columns",
+        "int64_t(end - 1 - at) * level.columns",
+    ),
     "text queries without the last keys": ("some = std::min(CHUNK, length - start)", "some = 1"),
     "text queries without a lane": (
         "first + i * LANES + lane, stop - 1",
@@ -38,29 +69,46 @@ MUTANTS = {
     "the last channels left out": ("if constexpr (REST > 0)", "if constexpr (REST > 8)"),
     "log-sum-exp to the base 2": ("* LN_2;\n    }", ";\n    }"),
     "a term of the exponential left out": ("+ 1.0f / 120;", ";"),
-    "values of another head": ("(p.value, b, token, h,", "(p.value, b, token, 0,"),
-    "rows of a tile taken for one": ("tile.y[lane] = lane_y", "tile.y[lane] = y"),
+    "values of another head": (
+        "(p.value, b, p.text_length + cell, h,",
+        "(p.value, b, p.text_length + cell, 0,",
+    ),
+    "rows of a tile taken for one": (
+        "side(of.outer2, query - around)",
+        "side(of.outer2, 2 * y - around)",
+    ),
 }
 EXACT = 1e-6
-PROBLEMS = (Window(13, 22, 140, 5), Window(20, 7, 0, 3, query_rows=(5, 10)))
+PROBLEMS = (
+    Window(13, 22, 140, 5),
+    Window(20, 7, 0, 3, query_rows=(5, 10)),
+    Window(13, 9, 2, 3, 2, pooled_weight="count"),
+    FAR,
+    replace(FAR, query_rows=(6, 17), key_rows=((2, 19), (1, 10), (0, 6), (1, 3), (0, 2)), radius=5),
+)
 
 
 def battery(library: ctypes.CDLL, monkeypatch) -> float:
-    """Largest relative error of output and log-sum-exp over two small problems."""
+    """Largest relative error of output and log-sum-exp over a few small problems."""
     monkeypatch.setattr(forward, "_library", lambda head_dim: library)
     worst = 0.0
     for window in PROBLEMS:
         torch.manual_seed(0)
         # Values far from zero on average: a key more or less is then always seen.
-        key, value = torch.randn(2, 1, window.sequence_length, 2, 20) + 0.5
-        text = window.text_length
+        pooled = window.pooled_length
+        key, value = torch.randn(2, 1, window.key_length + pooled, 2, 20) + 0.5
         query = torch.randn(1, window.query_length, 2, 20) + 0.5
+        bias = torch.randn(pooled, 2)
         out, lse = torch.full_like(query, 9.0), torch.full(query.shape[:-1], 9.0)
+        (own_key, pooled_key), (own_value, pooled_value) = (
+            x.split((window.key_length, pooled), dim=1) for x in (key, value)
+        )
         forward.attend_compiled(
-            query, key, value, key[:, :text], value[:, :text], out, lse,
-            Geometry.of(window, 0.5)._replace(radius=window.radius),
+            query, own_key, own_value, pooled_key, pooled_value, bias, out, lse,
+            Geometry.of(window, 0.5),
         )  # fmt: skip
         scores = torch.einsum("bqhd,bkhd->bqhk", query.double(), key.double()) * 0.5
+        scores += F.pad(bias.T, (window.key_length, 0))
         scores = scores.masked_fill(~window.mask()[None, :, None], float("-inf"))
         exact = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), value.double())
         errors = relative_error(out, exact), relative_error(lse, scores.logsumexp(-1))

@@ -56,9 +56,9 @@ def tensors_of(window, batch=1, heads=1, head_dim=16, pooled=0, dtype=torch.floa
 
 def ours(tensors, grad, out, lse, window, scale, config=CONFIG, programs=8):
     return attention_backward(
-        grad, *tensors, out.to(grad.dtype), lse.float().contiguous(),
+        grad, *tensors, torch.empty(0, grad.shape[2]), out.to(grad.dtype), lse.float().contiguous(),
         Geometry.of(window, scale), config=config, programs=programs,
-    )  # fmt: skip
+    )[:5]  # fmt: skip
 
 
 def check(

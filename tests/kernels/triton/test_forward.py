@@ -18,12 +18,13 @@ from clear_dit.kernels.triton import launch, ops, tables, tuning
 from clear_dit.kernels.triton.geometry import Tiling, visits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+NO_BIAS = torch.empty(0, 1)
 
 
 def run(window):
-    def attention(query, key, value, weight):
+    def attention(query, key, value, weight, offset=None):
         scale = query.shape[-1] ** -0.5
-        options = {"scale": scale, "spatial_weight": weight}
+        options = {"scale": scale, "spatial_weight": weight, "far_offset": offset}
         return ops.triton_attention(query, key, value, window, **options)[0]
 
     return attention
@@ -127,7 +128,7 @@ def test_every_tile_shape_and_way_to_load(config):
     lse = torch.full(query.shape[:3], float("nan"))
     pooled = query[:, :0]
     launch.image_attention(
-        query, key, value, pooled, pooled, out, lse, Geometry.of(window, 0.2), config
+        query, key, value, pooled, pooled, NO_BIAS, out, lse, Geometry.of(window, 0.2), config
     )  # fmt: skip
     exact, exact_lse = reference_attention(
         query.double(), key.double(), value.double(), window, scale=0.2, return_lse=True

@@ -126,7 +126,8 @@ def test_offsets_beyond_2_to_the_31():
     lse = torch.full(near.shape[:3], float("nan"))
     config = tables.ForwardConfig(Tiling(4, 4, 4, 4), 16, 4, 1)
     launch.image_attention(
-        far, far, far, far[:, :0], far[:, :0], out, lse, Geometry.of(window, 0.25), config
+        far, far, far, far[:, :0], far[:, :0], torch.empty(0, 1), out, lse,
+        Geometry.of(window, 0.25), config,
     )  # fmt: skip
     launch.text_attention(far, far, far, out, lse, 2, 0.25, tables.RunConfig(16, 16, 4, 1), 4)
     exact, _ = reference_attention(*(near.double(),) * 3, window, scale=0.25)

@@ -7,9 +7,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clear_dit import CLEARFluxPipeline, apply_clear
+from clear_dit.kernels.cells import levels_needed
+from clear_dit.kernels.window import Window
 from clear_dit.pipelines.parallel.bands import QUERY_ROWS, Bands, common
 from clear_dit.pipelines.parallel.exchange import HaloRows, MergedText, Traffic
 from clear_dit.pipelines.parallel.patch_parallel import PatchParallel, _Steps, parallelize
+from clear_dit.pipelines.parallel.pooled import CellBands, FarCells
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,26 @@ def test_bytes_at_8k_are_at_most_a_sixth_of_ulysses(fake_ranks, rank):
     ulysses = 4 * (side * side + text) / world * channels * 2 * (world - 1) / world
     print(f"rank {rank}: {traffic.per_layer() / ulysses:.4f} of Ulysses")
     assert traffic.per_layer() <= ulysses / 6
+
+
+def sent_of_far_keys(group, rank, world, rows):
+    """Bytes, one head of 8 channels in bfloat16, radius 2, of an image 8 tokens wide."""
+    window = Window(rows, 8, 0, 2, far_levels=levels_needed(rows, 8, 2))
+    bands, traffic = Bands(rows, world, rank, window.reach), Traffic()
+    cells = [CellBands.of(window, bands, 1 + n) for n in range(window.far_levels)]
+    own = torch.empty(1, len(bands.own) * 8, 1, 8, dtype=torch.bfloat16)
+    key, _ = FarCells(own, own, None, window, bands, cells, group, traffic).wait()
+    seen = [window.rows_in_reach(1 + n, bands.own) for n in range(window.far_levels)]
+    assert key.shape[1] == sum(len(one) * -(-8 // 2 ** (1 + n)) for n, one in enumerate(seen))
+    return traffic.sent["far"]
+
+
+@pytest.mark.parametrize("world", [4, 8, 16, 32])
+def test_far_keys_of_a_tall_image_are_not_gathered(fake_ranks, world):
+    """A rank in the middle of 1024 rows; then the cells are two rows of level 8 and more below."""
+    rows, rank = 1024, world // 2
+    sent = sent_of_far_keys(fake_ranks(rank, world), rank, world, rows)
+    print(world, sent)
 
 
 def test_steps_are_counted_by_their_timesteps():
