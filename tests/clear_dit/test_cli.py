@@ -327,19 +327,23 @@ def test_bench_attention_times_nothing_that_is_wrong(monkeypatch, capsys):
     assert result["rows"][1]["ms"] > 0
 
 
-def test_bench_growth(capsys):
+@pytest.mark.parametrize("far", [(), ("--far",)])
+def test_bench_growth(capsys, far):
     arguments = ("--sizes", "128,1024", "--heads", 1, "--head-dim", 16, "--text-length", 4)
-    assert run("bench", "growth", *arguments, "--repeats", 1, "--json") == 0
+    assert run("bench", "growth", *arguments, *far, "--repeats", 1, "--json") == 0
     result = last_json(capsys)
+    assert result["far"] is bool(far)
     assert [row["width"] for row in result["rows"]] == [128, 1024]
     assert result["correct"] is True
     assert result["exponent"] > 0
 
 
-def test_bench_denoise(capsys):
+@pytest.mark.parametrize("far", [(), ("--far",)])
+def test_bench_denoise(capsys, far):
     arguments = ("--height", 256, "--width", 256, "--radius", 3, "--repeats", 1, "--json")
-    assert run("bench", "denoise", *arguments) == 0
+    assert run("bench", "denoise", *arguments, *far) == 0
     result = last_json(capsys)
+    assert result["far"] is bool(far)
     assert [row["attention"] for row in result["rows"]] == ["full", "clear"]
     assert 1 < result["flops_allow"] < 2
     assert result["correct"] is True
@@ -356,6 +360,7 @@ def test_bench_denoise(capsys):
         (("attention", "--height", "100"), "--height must be a multiple of 16"),
         (("attention", "--radius", "0"), "radius must be at least 1"),
         (("attention", "--dtype", "int8"), "--dtype must be one of"),
+        (("denoise", "--radius", "1", "--far"), "far keys need a radius of at least 2 tokens"),
         (("growth", "--sizes", "1024"), "two or more growing sizes"),
         (("growth", "--sizes", "big"), "--sizes must be pixels"),
     ],

@@ -77,7 +77,9 @@ def test_far_keys_where_nothing_else_is_made_for_the_model(runner, request_of, t
     images = {name: pixels(tmp_path / f"{name}.png").tobytes() for name in told}
     assert images["none"] != images["refused"]
     assert images["known"] != images["asked"]
-    assert any("the model's own are taken, every token sees the whole" in m for m in caplog.messages)
+    assert any(
+        "the model's own are taken, every token sees the whole" in m for m in caplog.messages
+    )
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
