@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from clear_dit.kernels.opaque import Geometry
-from clear_dit.kernels.pooling import pool_tokens
+from clear_dit.kernels.pooling import pooled_bias, pooled_keys
 from clear_dit.kernels.triton import launch, tables, tuning
 from clear_dit.kernels.triton.device import programs
 from clear_dit.kernels.triton.norm_rope import norm_rope
@@ -60,6 +60,8 @@ class Check:
         """For a report."""
         w = self.window
         pooled = f", pooled by {w.down_factor}" if w.down_factor > 1 else ""
+        pooled += ", counted" if w.pooled_weight == "count" else ""
+        pooled += f", far keys of {w.far_levels} levels" if w.far_levels else ""
         return (
             f"{w.height}x{w.width} tokens, text {w.text_length}, radius {w.radius}{pooled}, "
             f"batch {self.batch}, head_dim {self.head_dim}, {self.layout}, {self.dtype}"
@@ -75,6 +77,9 @@ AWKWARD = (
     (Window(33, 26, 3, 16), "contiguous"),
     (Window(40, 56, 512, 8), "contiguous"),
     (Window(40, 56, 512, 32, 4), "contiguous"),
+    (Window(37, 51, 33, 4, far_levels=10), "batch apart"),
+    (Window(40, 56, 512, 8, far_levels=10), "padded channels"),
+    (Window(13, 18, 5, 4, 4, pooled_weight="count"), "heads first"),
 )
 
 
@@ -85,10 +90,11 @@ def checks(device: torch.device, tiny: bool) -> list[list[Check]]:
     """
     if tiny:
         # The interpreter takes some 10 ms a tile: only what the code paths need.
-        window = Window(3, 9, 2, 2, 2)
+        window, far = Window(3, 9, 2, 2, 2), Window(3, 9, 2, 2, far_levels=3)
         return [
             [
                 Check("attention", "gradients", window, torch.float32, 16, batch=1),
+                Check("attention", "gradients", far, torch.float32, 16, batch=1),
                 *_of_entries(device, torch.float16, 16, window, few=True),
                 Check("norm_rope", "norm_rope", window, torch.float32, 16, batch=1),
             ]
@@ -103,12 +109,16 @@ def checks(device: torch.device, tiny: bool) -> list[list[Check]]:
             groups += [cases[i : i + 2] for i in range(0, len(cases), 2)]
         groups += [
             list(_of_entries(device, dtype, 128, window))
-            for window in (Window(13, 19, 33, 6, 2), Window(40, 56, 64, 16))
+            for window in (
+                Window(13, 19, 33, 6, 2),
+                Window(40, 56, 64, 16),
+                Window(37, 51, 64, 4, far_levels=10),
+            )
         ]
         groups.append(list(_norm_rope(dtype)))
     wide = [
         Check("attention", "gradients", window, torch.float32, 64, layout=layout)
-        for window, layout in AWKWARD[:5]
+        for window, layout in (*AWKWARD[:5], AWKWARD[8])
     ]
     groups += [wide[i : i + 2] for i in range(0, len(wide), 2)]
     return [*groups, list(_norm_rope(torch.float32))]
@@ -143,10 +153,11 @@ def plain_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     weight: torch.Tensor | None,
+    offset: torch.Tensor | None,
     window: Window,
 ) -> torch.Tensor:
     """Dense masked attention in the dtype of its inputs; in float64 the truth."""
-    scores, value = _scores(query, key, value, weight, window)
+    scores, value = _scores(query, key, value, weight, offset, window)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
 
 
@@ -155,12 +166,14 @@ def _scores(
     key: torch.Tensor,
     value: torch.Tensor,
     weight: torch.Tensor | None,
+    offset: torch.Tensor | None,
     window: Window,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if window.down_factor > 1:
-        key = torch.cat([key, pool_tokens(key, window, weight)], dim=1)
-        value = torch.cat([value, pool_tokens(value, window, weight)], dim=1)
+    pooled = pooled_keys(key, value, window, weight)
+    key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), pooled, strict=True))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    bias = pooled_bias(window, query.shape[2], offset, query.device).to(scores.dtype)
+    scores = scores + torch.nn.functional.pad(bias.T, (key.shape[1] - len(bias), 0))[:, None]
     return scores.masked_fill(~window.mask(query.device), float("-inf")), value
 
 
@@ -175,19 +188,27 @@ def _laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x
 
 
-def _inputs(check: Check, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Query, key, value and a gradient, and the pooling weights."""
+def _inputs(
+    check: Check, device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Query, key, value and a gradient; what is learned: pooling weights, offsets of far keys."""
     generator = torch.Generator().manual_seed(0)
     shape = (check.batch, check.window.sequence_length, HEADS, check.head_dim)
     made = [
         _laid_out(torch.randn(shape, generator=generator).to(device, check.dtype), check.layout)
         for _ in range(4)
     ]
-    factor = check.window.down_factor
+    factor, levels = check.window.down_factor, check.window.far_levels
+    if levels:
+        learned = [
+            torch.rand(levels, 2, 2, generator=generator) / 2,
+            torch.randn(levels, HEADS, generator=generator),
+        ]
+        return made, [x.to(device, check.dtype) for x in learned]
     if factor == 1:
-        return made, None
+        return made, [None, None]
     weight = 2 * torch.rand(factor, factor, generator=generator) / factor**2
-    return made, weight.to(device, check.dtype)
+    return made, [weight.to(device, check.dtype), None]
 
 
 def _gradients(
@@ -218,8 +239,8 @@ def _compare(
         if exact.norm() < 1e-9:  # zero in truth: nothing but rounding noise
             error, bound = float(value.double().norm()), 1e-2
         else:
-            # A pooling weight's gradient is one sum over all tokens and channels.
-            roundings = 64 if name == "spatial_weight" else 2
+            # The gradient of what is learned is one sum over all tokens.
+            roundings = 64 if name in ("spatial_weight", "far_offset") else 2
             error = _relative(value, exact)
             bound = 2 * _relative(yardstick, exact) + roundings * torch.finfo(dtype).eps
         rows.append({"what": name, "error": error, "bound": bound, "ok": error <= bound})
@@ -232,16 +253,18 @@ def _relative(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 def _check_gradients(check: Check, device: torch.device) -> list[dict[str, Any]]:
     """The op as a model calls it: output, all gradients, and the same bits again."""
-    (query, key, value, grad), weight = _inputs(check, device)
-    inputs = [query, key, value, weight]
+    (*tokens, grad), learned = _inputs(check, device)
+    inputs = [*tokens, *learned]
 
-    def run(query, key, value, weight):
-        options = {"scale": query.shape[-1] ** -0.5, "spatial_weight": weight}
+    def run(query, key, value, weight, offset):
+        options = {
+            "scale": query.shape[-1] ** -0.5, "spatial_weight": weight, "far_offset": offset
+        }  # fmt: skip
         return triton_attention(query, key, value, check.window, **options)[0]
 
     plain = partial(plain_attention, window=check.window)
     ours = _gradients(run, inputs, grad)
-    names = ["output", "query", "key", "value", "spatial_weight"][: len(ours)]
+    names = ["output", "query", "key", "value", "spatial_weight", "far_offset"][: len(ours)]
     rows = _compare(
         names,
         ours,
@@ -255,16 +278,13 @@ def _check_gradients(check: Check, device: torch.device) -> list[dict[str, Any]]
 
 def _check_forward(check: Check, device: torch.device) -> list[dict[str, Any]]:
     """One entry of a table: of the image's queries, or of the text's."""
-    (query, key, value, _), weight = _inputs(check, device)
+    (query, key, value, _), (weight, offset) = _inputs(check, device)
     window, text, scale = check.window, check.window.text_length, check.head_dim**-0.5
-    if window.down_factor > 1:
-        pooled = [pool_tokens(x, window, weight).contiguous() for x in (key, value)]
-    else:
-        pooled = [x[:, :0].contiguous() for x in (key, value)]
-    pooled_key, pooled_value = pooled
-    plain = plain_attention(query, key, value, weight, window)
-    wide = None if weight is None else weight.double()
-    scores, values = _scores(query.double(), key.double(), value.double(), wide, window)
+    pooled = [x.contiguous() for x in pooled_keys(key, value, window, weight)]
+    bias = pooled_bias(window, HEADS, offset, device)
+    plain = plain_attention(query, key, value, weight, offset, window)
+    wide = _double([weight, offset])
+    scores, values = _scores(query.double(), key.double(), value.double(), *wide, window)
     exact = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
     exact_lse = scores.logsumexp(-1).transpose(1, 2)
     out = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format)
@@ -273,10 +293,10 @@ def _check_forward(check: Check, device: torch.device) -> list[dict[str, Any]]:
         launch.text_attention(query, key, value, out, lse, text, scale, check.entry, check.programs)
         own, others = slice(None, text), slice(text, None)
     else:
-        launch.image_attention(
-            query, key, value, pooled_key, pooled_value, out, lse,
-            Geometry.of(window, scale), check.entry,
-        )  # fmt: skip
+        attention = launch.far_attention if window.far_levels else launch.image_attention
+        attention(
+            query, key, value, *pooled, bias, out, lse, Geometry.of(window, scale), check.entry
+        )
         own, others = slice(text, None), slice(None, text)
     rows = _compare(["output"], [out[:, own]], [plain[:, own]], [exact[:, own]], check.dtype)
     error = float((lse[:, own] - exact_lse[:, own]).abs().max())

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-HEADS, GRID, TEXT_LENGTH, RADIUS = 24, (512, 512), 512, 8
+HEADS, GRID, TEXT_LENGTH, RADIUS, LEVELS = 24, (512, 512), 512, 8, 9
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 # What a table is asked for: dtype, head_dim.
 KINDS = (("bfloat16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 128))
@@ -29,9 +29,11 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     """(label, launch) of every table entry that serves a kind of problem, on meta tensors."""
     import torch
 
+    from clear_dit.kernels.cells import cell_count
     from clear_dit.kernels.opaque import Geometry
     from clear_dit.kernels.triton import launch, tables
     from clear_dit.kernels.triton.backward import attention_backward
+    from clear_dit.kernels.triton.far_backward import far_attention_backward
     from clear_dit.kernels.triton.norm_rope import run_backward, run_forward, streams
 
     (height, width), scale, programs = GRID, head_dim**-0.5, 1056
@@ -60,6 +62,16 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
             query, key, value, pooled, pooled, no_bias, out, lse, geometry, entries[0]
         ),
     )
+    cells = sum(cell_count(height, one) * cell_count(width, one) for one in range(1, LEVELS + 1))
+    far, of_cells = geometry._replace(far_levels=LEVELS), (query[:, :cells].contiguous(),) * 2
+    bias = torch.empty(cells, 1, device="meta").expand(-1, HEADS)
+    for entry in entries:
+        yield (
+            f"{entry.name} far",
+            lambda entry=entry: launch.far_attention(
+                query, key, value, *of_cells, bias, out, lse, far, entry
+            ),
+        )
     text = tables.text_config(*key_of_table)
     yield (
         "text",
@@ -72,6 +84,13 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
         "backward",
         lambda: attention_backward(
             grad, query, key, value, pooled, pooled, no_bias, out, lse, geometry,
+            config=backward, programs=programs,
+        ),
+    )  # fmt: skip
+    yield (
+        "backward far",
+        lambda: far_attention_backward(
+            grad, query, key, value, *of_cells, bias, out, lse, far,
             config=backward, programs=programs,
         ),
     )  # fmt: skip

@@ -234,7 +234,7 @@ def _pyramid(
             children = below[:, (i + odd) % 2 :: 2, j::2]
             rows, columns = first + children.shape[1], children.shape[2]
             own = share[first:rows, i, :columns, j, None, None]
-            cells[:, first:rows, :columns] += children * own
+            cells[:, first:rows, :columns].addcmul_(children, own)
         found.append(cells)
     return found
 

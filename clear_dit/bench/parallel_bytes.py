@@ -78,6 +78,7 @@ def far_bytes(layer: Layer, window: Window, bands: Bands) -> list[int]:
     """What each rank sends of far keys: of every level the rows of cells that others' queries see.
 
     Key and value; in float32 where a row of cells has tokens of several ranks, which add it up.
+    Coarse levels are all-reduced.
     """
     from ..pipelines.parallel.pooled import CellBands
 
@@ -88,8 +89,11 @@ def far_bytes(layer: Layer, window: Window, bands: Bands) -> list[int]:
         itemsize = max(layer.itemsize, FLOAT32) if cells.are_cut else layer.itemsize
         row = 2 * cell_count(layer.columns, level) * layer.heads * layer.head_dim * itemsize
         for rank in ranks:
-            rows = sum(len(cells.sent(rank, other)) for other in ranks if other != rank)
-            sent[rank] += rows * row
+            if cells.are_reduced:
+                whole = cell_count(layer.rows, level) * row
+                sent[rank] += 2 * (bands.ranks - 1) * whole // bands.ranks
+            else:
+                sent[rank] += cells.rows_sent(rank) * row
     return sent
 
 

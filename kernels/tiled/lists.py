@@ -96,7 +96,10 @@ class KeyLists:
         few = geometry.image_queries * geometry.radius**2 <= REMEMBERED
         find = _remembered_lists if few else find_lists
         shape = geometry._replace(scale=0.0, text_length=0)
-        self._lists = lambda band: find(shape, band.start, band.stop, dtype, bias.device)
+        # Asked for several times for a band before the next one.
+        self._lists = functools.lru_cache(maxsize=1)(
+            lambda band: find(shape, band.start, band.stop, dtype, bias.device)
+        )
 
     def copy(
         self, image: torch.Tensor, pooled: torch.Tensor, band: Band, dtype: torch.dtype
@@ -145,7 +148,9 @@ class KeyLists:
     def add(self, copy: torch.Tensor, group: Group, part: torch.Tensor) -> None:
         """Adjoint of `take`."""
         assert group.places is not None
-        copy.index_add_(0, group.places.flatten(), part.transpose(1, 2).flatten(0, 1))
+        copy.index_add_(
+            0, group.places.flatten(), part.transpose(1, 2).flatten(0, 1).to(copy.dtype)
+        )
 
 
 def find_lists(
@@ -155,8 +160,8 @@ def find_lists(
     width = geometry.width
     first_x = torch.arange(0, width, TILE_COLUMNS, dtype=torch.int32, device=device)[:, None]
     last_x = (first_x + TILE_COLUMNS - 1).clamp(max=width - 1)
-    slices, place, compared = _candidates(geometry, range(start, stop), device)
-    may = (place >= 0) & _may_be_seen(compared, (start, stop - 1), (first_x, last_x))
+    slices, place, compared = _candidates(geometry, range(start, stop), (first_x, last_x))
+    may = place >= 0
 
     # Which candidate is at each place of each list; the last column of candidates is nothing.
     longest = int(may.sum(1).max()) + 1
@@ -180,32 +185,43 @@ _remembered_lists = functools.lru_cache(maxsize=32)(find_lists)
 
 
 def _candidates(
-    geometry: Geometry, queries: range, device: torch.device
+    geometry: Geometry, queries: range, x: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[list[slice], torch.Tensor, Comparisons]:
-    """Of every level the given rows in reach of the queries, and of them each tile's columns.
+    """What tiles may see of the given keys, one level after the other.
+
+    Args:
+        queries: rows of the band.
+        x: first and last column of each tile, (T, 1).
 
     Returns:
-        The rows as slices of the given tokens, then of the pooled keys; and (T, candidates) each:
-        the place among all of these together, -1 for none, as at last; what decides who sees it.
+        What the band reaches: slices of the tokens, and of the pooled keys for every level seen.
+        And (T, candidates) each: the place among all of these together, -1 for what is not seen,
+        as the last one; what decides who sees it.
     """
     height, width, _, radius, *_ = geometry
-    levels = geometry.far_levels
+    levels, device, y = geometry.far_levels, x[0].device, (queries.start, queries.stop - 1)
     slices, places, compared = [], [], []
     copied = 0
     for level in range(levels + 1):
         columns, rows = cell_count(width, level), geometry.rows_in_reach(level, queries)
-        first = geometry.first_cell(level) - geometry.given_rows(level)[0] * columns
-        slices.append(slice(first + rows.start * columns, first + rows.stop * columns))
         spans = _columns_in_reach(width, radius, levels, level)
         start, stop = torch.tensor(spans, device=device).T[..., None]
-        x = start + torch.arange(max(stop - start for start, stop in spans), device=device)
-        y = torch.arange(len(rows), device=device)[:, None]
-        place = (y * columns + x.clamp(max=columns - 1)[:, None]).flatten(1)
+        column = start + torch.arange(max(stop - start for start, stop in spans), device=device)
+        first_of_row = torch.arange(len(rows), device=device)[:, None] * columns
+        place = (first_of_row + column.clamp(max=columns - 1)[:, None]).flatten(1)
         own = comparisons(height, width, radius, levels, level, (rows.start, rows.stop), device)
-        compared.append([x[place] for x in own])
-        places.append((place + copied).masked_fill((x >= stop).repeat(1, len(rows)), -1))
+        own = Comparisons(*(values[place] for values in own))
+        may = (column < stop).repeat(1, len(rows)) & _may_be_seen(own, y, x)
+        if level and not may.any():
+            continue
+        first = geometry.first_cell(level) - geometry.given_rows(level)[0] * columns
+        slices.append(slice(first + rows.start * columns, first + rows.stop * columns))
+        places.append((place + copied).masked_fill(~may, -1))
+        compared.append(own)
         copied += len(rows) * columns
-    every = Comparisons(*(F.pad(torch.cat(x, 1), (0, 1)) for x in zip(*compared, strict=True)))
+    every = Comparisons(
+        *(F.pad(torch.cat(part, 1), (0, 1)) for part in zip(*compared, strict=True))
+    )
     return slices, F.pad(torch.cat(places, 1), (0, 1), value=-1), every
 
 

@@ -567,7 +567,9 @@ def _walk_runs(
     blocks = triton.cdiv(owners, config.block)
     splits, split_size = split_walk(sequence - first, config.step, blocks * walked.planes, programs)
     parts = [parts_of(target, splits) for target in targets]
-    bias, bias_parts, strides, flags = biases[:1], [], (), {}
+    bias, bias_parts = biases[:1], []
+    strides: tuple[int, ...] = ()
+    flags = {}
     for each in bias:
         length = min(owners, len(each))
         bias_parts = [each.new_empty(splits, walked.planes // heads, length, heads)]
@@ -615,9 +617,20 @@ def prepare(
     return Walked(grad, query, key, value, lse_log2, delta, geometry)
 
 
-def gradients_of(*inputs: torch.Tensor) -> list[torch.Tensor]:
+def gradients_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pooled_key: torch.Tensor,
+    pooled_value: torch.Tensor,
+    bias: torch.Tensor,
+) -> Gradients:
     """Where the gradients go, contiguous and not yet written."""
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+    def like(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return like(query), like(key), like(value), like(pooled_key), like(pooled_value), like(bias)
 
 
 def text_gradients(
@@ -687,4 +700,4 @@ def attention_backward(
             replace(walked, key=pooled_key, value=pooled_value), programs,
             pooled_length, text_length, (grad_pooled_key, grad_pooled_value), (bias, grad_bias),
         )  # fmt: skip
-    return tuple(grads)
+    return grads

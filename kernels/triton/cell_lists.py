@@ -93,11 +93,11 @@ def _cell_spans(length: int, levels: int, level: int, given: tuple[int, int], ti
 class _Candidates(NamedTuple):
     """Of every owner along one axis, (owners, candidates): a run of stretches within reach.
 
-    index: of the stretch; near, far: least and largest squared distance, of the inner and of the
+    number: of the stretch; near, far: least and largest squared distance, of the inner and of the
     outer comparison. Where a run is shorter, a stretch that nobody sees.
     """
 
-    index: np.ndarray
+    number: np.ndarray
     inner_near: np.ndarray
     inner_far: np.ndarray
     outer_near: np.ndarray
@@ -182,18 +182,18 @@ def key_lists(
             _candidates(queries_y, cells_y, outer2),
             _candidates(queries_x, cells_x, outer2),
         )
-    sizes = [found[level][0].index.shape[1] * found[level][1].index.shape[1] for level in order]
+    sizes = [found[level][0].number.shape[1] * found[level][1].number.shape[1] for level in order]
     tiles_y, tiles_x = queries_y.inner.shape[1], queries_x.inner.shape[1]
     together = max(1, CANDIDATES // (tiles_x * max(1, sum(sizes))))
     keys, counts = [], []
     for top in range(0, tiles_y, together):
         parts = []
         for level in order:
-            cells_y, cells_x = found[level]
-            cells_y = _Candidates(*(each[top : top + together] for each in cells_y))
-            some, every = _seen(cells_y, cells_x, geometry, level)
-            numbers = first[level] + cells_y.index * cell_count(width, level)
-            number = numbers[:, None, :, None] + cells_x.index[None, :, None, :]
+            every_row, across = found[level]
+            down = _Candidates(*(each[top : top + together] for each in every_row))
+            some, every = _seen(down, across, geometry, level)
+            numbers = first[level] + down.number * cell_count(width, level)
+            number = numbers[:, None, :, None] + across.number[None, :, None, :]
             parts.append((some & every, some & ~every, number.reshape(some.shape).astype(np.int32)))
         whole, partial, number = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         tokens = (whole | partial)[:, sum(sizes[:-1]) :].sum(1)
@@ -223,18 +223,19 @@ def query_lists(geometry: Geometry, level: int, tiling: Tiling, device: torch.de
         cells = _cell_spans(length, levels, level, (0, cell_count(length, level)), tile)
         axes.append(_candidates(cells, _query_spans(0, length, step), outer2))
     rows, columns = axes
-    together = max(1, CANDIDATES // max(1, columns.index.size * rows.index.shape[1]))
+    together = max(1, CANDIDATES // max(1, columns.number.size * rows.number.shape[1]))
     tiles_x = -(-geometry.width // tiling.step_columns)
     tiles, counts = [], []
-    for top in range(0, len(rows.index), together):
+    for top in range(0, len(rows.number), together):
         some_rows = _Candidates(*(each[top : top + together] for each in rows))
         some, _ = _seen(some_rows, columns, geometry, level)
-        number = some_rows.index[:, None, :, None] * tiles_x + columns.index[None, :, None, :]
+        number = some_rows.number[:, None, :, None] * tiles_x + columns.number[None, :, None, :]
         tiles.append(number.reshape(some.shape)[some])
         counts.append(some.sum(1))
     count = np.concatenate(counts)
     ranges = np.concatenate([[0], np.cumsum(count)])
-    return QueryLists(*_tensors((np.concatenate(tiles), ranges), device), int(count.max()))
+    listed, ranges_ = _tensors((np.concatenate(tiles), ranges), device)
+    return QueryLists(listed, ranges_, int(count.max()))
 
 
 @functools.lru_cache(maxsize=16)

@@ -67,14 +67,15 @@ def sees(own_y, own_x, origin_y, origin_x, comparisons, total, keys):
     own_y, own_x, origin_y, origin_x: doubled; of queries, counted from the tile's origin, and of
     the latter. comparisons: (6, total), see `key_comparisons`.
     """
-    inner_y = tl.load(comparisons + keys) - origin_y
-    inner_x = tl.load(comparisons + total + keys) - origin_x
-    inner2 = tl.load(comparisons + 2 * total + keys)
-    outer_y = tl.load(comparisons + 3 * total + keys) - origin_y
-    outer_x = tl.load(comparisons + 4 * total + keys) - origin_x
-    outer2 = tl.load(comparisons + 5 * total + keys)
-    outside = beyond(own_y, own_x, outer_y, outer_x, outer2)
-    return beyond(own_y, own_x, inner_y, inner_x, inner2) & (outside == 0)
+    inner = beyond(
+        own_y, own_x, tl.load(comparisons + keys) - origin_y,
+        tl.load(comparisons + total + keys) - origin_x, tl.load(comparisons + 2 * total + keys),
+    )  # fmt: skip
+    outer = beyond(
+        own_y, own_x, tl.load(comparisons + 3 * total + keys) - origin_y,
+        tl.load(comparisons + 4 * total + keys) - origin_x, tl.load(comparisons + 5 * total + keys),
+    )  # fmt: skip
+    return inner & (outer == 0)
 
 
 @triton.jit
@@ -122,8 +123,8 @@ def far_forward(
     value_batch, value_token, value_head, bias_token, bias_head,
     heads, head_dim, width, text_length, token_keys, total,
     query_start, query_stop, text_queries, tiles_x, tiles, scale_log2,
-    R: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
-    EVEN_TEXT: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
+    D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per tile, head and batch item.
 
@@ -164,14 +165,14 @@ def far_forward(
         pooled_value + pooled, bias + head * bias_head,
         key_token, value_token, heads * head_dim, bias_token,
         keys, begin, border, token_keys, total, comparisons, own_y, own_x, 2 * tile_y, 2 * tile_x,
-        scale_log2, head_dim, N, D, EVEN_D, False, STAGES,
+        scale_log2, head_dim, STEP, D, EVEN_D, False, STAGES,
     )  # fmt: skip
     row_max, row_sum, acc = attend_listed(
         q, row_max, row_sum, acc, image_key, image_value, pooled_key + pooled,
         pooled_value + pooled, bias + head * bias_head,
         key_token, value_token, heads * head_dim, bias_token,
         keys, border, end, token_keys, total, comparisons, own_y, own_x, 2 * tile_y, 2 * tile_x,
-        scale_log2, head_dim, N, D, EVEN_D, True, STAGES,
+        scale_log2, head_dim, STEP, D, EVEN_D, True, STAGES,
     )  # fmt: skip
     row = batch * (text_queries + (query_stop - query_start) * width) * heads + head
     store_softmax(

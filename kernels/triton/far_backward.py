@@ -266,7 +266,7 @@ def far_attention_backward(
             config.key, programs,
         )  # fmt: skip
     text_gradients(walked, config, programs, grads[:3])
-    return tuple(grads)
+    return grads
 
 
 def _walk_lists(

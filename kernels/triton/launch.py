@@ -108,7 +108,7 @@ def far_attention(
     batch, queries, heads, head_dim = query.shape
     tiling, text_queries = config.tiling, queries - geometry.image_queries
     shared = of_lists(geometry)
-    lists = key_lists(shared, tiling.rows, tiling.columns, config.dense_keys, query.device)
+    lists = key_lists(shared, tiling.rows, tiling.columns, config.far_keys, query.device)
     table = key_comparisons(shared, query.device)
     tiles, tiles_x = len(lists.ranges), triton.cdiv(width, tiling.columns)
     far_forward[(tiles * heads * batch,)](
@@ -117,8 +117,9 @@ def far_attention(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride(),
         heads, head_dim, width, text_length, key.shape[1] - text_length, table.shape[1],
         start, stop, text_queries, tiles_x, tiles, scale * math.log2(math.e),
-        R=tiling.rows, C=tiling.columns, N=config.dense_keys, **channels(head_dim),
-        EVEN_TEXT=text_length % config.dense_keys == 0, STAGES=config.num_stages,
+        R=tiling.rows, C=tiling.columns, N=config.dense_keys, STEP=config.far_keys,
+        **channels(head_dim), EVEN_TEXT=text_length % config.dense_keys == 0,
+        STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
 

@@ -28,6 +28,8 @@ class ForwardConfig:
         dense_keys: text or pooled keys of a step.
         num_warps, num_stages: of a program and of its loops.
         descriptor: image keys come by tensor descriptor (TMA) where strides allow.
+        far_keys: listed keys of a step; where they are fewer than those of a tile, more would
+            spill.
     """
 
     tiling: Tiling
@@ -35,6 +37,7 @@ class ForwardConfig:
     num_warps: int
     num_stages: int
     descriptor: bool = False
+    far_keys: int = 32
 
     @property
     def name(self) -> str:
@@ -96,12 +99,12 @@ _HALF, _QUARTER, _TINY = Tiling(8, 8, 4, 8), Tiling(4, 8, 4, 8), Tiling(4, 4, 4,
 # float16 and bfloat16, head_dim to 128.
 FORWARD = {
     "sm_80": (ForwardConfig(_SQUARE, 64, 4, 2), ForwardConfig(_WIDE, 64, 8, 2)),
-    "sm_86": (ForwardConfig(_SQUARE, 64, 4, 2), ForwardConfig(_WIDE, 64, 8, 2)),
-    "sm_89": (ForwardConfig(_SQUARE, 64, 4, 2), ForwardConfig(_WIDE, 64, 8, 2)),
+    "sm_86": (ForwardConfig(_SQUARE, 64, 4, 2, far_keys=16), ForwardConfig(_WIDE, 64, 8, 2)),
+    "sm_89": (ForwardConfig(_SQUARE, 64, 4, 2, far_keys=16), ForwardConfig(_WIDE, 64, 8, 2)),
     "sm_90": (
-        ForwardConfig(_SQUARE, 64, 4, 3, descriptor=True),
-        ForwardConfig(_WIDE, 64, 8, 2, descriptor=True),
-        ForwardConfig(_SQUARE, 64, 4, 2),
+        ForwardConfig(_SQUARE, 64, 4, 3, descriptor=True, far_keys=64),
+        ForwardConfig(_WIDE, 64, 8, 2, descriptor=True, far_keys=64),
+        ForwardConfig(_SQUARE, 64, 4, 2, far_keys=64),
     ),
     "sm_100": (
         ForwardConfig(_SQUARE, 64, 4, 2, descriptor=True),
@@ -151,7 +154,7 @@ WIDE_BACKWARD = BackwardConfig(
 )  # fmt: skip
 
 # float32: no tensor cores, for its products are not rounded; larger tiles spill.
-FLOAT32_FORWARD = (ForwardConfig(_TINY, 16, 4, 1),)
+FLOAT32_FORWARD = (ForwardConfig(_TINY, 16, 4, 1, far_keys=16),)
 FLOAT32_TEXT = RunConfig(16, 16, 4, 1)
 FLOAT32_BACKWARD = BackwardConfig(
     TileConfig(_TINY, 4, 1), TileConfig(_TINY, 4, 1),

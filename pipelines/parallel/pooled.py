@@ -70,20 +70,30 @@ class CellBands:
 
     Attributes:
         made: by rank, the rows of cells that have tokens of its band: it makes a part of them.
-        seen: by rank, the rows of cells that its queries may see.
+        seen: by rank, the rows of cells that it gets: those that its queries may see, or all.
+        are_reduced: whether all ranks get all rows, by an all-reduce.
     """
 
     made: list[range]
     seen: list[range]
+    are_reduced: bool = False
 
     @classmethod
     def of(cls, window: Window, bands: Bands, level: int) -> CellBands:
-        """Those of a level of far keys; window and bands are the whole image's."""
-        rows = [bands.of(rank) for rank in range(bands.ranks)]
-        return cls(
-            [_rows_of_cells(own, 2**level) for own in rows],
-            [window.rows_in_reach(level, own) for own in rows],
-        )
+        """Those of a level of far keys; window and bands are the whole image's.
+
+        Of a coarse level, whose few cells most ranks have a part of and see, an all-reduce sends
+        less than messages do.
+        """
+        ranks = bands.ranks
+        own = [bands.of(rank) for rank in range(ranks)]
+        made = [_rows_of_cells(rows, 2**level) for rows in own]
+        cells = cls(made, [window.rows_in_reach(level, rows) for rows in own])
+        every = range(made[-1].stop)
+        most = max(map(cells.rows_sent, range(ranks)))
+        if cells.are_cut and 2 * (ranks - 1) * len(every) < ranks * most:
+            return cls(made, [every] * ranks, are_reduced=True)
+        return cells
 
     @property
     def are_cut(self) -> bool:
@@ -94,12 +104,17 @@ class CellBands:
         """The rows of cells of which one rank sends its part to another; maybe none."""
         return common(self.made[source], self.seen[to])
 
+    def rows_sent(self, source: int) -> int:
+        """Rows of cells that a rank sends by messages, to all others together."""
+        others = (rank for rank in range(len(self.made)) if rank != source)
+        return sum(len(self.sent(source, rank)) for rank in others)
+
 
 class FarCells:
     """The far keys that this rank's queries may see, on their way, and its parts of others'.
 
     Of every level that is about as many rows of cells above and below the band as the halo has rows
-    of tokens, whatever the number of ranks. A rank gets one message from every other that has some.
+    of tokens. A rank gets one message from every other that has some.
 
     Args:
         key, value: (batch, own rows * width, heads, head_dim), of this rank's band.
@@ -126,62 +141,92 @@ class FarCells:
             part if level.are_cut else part.to(key.dtype)
             for part, level in zip(map(torch.cat, zip(*made, strict=True)), cells, strict=True)
         ]
+        levels = [_Level(level, part, bands.rank) for level, part in zip(cells, parts, strict=True)]
+        self._levels = levels
         # The coarsest first: in a message the wider numbers then lie on multiples of their size.
-        self._cells = cells[::-1]
-        self._sums = [
-            part.new_zeros(len(part), len(level.seen[bands.rank]), *part.shape[2:])
-            for part, level in zip(parts[::-1], self._cells, strict=True)
-        ]
+        self._in_messages = [level for level in levels[::-1] if not level.cells.are_reduced]
+        self._reduced = [level.sums for level in levels if level.cells.are_reduced]
+        self._works = [*self._start_messages(bands, group), *self._start_reduction(group)]
 
-        def parts_for(rank: int) -> list[torch.Tensor]:
-            return [
-                _rows(part, level.made[bands.rank], level.sent(bands.rank, rank))
-                for part, level in zip(parts[::-1], self._cells, strict=True)
-            ]
-
-        self._add(bands.rank, parts_for(bands.rank))
-        others = [rank for rank in range(bands.ranks) if rank != bands.rank]
+    def _start_messages(self, bands: Bands, group: dist.ProcessGroup) -> list[dist.Work]:
+        levels = self._in_messages
+        others = [rank for rank in range(bands.ranks) if rank != bands.rank] if levels else []
         self._outgoing = [
-            (rank, torch.cat([part.flatten().view(torch.uint8) for part in parts_for(rank)]))
+            (rank, torch.cat([level.part_for(rank).view(torch.uint8) for level in levels]))
             for rank in others
         ]
         self._incoming = [
-            (rank, key.new_empty(sum(self._bytes_from(rank)), dtype=torch.uint8)) for rank in others
+            (rank, message.new_empty(sum(self._bytes_from(rank))))
+            for rank, message in self._outgoing
         ]
-        traffic.sent["far"] += sum(message.nbytes for _, message in self._outgoing)
+        self._traffic.sent["far"] += sum(message.nbytes for _, message in self._outgoing)
         operations = [
             dist.P2POp(operation, message, group=group, group_peer=rank)
             for operation, messages in ((dist.isend, self._outgoing), (dist.irecv, self._incoming))
             for rank, message in messages
             if len(message)
         ]
-        self._works = dist.batch_isend_irecv(operations) if operations else []
+        return dist.batch_isend_irecv(operations) if operations else []
 
-    def _bytes_from(self, source: int) -> list[int]:
-        """Of each level in a message."""
-        return [
-            len(level.sent(source, self._rank)) * sums[:, :1].nbytes
-            for level, sums in zip(self._cells, self._sums, strict=True)
-        ]
+    def _start_reduction(self, group: dist.ProcessGroup) -> list[dist.Work]:
+        if not self._reduced:
+            return []
+        self._together = torch.cat([sums.flatten() for sums in self._reduced])
+        ranks = group.size()
+        self._traffic.sent["far"] += 2 * (ranks - 1) * self._together.nbytes // ranks
+        return [dist.all_reduce(self._together, group=group, async_op=True)]
 
-    def _add(self, source: int, parts: list[torch.Tensor]) -> None:
-        for level, sums, part in zip(self._cells, self._sums, parts, strict=True):
-            target = _rows(sums, level.seen[self._rank], level.sent(source, self._rank))
-            target += part.view(sums.dtype).view(target.shape)
+    def _bytes_from(self, rank: int) -> list[int]:
+        """Of each level in a message of a rank."""
+        return [level.bytes_from(rank) for level in self._in_messages]
 
     def wait(self) -> KeyValue:
         """Key and value of the cells, (batch, cells, heads, head_dim): level after level, from 1.
 
-        Of every level the rows that are seen, in raster order.
+        Of every level the rows that this rank gets, in raster order.
         """
         with self._traffic.wait():
             for work in self._works:
                 work.wait()
         for rank, message in self._incoming:
-            self._add(rank, list(message.split(self._bytes_from(rank))))
-        cells = [sums.flatten(1, 2).to(self._dtype) for sums in self._sums[::-1]]
+            parts = message.split(self._bytes_from(rank))
+            for level, part in zip(self._in_messages, parts, strict=True):
+                level.add(rank, part)
+        if self._reduced:
+            whole = self._together.split([sums.numel() for sums in self._reduced])
+            for sums, values in zip(self._reduced, whole, strict=True):
+                sums.copy_(values.view_as(sums))
+        cells = [level.sums.flatten(1, 2).to(self._dtype) for level in self._levels]
         key, value = torch.cat(cells, dim=1).chunk(2)
         return key, value
+
+
+class _Level:
+    """The cells of a level on one rank: its parts, and the sums of all that it got.
+
+    Args:
+        part: (2 batch, rows of cells, columns, heads, head_dim), key and value, of the rows made.
+    """
+
+    def __init__(self, cells: CellBands, part: torch.Tensor, rank: int) -> None:
+        self.cells, self._part, self._rank = cells, part, rank
+        self.sums = part.new_zeros(len(part), len(cells.seen[rank]), *part.shape[2:])
+        self.add(rank, self.part_for(rank))
+
+    def part_for(self, rank: int) -> torch.Tensor:
+        """What this rank contributes to the cells that another sees, as one row of numbers."""
+        wanted, first = self.cells.sent(self._rank, rank), self.cells.made[self._rank].start
+        return self._part[:, wanted.start - first : wanted.stop - first].flatten()
+
+    def bytes_from(self, rank: int) -> int:
+        """Bytes of what another rank contributes to the cells that this one sees."""
+        return len(self.cells.sent(rank, self._rank)) * self._part[:, :1].nbytes
+
+    def add(self, rank: int, part: torch.Tensor) -> None:
+        """Add what a rank contributes; part: one row, of numbers or of their bytes."""
+        rows, first = self.cells.sent(rank, self._rank), self.cells.seen[self._rank].start
+        sums = self.sums[:, rows.start - first : rows.stop - first]
+        sums += part.view(sums.dtype).view(sums.shape)
 
 
 def _rows_of_cells(tokens: range, side: int) -> range:
@@ -191,8 +236,3 @@ def _rows_of_cells(tokens: range, side: int) -> range:
 
 def _are_cut(rows: list[range]) -> bool:
     return any(above.stop > below.start for above, below in pairwise(rows))
-
-
-def _rows(cells: torch.Tensor, held: range, wanted: range) -> torch.Tensor:
-    """A view of some of the rows that a tensor (batch, rows, ...) holds."""
-    return cells[:, wanted.start - held.start : wanted.stop - held.start]

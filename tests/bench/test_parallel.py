@@ -88,6 +88,7 @@ def played_far(layer, ranks):
         ]
         itemsize = 4 if any(len(those) > 1 for those in makers) else layer.itemsize
         columns = -(-layer.columns // side)
+        by_message = [0] * ranks
         for top, those in zip(tops, makers, strict=True):
             first = top // around * around
             centre = (first + min(first + around, layer.rows) - 1) / 2
@@ -98,7 +99,12 @@ def played_far(layer, ranks):
                 if level == levels[-1] or abs(row - centre) < layer.radius * side
             }
             for rank in those:
-                sent[rank] += len(needs - {rank}) * columns * itemsize
+                by_message[rank] += len(needs - {rank}) * columns * itemsize
+        # Reduce-scatter, then all-gather, where that is less.
+        reduced = 2 * (ranks - 1) * len(tops) * columns * itemsize / ranks
+        if any(len(those) > 1 for those in makers) and reduced < max(by_message):
+            by_message = [reduced] * ranks
+        sent = [sum(both) for both in zip(sent, by_message, strict=True)]
     return [2 * each * layer.heads * layer.head_dim for each in sent]
 
 
@@ -123,7 +129,8 @@ def test_rows_of_cells(layer, ranks):
         ]
     ]
     far = played_far(layer, ranks)
-    assert halo_bytes(layer, ranks) == max(map(sum, zip(halo, far, strict=True)))
+    # A reduction's parts are rounded to bytes.
+    assert 0 <= max(map(sum, zip(halo, far, strict=True))) - halo_bytes(layer, ranks) < 7
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])

@@ -53,7 +53,14 @@ def test_every_part_runs(monkeypatch, tmp_path, capsys):
         "text",
         "norm_rope",
     }
-    assert {row["what"] for row in checks} >= {"output", "query", "key", "value", "spatial_weight"}
+    assert {row["what"] for row in checks} >= {
+        "output",
+        "query",
+        "key",
+        "value",
+        "spatial_weight",
+        "far_offset",
+    }
     assert all(row["ok"] for row in checks)
     attention = read(tmp_path, "attention")
     assert attention["torch"] == torch.__version__
@@ -128,6 +135,11 @@ def test_the_checks_of_a_gpu_cover_what_they_should():
     assert {0, 7, 512} <= {check.window.text_length for check in attention}
     assert {1, 2, 4} >= {check.window.down_factor for check in attention} > {1}
     assert any(check.window.radius == 1 for check in attention)
+    assert {check.dtype for check in attention if check.window.far_levels} == {
+        check.dtype for check in everything
+    }
+    assert any(check.window.far_levels for check in everything if check.kind == "forward")
+    assert any(check.window.pooled_weight == "count" for check in attention)
     assert any(
         check.window.radius > check.window.height + check.window.width for check in attention
     )

@@ -129,7 +129,8 @@ def test_tiled_without_fused_attention(monkeypatch, dtype):
     for module in (partial, bands, backward):
         monkeypatch.setattr(module, "compute_dtype", lambda dtype, device: dtype)
     # 66 bands: what is merged so often must be held in float32.
-    for window in (Window(11, 18, 7, 4, 2), Window(523, 8, 64, 3)):
+    weighed = Window(11, 18, 7, 4, 2, pooled_weight="count")
+    for window in (Window(11, 18, 7, 4, 2), weighed, FAR, Window(523, 8, 64, 3)):
         case = problem(window, batch=1, heads=1)
         check(run_impl("tiled", window), case, dtype)
 

@@ -89,6 +89,7 @@ def test_pairs_of_some_rows(window, data):
     assert part.attended_pairs() == int(mask.sum())
 
 
+@quick
 @given(windows)
 def test_parts_are_the_image_queries(window):
     whole, near, far = window.image_queries, window.near_part, window.far_part

@@ -1,14 +1,19 @@
 """Windows in which only some rows are queries: what those rows get with all of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from support.agreement import inputs, problem
+from support.agreement import FAR, inputs, problem
+from support.compiled import switch_off
 from support.triton_mode import interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
 from clear_dit.kernels import dense
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.flex import flex_attention
+from clear_dit.kernels.merge import merge
+from clear_dit.kernels.pooling import pooled_keys
 from clear_dit.kernels.tiled import partial
 from clear_dit.kernels.window import Window
 
@@ -79,6 +84,55 @@ def test_rows_get_what_they_get_with_all(impl, grid):
         if found_lse is not None:
             torch.testing.assert_close(found_lse, lse[:, part], rtol=rtol, atol=atol)
         assert window.mask().sum() == window.attended_pairs()
+
+
+def key_shares(window, cut):
+    """Shares of the keys that are all of them: tokens, cells, and each cut in rows of its own."""
+    whole = [(0, -(-window.height // 2**level)) for level in range(window.far_levels + 1)]
+    none = [(0, 0)] * len(whole)
+    if cut == "near and far":
+        return [whole[0], *none[1:]], [none[0], *whole[1:]]
+    middles = [(stop + level) // 2 for level, (_, stop) in enumerate(whole)]
+    upper = [(0, min(middle, stop)) for middle, (_, stop) in zip(middles, whole, strict=True)]
+    return upper, [(middle, stop) for (_, middle), (_, stop) in zip(upper, whole, strict=True)]
+
+
+@pytest.mark.parametrize("window", [FAR, Window(13, 18, 5, 2, far_levels=6), Window(19, 9, 3, 4)])
+@pytest.mark.parametrize("cut", ["near and far", "rows"])
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_shares_of_the_keys_are_merged_to_all(monkeypatch, impl, cut, window):
+    """Whoever sees none of a share has output 0 there, and no weight."""
+    switch_off(monkeypatch)
+    query, key, value, weight, offset, _ = inputs(**problem(window), dtype=torch.float32)
+    learned = {"spatial_weight": weight, "far_offset": offset}
+    expected = local_attention(query, key, value, window, impl="reference", **learned)
+    pooled = pooled_keys(key, value, window, weight)
+    text, width = window.text_length, window.width
+    for rows in ((0, window.height), (3, 12)):
+        part = slice(text + rows[0] * width, text + rows[1] * width)
+        merged = local_attention(
+            query[:, part], key[:, :text], value[:, :text],
+            replace(window, query_rows=rows, key_rows=((0, 0),) * (window.far_levels + 1)),
+            pooled=tuple(x[:, :0] for x in pooled), impl=impl, return_lse=True, **learned,
+        )  # fmt: skip
+        for key_rows in key_shares(window, cut):
+            share = replace(window, text_length=0, query_rows=rows, key_rows=tuple(key_rows))
+            image = slice(*(text + row * width for row in key_rows[0]))
+            places, first = [], 0
+            for level, (start, stop) in enumerate(key_rows[1:], 1):
+                columns = -(-width // 2**level)
+                places.extend(range(first + start * columns, first + stop * columns))
+                first += -(-window.height // 2**level) * columns
+            own = tuple(x[:, places] for x in pooled)
+            found = local_attention(
+                query[:, part], key[:, image], value[:, image], share,
+                pooled=own, impl=impl, return_lse=True, **learned,
+            )  # fmt: skip
+            unseen = ~share.mask().any(1)
+            assert found[0][:, unseen].eq(0).all()
+            assert (found[1][:, unseen] < -1e20).all()
+            merged = merge(*merged, *found)
+        torch.testing.assert_close(merged[0], expected[:, part], rtol=1e-4, atol=1e-5)
 
 
 def test_flops_are_those_of_the_rows():

@@ -6,9 +6,9 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from safetensors.torch import save_file
-from support.models import draw
+from support.models import by_definition, draw
 
-from clear_dit import CLEARFluxPipeline, CLEARProcessor, Window, apply_clear, remove_clear
+from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
 from clear_dit.pipelines.cascade.resolution import Resolution
 from clear_dit.weights.format import parameters_by_key
 
@@ -54,14 +54,13 @@ def test_radius_past_the_diagonal_is_the_stock_pipeline(tiny_pipeline, route, ca
     assert np.array_equal(draw(stock, **CALLS[call]), expected)
 
 
-def test_small_radius_is_the_masked_pipeline(tiny_pipeline):
+@pytest.mark.parametrize("far", [False, True])
+def test_small_radius_is_the_pipeline_by_the_definition(tiny_pipeline, far):
     stock, pipe = tiny_pipeline(FluxPipeline), tiny_pipeline(CLEARFluxPipeline)
-    pipe.set_attn_processor(CLEARProcessor(radius=2))
+    pipe.set_attn_processor(CLEARProcessor(radius=2, far=far))
     for height, width in ((24, 40), (40, 24), (24, 40)):  # the resolution changes in one process
-        mask = Window(height // 4, width // 4, 6, 2).mask()
-        expected = draw(
-            stock, height=height, width=width, joint_attention_kwargs={"attention_mask": mask}
-        )
+        with by_definition(height // 4, width // 4, 2, far, text=6):
+            expected = draw(stock, height=height, width=width)
         assert_same(as_trained(pipe, height=height, width=width), expected)
 
 
@@ -82,7 +81,7 @@ def test_set_attn_processor_takes_what_diffusers_takes(tiny_pipeline):
     assert len({id(processor) for processor in processors.values()}) == 4
     assert {repr(p) for p in processors.values()} == {
         "CLEARProcessor(radius=3, down_factor=1, impl='reference', grid=None, "
-        "proportional_base=66, references='dense')"
+        "proportional_base=66, references='dense', far=True, pooled_weight='one')"
     }
     chosen = {name: FluxAttnProcessor() for name in processors}
     pipe.set_attn_processor(chosen)

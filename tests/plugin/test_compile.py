@@ -8,6 +8,7 @@ from support.models import assert_same, by_definition, run
 from support.slow import slow
 
 from clear_dit import CLEARProcessor, apply_clear
+from clear_dit.weights.learned import make_far_trainable
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,8 @@ def test_another_resolution_compiles_nothing(tiny_transformer, tiny_inputs, far)
     """Images of other sizes and aspect ratios; then reference images, of two sizes."""
     stock, model = (tiny_transformer(num_layers=1, num_single_layers=1) for _ in range(2))
     apply_clear(model, radius=2, far=far)
+    if far:
+        make_far_trainable(model)
     model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
     for references in ((0, 0, 0), (15, 6)):
         for call, number in enumerate(references):

@@ -95,7 +95,7 @@ def whole(case):
 
 @torch.no_grad()
 def shared(case, group):
-    """The same of this rank's rows, the bytes it counted by kind, and those given to isend."""
+    """The same of this rank's rows, the bytes it counted by kind, and those that went out."""
     tokens, traffic = Tokens(case), Traffic()
     share = SharedImage(
         tokens.layout, case.radius, 1, case.levels, group, traffic, keeps_halos=case.keeps_halos
@@ -104,7 +104,11 @@ def shared(case, group):
     hidden = torch.cat([tokens.hidden[:, :text], share.own_part(tokens.hidden[:, text:])], dim=1)
     tensors, scaled = tokens.tensors(hidden, share.own_rotary(tokens.rotary), share.layout)
     exchange = mock.Mock(side_effect=dist.batch_isend_irecv)
-    with mock.patch.object(dist, "batch_isend_irecv", exchange):
+    reduce = mock.Mock(side_effect=dist.all_reduce)
+    with (
+        mock.patch.object(dist, "batch_isend_irecv", exchange),
+        mock.patch.object(dist, "all_reduce", reduce),
+    ):
         halo = share.send("layer", share.layout.to_local(hidden))
         out = share.attend(
             halo,
@@ -118,6 +122,9 @@ def shared(case, group):
         )
     operations = [each for call in exchange.call_args_list for each in call.args[0]]
     given = sum(each.tensor.nbytes for each in operations if each.op is dist.isend)
+    ranks = group.size()
+    for call in reduce.call_args_list:  # as rings send them
+        given += 2 * (ranks - 1) * call.args[0].nbytes // ranks
     return out, dict(traffic.sent), given
 
 

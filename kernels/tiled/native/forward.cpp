@@ -184,9 +184,16 @@ struct Tile {
   }
 
   template <int... I> void score_keys(const float *key, vec *to, Indices<I...>) {
-    vec sums[] = {(vec{} * float(I))...};
-    for (int d = 0; d < D; ++d) ((sums[I] += query[d] * key[I * D + d]), ...);
-    ((to[I] = sums[I]), ...);
+    // Of few keys several sums each, of every so many channels: no addition waits for another.
+    constexpr int KEYS = sizeof...(I), PARTS = KEYS > 4 ? 1 : KEYS > 2 ? 2 : 4;
+    vec sums[PARTS][KEYS] = {};
+    int d = 0;
+    for (; d + PARTS <= D; d += PARTS)
+      for (int part = 0; part < PARTS; ++part)
+        ((sums[part][I] += query[d + part] * key[I * D + d + part]), ...);
+    for (; d < D; ++d) ((sums[0][I] += query[d] * key[I * D + d]), ...);
+    for (int part = 1; part < PARTS; ++part) ((sums[0][I] += sums[part][I]), ...);
+    ((to[I] = sums[0][I]), ...);
   }
 
   void update() {
@@ -297,7 +304,7 @@ struct Row {
   }
 };
 
-inline vec abs(vec x) { return x < 0.0f ? -x : x; }
+inline vec abs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 
 // Each returns the (query, key) pairs it computed, masked ones too.
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.oracle import pool_by_definition, relative_error
+from support.oracle import far_means_by_definition, pool_by_definition, relative_error
 from support.slow import slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels import window as original
 from clear_dit.kernels.opaque import Geometry
+from clear_dit.kernels.pooling import pooled_bias
 
 if not interpreted:
     pytest.skip("needs Triton and its interpreter", allow_module_level=True)
@@ -102,6 +103,71 @@ MUTANTS = {
         "plane_start = (wide_batch * pooled_length * heads + head) * head_dim",
         "plane_start = wide_batch * pooled_length * heads * head_dim",
     ),
+    "far: a level dropped": (
+        "triton/cell_lists.py",
+        "order = [*range(1, levels + 1), 0]",
+        "order = [1, *range(3, levels + 1), 0]",
+    ),
+    "far: tokens near by dropped": (
+        "triton/cell_lists.py",
+        "order = [*range(1, levels + 1), 0]",
+        "order = [*range(1, levels + 1)]",
+    ),
+    "far: counts of the cells before": (
+        "triton/far.py",
+        "bias_stride, key - token_keys, key >= token_keys, True)",
+        "bias_stride, key - token_keys - 1, key > token_keys, True)",
+    ),
+    "far: cells overlap what is nearer": (
+        "triton/far.py",
+        "return inner & (outer == 0)",
+        "return outer == 0",
+    ),
+    "far: cells overlap what is farther": (
+        "triton/far.py",
+        "return inner & (outer == 0)",
+        "return inner",
+    ),
+    "far: the rim of the reach is nearer": (
+        "triton/far.py",
+        "return crossed >= room[None, :]",
+        "return crossed > room[None, :]",
+    ),
+    "far: one key too many": (
+        "triton/far.py",
+        "listed = step + lane < end",
+        "listed = step + lane <= end",
+    ),
+    "far: what some see without a mask": (
+        "triton/cell_lists.py",
+        'every = (both("outer_far") < outer2) & (both("inner_near") >= inner2)',
+        'every = both("outer_far") < outer2',
+    ),
+    "gradients far: cells overlap what is nearer": (
+        "triton/far_backward.py",
+        "within & (inside == 0), scale_log2",
+        "within, scale_log2",
+    ),
+    "gradients far: cells beyond the reach": (
+        "triton/far_backward.py",
+        "within & (inside == 0), scale_log2",
+        "inside == 0, scale_log2",
+    ),
+    "gradients far: last split of a walk dropped": (
+        "triton/far_backward.py",
+        "end = tl.minimum(begin + tiles_per_split, tl.load(ranges + tile + 1))",
+        "end = tl.minimum(begin + tiles_per_split, tl.load(ranges + tile + 1) - 1)",
+    ),
+    "gradients far: text sees the tokens in every split": (
+        "triton/far_backward.py",
+        "tl.where(split == 0, text_length, 0)",
+        "text_length",
+    ),
+    "gradients far: biases of another head": (
+        "triton/far_backward.py",
+        "b = load_bias(bias + head * bias_head, bias_token, cells, valid, BIAS)",
+        "b = load_bias(bias, bias_token, cells, valid, BIAS)",
+    ),
     "gradients: queries over the rim": (
         "triton/backward.py",
         "delta, k, v, mask, None, scale_log2, MASKED",
@@ -132,37 +198,50 @@ QUICK = (
     "one text key too many",
     "last split of the text queries dropped",
     "gradients: delta of the keys left out",
+    "far: a level dropped",
+    "gradients far: cells beyond the reach",
 )
 
 
-def battery(launch, tables, geometry, backward, part) -> Iterator[float]:
+WINDOWS = (original.Window(5, 9, 5, 6, 3), original.Window(9, 6, 16, 5, 1))
+# Text keys end within a step; a ring of the second level has a hole.
+FAR_WINDOWS = (original.Window(7, 18, 5, 2, far_levels=3),)
+
+
+def battery(launch, tables, geometry, backward, far_backward, part, far) -> Iterator[float]:
     """Relative errors of the forward or the backward pass, of a few small problems in turn."""
-    config = tables.ForwardConfig(geometry.Tiling(4, 4, 4, 4), 16, 4, 1)
+    config = tables.ForwardConfig(geometry.Tiling(4, 4, 4, 4), 16, 4, 1, far_keys=16)
     run = tables.RunConfig(16, 16, 4, 1)
-    tile = tables.TileConfig(config.tiling, 4, 1)
+    tile = tables.TileConfig(geometry.Tiling(4, 8, 4, 8) if far else config.tiling, 4, 1)
     gradients = tables.BackwardConfig(tile, tile, run, run)
-    for height, width, text, radius, factor in ((5, 9, 5, 6, 3), (9, 6, 16, 5, 1)):
-        window = original.Window(height, width, text, radius, factor)
-        numbers = Geometry(height, width, text, radius, 0.25, 0, height)
+    image_attention, attention_backward = launch.image_attention, backward.attention_backward
+    if far:
+        image_attention = launch.far_attention
+        attention_backward = far_backward.far_attention_backward
+    for window in FAR_WINDOWS if far else WINDOWS:
+        text = window.text_length
+        numbers = Geometry.of(window, 0.25)
         torch.manual_seed(0)
         # Values far from zero on average: a key more or less is then always seen.
         shape = (1, window.sequence_length, 2, 16)
         query, key, value = (torch.randn(shape, dtype=torch.float64) + 0.5 for _ in range(3))
         pooled_key, pooled_value = (pool(x, window) for x in (key, value))
-        tensors = (query, key, value, pooled_key, pooled_value)
+        offset = torch.randn(window.far_levels, 2, dtype=torch.float64)
+        bias = pooled_bias(window, 2, offset, query.device).double()
+        tensors = (query, key, value, pooled_key, pooled_value, bias)
         truth = by_definition(tensors, window)
-        tensors = [x.float() for x in tensors]
+        tensors = [x.detach().float() for x in tensors]
         out, lse = torch.full(shape, float("nan")), torch.full(shape[:3], float("nan"))
         if part == "forward":
-            launch.image_attention(*tensors, torch.empty(0, 2), out, lse, numbers, config)
+            image_attention(*tensors, out, lse, numbers, config)
             launch.text_attention(*tensors[:3], out, lse, text, 0.25, run, 8)
             yield from map(error_of, (out, lse), truth)
             continue
-        grads = backward.attention_backward(
-            truth[0].float(), *tensors, torch.empty(0, 2), truth[0].float(), truth[1].float(),
-            numbers, config=gradients, programs=8,
+        grads = attention_backward(
+            truth[0].float(), *tensors, truth[0].float(), truth[1].float(),
+            numbers, config=gradients, programs=16,
         )  # fmt: skip
-        yield from map(error_of, grads[:5], truth[2:])
+        yield from map(error_of, grads, truth[2:])
 
 
 def error_of(found, exact) -> float:
@@ -172,6 +251,8 @@ def error_of(found, exact) -> float:
 
 def pool(tokens, window):
     """Pooled tokens; none without pooling."""
+    if window.far_levels:
+        return far_means_by_definition(tokens, window)
     if window.down_factor == 1:
         return tokens[:, :0]
     weight = torch.full((window.down_factor,) * 2, window.down_factor**-2.0, dtype=tokens.dtype)
@@ -179,9 +260,12 @@ def pool(tokens, window):
 
 
 def by_definition(tensors, window):
-    """Output, log-sum-exp and the five gradients for a gradient that equals the output."""
-    query, key, value, pooled_key, pooled_value = leaves = [x.requires_grad_() for x in tensors]
+    """Output, log-sum-exp and the six gradients for a gradient that equals the output."""
+    query, key, value, pooled_key, pooled_value, bias = leaves = [
+        x.requires_grad_() for x in tensors
+    ]
     scores = torch.einsum("bqhd,bkhd->bqhk", query, torch.cat([key, pooled_key], 1)) * 0.25
+    scores = scores + torch.nn.functional.pad(bias.T, (scores.shape[-1] - len(bias), 0))
     mask = window.mask()[None, :, None, :]
     scores = scores.masked_fill(~mask, float("-inf"))
     out = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), torch.cat([value, pooled_value], 1))
@@ -201,21 +285,23 @@ def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
     monkeypatch.syspath_prepend(str(tmp_path))
     modules = [
         importlib.import_module(f"{name}.triton.{module}")
-        for module in ("launch", "tables", "geometry", "backward")
+        for module in ("launch", "tables", "geometry", "backward", "far_backward")
     ]
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
     return modules
 
 
+@pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("part", ["forward", "backward"])
-def test_the_battery_passes_without_a_fault(part, tmp_path, monkeypatch):
-    assert max(battery(*load(tmp_path, f"unchanged_{part}", monkeypatch), part)) < 1e-5
+def test_the_battery_passes_without_a_fault(part, far, tmp_path, monkeypatch):
+    modules = load(tmp_path, f"unchanged_{part}_{far}", monkeypatch)
+    assert max(battery(*modules, part, far)) < 1e-5
 
 
 @pytest.mark.parametrize("fault", slow_but(MUTANTS, *QUICK))
 def test_a_fault_is_noticed(fault, tmp_path, monkeypatch):
     name = "mutant_" + "".join(c if c.isalnum() else "_" for c in fault)
     part = "backward" if fault.startswith("gradients") else "forward"
-    errors = battery(*load(tmp_path, name, monkeypatch, MUTANTS[fault]), part)
-    assert any(error > 1e-3 for error in errors)
+    modules = load(tmp_path, name, monkeypatch, MUTANTS[fault])
+    assert any(error > 1e-3 for error in battery(*modules, part, "far:" in fault))

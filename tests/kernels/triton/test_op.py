@@ -26,9 +26,12 @@ def tensors(window, **shape):
     return [x.half().requires_grad_() for x in made[:3]]
 
 
-@pytest.mark.parametrize("down_factor", [1, 2])
-def test_custom_op_is_well_formed(down_factor):
-    window = Window(5, 6, 3, 3, down_factor)
+@pytest.mark.parametrize(
+    "window",
+    [Window(5, 6, 3, 3), Window(5, 6, 3, 3, 2), Window(5, 6, 3, 2, far_levels=3)],
+    ids=["disc", "pooled", "far"],
+)
+def test_custom_op_is_well_formed(window):
     query, key, value = tensors(window, batch=1, heads=1, head_dim=16)
     check_operator("triton", query, key, value, window)
 
@@ -65,8 +68,8 @@ def test_flop_counter_counts_the_windows_flops():
     assert counts[torch.ops.clear_dit.triton_attention_backward] == exact * 5 // 2
 
 
-def test_the_same_result_every_time():
-    window = Window(9, 10, 7, 4, 2)
+@pytest.mark.parametrize("window", [Window(9, 10, 7, 4, 2), Window(5, 9, 3, 2, far_levels=2)])
+def test_the_same_result_every_time(window):
     leaves = tensors(window, heads=1)
     results = []
     for _ in range(2):

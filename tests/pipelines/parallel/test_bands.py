@@ -95,10 +95,13 @@ def sent_of_far_keys(group, rank, world, rows):
 
 @pytest.mark.parametrize("world", [4, 8, 16, 32])
 def test_far_keys_of_a_tall_image_are_not_gathered(fake_ranks, world):
-    """A rank in the middle of 1024 rows; then the cells are two rows of level 8 and more below."""
+    """A rank in the middle of 1024 rows sends little, however many there are."""
     rows, rank = 1024, world // 2
     sent = sent_of_far_keys(fake_ranks(rank, world), rank, world, rows)
-    print(world, sent)
+    cells = sum((rows // 2**level) * max(1, 8 // 2**level) for level in range(1, 10))
+    gathered = cells * 2 * 8 * 2 * (world - 1) / world
+    print(f"{world} ranks: {sent / gathered:.3f} of an all-gather")
+    assert 0 < sent < gathered / 20
 
 
 def test_steps_are_counted_by_their_timesteps():
@@ -159,6 +162,9 @@ def test_what_is_refused(fake_ranks, tiny_pipeline, tiny_transformer, tiny_input
         model(**inputs)
     apply_clear(model, radius=2)
     with pytest.raises(ValueError, match=r"patch parallel has no backward pass; use torch.no_grad"):
+        model(**inputs)
+    apply_clear(model, radius=2, down_factor=2, pooled_weight="count")
+    with pytest.raises(ValueError, match="does not share pooled keys that weigh as their tokens"):
         model(**inputs)
     patches.remove()
     with torch.no_grad():
