@@ -15,7 +15,8 @@ import torch
 from ..kernels.cells import cell_count
 from ..kernels.flex import BLOCK
 from ..kernels.tiled import lists, tiles
-from ..kernels.triton.geometry import executed_keys
+from ..kernels.triton.cell_lists import executed_far_keys
+from ..kernels.triton.geometry import Tiling, executed_keys
 from ..kernels.triton.tables import FORWARD
 from ..kernels.window import Window
 
@@ -26,50 +27,59 @@ LARGEST_LISTED_RADIUS = 128
 def tile_choices(window: Window) -> list[dict[str, Any]]:
     """Every choice of tiles for a window.
 
-    Those of the Triton kernels' tables, up to a radius of LARGEST_LISTED_RADIUS, and the others;
-    with far keys FlexAttention's alone.
+    Those of the Triton kernels' tables, up to a radius of LARGEST_LISTED_RADIUS, and the others.
 
     Returns:
-        rows with impl, query_tile, key_tile (tokens, as text), keys_per_query and
-        executed_over_exact.
+        rows with impl, query_tile, key_tile (tokens, as text; with far keys, which come by lists,
+        how many at a time), keys_per_query and executed_over_exact.
     """
     exact = exact_keys(window)
-    if window.far_levels:
-        return [_row("flex", (1, BLOCK), (1, BLOCK), raster_keys(window), exact)]
-    radius = window.disc_radius
+    radius, far = window.disc_radius, window.far_levels > 0
     rectangle = (
         min(tiles.TILE_ROWS + 2 * (radius - 1), window.height),
         tiles.tile_columns(window.width, radius).key_length,
     )
-    choices = []
+    choices: list[tuple[str, tuple[int, ...], tuple[int, ...] | str, float]] = []
     configs = dict.fromkeys((c.tiling, c.dense_keys) for table in FORWARD.values() for c in table)
     for tiling, dense_keys in configs if radius <= LARGEST_LISTED_RADIUS else ():
-        keys = executed_keys(window, tiling, dense_keys)
-        steps = (tiling.step_rows, tiling.step_columns)
+        keys = triton_keys(window, tiling, dense_keys)
+        steps = (dense_keys,) if far else (tiling.step_rows, tiling.step_columns)
         choices.append(("triton", (tiling.rows, tiling.columns), steps, keys))
+    tile = (tiles.TILE_ROWS, tiles.TILE_COLUMNS)
     choices += [
-        ("tiled", (tiles.TILE_ROWS, tiles.TILE_COLUMNS), rectangle, tiled_keys(window)),
+        ("tiled", tile, "all" if far else rectangle, tiled_keys(window)),
         ("flex", (1, BLOCK), (1, BLOCK), raster_keys(window)),
     ]
-    return [_row(*choice, exact) for choice in choices]
-
-
-def _row(
-    impl: str, queries: tuple[int, ...], keys: tuple[int, ...], executed: float, exact: float
-) -> dict[str, Any]:
-    return {
-        "impl": impl,
-        "query_tile": "x".join(map(str, queries)),
-        "key_tile": "x".join(map(str, keys)),
-        "keys_per_query": executed,
-        "executed_over_exact": executed / exact,
-    }
+    return [
+        {
+            "impl": impl,
+            "query_tile": "x".join(map(str, queries)),
+            "key_tile": keys if isinstance(keys, str) else "x".join(map(str, keys)),
+            "keys_per_query": executed,
+            "executed_over_exact": executed / exact,
+        }
+        for impl, queries, keys, executed in choices
+    ]
 
 
 def exact_keys(window: Window) -> float:
     """Keys an image query attends to, text and pooled included, the mean over the image."""
     text_pairs = window.text_length * window.sequence_length
     return (window.attended_pairs() - text_pairs) / window.image_length
+
+
+def triton_keys(window: Window, tiling: Tiling, dense_keys: int) -> float:
+    """Keys that a program of the Triton kernels computes for an image query."""
+    if not window.far_levels:
+        return executed_keys(window, tiling, dense_keys)
+    tiles_of_axes = (
+        math.ceil(window.height / tiling.rows),
+        math.ceil(window.width / tiling.columns),
+    )
+    queries = math.prod(tiles_of_axes) * tiling.rows * tiling.columns
+    text = math.ceil(window.text_length / dense_keys) * dense_keys
+    listed = executed_far_keys(window, tiling, dense_keys)
+    return sum(listed) + text * queries / window.image_length
 
 
 def tiled_keys(window: Window) -> float:

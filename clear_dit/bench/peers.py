@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 
 from ..kernels import flex
 from ..kernels.window import Window
+from .executed import triton_keys
 
 # (window, queries [n]) -> bool [n, text + image + pooled], on the device of `queries`.
 Sees = Callable[[Window, torch.Tensor], torch.Tensor]
@@ -117,13 +118,12 @@ def triton_pairs(query: torch.Tensor, window: Window) -> float:
     Text queries count what they attend to.
     """
     from ..kernels.triton import tables, tuning
-    from ..kernels.triton.geometry import executed_keys
     from ..kernels.triton.launch import table_key
 
     entries = tables.forward_configs(*table_key(query.device, query.dtype, query.shape[-1]))
     pin = os.environ.get(tuning.PIN)
     entry = next((entry for entry in entries if entry.name == pin), entries[0])
-    keys = executed_keys(window, entry.tiling, entry.dense_keys)
+    keys = triton_keys(window, entry.tiling, entry.dense_keys)
     return keys * window.image_length + window.text_length * window.sequence_length
 
 

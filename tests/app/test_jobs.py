@@ -45,7 +45,8 @@ class ScriptedRunner(PipelineRunner):
         save_rows(strips, out, height=request.height, width=request.width, settings={})
         seconds = {"total": 1.0, "text": 0.1, "denoise": 0.8, "decode": 0.1}
         size = {"height": request.height, "width": request.width}
-        return {"impl": "tiled", "weights": None, "seconds": seconds, "peak_memory_mb": 1.0, **size}
+        how = {"impl": "tiled", "far": False, "weights": None}
+        return {**how, "seconds": seconds, "peak_memory_mb": 1.0, **size}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def jobs(tmp_path, runner):
 
 
 def submit(jobs, visitor, prompt="a house", attention="clear"):
-    entry = Entry(prompt, 256, 256, attention, 8, 1, 3, 2.0, 0, "demo")
+    entry = Entry(prompt, 256, 256, attention, 8, 1, None, 3, 2.0, 0, "demo")
     return jobs.submit(visitor, make_requests(entry, jobs.settings)).id
 
 
@@ -152,7 +153,7 @@ def test_stopping_ends_all_jobs(jobs):
 
 def test_a_request_the_pipeline_refuses_is_not_queued(jobs):
     (one,) = visitors(1)
-    entry = Entry("a house", 256, 256, "clear", 8, 1, 3, 2.0, 0, "demo")
+    entry = Entry("a house", 256, 256, "clear", 8, 1, None, 3, 2.0, 0, "demo")
     (request,) = make_requests(entry, jobs.settings)
     with pytest.raises(RequestError, match="strength has 3 values"):
         jobs.submit(one, (replace(request, strength=(0.1, 0.2, 0.3)),))

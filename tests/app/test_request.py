@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from clear_dit.app.request import SHAPES, SIDES, Entry, make_requests, preset_size
+from clear_dit.app.request import SHAPES, SIDES, VARIANTS, Entry, make_requests, preset_size
 from clear_dit.app.settings import Settings, parse_auth
 from clear_dit.errors import RequestError
+from clear_dit.generation.weights import settled
 
-GOOD = Entry("a house", 256, 256, "clear", 8, 1, 4, 2.0, 0, "demo")
+GOOD = Entry("a house", 256, 256, "clear", 8, 1, None, 4, 2.0, 0, "demo")
 SETTINGS = Settings(models=("demo",), out=Path("out"), max_pixels=8192 * 8192, device="cpu")
 
 
@@ -19,6 +20,19 @@ def test_one_request_or_two_to_compare():
     clear, full = make_requests(replace(GOOD, attention="both"), SETTINGS)
     assert (clear.attention, full.attention) == ("clear", "full")
     assert clear.seed == full.seed
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_of_the_page_is_a_request(name):
+    down_factor, far = VARIANTS[name]
+    (request,) = make_requests(replace(GOOD, down_factor=down_factor, far=far), SETTINGS)
+    assert (request.down_factor, request.far) == (down_factor, far)
+    assert settled(request).far is (name == "Sees all")  # the demo has local weights for radius 8
+
+
+def test_without_weights_the_page_sees_all():
+    (request,) = make_requests(replace(GOOD, radius=5), SETTINGS)
+    assert settled(request) == (None, True)
 
 
 def test_lines_of_a_prompt_become_one():
@@ -43,6 +57,8 @@ def test_lines_of_a_prompt_become_one():
         ({"radius": 0}, "Radius must be from 1"),
         ({"radius": 2.5}, "whole number"),
         ({"down_factor": 32}, "down_factor must not exceed"),
+        ({"far": 1}, "Far must be true, false or null; got 1"),
+        ({"far": True, "down_factor": 2}, "far and down-factor 2 exclude each other"),
         ({"steps": 101}, "Steps must be from 1 to 100"),
         ({"steps": float("nan")}, "Steps must be"),
         ({"guidance": "much"}, "Guidance must be a number"),

@@ -1,5 +1,6 @@
 """The benchmark's peers: each against its own definition, and refused by name where it cannot."""
 
+import dataclasses
 import json
 import sys
 from importlib.machinery import ModuleSpec
@@ -23,6 +24,8 @@ from clear_dit.bench.peers import (
 )
 from clear_dit.bench.timing import time_in_turn
 from clear_dit.errors import RequestError
+from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.pooling import pooled_keys
 from clear_dit.kernels.triton.geometry import exact_keys
 from clear_dit.kernels.window import Window
 
@@ -44,7 +47,13 @@ def all_rows(sees, window):
     return sees(window, torch.arange(window.sequence_length))
 
 
-@pytest.mark.parametrize("window", [WINDOW, Window(7, 9, 0, 30), Window(9, 6, 3, 2, 4)])
+@pytest.mark.parametrize(
+    "window",
+    [
+        *(WINDOW, Window(7, 9, 0, 30), Window(9, 6, 3, 2, 4)),
+        *(Window(13, 22, 5, 2, far_levels=10), Window(9, 6, 0, 3, far_levels=2)),
+    ],
+)
 def test_the_disc_is_the_windows_mask(window):
     assert torch.equal(all_rows(sees_window, window), window.mask())
 
@@ -229,6 +238,28 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
     assert "of gradients 1.0e+00; not timed" in attention.report(result)
 
 
+def test_far_keys_are_checked_by_their_definition():
+    window = Window(16, 32, 5, 3, far_levels=10)
+    result = bench_attention(
+        Problem(window, 2, 16, torch.float32, CPU), ["tiled", "reference", "sdpa"], 1, True
+    )
+    tiled, reference, _ = result["rows"]
+    assert result["correct"]
+    assert result["far"]
+    assert max(row["max_error"] for row in result["rows"]) < 1e-5
+    assert max(row["gradient_error"] for row in result["rows"]) < 1e-5
+    assert 1 < tiled["executed_over_exact"] < reference["executed_over_exact"]
+    assert ", far keys, " in attention.report(result)
+    query, key, value = given = tensors(window)
+    out = local_attention(query, key, value, window, impl="reference")
+    assert sampled_error(out, given, window) < 1e-5
+    # Without the log of the counts, or with another disc, it is wrong.
+    assert sampled_error(out, given, dataclasses.replace(window, radius=4)) > 1e-2
+    pooled = pooled_keys(key, value, window, None)
+    every = (torch.cat([x, more], 1) for x, more in zip((key, value), pooled, strict=True))
+    assert sampled_error(masked(query, *every, window.mask()), given, window) > 1e-2
+
+
 def test_nan_is_wrong():
     given = tensors()
     out = PEERS["sdpa"].run(*given, WINDOW)
@@ -249,6 +280,8 @@ def test_executed_pairs_of_the_triton_kernels(monkeypatch):
     assert exact == window.attended_pairs()
     default = triton_pairs(query, window)
     assert 1 < default / exact < 2
+    far = dataclasses.replace(window, far_levels=10)
+    assert 1 < triton_pairs(query, far) / far.attended_pairs() < 2
     monkeypatch.setenv(tuning.PIN, tables.FORWARD["sm_80"][1].name)
     assert triton_pairs(query, window) != default
 

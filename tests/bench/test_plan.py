@@ -156,6 +156,14 @@ def test_chunks_are_what_makes_it_fit():
     assert chunked < 6.5 * SEQUENCE_8K
 
 
+def test_far_keys_take_a_third_of_the_keys_more():
+    window = Window(512, 512, 512, 8)
+    far = dataclasses.replace(window, far_levels=10)
+    memory = TransformerMemory(CONFIGURATIONS["flux-dev"].transformer, torch.bfloat16, None)
+    more = (memory.activations(far) - memory.activations(window)) / 2**30
+    assert more == pytest.approx(2 / 3 * SEQUENCE_8K, rel=0.01)  # keys and values
+
+
 def test_few_blocks_stand_for_all():
     """The demo has 2 double and 4 single blocks, of which 2 are measured."""
     config = find_configuration("demo").transformer
@@ -211,6 +219,22 @@ def test_text_length(capsys):
     assert result["rows"][1]["attention_gflop_per_layer"] == gflop
 
 
+def test_far_keys(capsys):
+    size = ("--model", "demo", "--height", 512, "--width", 512, "--radius", 4)
+    local = plan(capsys, *size)
+    assert run("bench", "plan", *size, "--far", "--json") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    far = json.loads(last)
+    assert "CLEAR with radius 4 tokens, far keys" in lines
+    assert (local["far"], far["far"]) == (False, True)
+    gflop = Window(32, 32, 64, 4, far_levels=10).attention_flops(3, 64) / 1e9
+    assert far["rows"][1]["attention_gflop_per_layer"] == gflop
+    assert far["rows"][0] == local["rows"][0]
+    assert 1 < far["bound"] < local["bound"]
+    assert run("bench", "plan", *size, "--far", "--down-factor", 2) == 2
+    assert "--far and --down-factor 2 exclude each other" in capsys.readouterr().err
+
+
 def test_the_demo_and_a_folder_are_read_from_their_files(capsys, tmp_path):
     size = ("--height", 512, "--width", 768, "--radius", 16, "--down-factor", 3)
     demo = plan(capsys, "--model", "demo", *size)
@@ -251,6 +275,17 @@ def test_tile_choices():
             assert needed == pytest.approx(exact / window.image_length)
 
 
+def test_tile_choices_with_far_keys():
+    window = Window(128, 96, 512, 8, far_levels=10)
+    rows = tile_choices(window)
+    assert [row["impl"] for row in rows] == ["triton", "triton", "tiled", "flex"]
+    assert (rows[0]["query_tile"], rows[0]["key_tile"]) == ("8x8", "64")
+    exact = window.image_queries.attended_pairs() / window.image_length
+    for row in rows:
+        assert row["keys_per_query"] / row["executed_over_exact"] == pytest.approx(exact)
+    assert [1 < row["executed_over_exact"] < 2 for row in rows] == [True, True, True, False]
+
+
 def random_windows(count):
     generator = random.Random(0)
     for _ in range(count):
@@ -258,6 +293,9 @@ def random_windows(count):
         text = generator.choice([0, 5, 128, 130, 300])
         radius, factor = generator.choice([1, 2, 8, 16, 10**9]), generator.choice([1, 1, 2])
         yield Window(rows, columns, text, radius, factor)
+        if radius > 1 and factor == 1:
+            levels = generator.choice([1, 3, 10])
+            yield Window(rows, columns, text, radius, far_levels=levels)
 
 
 def test_raster_keys_are_those_of_the_block_mask():

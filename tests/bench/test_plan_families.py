@@ -87,11 +87,11 @@ def test_sizes_past_the_positions():
     with pytest.raises(
         RequestError, match=r"SD3 model has positions for 192 x 192 tokens, got 256"
     ):
-        plan("sd35-large", 4096, 4096, 8, 1, None, torch.bfloat16)
+        plan("sd35-large", 4096, 4096, 8, 1, False, None, torch.bfloat16)
     with pytest.raises(RequestError, match=r"--height must be a multiple of 32 .* got 1040"):
         plan("hunyuanimage-2.1", 1040, 1024, 8, 1, None, torch.bfloat16)
 
 
 def test_training_is_for_families_that_are_distilled():
     with pytest.raises(RequestError, match=r"^--train: distil does not work with CogView4"):
-        plan_training("cogview4", 1024, 1024, 8, 1, 1)
+        plan_training("cogview4", 1024, 1024, 8, 1, False, 1)

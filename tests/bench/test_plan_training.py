@@ -20,7 +20,7 @@ def test_the_command(capsys):
 
 
 def test_the_demo_s_rows_are_its_parameters():
-    result = plan_training("demo", 256, 256, 4, 2, 1)
+    result = plan_training("demo", 256, 256, 4, 2, False, 1)
     rows = {row["what"]: row for row in result["rows"]}
     full, adamw = rows["projections, prodigy"], rows["projections, adamw"]
     trained = 741_120 + 6 * 4
@@ -41,9 +41,18 @@ def test_the_demo_s_rows_are_its_parameters():
         assert row["total_gib"] == pytest.approx(sum(row[part] for part in parts))
 
 
+def test_what_is_learned_of_far_keys_is_trained_too(capsys):
+    size = ("--model", "demo", "--height", 256, "--width", 256, "--radius", 4)
+    assert run("bench", "plan", "--train", *size, "--far", "--json") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert "Distillation with radius 4 tokens, far keys" in lines
+    parameters = [row["parameters"] for row in json.loads(last)["rows"]]
+    assert parameters == [741_120 + 6 * (40 + 30)] * 3 + [20 * 2 * 192 * 64] * 2
+
+
 @slow
 def test_activations_grow_with_the_batch():
-    one, four = (plan_training("demo", 256, 256, 4, 1, batch)["rows"][0] for batch in (1, 4))
+    one, four = (plan_training("demo", 256, 256, 4, 1, False, batch)["rows"][0] for batch in (1, 4))
     assert one["frozen_gib"] == four["frozen_gib"]
     assert one["step_gib"] < four["step_gib"] < 4 * one["step_gib"]
-    assert "batch 4" in report(plan_training("demo", 256, 256, 4, 1, 4))
+    assert "batch 4" in report(plan_training("demo", 256, 256, 4, 1, False, 4))

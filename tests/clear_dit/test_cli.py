@@ -40,7 +40,18 @@ def test_generate_writes_an_image_with_its_settings(tmp_path, capsys):
     settings = read_settings(out)
     assert settings["prompt"] == PROMPT
     assert (settings["radius"], settings["seed"], settings["impl"]) == (2, 7, "tiled")
+    assert settings["far"] is True
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_no_far_is_the_paper_s_clear(tmp_path, capsys):
+    images = []
+    for option in ("--far", "--no-far"):
+        out = tmp_path / f"{option}.png"
+        assert generate(out, "--radius", 2, option, "--json") == 0
+        assert last_json(capsys)["far"] is (option == "--far")
+        images.append(out.read_bytes())
+    assert images[0] != images[1]
 
 
 def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(tmp_path):
@@ -84,6 +95,8 @@ def test_generate_in_bfloat16_and_pooled(tmp_path, capsys, options):
         (("--impl", "fastest"), "impl must be one of auto, triton, flex, tiled, reference"),
         (("--impl", "triton"), "needs a CUDA or ROCm device"),
         (("--down-factor", 5), "down_factor must not exceed the token grid (4 x 6), got 5"),
+        (("--far", "--down-factor", 2), "--far and --down-factor 2 exclude each other"),
+        (("--far", "--radius", 1), "far keys need a radius of at least 2 tokens, got 1"),
         (("--attention", "half"), "--attention must be clear or full, got 'half'"),
         (("--steps", 0), "--steps must be from 1"),
         (("--guidance", -1), "--guidance must be from 0"),
@@ -314,19 +327,23 @@ def test_bench_attention_times_nothing_that_is_wrong(monkeypatch, capsys):
     assert result["rows"][1]["ms"] > 0
 
 
-def test_bench_growth(capsys):
+@pytest.mark.parametrize("far", [(), ("--far",)])
+def test_bench_growth(capsys, far):
     arguments = ("--sizes", "128,1024", "--heads", 1, "--head-dim", 16, "--text-length", 4)
-    assert run("bench", "growth", *arguments, "--repeats", 1, "--json") == 0
+    assert run("bench", "growth", *arguments, *far, "--repeats", 1, "--json") == 0
     result = last_json(capsys)
+    assert result["far"] is bool(far)
     assert [row["width"] for row in result["rows"]] == [128, 1024]
     assert result["correct"] is True
     assert result["exponent"] > 0
 
 
-def test_bench_denoise(capsys):
+@pytest.mark.parametrize("far", [(), ("--far",)])
+def test_bench_denoise(capsys, far):
     arguments = ("--height", 256, "--width", 256, "--radius", 3, "--repeats", 1, "--json")
-    assert run("bench", "denoise", *arguments) == 0
+    assert run("bench", "denoise", *arguments, *far) == 0
     result = last_json(capsys)
+    assert result["far"] is bool(far)
     assert [row["attention"] for row in result["rows"]] == ["full", "clear"]
     assert 1 < result["flops_allow"] < 2
     assert result["correct"] is True
@@ -343,6 +360,7 @@ def test_bench_denoise(capsys):
         (("attention", "--height", "100"), "--height must be a multiple of 16"),
         (("attention", "--radius", "0"), "radius must be at least 1"),
         (("attention", "--dtype", "int8"), "--dtype must be one of"),
+        (("denoise", "--radius", "1", "--far"), "far keys need a radius of at least 2 tokens"),
         (("growth", "--sizes", "1024"), "two or more growing sizes"),
         (("growth", "--sizes", "big"), "--sizes must be pixels"),
     ],

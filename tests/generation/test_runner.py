@@ -56,6 +56,33 @@ def test_every_image_is_as_if_it_were_the_only_one(runner, request_of, tmp_path)
     assert len({image.tobytes() for image in generated[:4]}) == 4
 
 
+def test_far_keys_where_nothing_else_is_made_for_the_model(runner, request_of, tmp_path, caplog):
+    caplog.set_level("INFO", logger="clear_dit")
+    told = {}
+    for name, changes in {
+        "none": {},
+        "unknown": {"radius": 3, "weights": "auto"},
+        "known": {"radius": 4, "weights": "auto"},
+        "asked": {"radius": 4, "weights": "auto", "far": True},
+        "refused": {"far": False},
+        "pooled": {"down_factor": 2},
+        "full": {"attention": "full"},
+    }.items():
+        result = runner.generate(request_of(**changes), tmp_path / f"{name}.png")
+        told[name] = result["far"], read_settings(tmp_path / f"{name}.png")["far"]
+    assert {name for name, far in told.items() if far == (True, True)} == {
+        *("none", "unknown", "asked")
+    }
+    assert all(far in ((True, True), (False, False)) for far in told.values())
+    images = {name: pixels(tmp_path / f"{name}.png").tobytes() for name in told}
+    assert images["none"] != images["refused"]
+    assert images["known"] != images["asked"]
+    assert any(
+        "the model's own are taken, every token sees the whole" in m for m in caplog.messages
+    )
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
 def test_the_model_gets_its_own_weights_back(runner, request_of, tmp_path):
     model = transformer_of(runner.pipe, "test")
     runner.generate(request_of(attention="full"), tmp_path / "out.png")
@@ -164,10 +191,11 @@ def test_notes_stand_in_the_image(runner, request_of, tmp_path):
 
 
 def test_unknown_weights_are_told_once(runner, request_of, tmp_path, caplog):
-    request = request_of(radius=3, weights="auto", height=128)
+    request = request_of(radius=3, far=False, weights="auto", height=128)
     for seed in (0, 1):
         runner.generate(replace(request, seed=seed), tmp_path / "out.png")
     assert sum("no weights are known" in text for text in caplog.messages) == 1
+    assert "take far keys with --far" in caplog.text
 
 
 def test_another_model_needs_another_runner(runner, request_of, tmp_path):

@@ -1,5 +1,7 @@
 """Job files: what is taken, what is refused and by which name."""
 
+import dataclasses
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clear_dit.errors import RequestError
+from clear_dit.render.identity import model_digest
 from clear_dit.render.jobs import JobReader, read_jobs
 from clear_dit.render.run import render
 from clear_dit.weights.known import known_weights
@@ -36,6 +39,7 @@ def test_a_line_says_what_differs_from_the_flags(tmp_path):
         "seed": 7,
         "guidance": 1,
         "radius": 4,
+        "far": False,
         "weights": "none",
         "attention": "clear",
         "strength": [0.5, 0.25],
@@ -46,6 +50,7 @@ def test_a_line_says_what_differs_from_the_flags(tmp_path):
     assert (job.name, job.image, job.sidecar, job.line) == ("house", "house.png", "house.json", 1)
     assert (request.height, request.width, request.steps, request.seed) == (96, 64, 2, 7)
     assert (request.guidance, request.radius, request.weights) == (1.0, 4, None)
+    assert request.far is False
     assert request.strength == (0.5, 0.25)
 
 
@@ -81,6 +86,36 @@ def test_identity_is_the_content_and_not_the_place(tmp_path):
     for name, value in changed.items():
         other = read_jobs(tmp_path / "a.jsonl", FLAGS | {name: value})
         assert other[0].identity != first[0].identity, name
+
+
+def test_far_is_settled_before_a_job_is_told_from_another(tmp_path, demo_weights):
+    jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "a house"},
+        {"prompt": "a house", "far": True, "id": "far"},
+        {"prompt": "a house", "far": False, "id": "local"},
+        {"prompt": "a house", "radius": 4, "id": "tuned"},
+        {"prompt": "a house", "radius": 4, "weights": str(demo_weights), "id": "named"},
+        {"prompt": "a house", "attention": "full", "id": "full"},
+    )
+    jobs = read_jobs(tmp_path / "a.jsonl", FLAGS)
+    assert [job.request.far for job in jobs] == [True, True, False, False, False, False]
+    silent, far, local, *_ = jobs
+    assert silent.identity == far.identity != local.identity
+    (tmp_path / "a.csv").write_text("prompt,far\na house,true\na house,FALSE\na house,\n")
+    read = JobReader(FLAGS, tmp_path).read(tmp_path / "a.csv")
+    assert ([job.identity for job in read[0]], read[1]) == ([far.identity, local.identity], [])
+
+
+def test_images_of_before_far_keys_are_known_again(tmp_path):
+    (tmp_path / "a.txt").write_text("a house\n")
+    (job,) = read_jobs(tmp_path / "a.txt", FLAGS | {"far": False})
+    content = dataclasses.asdict(job.request)
+    for name in ("far", "device", "stages_dir"):
+        del content[name]
+    content |= {"model": model_digest("demo"), "weights": "", "image": ""}
+    before = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert job.identity == before[:32]
 
 
 def test_identity_knows_the_contents_of_images_and_weights(tmp_path, demo_weights):
@@ -121,6 +156,9 @@ def test_the_same_line_twice_is_one_job(tmp_path):
         ('{"radius": 3}', "the key 'prompt' is missing"),
         ('{"prompt": "a", "promt": 1}', "there is no key 'promt'"),
         ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": "a", "far": "yes"}', "far must be true or false, got 'yes'"),
+        ('{"prompt": "a", "far": 1}', "far must be true or false, got '1'"),
+        ('{"prompt": "a", "far": true, "down_factor": 2}', "--far and --down-factor 2 exclude"),
         ('{"prompt": "a", "radius": true}', "radius must be an integer, got 'True'"),
         ('{"prompt": "a", "steps": "4"}', "steps must be an integer, got '4'"),
         ('{"prompt": "a", "steps": 4.0}', "steps must be an integer"),
