@@ -262,7 +262,7 @@ class Blocks:
         if radius is None:
             self.model.set_attn_processor(dict(self.stock))
         else:
-            self.model.set_attn_processor(CLEARProcessor(radius, impl=self.setting.impl))
+            self.model.set_attn_processor(CLEARProcessor(radius, impl=self.setting.impl, far=False))
 
     def run(self, block: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """(text, image) after a block, "double" or "single"."""

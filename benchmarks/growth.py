@@ -25,7 +25,7 @@ def measure(sizes: list[int], radius: int, repeats: int) -> dict[str, Any]:
     """Rows of bench_denoise, and exponents: seconds grow as pixels^exponent, first size to last."""
     results = [
         bench_denoise(
-            "demo", size, size, radius, "auto", torch.float32, torch.device("cpu"),
+            "demo", size, size, radius, False, "auto", torch.float32, torch.device("cpu"),
             repeats if size < 4096 else 1,
         )
         for size in sizes

@@ -30,7 +30,8 @@ RATE_AT = 2048  # pixels a side at which full attention is measured
 def full_attention(size: int, radius: int, steps: int, guidance: float) -> dict[str, Any]:
     """What the last stage would take with full attention."""
     device = torch.device("cpu")
-    measured = bench_denoise("demo", RATE_AT, RATE_AT, radius, "auto", torch.float32, device, 2)
+    size_and_window = (RATE_AT, RATE_AT, radius, False)
+    measured = bench_denoise("demo", *size_and_window, "auto", torch.float32, device, 2)
     if not measured["correct"]:
         raise SystemExit("image_8k.py: WRONG results at 2048 px, nothing is written")
     row = measured["rows"][0]

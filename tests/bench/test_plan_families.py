@@ -89,7 +89,7 @@ def test_sizes_past_the_positions():
     ):
         plan("sd35-large", 4096, 4096, 8, 1, False, None, torch.bfloat16)
     with pytest.raises(RequestError, match=r"--height must be a multiple of 32 .* got 1040"):
-        plan("hunyuanimage-2.1", 1040, 1024, 8, 1, None, torch.bfloat16)
+        plan("hunyuanimage-2.1", 1040, 1024, 8, 1, False, None, torch.bfloat16)
 
 
 def test_training_is_for_families_that_are_distilled():
