@@ -27,12 +27,13 @@ logger = logging.getLogger(__name__)
 
 # Of far=True with weights made for local attention, and the other way round.
 FAR_WITH_LOCAL_WEIGHTS = (
-    "far=True, but the CLEAR weights that are loaded were made for local attention: TODO-NUMBER. "
+    "far=True, but the CLEAR weights that are loaded were made for local attention: on the demo, "
+    "r=4, images are then 20.3 dB from full attention's, with the model's own weights 25.2 dB. "
     "Leave far out to run them as they were made, or the weights to run far keys."
 )
 LOCAL_WITH_FAR_WEIGHTS = (
-    "far=False, but the CLEAR weights that are loaded were made for far keys: TODO-NUMBER. Leave "
-    "far out to run them as they were made."
+    "far=False, but the CLEAR weights that are loaded were made for far keys; how that "
+    "does was not measured. Leave far out to run them as they were made."
 )
 
 
