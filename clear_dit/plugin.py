@@ -20,9 +20,9 @@ from .families.table import (
     models_of,
     transformer_of,
 )
-from .weights.learned import settle
+from .weights.learned import give_learned, settle
 from .weights.load import find_weights, load_checked, open_checked
-from .weights.state import ClearState, warn_of_far
+from .weights.state import ClearState
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def apply_clear(
         far: True takes far keys, False is the paper's CLEAR. None does as the CLEAR weights that
             the model has (`weights`, or those loaded before) were made for, and without any takes
             far keys; the log says so once, at INFO. A ControlNet has none. What was learned of far
-            keys stays with them: False forgets it.
+            keys goes and comes with them.
         pooled_weight: of a pooled key of `down_factor`: "one", or "count"; see `CLEARProcessor`.
 
     Returns:
@@ -155,6 +155,7 @@ def _remove(model: nn.Module) -> bool:
     removed = state is not None
     for name, attn in attention_layers(model).items():
         if isinstance(attn.processor, CLEARProcessor):
+            attn.processor.decide_far(None)  # somebody may set it again
             original = state.processors.get(name) if state is not None else None
             attn.set_processor(original if original is not None else FluxAttnProcessor())
             removed = True
@@ -218,9 +219,9 @@ def _install(model: nn.Module, settings: CLEARProcessor) -> None:
         if not isinstance(old, CLEARProcessor):
             state.processors[name] = old
         new = _replacement(family, old).for_layer(settings, state.tracker, old)
-        if new.has_far_keys and getattr(old, "far_weight", None) is not None:
-            new.add_far_parameters(attn.heads)
         attn.set_processor(new)
+        if new.has_far_keys:
+            give_learned(name, attn, state.learned, old)
         settle(attn, old)
         state.installed[name] = new
     if family.chunked and not is_chunked(model):
@@ -237,7 +238,9 @@ def _report(model: nn.Module) -> Applied:
     described = (len(layers), first.extra_repr(), applied)
     logger.info("CLEAR applied to %d attention layers: %s; %s", *described)
     first.tracker.say_far()
-    warn_of_far(model)
+    state = ClearState.on(model)
+    assert state is not None
+    state.decide_far(model)
     return applied
 
 

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from clear_dit.process_group import RankGroup
 from clear_dit.versions import versions
+from clear_dit.weights.state import ClearState
 
 from .cascade.run import Request
 from .cascade.stage_files import digest
@@ -71,6 +72,9 @@ def pipeline_digest(pipe: Any) -> str:
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
+    state = ClearState.on(pipe.transformer)
+    if state is not None:
+        state.decide_far(pipe.transformer)  # which is in what processors say of themselves
     processors = pipe.transformer.attn_processors
     return {
         "attention": {

@@ -15,13 +15,14 @@ from ..errors import RequestError
 from ..generation.checks import find_window, takes_far
 from ..generation.prompts import read_prompts
 from ..generation.request import GenerateRequest, make_request
+from ..weights.format import made_for_far
 from ..weights.known import adapter_folder
 from ..weights.load import find_weights
 from .metrics import METRICS
 
 MAX_COUNT = 100_000
 MAX_BATCH = 256
-PUBLISHED_NAME = re.compile(r"clear_(local|far)_(\d{1,6})(?:_down_(\d{1,3}))?")
+PUBLISHED_NAME = re.compile(r"clear_(?:local|far)_(\d{1,6})(?:_down_(\d{1,3}))?")
 
 # Radius and down_factor, in tokens, and whether there are far keys.
 Setting = tuple[int, int, bool]
@@ -190,14 +191,14 @@ def weights_settings(path: Path, given: Sequence[Setting] = ()) -> Setting:
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
+            header, made_for = file.metadata() or {}, made_for_far(file)
     except (SafetensorError, OSError) as error:
         raise RequestError(f"--weights: {path} is not a safetensors file, or truncated.") from error
     published = PUBLISHED_NAME.fullmatch(path.stem)
     if "radius" in header:
-        said = (header["radius"], header.get("down_factor", "1"), header.get("far", "false"))
+        said = (header["radius"], header.get("down_factor", "1"))
     elif published is not None:
-        said = (published[2], published[3] or "1", str(published[1] == "far").lower())
+        said = (published[1], published[2] or "1")
     elif len(set(given)) == 1:
         return given[0]
     else:
@@ -205,14 +206,12 @@ def weights_settings(path: Path, given: Sequence[Setting] = ()) -> Setting:
             f"--weights: {path} does not say its radius, in its metadata or by a published name; "
             "say it with one --radius (and --down-factor or --no-far)."
         )
-    radius, factor, far = said
+    radius, factor = said
     if not all(number.isdecimal() and len(number) < 10 for number in (radius, factor)):
         raise RequestError(
             f"--weights: {path} has no numbers for radius and down_factor: {radius}, {factor}."
         )
-    if far not in ("true", "false"):
-        raise RequestError(f"--weights: {path} has neither true nor false for far: {far!r}.")
-    return int(radius), int(factor), far == "true"
+    return int(radius), int(factor), made_for
 
 
 def _weight_files(

@@ -44,6 +44,11 @@ def settled(request: GenerateRequest) -> Settled:
         far = False
     elif far is None and weights is not None:
         far = made_for_far_keys(weights_file(weights, request))
+        if far and not takes_far(None, request.radius, request.down_factor):
+            raise RequestError(
+                f"--weights {weights}: made for far keys, which need a radius above 1 and no "
+                f"--down-factor; got {request.radius} and {request.down_factor}."
+            )
     return Settled(weights, takes_far(far, request.radius, request.down_factor))
 
 

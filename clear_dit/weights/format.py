@@ -65,10 +65,15 @@ def pooling_shapes(model: nn.Module, down_factor: int, far: bool) -> dict[str, t
     return shapes
 
 
+def keys_of_far(file: Any) -> list[str]:
+    """Names of what a safetensors file holds that is learned of far keys."""
+    learned = (".processor.far_weight", ".processor.far_offset")
+    return [key for key in list(file.keys()) if key.endswith(learned)]
+
+
 def learned_of_far(file: Any) -> bool:
     """Whether a safetensors file holds what is learned of far keys."""
-    learned = (".processor.far_weight", ".processor.far_offset")
-    return any(key.endswith(learned) for key in list(file.keys()))
+    return bool(keys_of_far(file))
 
 
 def made_for_far(file: Any) -> bool:
@@ -158,6 +163,8 @@ def check_header(
         raise ValueError(f"{who}: the metadata's far is not true or false: {header['far']!r}.")
     if learned_of_far(file) and header.get("far") == "false":
         raise ValueError(f"{who}: the metadata says far=false, but there are tensors of far keys.")
+    if header.get("far") == "true" and factor > 1:
+        raise ValueError(f"{who}: the metadata says far=true, but it is for down_factor={factor}.")
     weight = header.get("pooled_weight", "one")
     if factor > 1 and weight != settings.pooled_weight:
         logger.warning(

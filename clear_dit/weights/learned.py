@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..attention.processor import LEARNED, CLEARProcessor
@@ -28,6 +29,24 @@ def settle(attn: Any, old: Any = None) -> None:
         weight.data = weight.data.to(device=device, dtype=like.dtype)
         if trained is not None and trained.shape == weight.shape:
             weight.data.copy_(trained.data)
+
+
+def give_learned(name: str, attn: Any, learned: dict[str, torch.Tensor], old: Any) -> None:
+    """Give a layer's new processor, which has far keys, what is known to be learned of them.
+
+    Args:
+        name: of the layer.
+        attn: the layer.
+        learned: what the loaded weights hold of it, by its name in a file; empty where nothing.
+        old: its processor before: what it has counts, it may have been trained further.
+    """
+    prefix = f"{name}.processor."
+    if getattr(old, "far_weight", None) is not None:
+        attn.processor.add_far_parameters(attn.heads)
+    elif f"{prefix}far_weight" in learned:
+        attn.processor.add_far_parameters(attn.heads)
+        for kind in ("far_weight", "far_offset"):
+            getattr(attn.processor, kind).data.copy_(learned[prefix + kind])
 
 
 def make_far_trainable(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from ..families.table import attention_layers, transformer_of
 from ..versions import __version__
 from .format import (
     check_header,
+    keys_of_far,
     learned_of_far,
     made_for_far,
     parameters_by_key,
@@ -34,8 +35,8 @@ from .format import (
     pooling_shapes,
     refuse_unsuitable,
 )
-from .learned import refuse_shared, settle
-from .state import ClearState, warn_of_far
+from .learned import give_learned, refuse_shared, settle
+from .state import ClearState
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
     state = ClearState.on(model)
     if state is not None:
         state.reconcile(model)
+        state.decide_far(model)
     processors = {name: attn.processor for name, attn in attention_layers(model).items()}
     for name, processor in processors.items():
         if not isinstance(processor, CLEARProcessor):
@@ -124,7 +126,6 @@ def load_clear_weights(
         if learned_of_far(file) and settings.far is not False:
             refuse_shared(model, f"load_clear_weights: to learn of far keys, as {path.name} did,")
         load_checked(model, file)
-    warn_of_far(model)
 
 
 def save_clear_weights(
@@ -250,7 +251,7 @@ def find_weights(
         raise FileNotFoundError(f"{who}: there is no file or folder {repository!r}.")
     try:
         for name in names[:-1]:
-            with suppress(EntryNotFoundError):
+            with suppress(EntryNotFoundError):  # nor in the cache, where the hub is not asked
                 return Path(huggingface_hub.hf_hub_download(repository, name, **hub_options))
         return Path(huggingface_hub.hf_hub_download(repository, names[-1], **hub_options))
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError, OSError) as error:
@@ -298,13 +299,16 @@ def load_checked(model: nn.Module, file: Any) -> None:
                 state.weights[key] = parameter.detach().to("cpu", copy=True)
             parameter.copy_(file.get_tensor(key))
         state.weights_far = made_for_far(file)
-        state.decide_far(model)
-        for attn in attention_layers(model).values():
+        state.learned = {key: file.get_tensor(key) for key in keys_of_far(file)}
+        for name, attn in attention_layers(model).items():
             processor = attn.processor
             processor.far_weight, processor.far_offset = None, None
-            if processor.has_far_keys and learned_of_far(file):
-                processor.add_far_parameters(attn.heads)
+            processor.decide_far(state.weights_far)
+            if processor.has_far_keys:
+                give_learned(name, attn, state.learned, None)
                 settle(attn)
         for key, parameter in pooling_by_key(model).items():
             parameter.copy_(file.get_tensor(key))
-    logger.info("CLEAR weights loaded: %d tensors", len(file.keys()))
+    made_for = "far keys" if state.weights_far else "local attention"
+    logger.info("CLEAR weights loaded: %d tensors, made for %s", len(file.keys()), made_for)
+    state.decide_far(model)

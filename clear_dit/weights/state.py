@@ -25,15 +25,19 @@ from .format import parameters_by_key, refuse_unsuitable
 
 logger = logging.getLogger(__name__)
 
-# Of far=True with weights made for local attention, and the other way round.
+# What runs is not what the weights were made for.
 FAR_WITH_LOCAL_WEIGHTS = (
     "far=True, but the CLEAR weights that are loaded were made for local attention: on the demo, "
     "r=4, images are then 20.3 dB from full attention's, with the model's own weights 25.2 dB. "
     "Leave far out to run them as they were made, or the weights to run far keys."
 )
 LOCAL_WITH_FAR_WEIGHTS = (
-    "far=False, but the CLEAR weights that are loaded were made for far keys; how that "
-    "does was not measured. Leave far out to run them as they were made."
+    "there are no far keys, but the CLEAR weights that are loaded were made for them; how that "
+    "does was not measured. Leave far (and down_factor) out to run them as they were made."
+)
+WITHOUT_LEARNED = (
+    "the CLEAR weights that are loaded learned how far keys are pooled, but the processors set "
+    "since then do not know; call apply_clear instead of set_attn_processor."
 )
 
 
@@ -46,6 +50,7 @@ class ClearState:
         installed: those of CLEAR, by layer name.
         weights: parameters as they were before CLEAR weights were loaded, on the CPU, by name.
         weights_far: whether those CLEAR weights were made for far keys; None where there are none.
+        learned: what they learned of far keys, on the CPU, by its name in a file.
     """
 
     def __init__(self) -> None:
@@ -54,8 +59,10 @@ class ClearState:
         self.installed: dict[str, CLEARProcessor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.weights_far: bool | None = None
+        self.learned: dict[str, torch.Tensor] = {}
         self._handle: RemovableHandle | None = None
         self._warned = False
+        self._said_of_far: str | None = None
 
     @classmethod
     def on(cls, model: nn.Module) -> ClearState | None:
@@ -84,14 +91,28 @@ class ClearState:
             for key, original in self.weights.items():
                 parameters[key].copy_(original)
         self.weights.clear()
+        self.learned.clear()
         self.weights_far = None
 
     @torch.compiler.disable
     def decide_far(self, model: nn.Module) -> None:
-        """Tell the processors there are whether the loaded weights were made for far keys."""
-        for attn in attention_layers(model).values():
+        """Tell the processors there are whether the loaded weights were made for far keys.
+
+        Warns, once, where what runs is not what those were made for.
+        """
+        layers = attention_layers(model)
+        for attn in layers.values():
             if isinstance(attn.processor, CLEARProcessor):
                 attn.processor.decide_far(self.weights_far)
+        first, message = next(iter(layers.values())).processor, None
+        if self.weights_far is not None and isinstance(first, CLEARProcessor):
+            if first.has_far_keys != self.weights_far:
+                message = LOCAL_WITH_FAR_WEIGHTS if self.weights_far else FAR_WITH_LOCAL_WEIGHTS
+            elif self.learned and first.far_weight is None:
+                message = WITHOUT_LEARNED
+        if message not in (None, self._said_of_far):
+            logger.warning(message)
+        self._said_of_far = message
 
     def reconcile(self, model: nn.Module) -> None:
         """Follow diffusers where it loaded or unloaded an IP-adapter since CLEAR was applied.
@@ -127,8 +148,7 @@ class ClearState:
     def __call__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.weights_far is not None:
-            self.decide_far(model)  # processors set since then were not told
+        self.decide_far(model)  # processors set since then were not told
         if self.tracker is None:
             return None
         return self._before_forward(model, args, kwargs)
@@ -190,12 +210,3 @@ class ClearState:
                 type(current).__name__,
             )
         return len(others) < len(layers)
-
-
-def warn_of_far(model: nn.Module) -> None:
-    """Warn where a setting contradicts what the loaded CLEAR weights were made for."""
-    state = ClearState.on(model)
-    weights_far = None if state is None else state.weights_far
-    processor = next(iter(attention_layers(model).values())).processor
-    if weights_far is not None and processor.far not in (None, weights_far):
-        logger.warning(FAR_WITH_LOCAL_WEIGHTS if processor.far else LOCAL_WITH_FAR_WEIGHTS)

@@ -24,7 +24,7 @@ def runs_clear(model: nn.Module) -> bool:
 
 
 def pools_keys(model: nn.Module) -> bool:
-    """Whether any attention layer of a FLUX transformer pools keys for far tokens."""
+    """Whether any attention layer of a FLUX transformer has the pooled keys of down_factor."""
     processors = [attn.processor for attn in attention_layers(model).values()]
     return any(isinstance(one, CLEARProcessor) and one.down_factor > 1 for one in processors)
 

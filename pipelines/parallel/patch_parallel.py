@@ -239,7 +239,7 @@ class PatchParallel:
         if tracker.pooled_weight != "one":
             raise ValueError(
                 f"{WHO} does not share pooled keys that weigh as their tokens; call apply_clear "
-                "with pooled_weight='one', or with far=True."
+                "with pooled_weight='one', or with down_factor=1 and far=True."
             )
         key = (layout, tracker.radius, tracker.down_factor, tracker.far_levels)
         if key not in self._shares:

@@ -29,6 +29,7 @@ from clear_dit.weights.load import find_weights, published_name
 from clear_dit.weights.state import (
     FAR_WITH_LOCAL_WEIGHTS,
     LOCAL_WITH_FAR_WEIGHTS,
+    WITHOUT_LEARNED,
     ClearState,
 )
 
@@ -451,17 +452,50 @@ def test_settings_against_the_weights(tiny_transformer, tmp_path, caplog, route,
     caplog.clear()
     apply_clear(model, radius=4)
     assert far_of(model) == made_for
+    assert bool(pooling_by_key(model)) == made_for  # and back with them
     apply_clear(model, radius=4, far=not made_for)
     assert caplog.text.count(message) == 1
 
 
-def test_processors_set_after_the_weights(tiny_transformer, tiny_inputs, tmp_path):
+def test_processors_set_after_the_weights(tiny_transformer, tiny_inputs, tmp_path, caplog):
     path = save_weights(tmp_path, tiny_transformer(seed=5), far=False)
     model = tiny_transformer()
     apply_clear(model, radius=4, weights=path)
     model.set_attn_processor(CLEARProcessor(radius=4))
+    save_clear_weights(model, tmp_path / "again.safetensors")  # before any forward
+    with safe_open(tmp_path / "again.safetensors", framework="pt") as file:
+        assert file.metadata()["far"] == "false"
+    model.set_attn_processor(CLEARProcessor(radius=4))
     model(**tiny_inputs(4, 6))
     assert not far_of(model)
+    model.set_attn_processor(CLEARProcessor(radius=4, far=True))
+    for _ in range(2):
+        model(**tiny_inputs(4, 6))
+    assert caplog.text.count(FAR_WITH_LOCAL_WEIGHTS) == 1
+
+
+def test_a_processor_outlives_the_weights(tiny_transformer, tmp_path):
+    path = save_weights(tmp_path, tiny_transformer(seed=5), far=False)
+    model, processor = tiny_transformer(), CLEARProcessor(radius=4)
+    model.set_attn_processor(processor)
+    load_clear_weights(model, path)
+    assert not far_of(model)
+    remove_clear(model)
+    model.set_attn_processor(processor)
+    assert far_of(model)
+
+
+def test_far_weights_without_what_they_learned(tiny_transformer, tiny_inputs, tmp_path, caplog):
+    path = save_weights(tmp_path, tiny_transformer(seed=5), far=True, learned=True)
+    model = tiny_transformer()
+    apply_clear(model, radius=4, weights=path)
+    model.set_attn_processor(CLEARProcessor(radius=4))
+    model(**tiny_inputs(4, 6))
+    assert caplog.text.count(WITHOUT_LEARNED) == 1
+    apply_clear(model, radius=1)  # there are none
+    assert caplog.text.count(LOCAL_WITH_FAR_WEIGHTS) == 1
+    apply_clear(model, radius=4)
+    assert pooling_by_key(model).keys() == ClearState.on(model).learned.keys()
 
 
 @pytest.mark.parametrize("made_for", [None, False])
