@@ -144,7 +144,7 @@ def _reachable_keys(window: Window, first: int, last: int, keys: torch.Tensor) -
         (start, stop), columns = window.given_rows(level), cell_count(width, level)
         seen = window.rows_in_reach(level, rows)
         low = begin + (max(seen.start, start) - start) * columns
-        high = begin + (min(seen.stop, stop) - start) * columns
+        high = max(low, begin + (min(seen.stop, stop) - start) * columns)
         found.append(keys[low:high])
         begin += (stop - start) * columns
     return torch.cat([*found, keys[begin:]])

@@ -64,11 +64,6 @@ class Geometry(NamedTuple):
         """Number of image tokens that are queries."""
         return (self.query_stop - self.query_start) * self.width
 
-    @property
-    def reach(self) -> int:
-        """Rows (and columns) above and below a query in which there may be tokens that it sees."""
-        return self.radius if self.far_levels else self.radius - 1
-
     def given_rows(self, level: int) -> tuple[int, int]:
         """Rows of a level's cells (of tokens, for level 0) that are among the keys."""
         if self.key_rows:

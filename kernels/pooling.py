@@ -317,18 +317,18 @@ def _log_counts(
 ) -> torch.Tensor:
     parts = []
     if down_factor > 1:
-        sizes = (torch.arange(0, size, down_factor) for size in (height, width))
+        sizes = (torch.arange(0, size, down_factor, device=device) for size in (height, width))
         rows, columns = (
             (size - first).clamp(max=down_factor)
             for size, first in zip((height, width), sizes, strict=True)
         )
         parts.append(torch.outer(rows, columns))
     for level in range(1, far_levels + 1):
-        rows, columns = (tokens_of_cells(size, level) for size in (height, width))
+        rows, columns = (tokens_of_cells(size, level, device) for size in (height, width))
         if key_rows:
             rows = rows[key_rows[2 * level] : key_rows[2 * level + 1]]
         parts.append(torch.outer(rows, columns))
-    return torch.cat([part.reshape(-1) for part in parts]).float().log().to(device)
+    return torch.cat([part.reshape(-1) for part in parts]).float().log()
 
 
 @_log_counts.register_fake

@@ -40,10 +40,12 @@ def tile_choices(window: Window) -> list[dict[str, Any]]:
         tiles.tile_columns(window.width, radius).key_length,
     )
     choices: list[tuple[str, tuple[int, ...], tuple[int, ...] | str, float]] = []
-    configs = dict.fromkeys((c.tiling, c.dense_keys) for table in FORWARD.values() for c in table)
-    for tiling, dense_keys in configs if radius <= LARGEST_LISTED_RADIUS else ():
-        keys = triton_keys(window, tiling, dense_keys)
-        steps = (dense_keys,) if far else (tiling.step_rows, tiling.step_columns)
+    configs = dict.fromkeys(
+        (c.tiling, c.dense_keys, c.far_keys) for table in FORWARD.values() for c in table
+    )
+    for tiling, dense_keys, far_keys in configs if radius <= LARGEST_LISTED_RADIUS else ():
+        keys = triton_keys(window, tiling, dense_keys, far_keys)
+        steps = (far_keys,) if far else (tiling.step_rows, tiling.step_columns)
         choices.append(("triton", (tiling.rows, tiling.columns), steps, keys))
     tile = (tiles.TILE_ROWS, tiles.TILE_COLUMNS)
     choices += [
@@ -68,8 +70,11 @@ def exact_keys(window: Window) -> float:
     return (window.attended_pairs() - text_pairs) / window.image_length
 
 
-def triton_keys(window: Window, tiling: Tiling, dense_keys: int) -> float:
-    """Keys that a program of the Triton kernels computes for an image query."""
+def triton_keys(window: Window, tiling: Tiling, dense_keys: int, far_keys: int) -> float:
+    """Keys that a program of the Triton kernels computes for an image query.
+
+    dense_keys, far_keys: text and listed keys of a step.
+    """
     if not window.far_levels:
         return executed_keys(window, tiling, dense_keys)
     tiles_of_axes = (
@@ -78,7 +83,7 @@ def triton_keys(window: Window, tiling: Tiling, dense_keys: int) -> float:
     )
     queries = math.prod(tiles_of_axes) * tiling.rows * tiling.columns
     text = math.ceil(window.text_length / dense_keys) * dense_keys
-    listed = executed_far_keys(window, tiling, dense_keys)
+    listed = executed_far_keys(window, tiling, far_keys)
     return sum(listed) + text * queries / window.image_length
 
 

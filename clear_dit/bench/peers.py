@@ -123,7 +123,7 @@ def triton_pairs(query: torch.Tensor, window: Window) -> float:
     entries = tables.forward_configs(*table_key(query.device, query.dtype, query.shape[-1]))
     pin = os.environ.get(tuning.PIN)
     entry = next((entry for entry in entries if entry.name == pin), entries[0])
-    keys = triton_keys(window, entry.tiling, entry.dense_keys)
+    keys = triton_keys(window, entry.tiling, entry.dense_keys, entry.far_keys)
     return keys * window.image_length + window.text_length * window.sequence_length
 
 

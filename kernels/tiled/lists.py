@@ -31,7 +31,7 @@ NOTHING = -1e30
 
 def by_lists(geometry: Geometry) -> bool:
     """Whether tiles take their keys by lists, because rectangles would not fit."""
-    return bool(geometry.far_levels or geometry.key_rows)
+    return geometry.far_levels > 0
 
 
 def keys_of_tiles(

@@ -43,7 +43,7 @@ def attend(
     Args:
         query: (batch, heads, queries, head_dim), head_dim contiguous.
         key, value: (batch, heads, keys, head_dim), at least one key, head_dim contiguous.
-        bias: (batch, 1, queries, keys) added to the scaled scores, or None.
+        bias: (batch, 1 or heads, queries, keys) added to the scaled scores, or None.
 
     Returns:
         out (batch, heads, queries, head_dim) and lse (batch, heads, queries), float32 or wider.

@@ -81,10 +81,10 @@ def _query_spans(start: int, stop: int, tile: int) -> _Spans:
 def _cell_spans(length: int, levels: int, level: int, given: tuple[int, int], tile: int) -> _Spans:
     """Of `tile` cells each; cells `given` of an axis of `length` tokens."""
     start, stop = given
-    own = doubled_centres(length, level).numpy()
+    own = doubled_centres(length, level, "cpu").numpy()
     around = own
     if level < levels:
-        around = np.repeat(doubled_centres(length, level + 1).numpy(), 2)[: len(own)]
+        around = np.repeat(doubled_centres(length, level + 1, "cpu").numpy(), 2)[: len(own)]
     first = np.arange(start, stop, tile)
     ends = np.stack([first, np.minimum(first + tile, stop) - 1])
     return _Spans(own[ends], around[ends])

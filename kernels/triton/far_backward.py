@@ -211,9 +211,9 @@ def far_key_backward(
             image_grad, grad_token, batch, head, y, x, height, width, head_dim,
             STEP_R, STEP_C, D, EVEN_D, True, False,
         )  # fmt: skip
-        # Queries beyond the border add nothing, as in `walk_queries`.
+        # Queries beyond the border have no probability: 1 times a cell's count overflows float16.
         tokens, exists = locate_tile(y, x, height, width, STEP_R, STEP_C, True)
-        row_lse = tl.load(lse + tokens, mask=exists, other=0.0)
+        row_lse = tl.load(lse + tokens, mask=exists, other=float("inf"))
         row_delta = tl.load(delta + tokens, mask=exists, other=0.0)
         within = nearer(outer_y, outer_x, outer2, y, x, M, STEP_R, STEP_C)
         inside = nearer(inner_y, inner_x, inner2, y, x, M, STEP_R, STEP_C)

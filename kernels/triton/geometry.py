@@ -133,8 +133,7 @@ def visits(
 ) -> Visits:
     """The lists of a grid of height x width tokens for discs of `radius` tokens.
 
-    owner_rows: (start, stop) of the rows that owners take up, all where None; rows beyond the grid
-        are rows of queries whose keys are not given.
+    owner_rows: (start, stop) of the rows that owners take up; all where None.
 
     A pure function of its arguments; remembered, because a model asks once per layer and step.
     """
@@ -177,8 +176,3 @@ def executed_keys(window: Window, tiling: Tiling, text_block: int = 64) -> float
     step = tiling.step_rows * tiling.step_columns
     queries = tiling.rows * tiling.columns
     return (visited * step + tiles * dense) * queries / window.image_length
-
-
-def exact_keys(window: Window) -> float:
-    """Keys an image query attends to, text and pooled included, the mean over the image."""
-    return window.disc_pairs() / window.image_length + window.text_length + window.pooled_length

@@ -58,18 +58,14 @@ def image_attention(
     config: ForwardConfig,
 ) -> None:
     """Write the image tokens' part of `out` and `lse`, both contiguous; without far keys."""
-    _, width, text_length, radius, scale, start, stop, *_ = geometry
-    # The disc moves along: rows count from the first that is given.
-    first, last = geometry.given_rows(0)
-    height, start, stop = last - first, start - first, stop - first
+    height, width, text_length, radius, scale, start, stop, *_ = geometry
     batch, queries, heads, head_dim = query.shape
     tiling = config.tiling
     text_queries = queries - geometry.image_queries
     found = visits(height, width, radius, tiling, query.device, (start, stop))
     size = channels(head_dim)
     image_key, image_value = key[:, text_length:], value[:, text_length:]
-    descriptor = config.descriptor and height > 0
-    if descriptor:
+    if config.descriptor:
         block = [1, tiling.step_rows, tiling.step_columns, 1, size["D"]]
         image_key, image_value = (
             TensorDescriptor.from_tensor(image.unflatten(1, (height, width)), block)
@@ -85,7 +81,7 @@ def image_attention(
         tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius**2, scale * math.log2(math.e),
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
         N=config.dense_keys, **size, EVEN_TEXT=text_length % config.dense_keys == 0,
-        POOLED=pooled_key.shape[1] > 0, BIAS=len(bias) > 0, DESCRIPTOR=descriptor,
+        POOLED=pooled_key.shape[1] > 0, BIAS=len(bias) > 0, DESCRIPTOR=config.descriptor,
         STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from clear_dit.bench import attention
 from clear_dit.bench.attention import Problem, bench_attention, sampled_error
+from clear_dit.bench.executed import exact_keys
 from clear_dit.bench.peers import (
     PEERS,
     _tiled_mask,
@@ -26,7 +27,6 @@ from clear_dit.bench.timing import time_in_turn
 from clear_dit.errors import RequestError
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.pooling import pooled_keys
-from clear_dit.kernels.triton.geometry import exact_keys
 from clear_dit.kernels.window import Window
 
 CPU = torch.device("cpu")

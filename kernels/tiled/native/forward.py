@@ -234,7 +234,7 @@ def executed_pairs(window: Window, head_dim: int) -> int:
 
 def _level_keys(window: Window, level: int, rows: int, columns: int) -> int:
     """Tokens or cells of a level that are computed for all tiles of rows x columns queries."""
-    given = window.comparisons(level)
+    given = window.comparisons(level, "cpu")
     start, stop = window.given_rows(level)
     inner_y, inner_x, inner2, outer_y, outer_x, outer2 = (
         each.numpy().astype(np.int64).reshape(stop - start, -1) for each in given

@@ -59,7 +59,8 @@ def test_float32_is_the_definition(name):
 
 @pytest.mark.parametrize("name", slow_but(CASES, "no text", "counts of pooled keys"))
 def test_half_precision_is_the_definition(name):
-    case = problem(CASES[name], batch=2, heads=1, head_dim=16)
+    """Of means and counts alone: all heads then read one bias."""
+    case = problem(CASES[name], batch=1, heads=2, head_dim=16, weighted=False)
     check(run(CASES[name]), case, torch.float16)
 
 
@@ -83,8 +84,6 @@ def given(tensor, window, level, start=0):
     [
         (Window(13, 11, 0, 3, query_rows=(3, 8), far_levels=3), (7, 3, 2, 0)),
         (Window(13, 11, 0, 2, query_rows=(1, 4), far_levels=3), (13, 7, 4, 2)),  # nothing is left
-        (Window(19, 9, 0, 4, query_rows=(5, 16)), (9,)),
-        (Window(19, 9, 0, 3, query_rows=(0, 4)), (11,)),  # the second part is out of reach
     ],
 )
 def test_parts_of_the_keys_merge_to_the_whole(window, cuts):

@@ -5,7 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from clear_dit.kernels.triton.geometry import Tiling, exact_keys, executed_keys, visits
+from clear_dit.bench.executed import exact_keys
+from clear_dit.kernels.triton.geometry import Tiling, executed_keys, visits
 from clear_dit.kernels.window import Window
 
 CPU = torch.device("cpu")
