@@ -133,7 +133,8 @@ def _of_entries(
     """
     key = launch.table_key(device, dtype, head_dim)
     make = partial(Check, window=window, dtype=dtype, head_dim=head_dim, batch=1 if few else 2)
-    for entry in tables.forward_configs(*key)[: 1 if few else None]:
+    far = window.far_levels > 0
+    for entry in tables.forward_configs(*key, far=far)[: 1 if few else None]:
         yield make(f"forward {entry.name}", "forward", entry=entry)
     for count in (5,) if few else (1, 5, programs(device)):
         yield make("text", "text", entry=tables.text_config(*key), programs=count)

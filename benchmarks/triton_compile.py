@@ -65,7 +65,7 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     cells = sum(cell_count(height, one) * cell_count(width, one) for one in range(1, LEVELS + 1))
     far, of_cells = geometry._replace(far_levels=LEVELS), (query[:, :cells].contiguous(),) * 2
     bias = torch.empty(cells, 1, device="meta").expand(-1, HEADS)
-    for entry in entries:
+    for entry in tables.forward_configs(*key_of_table, far=True):
         yield (
             f"{entry.name} far",
             lambda entry=entry: launch.far_attention(

@@ -153,9 +153,12 @@ BACKWARD = {
 
 # float16 and bfloat16, head_dim above 128.
 WIDE_FORWARD = (ForwardConfig(_HALF, 32, 4, 1),)
+WIDE_FAR_FORWARD = (ForwardConfig(_HALF, 32, 8, 1, far_keys=16),)
 WIDE_TEXT = RunConfig(64, 32, 4, 1)
 _WIDE_TILE, _WIDE_RUN = TileConfig(_QUARTER, 4, 1), RunConfig(32, 32, 4, 1)
-WIDE_BACKWARD = BackwardConfig(_WIDE_TILE, _WIDE_TILE, _WIDE_TILE, _WIDE_TILE, _WIDE_RUN, _WIDE_RUN)
+WIDE_BACKWARD = BackwardConfig(
+    _WIDE_TILE, _WIDE_TILE, _WIDE_TILE, TileConfig(_QUARTER, 8, 1), _WIDE_RUN, _WIDE_RUN
+)
 
 # float32: no tensor cores, for its products are not rounded; larger tiles spill.
 FLOAT32_FORWARD = (ForwardConfig(_TINY, 16, 4, 1, far_keys=16),)
@@ -170,10 +173,14 @@ FLOAT32_BACKWARD = BackwardConfig(
 
 
 def forward_configs(
-    architecture: str, channels: int, element_size: int
+    architecture: str, channels: int, element_size: int, far: bool = False
 ) -> tuple[ForwardConfig, ...]:
-    """Entries for the image queries' kernel that fit into shared memory, the default first."""
-    entries = FORWARD[architecture] if channels <= 128 else WIDE_FORWARD
+    """Entries for the image queries' kernel that fit into shared memory, the default first.
+
+    far: with far keys.
+    """
+    wide = WIDE_FAR_FORWARD if far else WIDE_FORWARD
+    entries = FORWARD[architecture] if channels <= 128 else wide
     if element_size == 4:
         entries = FLOAT32_FORWARD
     limit = SHARED_MEMORY[architecture]
