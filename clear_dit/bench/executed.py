@@ -41,7 +41,9 @@ def tile_choices(window: Window) -> list[dict[str, Any]]:
     )
     choices: list[tuple[str, tuple[int, ...], tuple[int, ...] | str, float]] = []
     configs = dict.fromkeys(
-        (c.tiling, c.dense_keys, c.far_keys) for table in FORWARD.values() for c in table
+        (c.tiling, c.dense_keys, c.far_keys if far else 0)
+        for table in FORWARD.values()
+        for c in table
     )
     for tiling, dense_keys, far_keys in configs if radius <= LARGEST_LISTED_RADIUS else ():
         keys = triton_keys(window, tiling, dense_keys, far_keys)

@@ -211,6 +211,10 @@ def weights_settings(path: Path, given: Sequence[Setting] = ()) -> Setting:
         raise RequestError(
             f"--weights: {path} has no numbers for radius and down_factor: {radius}, {factor}."
         )
+    if header.get("far", "true") not in ("true", "false"):
+        raise RequestError(
+            f"--weights: {path} has neither true nor false for far: {header['far']!r}."
+        )
     return int(radius), int(factor), made_for
 
 

@@ -329,11 +329,11 @@ def test_bench_attention_times_nothing_that_is_wrong(monkeypatch, capsys):
 
 @pytest.mark.parametrize("far", [(), ("--far",)])
 def test_bench_growth(capsys, far):
-    arguments = ("--sizes", "128,1024", "--heads", 1, "--head-dim", 16, "--text-length", 4)
+    arguments = ("--sizes", "128,2048", "--heads", 1, "--head-dim", 16, "--text-length", 4)
     assert run("bench", "growth", *arguments, *far, "--repeats", 1, "--json") == 0
     result = last_json(capsys)
     assert result["far"] is bool(far)
-    assert [row["width"] for row in result["rows"]] == [128, 1024]
+    assert [row["width"] for row in result["rows"]] == [128, 2048]
     assert result["correct"] is True
     assert result["exponent"] > 0
 

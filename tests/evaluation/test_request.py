@@ -25,7 +25,7 @@ def test_untuned_rows_by_radius():
 
 def test_one_command_has_rows_with_far_keys_and_without(weights, tmp_path):
     tuned = tmp_path / "clear_far_2.safetensors"
-    save_file({"x": torch.zeros(1)}, tuned)
+    save_file({"x": torch.zeros(1)}, tuned, metadata={"radius": "2", "far": "true"})
     request = make_evaluate_request(
         "demo", "demo", 1, height=64, width=64, weights=[str(weights), str(tuned)], radii=[3]
     )
@@ -65,7 +65,7 @@ def test_several_weights_of_one_setting_are_told_apart(weights, tmp_path):
         ("clear_local_8_down_4", None, (8, 4, False)),
         ("clear_local_32", None, (32, 1, False)),
         ("clear_local_32", {"radius": "7"}, (7, 1, False)),
-        ("clear_far_32", None, (32, 1, True)),
+        ("clear_far_32", None, (32, 1, False)),  # it is the metadata that says so
     ],
 )
 def test_settings_come_from_metadata_or_a_published_name(tmp_path, name, header, expected):
