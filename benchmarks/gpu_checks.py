@@ -170,9 +170,10 @@ def _scores(
     offset: torch.Tensor | None,
     window: Window,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    pooled = pooled_keys(key, value, window, weight)
+    scale = query.shape[-1] ** -0.5
+    pooled = pooled_keys(key, value, window, weight, scale)
     key, value = (torch.cat(pair, dim=1) for pair in zip((key, value), pooled, strict=True))
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
     bias = pooled_bias(window, query.shape[2], offset, query.device).to(scores.dtype)
     scores = scores + torch.nn.functional.pad(bias.T, (key.shape[1] - len(bias), 0))[:, None]
     return scores.masked_fill(~window.mask(query.device), float("-inf")), value
@@ -281,7 +282,7 @@ def _check_forward(check: Check, device: torch.device) -> list[dict[str, Any]]:
     """One entry of a table: of the image's queries, or of the text's."""
     (query, key, value, _), (weight, offset) = _inputs(check, device)
     window, text, scale = check.window, check.window.text_length, check.head_dim**-0.5
-    pooled = [x.contiguous() for x in pooled_keys(key, value, window, weight)]
+    pooled = [x.contiguous() for x in pooled_keys(key, value, window, weight, scale)]
     bias = pooled_bias(window, HEADS, offset, device)
     plain = plain_attention(query, key, value, weight, offset, window)
     wide = _double([weight, offset])

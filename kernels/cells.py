@@ -5,7 +5,9 @@ cell the tokens it has. A query looks into a cell, and sees its children instead
 level below, at last the tokens), iff the cell's centre is nearer than radius * 2^(l - 1) tokens and
 it looks into the cell around. So every token counts exactly once: alone, or within one cell. It is
 the near and far field of the fast multipole method (Greengard, Rokhlin 1987) in a softmax, as in
-H-Transformer-1D (arXiv 2107.11906) and Fast Multipole Attention (arXiv 2310.11960).
+H-Transformer-1D (arXiv 2107.11906) and Fast Multipole Attention (arXiv 2310.11960). A cell's key
+and value are means of its tokens' weighted by the softmax of scale * |key|^2 (pooling.py): long
+keys dominate what the tokens would add to a query's softmax.
 
 From a radius of 2 on a cell that is near enough lies in one that is: the centres are at most
 sqrt(2) * 2^(l - 1) tokens apart, and the reach grows by radius * 2^(l - 1). So two comparisons

@@ -62,7 +62,7 @@ def flex_attention(
         compiled: False runs FlexAttention's eager form, which is dense and slow: for tests.
     """
     if pooled is None:
-        pooled = pooled_keys(key, value, window, spatial_weight)
+        pooled = pooled_keys(key, value, window, spatial_weight, scale)
     key, value = (torch.cat([x, part], dim=1) for x, part in zip((key, value), pooled, strict=True))
     bias = pooled_bias(window, query.shape[2], far_offset, query.device)
     run = _compiled_flex_attention() if compiled else torch_flex_attention

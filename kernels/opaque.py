@@ -170,7 +170,7 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Attention:
         return_lse: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if pooled is None:
-            pooled = pooled_keys(key, value, window, spatial_weight)
+            pooled = pooled_keys(key, value, window, spatial_weight, scale)
         bias = pooled_bias(window, query.shape[2], far_offset, query.device)
         return op(query, key, value, *pooled, bias, *Geometry.of(window, scale))
 

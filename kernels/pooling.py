@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,11 @@ def pool_rows(
 
 
 def pooled_keys(
-    key: torch.Tensor, value: torch.Tensor, window: Window, spatial_weight: torch.Tensor | None
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window,
+    spatial_weight: torch.Tensor | None,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled key and value of a window whose image is whole, (batch, pooled, heads, head_dim) each.
 
@@ -86,12 +90,12 @@ def pooled_keys(
         key, value: (batch, text + image, heads, head_dim).
         window: without `key_rows`; no pooled tokens where it has neither pooled nor far keys.
         spatial_weight: as in `pool_tokens`, or as in `pool_cells`.
+        scale: factor on query times key, which far keys are weighted with.
     """
     if window.far_levels:
         text = window.text_length
         sizes = window.height, window.width, window.far_levels
-        key, value = (pool_cells(x[:, text:], spatial_weight, *sizes) for x in (key, value))
-        return key, value
+        return pool_cells(key[:, text:], value[:, text:], spatial_weight, *sizes, scale)
     if window.down_factor > 1:
         key, value = (pool_tokens(x, window, spatial_weight) for x in (key, value))
         return key, value
@@ -130,177 +134,253 @@ def pooled_bias(
 
 
 def pool_cells(
-    image: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     weight: torch.Tensor | None,
     height: int,
     width: int,
     levels: int,
-) -> torch.Tensor:
-    """The cells of every level, each pooled from the level below it.
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value of the cells of every level, each pooled from the level below it.
 
-    A cell is the mean of its tokens: the mean of its (up to) 2 x 2 children, each counted as often
-    as it has tokens. `weight` learns it: a child's share is then times 4 times its weight.
+    A cell is the mean of its tokens, weighted by the softmax of scale * |key|^2 over them, of every
+    head: long keys dominate what its tokens would add to a query's softmax. It is made of its (up
+    to) 2 x 2 children, whose shares are what the weights of their tokens add up to. `weight` learns
+    it: a child's share is then times 4 times its weight.
 
     Args:
-        image: (batch, height * width, heads, head_dim), in raster order.
+        key, value: (batch, height * width, heads, head_dim), in raster order.
         weight: (levels or more, 2, 2), by the child's place; 1 / 4 each where None.
+        scale: factor on query times key.
 
     Returns:
-        (batch, cells, heads, head_dim) in the dtype of `image`, level after level, each in raster
-        order; summed in float32 or wider.
+        Two of (batch, cells, heads, head_dim) in the dtype of `key`, level after level, each in
+        raster order; summed in float32 or wider.
     """
-    if weight is None:
-        return _pool_cells(
-            image, image.new_empty(0, 2, 2, dtype=torch.float32), height, width, levels
-        )
-    return _pool_cells(image, weight[:levels], height, width, levels)
+    return _pool_cells(key, value, _given(weight, levels, key), height, width, levels, scale)
 
 
 def pool_cell_rows(
-    image: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     weight: torch.Tensor | None,
-    height: int,
     width: int,
     levels: int,
+    scale: float,
     rows: range,
-) -> list[torch.Tensor]:
-    """What some rows of the image contribute to the cells of every level: parts of a cell add up.
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The cells of every level made of some rows of the image alone: parts of the whole cells.
 
-    Pooling is linear: a token's share of a cell, and so that of a part of a cell, depends on where
-    it lies alone. The parts of `pool_cells` that all rows make add up to the cells.
+    The sum of a cell's parts times their `shares` is what `pool_cells` makes of all rows.
 
     Args:
-        image: (batch, rows * width, heads, head_dim), the tokens of these rows.
-        weight, height, width, levels: as in `pool_cells`, of the whole image.
-        rows: which they are, at least one.
+        key, value: (batch, rows * width, heads, head_dim), the tokens of these rows.
+        weight, width, levels, scale: as in `pool_cells`.
+        rows: which of the whole image's they are, at least one.
 
     Returns:
-        Level by level (batch, rows of cells, columns, heads, head_dim) in float32 or wider, for the
-        rows of cells from rows.start // 2^level to the one that has the last row.
+        Level by level key and value, (batch, rows of cells, columns, heads, head_dim), and largest
+        and mass as `shares` takes them, without head_dim; in float32 or wider, for the rows of
+        cells from rows.start // 2^level to the one that has the last row.
     """
-    weight = image.new_empty(0, 2, 2) if weight is None else weight[:levels]
-    return _pyramid(image, weight, height, width, levels, rows)[1:]
+    levels_of = _pyramid(key, value, _given(weight, levels, key), width, levels, scale, rows.start)
+    return [(level.key, level.value, level.largest, level.mass) for level in levels_of[1:]]
 
 
-def _cell_shares(
-    height: int, width: int, level: int, weight: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share of the cells of level - 1 in the one around, (rows of level, 2, columns, 2).
+def shares(
+    largest: torch.Tensor, mass: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What parts weigh in the whole: the softmax over all tokens, summed over those of a part.
 
-    0 where there is no such child. The second is what they are times a child's weight.
+    With the largest apart nothing overflows, and no number is rounded for being large.
+
+    Args:
+        largest: (parts, ...), of scale * |key|^2 of a part's tokens; -inf where there is no part.
+        mass: (parts, ...), the sum of exp(scale * |key|^2 - largest) over them; 0 likewise.
+
+    Returns:
+        The shares, (parts, ...), and largest and mass of the whole, (...).
     """
-    axes = []
-    for size in (height, width):
-        tokens = tokens_of_cells(size, level - 1, weight.device).to(dtype)
-        tokens = F.pad(tokens, (0, 2 * cell_count(size, level) - len(tokens))).unflatten(0, (-1, 2))
-        axes.append(tokens / tokens.sum(1, keepdim=True))
-    share = axes[0][:, :, None, None] * axes[1][None, None]
-    if not len(weight):
-        return share, share
-    return share * 4 * weight[level - 1].to(dtype)[None, :, None, :], share * 4
+    of_whole = largest.amax(0)
+    masses = mass * (largest - of_whole).exp_()
+    total = masses.sum(0)
+    return masses / total, of_whole, total
+
+
+def _given(weight: torch.Tensor | None, levels: int, key: torch.Tensor) -> torch.Tensor:
+    """An operator's weights: none of them means 1 / 4 each."""
+    return key.new_empty(0, 2, 2, dtype=torch.float32) if weight is None else weight[:levels]
+
+
+class _Level(NamedTuple):
+    """Tokens, or the cells of a level made of them.
+
+    Attributes:
+        key, value: (batch, rows, columns, heads, head_dim).
+        largest, mass: of their tokens, (batch, rows, columns, heads); see `shares`.
+        share: of the level below in these cells, (4 places, batch, rows, columns, heads); 0 where
+            there is no such child. Before its learned weight.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    largest: torch.Tensor
+    mass: torch.Tensor
+    share: torch.Tensor
 
 
 # A child's place in the cell around it.
 _PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
+def _learned(weight: torch.Tensor, level: int, place: int, dtype: torch.dtype) -> Any:
+    """Factor on the shares of a level's children at a place."""
+    return 4 * weight[level - 1].flatten()[place].to(dtype) if len(weight) else 1
+
+
 def _pyramid(
-    image: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     weight: torch.Tensor,
-    height: int,
     width: int,
     levels: int,
-    given: range | None = None,
-) -> list[torch.Tensor]:
-    """Tokens, then the cells of every level, (batch, rows, columns, heads, head_dim) each.
-
-    given: the image's rows that there are; what they contribute to the rows of cells they lie in.
-    """
-    given = range(height) if given is None else given
-    start, stop = given.start, given.stop
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    found = [image.unflatten(1, (stop - start, width))]
+    scale: float,
+    start: int = 0,
+) -> list[_Level]:
+    """Tokens, then the cells of every level; start: the whole image's row that is the first."""
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    key, value = (x.unflatten(1, (-1, width)) for x in (key, value))
+    # By quarters of the rows: a CPU makes a wide copy of what it takes the norm of.
+    lengths = [torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in key.chunk(4, dim=1)]
+    largest = torch.cat(lengths, dim=1).square_().mul_(scale)
+    found = [_Level(key, value, largest, torch.ones_like(largest), largest.new_empty(0))]
     for level in range(1, levels + 1):
         below = found[-1]
-        odd, start, stop = start % 2, start // 2, cell_count(stop, 1)
-        share, _ = _cell_shares(height, width, level, weight, dtype)
-        share = share[start:stop]
-        shape = below.shape[0], share.shape[0], share.shape[2], *below.shape[3:]
-        cells = below.new_zeros(shape, dtype=dtype)
+        # The first cell has no upper children where the first row is an odd one.
+        odd, start = start % 2, start // 2
+        share, largest, mass = shares(
+            _by_place(below.largest, odd, float("-inf")), _by_place(below.mass, odd, 0)
+        )
+        pooled = [x.new_zeros(*mass.shape, x.shape[-1], dtype=dtype) for x in below[:2]]
         # Child by child: at most a quarter of the tokens is wide at a time.
-        for i, j in _PLACES:
-            # The first cell has no upper children where the first row is an odd one.
+        for place, (i, j) in enumerate(_PLACES):
             first = 1 if odd and i == 0 else 0
-            children = below[:, (i + odd) % 2 :: 2, j::2]
-            rows, columns = first + children.shape[1], children.shape[2]
-            own = share[first:rows, i, :columns, j, None, None]
-            cells[:, first:rows, :columns].addcmul_(children, own)
-        found.append(cells)
+            own = (share[place] * _learned(weight, level, place, dtype))[..., None]
+            for cells, tokens in zip(pooled, below[:2], strict=True):
+                children = tokens[:, (i + odd) % 2 :: 2, j::2]
+                inside = slice(first, first + children.shape[1]), slice(children.shape[2])
+                cells[:, *inside].addcmul_(children, own[:, *inside])
+        found.append(_Level(pooled[0], pooled[1], largest, mass, share))
     return found
+
+
+def _by_place(x: torch.Tensor, odd: int, none: float) -> torch.Tensor:
+    """(batch, rows, columns, heads) of cells, in the cells around: with 4 places in front.
+
+    odd: whether the first row is an odd one; none: what stands for children that there are not.
+    """
+    rows, columns = x.shape[1:3]
+    x = F.pad(x, (0, 0, 0, columns % 2, odd, (odd + rows) % 2), value=none)
+    x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
+    return x.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
 
 
 # Opaque: torch.compile would make constants of what is odd or even about a size.
 @torch.library.custom_op("clear_dit::pool_cells", mutates_args=())
 def _pool_cells(
-    image: torch.Tensor, weight: torch.Tensor, height: int, width: int, levels: int
-) -> torch.Tensor:
-    cells = _pyramid(image, weight, height, width, levels)[1:]
-    return torch.cat([each.flatten(1, 2).to(image.dtype) for each in cells], dim=1)
-
-
-@_pool_cells.register_fake
-def _(image, weight, height, width, levels):
-    cells = sum(
-        cell_count(height, level) * cell_count(width, level) for level in range(1, levels + 1)
-    )
-    return image.new_empty(image.shape[0], cells, *image.shape[2:])
-
-
-@torch.library.custom_op("clear_dit::pool_cells_backward", mutates_args=())
-def _pool_cells_backward(
-    grad: torch.Tensor,
-    image: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     weight: torch.Tensor,
     height: int,
     width: int,
     levels: int,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    found = _pyramid(image, weight, height, width, levels)
+    cells = _pyramid(key, value, weight, width, levels, scale)[1:]
+    pooled_key = torch.cat([each.key.flatten(1, 2).to(key.dtype) for each in cells], dim=1)
+    pooled_value = torch.cat([each.value.flatten(1, 2).to(key.dtype) for each in cells], dim=1)
+    return pooled_key, pooled_value
+
+
+@_pool_cells.register_fake
+def _(key, value, weight, height, width, levels, scale):
+    cells = sum(
+        cell_count(height, level) * cell_count(width, level) for level in range(1, levels + 1)
+    )
+    shape = key.shape[0], cells, *key.shape[2:]
+    return key.new_empty(shape), key.new_empty(shape)
+
+
+@torch.library.custom_op("clear_dit::pool_cells_backward", mutates_args=())
+def _pool_cells_backward(
+    grad_key: torch.Tensor,
+    grad_value: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    width: int,
+    levels: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = _pyramid(key, value, weight, width, levels, scale)
     grad_weight = torch.zeros_like(weight)
-    parts = grad.split([each.shape[1] * each.shape[2] for each in found[1:]], dim=1)
-    carried: torch.Tensor | None = None
+    sizes = [each.key.shape[1] * each.key.shape[2] for each in found[1:]]
+    parts = list(zip(grad_key.split(sizes, 1), grad_value.split(sizes, 1), strict=True))
+    above: list[torch.Tensor] = []  # gradients of the level by way of those above it
+    of_log = torch.zeros_like(found[-1].mass)  # of the logarithm of what cells weigh
     for level in range(levels, 0, -1):
         below, cells = found[level - 1], found[level]
-        own_grad = parts[level - 1].unflatten(1, cells.shape[1:3]).to(cells.dtype)
-        if carried is not None:
-            own_grad = own_grad + carried
-        share, by_weight = _cell_shares(height, width, level, weight, cells.dtype)
-        carried = torch.empty_like(below, dtype=cells.dtype)
-        for i, j in _PLACES:
-            children = below[:, i::2, j::2]
-            rows, columns = children.shape[1:3]
-            part = own_grad[:, :rows, :columns]
-            carried[:, i::2, j::2] = part * share[:rows, i, :columns, j, None, None]
+        grads = [part.unflatten(1, cells.mass.shape[1:3]).to(of_log.dtype) for part in parts.pop()]
+        if above:
+            grads = [grad + more for grad, more in zip(grads, above, strict=True)]
+        above = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in below[:2]]
+        of_children = torch.empty_like(below.mass)
+        # A child's share grows with its weight, at the expense of the cell's other children.
+        others = _products(grads, cells[:2]) - of_log
+        for place, (i, j) in enumerate(_PLACES):
+            here = slice(None), slice(i, None, 2), slice(j, None, 2)
+            children = [x[here] for x in below[:2]]
+            inside = slice(None), slice(children[0].shape[1]), slice(children[0].shape[2])
+            share, learned = (
+                cells.share[place][inside],
+                _learned(weight, level, place, of_log.dtype),
+            )
+            of_place = [grad[inside] for grad in grads]
+            of_share = share * _products(of_place, children)
             if len(weight):
-                of_children = (part * children).sum((0, 3, 4))
-                total = (of_children * by_weight[:rows, i, :columns, j]).sum()
-                grad_weight[level - 1, i, j] = total
-    assert carried is not None
-    return carried.flatten(1, 2).to(image.dtype), grad_weight
+                grad_weight[level - 1, i, j] = 4 * of_share.sum()
+            of_children[here] = own = of_share * learned - share * others[inside]
+            of_key, of_value = (grad * (share * learned)[..., None] for grad in of_place)
+            if level == 1:  # children are tokens, whose weight is exp(scale * |key|^2)
+                of_key += children[0] * (2 * scale * own)[..., None]
+            above[0][here], above[1][here] = of_key, of_value
+        of_log = of_children
+    return above[0].flatten(1, 2), above[1].flatten(1, 2), grad_weight
+
+
+def _products(ones: list[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Inner products over head_dim, of keys and values together."""
+    key, value = ((one * other).sum(-1) for one, other in zip(ones, others, strict=True))
+    return key + value
 
 
 @_pool_cells_backward.register_fake
-def _(grad, image, weight, height, width, levels):
-    return torch.empty_like(image, memory_format=torch.contiguous_format), torch.empty_like(weight)
+def _(grad_key, grad_value, key, value, weight, width, levels, scale):
+    of_key, of_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value)
+    )
+    return of_key, of_value, torch.empty_like(weight)
 
 
-def _pooling_gradient(ctx: Any, grad: torch.Tensor) -> tuple:
-    return *_pool_cells_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None
+def _pooling_gradient(ctx: Any, grad_key: torch.Tensor, grad_value: torch.Tensor) -> tuple:
+    grads = _pool_cells_backward(grad_key, grad_value, *ctx.saved_tensors, *ctx.sizes)
+    return *grads, None, None, None, None
 
 
-def _save(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.sizes = inputs[2:]
+def _save(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.sizes = inputs[4:]
 
 
 _pool_cells.register_autograd(_pooling_gradient, setup_context=_save)

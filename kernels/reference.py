@@ -28,7 +28,7 @@ def reference_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (query, key, value))
     if pooled is None:
-        pooled = pooled_keys(k, v, window, spatial_weight)
+        pooled = pooled_keys(k, v, window, spatial_weight, scale)
     k, v = (torch.cat([x, part.to(dtype)], dim=1) for x, part in zip((k, v), pooled, strict=True))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     bias = pooled_bias(window, q.shape[2], far_offset, q.device)

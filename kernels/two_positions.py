@@ -121,6 +121,7 @@ def _image_with_far_keys(
     value: torch.Tensor,
     window: Window,
     *,
+    scale: float,
     spatial_weight: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
@@ -129,8 +130,8 @@ def _image_with_far_keys(
     return attend_near_and_far(
         near[0][:, text:], (near[1][:, text:], value[:, text:]),
         query[:, text:], (key[:, :text], value[:, :text]),
-        pooled_keys(key, value, window, spatial_weight),
-        window, **options,
+        pooled_keys(key, value, window, spatial_weight, scale),
+        window, scale=scale, **options,
     )  # fmt: skip
 
 

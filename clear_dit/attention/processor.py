@@ -81,7 +81,7 @@ class CLEARProcessor(nn.Module):
     Attributes:
         spatial_weight: (1, 1, 1, f, 1, f, 1), the pooling weights; None if f = down_factor is 1.
         far_weight: (levels, 2, 2), the weights that far keys are pooled with, by the child's place;
-            None where nothing is learned of far keys, which is the mean.
+            None where nothing is learned of far keys, which is 1 / 4 each.
         far_offset: (levels, heads), added to the scores of far keys; None likewise.
 
     Raises:
@@ -197,7 +197,7 @@ class CLEARProcessor(nn.Module):
         return (FAR_LEVELS if far else 0), far and weights_far is None
 
     def add_far_parameters(self, heads: int) -> None:
-        """Let something be learned of far keys: nothing yet, they are means without an offset.
+        """Let something be learned of far keys: nothing yet, 1 / 4 each and no offset.
 
         Args:
             heads: of the layer.

@@ -280,7 +280,7 @@ def _all_keys(
     key: torch.Tensor, value: torch.Tensor, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Key and value with pooled ones behind them, and what is added to scores: (keys, heads)."""
-    pooled = pooled_keys(key, value, window, None)
+    pooled = pooled_keys(key, value, window, None, key.shape[-1] ** -0.5)
     key, value = (torch.cat([x, part], dim=1) for x, part in zip((key, value), pooled, strict=True))
     bias = pooled_bias(window, key.shape[2], None, key.device)
     return key, value, F.pad(bias, (0, 0, key.shape[1] - len(bias), 0))

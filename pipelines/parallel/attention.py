@@ -177,7 +177,7 @@ class SharedImage:
         text, own = self._text, self.bands.own
         query, key, value = tensors
         scaled_query, scaled_key = (query, key) if scaled is None else scaled
-        pooling = self._start_pooling(scaled_key[:, text:], value[:, text:], spatial_weight)
+        pooling = self._start_pooling(scaled_key[:, text:], value[:, text:], spatial_weight, scale)
         merged = None
         if text:
             # The keys of the text count once.
@@ -298,12 +298,16 @@ class SharedImage:
         return found
 
     def _start_pooling(
-        self, key: torch.Tensor, value: torch.Tensor, spatial_weight: torch.Tensor | None
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spatial_weight: torch.Tensor | None,
+        scale: float,
     ) -> PooledTokens | FarCells | None:
         """Start to exchange the pooled keys and values that this rank's queries see."""
-        given = key, value, spatial_weight, self.window, self.bands
+        given, where = (key, value, spatial_weight), (self.window, self.bands)
         if self._cells:
-            return FarCells(*given, self._cells, self.group, self.traffic)
+            return FarCells(*given, scale, *where, self._cells, self.group, self.traffic)
         if self.window.down_factor > 1:
-            return PooledTokens(*given, self.group, self.traffic)
+            return PooledTokens(*given, *where, self.group, self.traffic)
         return None

@@ -1,8 +1,9 @@
 """Pooled keys and values of a shared image: a rank pools its rows, and gets what its queries see.
 
-Pooling is linear: cells that lie in several bands are sums of what their ranks contribute. Such
-parts travel in float32, so that the sum is rounded once, as on one process; whole cells travel in
-the dtype of the keys. Everything is started when made and waited for by `wait`.
+Cells that lie in several bands are sums of what their ranks contribute. Such parts travel in
+float32, so that the sum is rounded once, as on one process; whole cells travel in the dtype of the
+keys. Far keys, whose tokens weigh by the length of their keys, need the weights of such parts
+first, a few numbers that are waited for. All else is started when made and waited for by `wait`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from clear_dit.kernels.pooling import pool_cell_rows, pool_rows
+from clear_dit.kernels.pooling import pool_cell_rows, pool_rows, shares
 from clear_dit.kernels.window import Window
 
 from .bands import Bands, common
@@ -119,6 +120,7 @@ class FarCells:
     Args:
         key, value: (batch, own rows * width, heads, head_dim), of this rank's band.
         weight: (far_levels or more, 2, 2), of cells' children; see `pool_cells`.
+        scale: factor on query times key.
         window: of the whole image.
         cells: level by level, from 1.
     """
@@ -128,6 +130,7 @@ class FarCells:
         key: torch.Tensor,
         value: torch.Tensor,
         weight: torch.Tensor | None,
+        scale: float,
         window: Window,
         bands: Bands,
         cells: list[CellBands],
@@ -135,11 +138,13 @@ class FarCells:
         traffic: Traffic,
     ) -> None:
         self._rank, self._dtype, self._traffic = bands.rank, key.dtype, traffic
-        sizes = window.height, window.width, window.far_levels
-        made = [pool_cell_rows(x, weight, *sizes, bands.own) for x in (key, value)]
+        sizes = window.width, window.far_levels, scale
+        made = pool_cell_rows(key, value, weight, *sizes, bands.own)
+        masses = [torch.stack(part[2:]) for part in made]
+        weights = _weights_of_parts(masses, cells, bands.rank, group, traffic)
         parts = [
-            part if level.are_cut else part.to(key.dtype)
-            for part, level in zip(map(torch.cat, zip(*made, strict=True)), cells, strict=True)
+            torch.cat(part[:2]) * weight if level.are_cut else torch.cat(part[:2]).to(key.dtype)
+            for part, weight, level in zip(made, weights, cells, strict=True)
         ]
         levels = [_Level(level, part, bands.rank) for level, part in zip(cells, parts, strict=True)]
         self._levels = levels
@@ -199,6 +204,40 @@ class FarCells:
         cells = [level.sums.flatten(1, 2).to(self._dtype) for level in self._levels]
         key, value = torch.cat(cells, dim=1).chunk(2)
         return key, value
+
+
+def _weights_of_parts(
+    masses: list[torch.Tensor],
+    cells: list[CellBands],
+    rank: int,
+    group: dist.ProcessGroup,
+    traffic: Traffic,
+) -> list[torch.Tensor]:
+    """The shares of this rank's parts in the whole cells.
+
+    Cells with parts of several ranks are in the first or last row of each, so that only these rows
+    are exchanged.
+
+    Args:
+        masses: level by level (2, batch, rows of cells, columns, heads), of the rows made: largest
+            and mass, see `shares`.
+
+    Returns:
+        Level by level (2 batch, rows of cells, columns, heads, 1), for key and value.
+    """
+    edges = torch.cat([mass[:, :, [0, -1]] for mass in masses], dim=3)
+    gathered = torch.stack(Gathered(edges, group, traffic, "far").wait(), dim=1)
+    of_levels = gathered.split([mass.shape[3] for mass in masses], dim=4)
+    weights = []
+    for mass, level, parts in zip(masses, cells, of_levels, strict=True):
+        weight, own = torch.ones_like(mass[0]), level.made[rank]
+        for row in (own.start, own.stop - 1):
+            ranks = [other for other, made in enumerate(level.made) if row in made]
+            at = [0 if row == level.made[other].start else 1 for other in ranks]
+            share, _, _ = shares(*parts[:, ranks, :, at].unbind(1))
+            weight[:, row - own.start] = share[ranks.index(rank)]
+        weights.append(torch.cat([weight, weight]).unsqueeze(-1))
+    return weights
 
 
 class _Level:

@@ -255,7 +255,7 @@ def test_far_keys_are_checked_by_their_definition():
     assert sampled_error(out, given, window) < 1e-5
     # Without the log of the counts, or with another disc, it is wrong.
     assert sampled_error(out, given, dataclasses.replace(window, radius=4)) > 1e-2
-    pooled = pooled_keys(key, value, window, None)
+    pooled = pooled_keys(key, value, window, None, query.shape[-1] ** -0.5)
     every = (torch.cat([x, more], 1) for x, more in zip((key, value), pooled, strict=True))
     assert sampled_error(masked(query, *every, window.mask()), given, window) > 1e-2
 

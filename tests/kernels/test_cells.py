@@ -12,7 +12,7 @@ from support.oracle import far_cells, far_mask_by_definition, far_means_by_defin
 
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.cells import levels_needed
-from clear_dit.kernels.pooling import pool_cell_rows, pool_cells, pooled_bias
+from clear_dit.kernels.pooling import pool_cell_rows, pool_cells, pooled_bias, shares
 from clear_dit.kernels.window import Window
 
 quick = settings(deadline=None, max_examples=40)
@@ -118,45 +118,59 @@ def test_rows_in_reach_hold_all_that_is_seen(window, data):
 
 
 @quick
-@given(windows, st.booleans())
-def test_cells_are_means(window, weighted):
+@given(windows, st.booleans(), st.sampled_from([0.3, 1e3]))
+def test_cells_are_means_weighted_by_the_length_of_keys(window, weighted, scale):
+    """Gradients too, of the keys also by way of the weights; no size of the keys overflows."""
     generator = torch.Generator().manual_seed(0)
-    shape = (2, window.sequence_length, 2, 3)
-    tokens = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    shape = (2, 2, window.sequence_length, 2, 3)
+    key, value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    leaves = [key.requires_grad_(), value.requires_grad_()]
     weight = None
     if weighted:
         weight = torch.rand(window.far_levels, 2, 2, dtype=torch.float64, generator=generator)
-        weight.requires_grad_()
+        leaves.append(weight.requires_grad_())
     sizes = window.height, window.width, window.far_levels
-    pooled = pool_cells(tokens[:, window.text_length :], weight, *sizes)
-    expected = far_means_by_definition(tokens, window, weight)
-    torch.testing.assert_close(pooled, expected)
-    grad = torch.randn(pooled.shape, generator=generator, dtype=torch.float64)
-    leaves = [tokens] if weight is None else [tokens, weight]
-    ours, theirs = (torch.autograd.grad(x, leaves, grad) for x in (pooled, expected))
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    pooled = pool_cells(*(x[:, window.text_length :] for x in (key, value)), weight, *sizes, scale)
+    expected = [far_means_by_definition(x, key, window, scale, weight) for x in (key, value)]
+    grads = torch.randn(2, *pooled[0].shape, generator=generator, dtype=torch.float64).unbind()
+    ours, theirs = (torch.autograd.grad(list(x), leaves, grads) for x in (pooled, expected))
+    for one, other in zip((*pooled, *ours), (*expected, *theirs), strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-7, atol=1e-7 * float(other.detach().abs().max())
+        )
 
 
 @quick
-@given(windows, st.booleans(), st.data())
-def test_parts_of_cells_add_up(window, weighted, data):
-    """Bands that begin anywhere, at odd rows too: what they contribute is the cells."""
+@given(windows, st.booleans(), st.sampled_from([0.3, 1e3]), st.data())
+def test_parts_of_cells_times_their_shares_are_the_cells(window, weighted, scale, data):
+    """Bands that begin anywhere, at odd rows too."""
     height, width, levels = window.height, window.width, window.far_levels
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, height * width, 2, 3, generator=generator)
+    image = torch.randn(2, 2, height * width, 2, 3, generator=generator)
     weight = torch.rand(levels + 1, 2, 2, generator=generator) if weighted else None
     cuts = data.draw(st.sets(st.integers(0, height)))
-    edges = sorted({0, height, *cuts})
-    ends = [-(-height // 2**level) for level in range(1, levels + 1)]
-    whole = [torch.zeros(2, end, -(-width // 2 ** (n + 1)), 2, 3) for n, end in enumerate(ends)]
-    for start, stop in pairwise(edges):
-        rows = image[:, start * width : stop * width]
-        parts = pool_cell_rows(rows, weight, height, width, levels, range(start, stop))
-        for level, (cells, part) in enumerate(zip(whole, parts, strict=True), 1):
-            cells[:, start // 2**level : -(-stop // 2**level)] += part
-    expected = pool_cells(image, weight, height, width, levels)
-    torch.testing.assert_close(torch.cat([cells.flatten(1, 2) for cells in whole], 1), expected)
+    bands = list(pairwise(sorted({0, height, *cuts})))
+    made = [
+        pool_cell_rows(
+            *image[:, :, start * width : stop * width],
+            weight, width, levels, scale, range(start, stop),
+        )
+        for start, stop in bands
+    ]  # fmt: skip
+    whole = [torch.empty(2, 2, 0, 2, 3)]
+    for level, parts in enumerate(zip(*made, strict=True), 1):
+        shape = len(bands), 2, -(-height // 2**level), -(-width // 2**level), 2
+        key, value = torch.zeros(2, *shape, 3)
+        largest, mass = torch.full(shape, -torch.inf), torch.zeros(shape)
+        for band, ((start, stop), part) in enumerate(zip(bands, parts, strict=True)):
+            rows = band, slice(None), slice(start // 2**level, -(-stop // 2**level))
+            for every, own in zip((key, value, largest, mass), part, strict=True):
+                every[rows] = own
+        share, *_ = shares(largest, mass)
+        cells = [(x * share[..., None]).sum(0).flatten(1, 2) for x in (key, value)]
+        whole.append(torch.stack(cells))
+    expected = pool_cells(*image, weight, height, width, levels, scale)
+    torch.testing.assert_close(torch.cat(whole, 2), torch.stack(expected))
 
 
 @quick

@@ -106,7 +106,7 @@ def test_shares_of_the_keys_are_merged_to_all(monkeypatch, impl, cut, window):
     query, key, value, weight, offset, _ = inputs(**problem(window), dtype=torch.float32)
     learned = {"spatial_weight": weight, "far_offset": offset}
     expected = local_attention(query, key, value, window, impl="reference", **learned)
-    pooled = pooled_keys(key, value, window, weight)
+    pooled = pooled_keys(key, value, window, weight, query.shape[-1] ** -0.5)
     text, width = window.text_length, window.width
     for rows in ((0, window.height), (3, 12)):
         part = slice(text + rows[0] * width, text + rows[1] * width)

@@ -69,7 +69,9 @@ def definition(near, far, value, window, learned, scale, full=False):
         scores = scores.masked_fill(~inside, float("-inf"))
     if window.far_levels and not full:
         weight, offset = (x.double() for x in learned.values())
-        key, more = (far_means_by_definition(x, window, weight) for x in (far[1], value))
+        key, more = (
+            far_means_by_definition(x, far[1], window, scale, weight) for x in (far[1], value)
+        )
         pooled = torch.einsum("bqhd,bkhd->bhqk", far[0], key) * scale
         bias = [
             offset[level - 1] + math.log(rows * columns)

@@ -105,9 +105,11 @@ def shared(case, group):
     tensors, scaled = tokens.tensors(hidden, share.own_rotary(tokens.rotary), share.layout)
     exchange = mock.Mock(side_effect=dist.batch_isend_irecv)
     reduce = mock.Mock(side_effect=dist.all_reduce)
+    gather = mock.Mock(side_effect=dist.all_gather)
     with (
         mock.patch.object(dist, "batch_isend_irecv", exchange),
         mock.patch.object(dist, "all_reduce", reduce),
+        mock.patch.object(dist, "all_gather", gather),
     ):
         halo = share.send("layer", share.layout.to_local(hidden))
         out = share.attend(
@@ -125,6 +127,7 @@ def shared(case, group):
     ranks = group.size()
     for call in reduce.call_args_list:  # as rings send them
         given += 2 * (ranks - 1) * call.args[0].nbytes // ranks
+    given += sum((ranks - 1) * call.args[1].nbytes for call in gather.call_args_list)
     return out, dict(traffic.sent), given
 
 

@@ -90,24 +90,26 @@ def far_mask_by_definition(window):
     return mask
 
 
-def far_means_by_definition(tokens, window, weight=None):
-    """Every cell: the mean of its tokens; with a weight (levels, 2, 2) of its children."""
-    image = tokens[:, window.text_length :].unflatten(1, (window.height, window.width))
-    known = {(0, y, x): image[:, y, x] for y in range(window.height) for x in range(window.width)}
-    sizes = dict.fromkeys(known, 1)
+def far_means_by_definition(tokens, key, window, scale, weight=None):
+    """Every cell: the mean of its tokens (keys, or values), weighted by their keys' lengths.
+
+    The weights are the softmax of scale * |key|^2. With a weight (levels, 2, 2), every token's is
+    times 4 times those of all the cells it lies in below this one, by their places.
+    """
+    size = window.height, window.width
+    image, keys = (x[:, window.text_length :].unflatten(1, size) for x in (tokens, key))
+    logs = scale * (keys**2).sum(-1, keepdim=True)
     cells = []
     for level, top, left, rows, columns in far_cells(window):
-        half, mean = 2 ** (level - 1), 0
-        for i in (0, 1):
-            for j in (0, 1):
-                child = (level - 1, top + i * half, left + j * half)
-                if child in known:
-                    share = sizes[child] / (rows * columns)
-                    if weight is not None:
-                        share = share * 4 * weight[level - 1, i, j]
-                    mean = mean + known[child] * share
-        known[level, top, left], sizes[level, top, left] = mean, rows * columns
-        cells.append(mean)
+        inside = slice(None), slice(top, top + rows), slice(left, left + columns)
+        share = logs[inside].flatten(1, 2).softmax(1)
+        if weight is not None:
+            learned = torch.ones(rows, columns, dtype=tokens.dtype)
+            for below in range(level):
+                y, x = torch.arange(rows) >> below & 1, torch.arange(columns) >> below & 1
+                learned = learned * 4 * weight[below][y[:, None], x]
+            share = share * learned.flatten()[:, None, None]
+        cells.append((image[inside].flatten(1, 2) * share).sum(1))
     return torch.stack(cells, dim=1)
 
 
@@ -125,7 +127,8 @@ def far_attention_by_definition(q, k, v, window, scale, weight=None, offset=None
     if offset is not None:
         of_cells = of_cells + torch.stack([offset[level - 1] for level, _ in cells], dim=1)
     bias = torch.cat([bias[:, : -len(cells)], of_cells], dim=1).to(q.dtype)
-    k, v = (torch.cat([x, far_means_by_definition(x, window, weight)], dim=1) for x in (k, v))
+    pooled = [far_means_by_definition(x, k, window, scale, weight) for x in (k, v)]
+    k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), pooled, strict=True))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale + bias[None, :, None]
     if allowed is not None:
         allowed = torch.nn.functional.pad(allowed, (0, len(cells)), value=True)

@@ -150,7 +150,7 @@ def test_parts_of_the_keys_merge_to_the_whole(split, dtype):
     """Rows of tokens and of cells, each given to one part; whoever sees nothing there gets 0."""
     whole = replace(FAR, text_length=0)
     query, key, value, weight, offset, _ = inputs(**problem(whole), dtype=dtype)
-    pooled = pooled_keys(key, value, whole, weight)
+    pooled = pooled_keys(key, value, whole, weight, query.shape[-1] ** -0.5)
     rows = replace(whole, query_rows=(3, 14))
     query = query[:, 3 * FAR.width : 14 * FAR.width]
     found = []

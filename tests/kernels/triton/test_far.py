@@ -90,7 +90,7 @@ def test_parts_of_the_keys_merge_to_the_whole(window, cuts):
     whole = replace(window, query_rows=None)
     query, key, value, weight, offset, _ = inputs(**problem(whole, batch=1), dtype=torch.float32)
     rows = slice(*(window.width * row for row in window.query_rows))
-    pooled = pooled_keys(key, value, whole, weight)
+    pooled = pooled_keys(key, value, whole, weight, 0.3)
     exact, exact_lse = reference_attention(
         query.double(), key.double(), value.double(), whole,
         scale=0.3, far_offset=offset, pooled=pooled,
@@ -141,7 +141,7 @@ def test_every_tile_shape_and_others_rows_are_left_alone(config):
     query, key, value, weight, offset, _ = inputs(
         **problem(window, batch=2, heads=1), dtype=torch.float32
     )
-    pooled = pooled_keys(key, value, window, weight)
+    pooled = pooled_keys(key, value, window, weight, 0.2)
     out = torch.full_like(query, float("nan"))
     lse = torch.full(query.shape[:3], float("nan"))
     geometry = Geometry.of(window, 0.2)

@@ -225,7 +225,7 @@ def battery(launch, tables, geometry, backward, far_backward, part, far) -> Iter
         # Values far from zero on average: a key more or less is then always seen.
         shape = (1, window.sequence_length, 2, 16)
         query, key, value = (torch.randn(shape, dtype=torch.float64) + 0.5 for _ in range(3))
-        pooled_key, pooled_value = (pool(x, window) for x in (key, value))
+        pooled_key, pooled_value = (pool(x, key, window) for x in (key, value))
         offset = torch.randn(window.far_levels, 2, dtype=torch.float64)
         bias = pooled_bias(window, 2, offset, query.device).double()
         tensors = (query, key, value, pooled_key, pooled_value, bias)
@@ -249,10 +249,10 @@ def error_of(found, exact) -> float:
     return error if error == error else float("inf")
 
 
-def pool(tokens, window):
+def pool(tokens, key, window):
     """Pooled tokens; none without pooling."""
     if window.far_levels:
-        return far_means_by_definition(tokens, window)
+        return far_means_by_definition(tokens, key, window, 0.25)
     if window.down_factor == 1:
         return tokens[:, :0]
     weight = torch.full((window.down_factor,) * 2, window.down_factor**-2.0, dtype=tokens.dtype)
