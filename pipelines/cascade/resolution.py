@@ -45,7 +45,8 @@ Why these; all are options of `Resolution`:
   Pooled keys, made of keys closer together than in training, blurred the image with it (1024 px:
   yarn 1.5 and 1.5, two 0.4 and 0.7 times the enlargement's gradient energy). Far keys, which
   weigh as the tokens they stand for, do not: 512 to 1024 px, the mean of three prompts, radius 4
-  without weights (radius 8 without far keys, "two": 28.0 dB 1.65; full attention, yarn: 28.2 1.28):
+  without weights, cells of plain means (radius 8 without far keys, "two": 28.0 dB 1.65; full
+  attention, yarn: 28.2 dB 1.28):
 
       yarn                                                  28.8 dB 1.91
       two, cells by scaled positions (as it is)             30.9 dB 1.60
