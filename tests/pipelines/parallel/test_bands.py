@@ -82,12 +82,12 @@ def test_bytes_at_8k_are_at_most_a_sixth_of_ulysses(fake_ranks, rank):
 
 
 def sent_of_far_keys(group, rank, world, rows):
-    """Bytes, one head of 8 channels in bfloat16, radius 2, of an image 8 tokens wide."""
+    """Bytes, one head of 128 channels in bfloat16, radius 2, of an image 8 tokens wide."""
     window = Window(rows, 8, 0, 2, far_levels=levels_needed(rows, 8, 2))
     bands, traffic = Bands(rows, world, rank, window.reach), Traffic()
     cells = [CellBands.of(window, bands, 1 + n) for n in range(window.far_levels)]
-    own = torch.empty(1, len(bands.own) * 8, 1, 8, dtype=torch.bfloat16)
-    key, _ = FarCells(own, own, None, window, bands, cells, group, traffic).wait()
+    own = torch.zeros(1, len(bands.own) * 8, 1, 128, dtype=torch.bfloat16)
+    key, _ = FarCells(own, own, None, 1.0, window, bands, cells, group, traffic).wait()
     seen = [window.rows_in_reach(1 + n, bands.own) for n in range(window.far_levels)]
     assert key.shape[1] == sum(len(one) * -(-8 // 2 ** (1 + n)) for n, one in enumerate(seen))
     return traffic.sent["far"]
@@ -99,7 +99,7 @@ def test_far_keys_of_a_tall_image_are_not_gathered(fake_ranks, world):
     rows, rank = 1024, world // 2
     sent = sent_of_far_keys(fake_ranks(rank, world), rank, world, rows)
     cells = sum((rows // 2**level) * max(1, 8 // 2**level) for level in range(1, 10))
-    gathered = cells * 2 * 8 * 2 * (world - 1) / world
+    gathered = cells * 2 * 128 * 2 * (world - 1) / world
     print(f"{world} ranks: {sent / gathered:.3f} of an all-gather")
     assert 0 < sent < gathered / 20
 
