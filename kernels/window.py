@@ -40,9 +40,9 @@ class Window:
       with `down_factor` > 1, all pooled keys.
     - With `far_levels` an image query sees all tokens: near ones one by one, far ones pooled into
       cells that grow with their distance, each token exactly once (see `cells.py`). A cell is the
-      mean of its tokens, weighted by the softmax of scale * |key|^2, as long keys dominate what
-      they would add to a softmax. It counts as its tokens: the log of their number is added to its
-      score.
+      mean of its tokens, weighted by the softmax of scale times the squared length of their keys:
+      long keys dominate what they would add to a softmax. It counts as its tokens: the log of
+      their number is added to its score.
     - A text query sees all text keys and all image keys, but no pooled key.
     - With `local_references`, a token of such a reference image sees of its own image the tokens of
       its disc only; everything else as a text query does.
