@@ -7,7 +7,7 @@ The first of a list is the default, the second is tried against it on a GPU (tun
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .geometry import Tiling
 
@@ -203,5 +203,6 @@ def backward_config(architecture: str, channels: int, element_size: int) -> Back
     if channels > 128:
         return WIDE_BACKWARD
     if architecture in ("sm_86", "sm_89") and channels < 128:
-        return BACKWARD["sm_80"]  # 8 warps would do the same rows twice
+        # 8 warps would do the same rows twice; larger steps of the cells' gradients spill there.
+        return replace(BACKWARD["sm_80"], far_key=TileConfig(_HALF, 8, 2))
     return BACKWARD[architecture]

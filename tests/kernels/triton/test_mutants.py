@@ -92,7 +92,11 @@ MUTANTS = {
         "acc = acc * factor[:, None]\n    acc = tl.dot",
         "acc = tl.dot",
     ),
-    "log-sum-exp in base 2": ("triton/forward.py", "tl.log2(row_sum)) * LN_2", "tl.log2(row_sum))"),
+    "log-sum-exp in base 2": (
+        "triton/primitives.py",
+        "tl.log2(row_sum)) * LN_2",
+        "tl.log2(row_sum))",
+    ),
     "last split of the text queries dropped": (
         "triton/dense.py",
         "for _ in range(splits):",
@@ -141,7 +145,7 @@ MUTANTS = {
     "far: what some see without a mask": (
         "triton/cell_lists.py",
         'every = (both("outer_far") < outer2) & (both("inner_near") >= inner2)',
-        'every = both("outer_far") < outer2',
+        "every = some",
     ),
     "gradients far: cells overlap what is nearer": (
         "triton/far_backward.py",
