@@ -286,6 +286,9 @@ def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
         text = (folder / file).read_text()
         assert text.count(old) >= 1, f"{file} no longer contains {old!r}"
         (folder / file).write_text(text.replace(old, new))
+    # An operator of the copy must not take the place of the package's own.
+    pooling = folder / "pooling.py"
+    pooling.write_text(pooling.read_text().replace('"clear_dit::', f'"{name}::'))
     monkeypatch.syspath_prepend(str(tmp_path))
     modules = [
         importlib.import_module(f"{name}.triton.{module}")
