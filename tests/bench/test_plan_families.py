@@ -64,7 +64,7 @@ def test_flops_are_the_windows(name):
 
 @slow
 def test_memory_and_the_report():
-    result = plan("hunyuanimage-2.1", 4096, 4096, 8, 1, None, torch.bfloat16)
+    result = plan("hunyuanimage-2.1", 4096, 4096, 8, 1, False, None, torch.bfloat16)
     assert (result["token_rows"], result["token_columns"]) == (128, 128)
     stages = {row["stage"]: row for row in result["memory"]}
     assert list(stages) == [
