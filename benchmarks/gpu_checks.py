@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+import clear_dit.kernels.choice  # noqa: F401 - by which Triton pools for a model, and here
 from clear_dit.kernels.opaque import Geometry
-from clear_dit.kernels.pooling import pooled_bias, pooled_keys
+from clear_dit.kernels.pooling import pool_cells_by_operators, pooled_bias, pooled_keys
 from clear_dit.kernels.triton import launch, tables, tuning
 from clear_dit.kernels.triton.device import programs
 from clear_dit.kernels.triton.norm_rope import norm_rope
 from clear_dit.kernels.triton.ops import triton_attention
+from clear_dit.kernels.triton.pooling import pool_cells
 from clear_dit.kernels.window import Window
 
 Tensors = Sequence[torch.Tensor]
@@ -97,6 +99,7 @@ def checks(device: torch.device, tiny: bool) -> list[list[Check]]:
                 Check("attention", "gradients", far, torch.float32, 16, batch=1),
                 *_of_entries(device, torch.float16, 16, window, few=True),
                 Check("norm_rope", "norm_rope", window, torch.float32, 16, batch=1),
+                Check("pooling", "pooling", far, torch.float32, 16, batch=1),
             ]
         ]
     groups = []
@@ -116,12 +119,13 @@ def checks(device: torch.device, tiny: bool) -> list[list[Check]]:
             )
         ]
         groups.append(list(_norm_rope(dtype)))
+        groups.append(list(_pooling(dtype)))
     wide = [
         Check("attention", "gradients", window, torch.float32, 64, layout=layout)
         for window, layout in (*AWKWARD[:5], AWKWARD[8])
     ]
     groups += [wide[i : i + 2] for i in range(0, len(wide), 2)]
-    return [*groups, list(_norm_rope(torch.float32))]
+    return [*groups, [*_norm_rope(torch.float32), *_pooling(torch.float32)]]
 
 
 def _of_entries(
@@ -211,6 +215,12 @@ def _inputs(
         return made, [None, None]
     weight = 2 * torch.rand(factor, factor, generator=generator) / factor**2
     return made, [weight.to(device, check.dtype), None]
+
+
+def _pooling(dtype: torch.dtype) -> Iterator[Check]:
+    for window, layout in AWKWARD:
+        for head_dim in (64, 128) if window.far_levels else ():
+            yield Check("pooling", "pooling", window, dtype, head_dim, layout=layout)
 
 
 def _gradients(
@@ -315,6 +325,23 @@ def _check_forward(check: Check, device: torch.device) -> list[dict[str, Any]]:
     ]
 
 
+def _check_pooling(check: Check, device: torch.device) -> list[dict[str, Any]]:
+    """The cells of far keys, with learned weights and without; and the same bits again."""
+    (_, *tokens, _), (weight, _) = _inputs(check, device)
+    window, scale, rows = check.window, check.head_dim**-0.5, []
+    image = [x[:, window.text_length :] for x in tokens]
+    for learned in (weight, weight[:0]):
+        inputs = [*image, learned]
+        sizes = window.height, window.width, window.far_levels, scale
+        ours = pool_cells(*inputs, *sizes)
+        plain = pool_cells_by_operators(*inputs, *sizes)
+        exact = pool_cells_by_operators(*_double(inputs), *sizes)
+        rows += _compare(["cells' keys", "cells' values"], ours, plain, exact, check.dtype)
+        same = all(map(torch.equal, ours, pool_cells(*inputs, *sizes)))
+        rows.append({"what": "the same bits again", "ok": same})
+    return rows
+
+
 def _check_norm_rope(check: Check, device: torch.device) -> list[dict[str, Any]]:
     """Norm and rotation of both streams, with and without weights, forward and backward."""
     window, generator = check.window, torch.Generator().manual_seed(0)
@@ -366,6 +393,7 @@ KINDS = {
     "forward": _check_forward,
     "text": _check_forward,
     "norm_rope": _check_norm_rope,
+    "pooling": _check_pooling,
 }
 
 

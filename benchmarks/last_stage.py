@@ -9,7 +9,8 @@ is a stage by full attention too. Rows "yarn" have positions alike, so that only
 "two" is what the pipeline does by itself with CLEAR, unless keys are pooled. PSNR and SSIM are
 against full attention's image. Beside them, against the image before: PSNR of the result, scaled
 down, and gradient energy in multiples of that image's Lanczos enlargement (above 1 is sharper).
-"keys" are the image keys of a query.
+"keys" are the image keys of a query. Images are kept in a folder named as the JSON is, and used
+again: a stopped run goes on; after a change of code or weights take another name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from tqdm import tqdm
 from clear_dit import apply_clear, remove_clear
 from clear_dit.bench.timing import hardware, table
 from clear_dit.evaluation.request import evaluation_prompts
+from clear_dit.files import whole_file
 from clear_dit.generation.checks import find_window
 from clear_dit.generation.denoising import decode, denoise, encode
 from clear_dit.generation.models import load_pipeline, model_defaults
@@ -73,6 +76,8 @@ class Row:
         window = find_window(pixels, pixels, radius, self.down_factor, far=self.far)
         return window.attended_pairs() / window.image_length
 
+
+Made = tuple[list[Image.Image], float | None]
 
 FULL = Row(None)
 ROWS = (
@@ -133,39 +138,63 @@ def compare(result: Image.Image, full: Image.Image, base: Image.Image) -> dict[s
 
 
 def measure(count: int, steps: int, size: int, rows: list[Row], out: Path) -> dict[str, Any]:
+    """What `main` prints; images go to a folder beside `out`, and those there are used again."""
     defaults, device = model_defaults("demo"), torch.device("cpu")
-    pipe = load_pipeline("demo", torch.float32, device)
+    pipe = load_pipeline("demo", torch.bfloat16, device)
     pipe.set_progress_bar_config(disable=True)
     native = {"height": defaults.size, "width": defaults.size}
     prompts = evaluation_prompts("demo", count)
     texts, empty = [encode(pipe, [prompt]) for prompt in prompts], encode(pipe, [""])
-    bases, full = [], []
-    for seed, text in enumerate(tqdm(texts, desc="native size")):
+    folder = out.with_suffix("") / f"{steps} steps"
+
+    def images(label: str, make: Callable[[int], tuple[Image.Image, float]]) -> Made:
+        """Every prompt's image, and the median seconds of a step; None if all were there."""
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        found, seconds = [], []
+        for seed in tqdm(range(count), desc=label):
+            path = folder / label / f"{seed}.png"
+            if not path.exists():
+                image, taken = make(seed)
+                seconds.append(taken)
+                with whole_file(path) as part:
+                    image.save(part, "PNG")
+            with Image.open(path) as image:
+                found.append(image.convert("RGB"))
+        return found, statistics.median(seconds) if seconds else None
+
+    def at_native_size(seed: int) -> tuple[Image.Image, float]:
         options: dict[str, Any] = {"steps": steps, "guidance": defaults.guidance}
-        latents = denoise(pipe, text, empty, [seed], **native, **options)
-        base = decode(pipe, latents, **native)
-        while 2 * base.height < size:
-            base, _ = enlarge(pipe, FULL, base, text, empty, seed, steps)
-        bases.append(base)
+        latents = denoise(pipe, texts[seed], empty, [seed], **native, **options)
+        return decode(pipe, latents, **native), 0.0
+
+    def enlarged(row: Row, bases: list[Image.Image]) -> Made:
+        def make(seed: int) -> tuple[Image.Image, float]:
+            return enlarge(pipe, row, bases[seed], texts[seed], empty, seed, steps)
+
+        return images(f"{2 * bases[0].height} px, {row.label}", make)
+
+    bases, _ = images("native size", at_native_size)
+    while 2 * bases[0].height < size:
+        bases, _ = enlarged(FULL, bases)
     result: dict[str, Any] = {
         "rows": [], "count": count, "steps": steps, "size": size,
-        "dtype": "float32", "hardware": hardware(device), "torch": torch.__version__,
+        "dtype": "bfloat16", "hardware": hardware(device), "torch": torch.__version__,
     }  # fmt: skip
+    full: list[Image.Image] = []
     for row in rows:
         if row.radius is not None:
             setting = row.radius, row.down_factor
             weights = known_weights("demo", *setting, row.far) if row.tuned else None
             assert row.tuned == (weights is not None), f"no weights for {row.label}"
             apply_clear(pipe, *setting, weights, far=row.far)
-        found = []
-        for seed, (text, base) in enumerate(zip(tqdm(texts, desc=row.label), bases, strict=True)):
-            image, seconds = enlarge(pipe, row, base, text, empty, seed, steps)
-            if row is FULL:
-                full.append(image)
-            found.append(compare(image, full[seed], base) | {"step_s": seconds})
+        made, seconds = enlarged(row, bases)
         remove_clear(pipe)
-        means = {name: statistics.mean(one[name] for one in found) for name in found[0]}
-        means["base_psnr_least"] = min(one["base_psnr"] for one in found)
+        full = full or made
+        found = [compare(*three) for three in zip(made, full, bases, strict=True)]
+        means: dict[str, Any] = {
+            name: statistics.mean(one[name] for one in found) for name in found[0]
+        }
+        means |= {"base_psnr_least": min(one["base_psnr"] for one in found), "step_s": seconds}
         if row is FULL:
             means["psnr"] = means["ssim"] = None
         result["rows"].append({"attention": row.label, "keys": row.keys(size)} | means)
@@ -178,10 +207,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=32, help="prompts")
     parser.add_argument("--steps", type=int, default=12, help="of a whole schedule")
     parser.add_argument("--size", type=int, default=1024, help="pixels a side, 1024 or 2048")
-    parser.add_argument("--only", default="", help="rows whose label has this, and full attention")
+    parser.add_argument("--only", nargs="*", default=[""], help="rows whose label has one of these")
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     options = parser.parse_args()
-    rows = [row for row in ROWS if row is FULL or options.only in row.label]
+    if options.out.suffix != ".json":
+        parser.error(f"--out must end with .json, got {options.out}")
+    rows = [row for row in ROWS if row is FULL or any(part in row.label for part in options.only)]
     result = measure(options.count, options.steps, options.size, rows, options.out)
     print(table(result["rows"]))
     print(json.dumps(result))

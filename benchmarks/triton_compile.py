@@ -35,6 +35,7 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     from clear_dit.kernels.triton.backward import attention_backward
     from clear_dit.kernels.triton.far_backward import far_attention_backward
     from clear_dit.kernels.triton.norm_rope import run_backward, run_forward, streams
+    from clear_dit.kernels.triton.pooling import pool_cells
 
     (height, width), scale, programs = GRID, head_dim**-0.5, 1056
     sequence = TEXT_LENGTH + height * width
@@ -94,6 +95,10 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
             config=backward, programs=programs,
         ),
     )  # fmt: skip
+    learned = torch.empty(LEVELS, 2, 2, device="meta")
+    images = key[:, TEXT_LENGTH:], value[:, TEXT_LENGTH:]
+    yield "pooling", lambda: pool_cells(*images, learned[:0], height, width, LEVELS, scale)
+    yield "pooling weighted", lambda: pool_cells(*images, learned, height, width, LEVELS, scale)
     weight, table = query[0, 0, 0], torch.empty(sequence, head_dim, device="meta")
     image, words = query[:, TEXT_LENGTH:], query[:, :TEXT_LENGTH]
     stream = streams(image, words, weight, weight, table, table, out)[0]

@@ -65,6 +65,24 @@ def doubled_reach2(radius: int, level: int) -> int:
     return min((radius * 2**level) ** 2, ENDLESS)
 
 
+def compared_reach2(radius: int, levels: int, level: int) -> tuple[int, int]:
+    """inner2 and outer2 of a level's `Comparisons`."""
+    inner2 = doubled_reach2(radius, level) if level else 0
+    if levels == 0:
+        return inner2, doubled_reach2(radius, 1)
+    return inner2, doubled_reach2(radius, level + 1) if level < levels else ENDLESS
+
+
+def compared_centres(
+    length: int, levels: int, level: int, device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a level's cells along an axis, inner and outer of `Comparisons`, int32 (cells,) each."""
+    own = doubled_centres(length, level, device)
+    if level >= levels:
+        return own, own
+    return own, doubled_centres(length, level + 1, device).repeat_interleave(2)[: len(own)]
+
+
 class Comparisons(NamedTuple):
     """What decides who sees a key: int32 (keys,) each, in doubled tokens.
 
@@ -104,17 +122,9 @@ def comparisons(
         level: 0 to levels.
         rows: of the level's cells, first and the one after the last: those that are wanted.
     """
-    y, x = doubled_centres(height, level, device), doubled_centres(width, level, device)
-    inner2 = doubled_reach2(radius, level) if level else 0
-    around_y, around_x, outer2 = y, x, ENDLESS
-    if levels == 0:
-        outer2 = doubled_reach2(radius, 1)
-    elif level < levels:
-        outer2 = doubled_reach2(radius, level + 1)
-        around_y, around_x = (
-            doubled_centres(size, level + 1, device).repeat_interleave(2)[: len(own)]
-            for size, own in ((height, y), (width, x))
-        )
+    y, around_y = compared_centres(height, levels, level, device)
+    x, around_x = compared_centres(width, levels, level, device)
+    inner2, outer2 = compared_reach2(radius, levels, level)
     start, stop = rows
     columns = len(x)
 

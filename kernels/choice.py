@@ -1,4 +1,8 @@
-"""Which implementation of local attention runs, and why the faster ones cannot."""
+"""Which implementation of local attention runs, and why the faster ones cannot.
+
+Importing this module also lets far keys be pooled by Triton and by the compiled CPU kernel, where
+these can.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,11 @@ from typing import Any
 import torch
 
 from .flex import flex_attention, why_not_flex
+from .pooling import pool_cells_by_operators, pool_cells_op
 from .reference import reference_attention
 from .tiled.bands import tiled_attention
+from .tiled.native.pool import pool_cells as pool_cells_compiled
+from .tiled.native.pool import why_not_pooled
 from .triton.device import why_not_triton
 from .window import Window
 
@@ -121,6 +128,24 @@ def run_chosen(
     """
     name = select_impl(impl, query, needs_grad, return_lse)
     return _RUN[name](query, key, value, window, scale=scale, return_lse=return_lse, **of_pooled)
+
+
+@pool_cells_op.register_kernel("cuda")
+def pool_cells_on_gpu(key: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pool_cells` in a few launches by Triton where it can run, else by PyTorch's operators."""
+    if why_not_triton(key, needs_grad=False, return_lse=False) is not None:
+        return pool_cells_by_operators(key, *others)
+    from .triton.pooling import pool_cells
+
+    return pool_cells(key, *others)
+
+
+@pool_cells_op.register_kernel("cpu")
+def pool_cells_on_cpu(key: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pool_cells` by the compiled kernel where it can run, else by PyTorch's operators."""
+    if why_not_pooled(key) is not None:
+        return pool_cells_by_operators(key, *others)
+    return pool_cells_compiled(key, *others)
 
 
 @functools.cache

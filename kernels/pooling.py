@@ -157,8 +157,16 @@ def pool_cells(
     Returns:
         Two of (batch, cells, heads, head_dim) in the dtype of `key`, level after level, each in
         raster order; summed in float32 or wider.
+
+    Raises:
+        ValueError: a value or a weight of another shape or dtype.
     """
-    return _pool_cells(key, value, _given(weight, levels, key), height, width, levels, scale)
+    if value.shape != key.shape or value.dtype != key.dtype:
+        raise ValueError(
+            f"pool_cells: value must be as the key, {tuple(key.shape)}, {key.dtype}; got "
+            f"{tuple(value.shape)}, {value.dtype}."
+        )
+    return pool_cells_op(key, value, _given(weight, levels, key), height, width, levels, scale)
 
 
 def pool_cell_rows(
@@ -210,6 +218,10 @@ def shares(
 
 def _given(weight: torch.Tensor | None, levels: int, key: torch.Tensor) -> torch.Tensor:
     """An operator's weights: none of them means 1 / 4 each."""
+    if weight is not None and (len(weight) < levels or weight.shape[1:] != (2, 2)):
+        raise ValueError(
+            f"pool_cells: weight must be ({levels} or more, 2, 2), got {tuple(weight.shape)}."
+        )
     return key.new_empty(0, 2, 2, dtype=torch.float32) if weight is None else weight[:levels]
 
 
@@ -286,9 +298,7 @@ def _by_place(x: torch.Tensor, odd: int, none: float) -> torch.Tensor:
     return x.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
 
 
-# Opaque: torch.compile would make constants of what is odd or even about a size.
-@torch.library.custom_op("clear_dit::pool_cells", mutates_args=())
-def _pool_cells(
+def pool_cells_by_operators(
     key: torch.Tensor,
     value: torch.Tensor,
     weight: torch.Tensor,
@@ -297,13 +307,21 @@ def _pool_cells(
     levels: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pool_cells` by PyTorch's operators, on any device; an empty weight stands for None."""
     cells = _pyramid(key, value, weight, width, levels, scale)[1:]
     pooled_key = torch.cat([each.key.flatten(1, 2).to(key.dtype) for each in cells], dim=1)
     pooled_value = torch.cat([each.value.flatten(1, 2).to(key.dtype) for each in cells], dim=1)
     return pooled_key, pooled_value
 
 
-@_pool_cells.register_fake
+# Opaque: torch.compile would make constants of what is odd or even about a size. choice.py has
+# kernels for it.
+pool_cells_op = torch.library.custom_op(
+    "clear_dit::pool_cells", pool_cells_by_operators, mutates_args=()
+)
+
+
+@pool_cells_op.register_fake
 def _(key, value, weight, height, width, levels, scale):
     cells = sum(
         cell_count(height, level) * cell_count(width, level) for level in range(1, levels + 1)
@@ -383,7 +401,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) ->
     ctx.sizes = inputs[4:]
 
 
-_pool_cells.register_autograd(_pooling_gradient, setup_context=_save)
+pool_cells_op.register_autograd(_pooling_gradient, setup_context=_save)
 
 
 @torch.library.custom_op("clear_dit::log_counts", mutates_args=())

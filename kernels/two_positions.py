@@ -4,7 +4,8 @@ Under rotary embedding a score depends on the distance of two tokens. Inside the
 attention that distance is below the radius at any size of the image, so that nothing there is
 new to the model. Only pairs with a text token (at position 0) or a pooled key lie as far apart as
 the image is large: those are scored by positions scaled to the extent the model was trained at.
-Self-Extend (arXiv 2401.01325) does so for long texts.
+Self-Extend (arXiv 2401.01325) does so for long texts. Near levels of far keys keep true positions
+too (`Window.near_levels`): scaled, they would lie among the neighbours and blur the image.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 
-from .attention import local_attention
+from .attention import check_inputs, local_attention
 from .dense import dense_attention
 from .merge import merge_
-from .pooling import pool_tokens, pooled_keys
+from .pooling import pool_cells, pool_tokens, pooled_keys
 from .window import Window
 
 # Query and key, rotated.
@@ -42,9 +43,9 @@ def two_position_attention(
 
     Args:
         near: query and key, (batch, text + image, heads, head_dim) each, rotated by true positions:
-            for pairs of image tokens inside the disc.
-        far: query and key of the same shape, rotated by scaled positions: for pairs with a text
-            token, and for pooled and far keys.
+            for pairs of image tokens inside the disc, and for far keys of `Window.near_levels`.
+        far: the same query and key, rotated by scaled positions: for pairs with a text token, and
+            for pooled and all other far keys.
         value: of the same shape.
         window, scale, impl: as in `local_attention`.
         of_pooled: spatial_weight and far_offset, as in `local_attention`.
@@ -72,8 +73,10 @@ def two_position_attention(
             "two_position_attention: has no gradients; train at the native size, or use "
             "torch.no_grad()."
         )
+    learned = of_pooled.get("spatial_weight"), of_pooled.get("far_offset")
+    for query, key in (near, far):
+        check_inputs(query, key, value, window, *learned)
     scale = value.shape[-1] ** -0.5 if scale is None else float(scale)
-    query, key = far
     text = window.text_length
     if window.far_levels:
         image = _image_with_far_keys(near, far, value, window, scale=scale, impl=impl, **of_pooled)
@@ -125,13 +128,18 @@ def _image_with_far_keys(
     spatial_weight: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The image's queries, whose near tokens are scored by `near`."""
+    """The image's queries, whose near tokens and cells are scored by `near`."""
     text, (query, key) = window.text_length, far
+    pooled = pooled_keys(key, value, window, spatial_weight, scale)
+    if window.near_levels:
+        sizes = window.height, window.width, window.near_levels
+        near_cells = pool_cells(near[1][:, text:], value[:, text:], spatial_weight, *sizes, scale)
+        for cells, of_near in zip(pooled, near_cells, strict=True):
+            cells[:, : of_near.shape[1]] = of_near
     return attend_near_and_far(
         near[0][:, text:], (near[1][:, text:], value[:, text:]),
         query[:, text:], (key[:, :text], value[:, :text]),
-        pooled_keys(key, value, window, spatial_weight, scale),
-        window, scale=scale, **options,
+        pooled, window, scale=scale, **options,
     )  # fmt: skip
 
 
@@ -147,27 +155,31 @@ def attend_near_and_far(
     impl: str,
     far_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Image queries under far keys: near tokens by one query, text and cells by another.
+    """Image queries under far keys: near tokens and cells by one query, all else by another.
 
     Args:
         near_query, far_query: (batch, queries, heads, head_dim), the window's image queries.
         tokens: key and value of the image's tokens that are given, rotated as `near_query`.
-        text, cells: the same of the text, and of the cells that are given, as `far_query`.
+        text: the same of the text, as `far_query`.
+        cells: the same of the cells that are given: of `Window.near_levels` as `near_query`.
         window: with far keys.
         scale, impl, far_offset: as in `local_attention`.
 
     Returns:
         Shape of the query, float32 or wider.
     """
-    none = tokens[0][:, :0]
+    options: dict[str, Any] = {"far_offset": far_offset, "scale": scale, "impl": impl}
+    near_part, far_part = window.near_part, window.far_part
+    near_cells, far_cells = zip(
+        *(x.split([near_part.pooled_length, far_part.pooled_length], dim=1) for x in cells),
+        strict=True,
+    )
     image, lse = local_attention(
-        near_query, *tokens, window.near_part,
-        pooled=(none, none), scale=scale, impl=impl, return_lse=True,
-    )  # fmt: skip
+        near_query, *tokens, near_part, pooled=near_cells, return_lse=True, **options
+    )
     others = local_attention(
-        far_query, *text, window.far_part,
-        pooled=cells, far_offset=far_offset, scale=scale, impl=impl, return_lse=True,
-    )  # fmt: skip
+        far_query, *text, far_part, pooled=far_cells, return_lse=True, **options
+    )
     image = image.to(lse.dtype)
     merge_(image, lse, *others)
     return image

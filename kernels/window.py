@@ -27,6 +27,9 @@ from .cells import (
 POOLED_WEIGHTS = ("one", "count")
 # Rows and columns together with far keys: squared distances fit into 32 bits.
 LARGEST_FAR_GRID = 2**14
+# Where tokens have two positions, levels of far keys that end within this share of the longer side
+# are scored by the true ones.
+NEAR_SHARE = 1 / 4
 
 Derived = TypeVar("Derived")
 
@@ -263,21 +266,33 @@ class Window:
         )
 
     @property
+    def near_levels(self) -> int:
+        """Levels of far keys that are scored by true positions where tokens have two.
+
+        A level's cells are seen from a radius times 2^(level - 1) tokens on, up to twice as far
+        away; those of the last level to the end of the image.
+        """
+        near = NEAR_SHARE * max(self.height, self.width)
+        return sum(self.radius * 2**level <= near for level in range(1, self.far_levels))
+
+    @property
     def near_part(self) -> Window:
-        """With far keys: the image's queries, and of the keys its tokens; always the same object.
+        """With far keys: the image's queries, and of the keys its tokens and the cells of
+        `near_levels`; always the same object.
 
         Together with `far_part` it is `image_queries`.
         """
-        return self._once("_near_part", lambda: self._part(0, of_tokens=True))
+        return self._once("_near_part", lambda: self._part(0, near=True))
 
     @property
     def far_part(self) -> Window:
-        """With far keys: the image's queries, and of the keys the text's and the cells."""
-        return self._once("_far_part", lambda: self._part(self.text_length, of_tokens=False))
+        """With far keys: the image's queries, and of the keys the text's and all other cells."""
+        return self._once("_far_part", lambda: self._part(self.text_length, near=False))
 
-    def _part(self, text_length: int, of_tokens: bool) -> Window:
+    def _part(self, text_length: int, near: bool) -> Window:
+        levels = self.near_levels
         rows = tuple(
-            self.given_rows(level) if (level == 0) == of_tokens else (0, 0)
+            self.given_rows(level) if (level <= levels) == near else (0, 0)
             for level in range(self.far_levels + 1)
         )
         return replace(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..cells import ENDLESS, cell_count, comparisons, doubled_centres, doubled_reach2
+from ..cells import ENDLESS, cell_count, compared_centres, compared_reach2, comparisons
 from ..opaque import Geometry
 from ..window import Window
 from .geometry import Tiling
@@ -81,10 +81,7 @@ def _query_spans(start: int, stop: int, tile: int) -> _Spans:
 def _cell_spans(length: int, levels: int, level: int, given: tuple[int, int], tile: int) -> _Spans:
     """Of `tile` cells each; cells `given` of an axis of `length` tokens."""
     start, stop = given
-    own = doubled_centres(length, level, "cpu").numpy()
-    around = own
-    if level < levels:
-        around = np.repeat(doubled_centres(length, level + 1, "cpu").numpy(), 2)[: len(own)]
+    own, around = (each.numpy() for each in compared_centres(length, levels, level, "cpu"))
     first = np.arange(start, stop, tile)
     ends = np.stack([first, np.minimum(first + tile, stop) - 1])
     return _Spans(own[ends], around[ends])
@@ -104,9 +101,8 @@ class _Candidates(NamedTuple):
     outer_far: np.ndarray
 
 
-def _outer2(geometry: Geometry, level: int) -> int:
-    last = level == geometry.far_levels
-    return ENDLESS if last else doubled_reach2(geometry.radius, level + 1)
+def _reach2(geometry: Geometry, level: int) -> tuple[int, int]:
+    return compared_reach2(geometry.radius, geometry.far_levels, level)
 
 
 def _candidates(owners: _Spans, visited: _Spans, outer2: int) -> _Candidates:
@@ -134,8 +130,7 @@ def _seen(
     rows: _Candidates, columns: _Candidates, geometry: Geometry, level: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where some query may see some cell, and where all see all: bool (owners, candidates)."""
-    inner2 = doubled_reach2(geometry.radius, level) if level else 0
-    outer2 = _outer2(geometry, level)
+    inner2, outer2 = _reach2(geometry, level)
 
     def both(name: str) -> np.ndarray:
         y, x = getattr(rows, name), getattr(columns, name)
@@ -175,7 +170,7 @@ def key_lists(
     order = [*range(1, levels + 1), 0]
     found = {}
     for level in order:
-        outer2, given = _outer2(geometry, level), geometry.given_rows(level)
+        (_, outer2), given = _reach2(geometry, level), geometry.given_rows(level)
         cells_x = _cell_spans(width, levels, level, (0, cell_count(width, level)), 1)
         cells_y = _cell_spans(geometry.height, levels, level, given, 1)
         found[level] = (
@@ -214,7 +209,7 @@ def query_lists(geometry: Geometry, level: int, tiling: Tiling, device: torch.de
     geometry: as `of_lists` gives it, all rows given and queries.
     tiling: tiles of cells, and of queries that are visited.
     """
-    levels, outer2 = geometry.far_levels, _outer2(geometry, level)
+    levels, (_, outer2) = geometry.far_levels, _reach2(geometry, level)
     axes = []
     for length, tile, step in (
         (geometry.height, tiling.rows, tiling.step_rows),

@@ -79,6 +79,36 @@ def sees(own_y, own_x, origin_y, origin_x, comparisons, total, keys):
 
 
 @triton.jit
+def load_step(
+    image_key, image_value, pooled_key, pooled_value, bias,
+    key_stride, value_stride, pooled_stride, bias_stride,
+    keys, step, end, token_keys, total, comparisons, own_y, own_x, origin_y, origin_x, head_dim,
+    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The keys step..step + N of the lists in `keys`: keys, values, mask [M or 1, N] and bias.
+
+    Pointers: to the head's first image token, pooled key and bias. Where not MASKED, all are there
+    and all queries see them.
+    """
+    lane = tl.arange(0, N)
+    listed = step + lane < end
+    if MASKED:  # key 0 fills up
+        key = tl.load(keys + step + lane, mask=listed, other=0)
+        mask = sees(own_y, own_x, origin_y, origin_x, comparisons, total, key)
+        mask = mask & listed[None, :]
+    else:
+        key = tl.load(keys + step + lane)
+        mask = listed[None, :]
+    k = load_listed(
+        image_key, pooled_key, key_stride, pooled_stride, key, token_keys, head_dim, D, EVEN_D
+    )
+    v = load_listed(
+        image_value, pooled_value, value_stride, pooled_stride, key, token_keys, head_dim, D, EVEN_D
+    )
+    return k, v, mask, load_bias(bias, bias_stride, key - token_keys, key >= token_keys, True)
+
+
+@triton.jit
 def attend_listed(
     query, row_max, row_sum, acc, image_key, image_value, pooled_key, pooled_value, bias,
     key_stride, value_stride, pooled_stride, bias_stride,
@@ -87,28 +117,14 @@ def attend_listed(
     N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attention over the keys begin..end of the lists in `keys`; whole steps where not MASKED.
-
-    Pointers: to the head's first image token, pooled key and bias.
-    """
-    lane = tl.arange(0, N)
+    """Attention over the keys begin..end of the lists; see `load_step`."""
     for step in tl.range(begin, end, N, num_stages=STAGES):
-        listed = step + lane < end
-        if MASKED:  # key 0 fills up
-            key = tl.load(keys + step + lane, mask=listed, other=0)
-            mask = sees(own_y, own_x, origin_y, origin_x, comparisons, total, key)
-            mask = mask & listed[None, :]
-        else:
-            key = tl.load(keys + step + lane)
-            mask = listed[None, :]
-        k = load_listed(
-            image_key, pooled_key, key_stride, pooled_stride, key, token_keys, head_dim, D, EVEN_D
-        )
-        v = load_listed(
-            image_value, pooled_value, value_stride, pooled_stride, key, token_keys, head_dim,
-            D, EVEN_D,
+        k, v, mask, b = load_step(
+            image_key, image_value, pooled_key, pooled_value, bias,
+            key_stride, value_stride, pooled_stride, bias_stride,
+            keys, step, end, token_keys, total, comparisons, own_y, own_x, origin_y, origin_x,
+            head_dim, N, D, EVEN_D, MASKED,
         )  # fmt: skip
-        b = load_bias(bias, bias_stride, key - token_keys, key >= token_keys, True)
         row_max, row_sum, acc = attend_block(
             query, k, v, mask, b, row_max, row_sum, acc, scale_log2, MASKED, True
         )

@@ -31,7 +31,7 @@ from .backward import (
     walk_queries,
 )
 from .cell_lists import first_keys, key_comparisons, key_lists, of_lists, query_lists
-from .far import load_listed, own_tile, sees
+from .far import load_step, own_tile
 from .forward import load_tile
 from .launch import OPTIONS, channels
 from .primitives import load_bias, load_rows, store_rows
@@ -47,25 +47,14 @@ def walk_listed(
     N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`add_query_gradient` over listed keys, see `attend_listed`."""
-    lane = tl.arange(0, N)
+    """`add_query_gradient` over the keys begin..end of the lists; see `load_step`."""
     for step in tl.range(begin, end, N, num_stages=STAGES):
-        listed = step + lane < end
-        if MASKED:  # key 0 fills up
-            key = tl.load(keys + step + lane, mask=listed, other=0)
-            mask = sees(own_y, own_x, origin_y, origin_x, comparisons, total, key)
-            mask = mask & listed[None, :]
-        else:
-            key = tl.load(keys + step + lane)
-            mask = listed[None, :]
-        k = load_listed(
-            image_key, pooled_key, key_stride, pooled_stride, key, token_keys, head_dim, D, EVEN_D
-        )
-        v = load_listed(
-            image_value, pooled_value, value_stride, pooled_stride, key, token_keys, head_dim,
-            D, EVEN_D,
+        k, v, mask, b = load_step(
+            image_key, image_value, pooled_key, pooled_value, bias,
+            key_stride, value_stride, pooled_stride, bias_stride,
+            keys, step, end, token_keys, total, comparisons, own_y, own_x, origin_y, origin_x,
+            head_dim, N, D, EVEN_D, MASKED,
         )  # fmt: skip
-        b = load_bias(bias, bias_stride, key - token_keys, key >= token_keys, True)
         query_sum = add_query_gradient(
             query_sum, query, grad, lse, delta, k, v, mask, b, scale_log2, MASKED, True
         )

@@ -34,7 +34,7 @@ Why these; all are options of `Resolution`:
 - Shift 3 is CLEAR's, and FLUX.1-dev's own at its native size is 3.16. With the start and the number
   of steps given, shifts 1, 3 and 6 came within 0.01 dB on the demo.
 - "two" is for local attention: inside the disc true distances are never new to the model, so that
-  nothing need be stretched; only text (and pooled and far keys) look across the image, by positions
+  nothing need be stretched; only text (and pooled keys) look across the image, by positions
   that fill the trained extent. On the demo it left no streak at 2048 px, where "yarn" drew several:
   512 px to 1024 and 2048 px, 12 steps, radius 8 with its weights, fidelity and sharpness as above:
 
@@ -43,15 +43,20 @@ Why these; all are options of `Resolution`:
 
   That was without `MARGIN`, which takes lines along the borders away and adds up to 0.5 dB.
   Pooled keys, made of keys closer together than in training, blurred the image with it (1024 px:
-  yarn 1.5 and 1.5, two 0.4 and 0.7 times the enlargement's gradient energy). Far keys, which
-  weigh as the tokens they stand for, do not: 512 to 1024 px, the mean of three prompts, radius 4
-  without weights, cells of plain means (radius 8 without far keys, "two": 28.0 dB 1.65; full
-  attention, yarn: 28.2 dB 1.28):
+  yarn 1.5 and 1.5, two 0.4 and 0.7 times the enlargement's gradient energy). Far keys blur too where
+  scaled positions put them among a query's neighbours, so that levels that end within a quarter of
+  the longer side keep true positions (`Window.near_levels`). Without weights, bfloat16, by the
+  number of such levels, as it is marked *; 1024 px: the mean of four prompts, 2048 px: of three:
 
-      yarn                                                  28.8 dB 1.91
-      two, cells by scaled positions (as it is)             30.9 dB 1.60
-      two, cells of 2 x 2 tokens by true positions too      31.3 dB 1.79
-      two, all cells by true positions                      28.8 dB 1.88 (lines at the sides)
+      radius  px    yarn            0         1          2          3
+      4       1024  28.9 dB 1.78    31.2 1.51  31.2 1.72  29.7 1.83*
+      4       2048  29.4 dB 2.24    27.7 0.66  28.4 1.24  28.5 1.94  28.6 2.62*
+      8       1024  28.7 dB 1.51    30.8 1.45  29.5 1.64* 28.3 1.67
+      8       2048  29.3 dB 1.63    27.8 0.94  27.3 1.26  28.4 2.08*
+      8, no far keys, 2048 px       27.4 2.40
+
+  "yarn" drew streaks at 2048 px, and lines at the sides. At 4096 px (one prompt, radius 4) two
+  levels gave 27.6 dB 1.12, three 30.3 1.81, four, as it is, 28.4 2.91.
 - FLUX.1 was trained at many shapes; a model trained at squares repeats things beyond their side: at
   736 x 352 the demo showed second suns and balloons, cut off what stands on the ground, and "yarn"
   did not help. "two" fits the scene into the image, and true distances nearby keep things in

@@ -177,7 +177,10 @@ class SharedImage:
         text, own = self._text, self.bands.own
         query, key, value = tensors
         scaled_query, scaled_key = (query, key) if scaled is None else scaled
-        pooling = self._start_pooling(scaled_key[:, text:], value[:, text:], spatial_weight, scale)
+        near_key = None if scaled is None else key[:, text:]
+        pooling = self._start_pooling(
+            scaled_key[:, text:], value[:, text:], near_key, spatial_weight, scale
+        )
         merged = None
         if text:
             # The keys of the text count once.
@@ -301,13 +304,16 @@ class SharedImage:
         self,
         key: torch.Tensor,
         value: torch.Tensor,
-        spatial_weight: torch.Tensor | None,
+        near_key: torch.Tensor | None,
+        weight: torch.Tensor | None,
         scale: float,
     ) -> PooledTokens | FarCells | None:
         """Start to exchange the pooled keys and values that this rank's queries see."""
-        given, where = (key, value, spatial_weight), (self.window, self.bands)
+        where = self.window, self.bands
         if self._cells:
-            return FarCells(*given, scale, *where, self._cells, self.group, self.traffic)
+            return FarCells(
+                key, value, near_key, weight, scale, *where, self._cells, self.group, self.traffic
+            )
         if self.window.down_factor > 1:
-            return PooledTokens(*given, *where, self.group, self.traffic)
+            return PooledTokens(key, value, weight, *where, self.group, self.traffic)
         return None

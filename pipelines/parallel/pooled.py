@@ -119,6 +119,7 @@ class FarCells:
 
     Args:
         key, value: (batch, own rows * width, heads, head_dim), of this rank's band.
+        near_key: the key by which cells of `near_levels` are scored; None where it is `key`.
         weight: (far_levels or more, 2, 2), of cells' children; see `pool_cells`.
         scale: factor on query times key.
         window: of the whole image.
@@ -129,6 +130,7 @@ class FarCells:
         self,
         key: torch.Tensor,
         value: torch.Tensor,
+        near_key: torch.Tensor | None,
         weight: torch.Tensor | None,
         scale: float,
         window: Window,
@@ -138,8 +140,11 @@ class FarCells:
         traffic: Traffic,
     ) -> None:
         self._rank, self._dtype, self._traffic = bands.rank, key.dtype, traffic
-        sizes = window.width, window.far_levels, scale
-        made = pool_cell_rows(key, value, weight, *sizes, bands.own)
+        made = pool_cell_rows(key, value, weight, window.width, window.far_levels, scale, bands.own)
+        if near_key is not None and window.near_levels:
+            made[: window.near_levels] = pool_cell_rows(
+                near_key, value, weight, window.width, window.near_levels, scale, bands.own
+            )
         masses = [torch.stack(part[2:]) for part in made]
         weights = _weights_of_parts(masses, cells, bands.rank, group, traffic)
         parts = [

@@ -52,6 +52,7 @@ def test_every_part_runs(monkeypatch, tmp_path, capsys):
         "forward",
         "text",
         "norm_rope",
+        "pooling",
     }
     assert {row["what"] for row in checks} >= {
         "output",

@@ -26,7 +26,7 @@ KERNELS = {
     "image_forward", "text_forward", "text_merge", "prepare_rows", "image_query_backward",
     "image_key_backward", "text_query_backward", "common_key_backward",
     "far_forward", "far_query_backward", "far_key_backward",
-    "norm_rope_kernel", "norm_rope_backward_kernel",
+    "norm_rope_kernel", "norm_rope_backward_kernel", "pool_tiles",
 }  # fmt: skip
 
 

@@ -62,8 +62,9 @@ def test_far_keys_where_nothing_else_is_made_for_the_model(runner, request_of, t
     for name, changes in {
         "none": {},
         "unknown": {"radius": 3, "weights": "auto"},
-        "known": {"radius": 4, "weights": "auto"},
-        "asked": {"radius": 4, "weights": "auto", "far": True},
+        "known": {"radius": 8, "weights": "auto"},
+        "known far": {"radius": 4, "weights": "auto"},
+        "asked": {"radius": 8, "weights": "auto", "far": True},
         "refused": {"far": False},
         "pooled": {"down_factor": 2},
         "full": {"attention": "full"},
@@ -71,7 +72,7 @@ def test_far_keys_where_nothing_else_is_made_for_the_model(runner, request_of, t
         result = runner.generate(request_of(**changes), tmp_path / f"{name}.png")
         told[name] = result["far"], read_settings(tmp_path / f"{name}.png")["far"]
     assert {name for name, far in told.items() if far == (True, True)} == {
-        *("none", "unknown", "asked")
+        *("none", "unknown", "known far", "asked")
     }
     assert all(far in ((True, True), (False, False)) for far in told.values())
     images = {name: pixels(tmp_path / f"{name}.png").tobytes() for name in told}

@@ -91,12 +91,14 @@ def test_pairs_of_some_rows(window, data):
 
 @quick
 @given(windows)
+@example(Window(66, 5, 3, 2, far_levels=5))
 def test_parts_are_the_image_queries(window):
     whole, near, far = window.image_queries, window.near_part, window.far_part
-    text, tokens = window.text_length, window.key_length
+    text = window.text_length
+    last = window.key_length + sum(map(window.cells_of_level, range(1, 1 + window.near_levels)))
     mask = whole.mask()
-    assert torch.equal(near.mask(), mask[:, text:tokens])
-    assert torch.equal(far.mask(), torch.cat([mask[:, :text], mask[:, tokens:]], dim=1))
+    assert torch.equal(near.mask(), mask[:, text:last])
+    assert torch.equal(far.mask(), torch.cat([mask[:, :text], mask[:, last:]], dim=1))
     assert near.attended_pairs() + far.attended_pairs() == whole.attended_pairs()
 
 

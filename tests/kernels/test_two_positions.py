@@ -29,6 +29,8 @@ WINDOWS = [
     Window(17, 13, 7, 2, far_levels=4),
     Window(9, 14, 0, 3, far_levels=2),
     Window(6, 5, 2, 20, far_levels=10),
+    Window(66, 5, 3, 2, far_levels=5),
+    Window(33, 3, 0, 2, far_levels=1),
 ]
 IDS = [
     str((w.height, w.width, w.text_length, w.radius, w.down_factor, w.far_levels)) for w in WINDOWS
@@ -69,10 +71,24 @@ def definition(near, far, value, window, learned, scale, full=False):
         scores = scores.masked_fill(~inside, float("-inf"))
     if window.far_levels and not full:
         weight, offset = (x.double() for x in learned.values())
-        key, more = (
-            far_means_by_definition(x, far[1], window, scale, weight) for x in (far[1], value)
+        # Levels that end within a quarter of the longer side; the last has no end.
+        most = max(window.height, window.width) / 4
+        is_near = torch.tensor(
+            [
+                level < window.far_levels and window.radius * 2**level <= most
+                for level, *_ in far_cells(window)
+            ]
         )
-        pooled = torch.einsum("bqhd,bkhd->bhqk", far[0], key) * scale
+
+        def scores_and_values(query, key):
+            keys, values = (
+                far_means_by_definition(x, key, window, scale, weight) for x in (key, value)
+            )
+            return torch.einsum("bqhd,bkhd->bhqk", query, keys) * scale, values
+
+        of_near, of_far = scores_and_values(*near), scores_and_values(*far)
+        pooled = torch.where(is_near, of_near[0], of_far[0])
+        more = torch.where(is_near[:, None, None], of_near[1], of_far[1])
         bias = [
             offset[level - 1] + math.log(rows * columns)
             for level, _, _, rows, columns in far_cells(window)

@@ -94,12 +94,13 @@ def test_far_is_settled_before_a_job_is_told_from_another(tmp_path, demo_weights
         {"prompt": "a house"},
         {"prompt": "a house", "far": True, "id": "far"},
         {"prompt": "a house", "far": False, "id": "local"},
-        {"prompt": "a house", "radius": 4, "id": "tuned"},
+        {"prompt": "a house", "radius": 8, "id": "tuned"},
+        {"prompt": "a house", "radius": 4, "id": "tuned-far"},
         {"prompt": "a house", "radius": 4, "weights": str(demo_weights), "id": "named"},
         {"prompt": "a house", "attention": "full", "id": "full"},
     )
     jobs = read_jobs(tmp_path / "a.jsonl", FLAGS)
-    assert [job.request.far for job in jobs] == [True, True, False, False, False, False]
+    assert [job.request.far for job in jobs] == [True, True, False, False, True, False, False]
     silent, far, local, *_ = jobs
     assert silent.identity == far.identity != local.identity
     (tmp_path / "a.csv").write_text("prompt,far\na house,true\na house,FALSE\na house,\n")
@@ -135,7 +136,7 @@ def test_identity_knows_the_contents_of_images_and_weights(tmp_path, demo_weight
 
 @pytest.fixture
 def demo_weights():
-    return Path(known_weights("demo", 4, 1))
+    return Path(known_weights("demo", 4, 1, far=False))
 
 
 def test_the_same_line_twice_is_one_job(tmp_path):

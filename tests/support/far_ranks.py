@@ -32,7 +32,7 @@ class Case(NamedTuple):
 CASES = {
     "odd": Case(23, 9, 3),
     "learned": Case(23, 9, 3, learned=True),
-    "two positions": Case(23, 9, 2, two_positions=True),
+    "two positions": Case(67, 5, 2, two_positions=True),
     "two positions, learned, no text": Case(21, 7, 2, text=0, learned=True, two_positions=True),
     "coarse cells span all ranks": Case(5, 4, 2, learned=True),
     "interior rows": Case(75, 5, 2, keeps_halos=True),

@@ -46,8 +46,8 @@ def load(source: Path, definitions: Sequence[str] = ()) -> ctypes.CDLL:
     """The library of a source file, compiled unless the user's cache folder has it.
 
     The cache folder is `clear-dit` in $XDG_CACHE_HOME (~/.cache). A library's name there tells
-    source, command and all that the compiler says of itself and of this CPU. Where the folder
-    cannot be written, every process compiles for itself.
+    source, headers beside it, command and all that the compiler says of itself and of this CPU.
+    Where the folder cannot be written, every process compiles for itself.
 
     Args:
         definitions: of macros, as NAME=VALUE.
@@ -66,7 +66,8 @@ def load(source: Path, definitions: Sequence[str] = ()) -> ctypes.CDLL:
 
 def _load(command: list[str], source: Path) -> ctypes.CDLL:
     machine = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
-    text = b"\0".join([source.read_bytes(), repr(command).encode(), machine])
+    headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]
+    text = b"\0".join([source.read_bytes(), *headers, repr(command).encode(), machine])
     name = f"{source.stem}-{hashlib.sha256(text).hexdigest()[:32]}.so"
     folder = _cache_folder()
     if folder is not None and (folder / name).exists():

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import torch
@@ -16,10 +14,8 @@ from ...cells import MOST_LEVELS
 from ...opaque import Geometry
 from ...window import LARGEST_FAR_GRID, Window
 from .build import BuildError, load
+from .shares import DTYPES, Tensor, by_threads, share_of, why_not
 
-# A dtype's place is its number in the kernel, which computes in float32.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST_HEAD_DIM = 128
 # Rows and columns together, as of far keys: the kernel counts tokens in 32 bits.
 LARGEST_GRID = LARGEST_FAR_GRID
 # What a thread takes at a time, if there is enough for all. Rows of image queries, at least: the
@@ -29,17 +25,10 @@ SHARE_ROWS = 32
 SHARE_TEXT = 256
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("batch", "token", "head")),
-    )
-
-
 class _Problem(ctypes.Structure):
     _fields_ = (
         *(
-            (name, _Tensor)
+            (name, Tensor)
             for name in (
                 *("query", "out", "lse", "key", "value", "packed_key", "packed_value", "bias"),
             )
@@ -83,12 +72,9 @@ def _library(head_dim: int) -> ctypes.CDLL | str:
 
 def why_not_compiled(query: torch.Tensor, height: int, width: int) -> str | None:
     """Why the kernel cannot run on such queries of a grid, in tokens; None if it can."""
-    if query.device.type != "cpu":
-        return f"needs a CPU, got a query on {query.device.type!r}"
-    if query.dtype not in DTYPES:
-        return f"takes float16, bfloat16 or float32, got {query.dtype}"
-    if not 1 <= query.shape[-1] <= LARGEST_HEAD_DIM:
-        return f"takes a head_dim of 1 to {LARGEST_HEAD_DIM}, got {query.shape[-1]}"
+    reason = why_not(query)
+    if reason is not None:
+        return reason
     if height + width > LARGEST_GRID:
         return f"takes at most {LARGEST_GRID} rows and columns, got {height} + {width}"
     library = _library(query.shape[-1])
@@ -145,13 +131,13 @@ def attend_compiled(
     )
     tensors = (query, out, lse, key, value, packed_key, packed_value, bias[None])
     problem = _Problem(
-        *(_Tensor(x.data_ptr(), *x.stride()[:3]) for x in tensors),
+        *(Tensor.of(x) for x in tensors),
         DTYPES.index(query.dtype), text_queries, text_length, height, width, radius,
         query_start, pooled_length, levels, tuple(given), scale,
     )  # fmt: skip
     rows, columns = _tile(library)
-    text_share = _share(text_queries, SHARE_TEXT, rows * columns)
-    image_share = _share(query_stop - query_start, max(SHARE_ROWS, 2 * radius), rows)
+    text_share = share_of(text_queries, SHARE_TEXT, rows * columns)
+    image_share = share_of(query_stop - query_start, max(SHARE_ROWS, 2 * radius), rows)
     shares = [
         (text, item, head, start, min(start + share, stop))
         for text, first, stop, share in (
@@ -166,7 +152,7 @@ def attend_compiled(
     def run(share: Share) -> int:
         return library.attend_share(problem, *share)
 
-    pairs = _by_threads(run, shares)
+    pairs = by_threads(run, shares)
     if min(pairs, default=0) < 0:
         raise MemoryError("tiled attention: no memory for the keys that a tile reaches")
     return sum(pairs)
@@ -182,39 +168,12 @@ def _packed(text: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def _by_threads(run: Callable[[Share], int], shares: list[Share]) -> list[int]:
-    """What `run` returns for each share, in any order; by this thread and new ones.
-
-    The new ones end with this call: a process that forks takes no threads along, and an executor's
-    refuse to work once the main thread has ended.
-    """
-    left = iter(shares)
-    found: list[list[int]] = [[] for _ in range(torch.get_num_threads())]
-
-    def work(own: list[int]) -> None:
-        own.extend(map(run, left))
-
-    others = [Thread(target=work, args=(own,)) for own in found[1:]]
-    for thread in others:
-        thread.start()
-    work(found[0])
-    for thread in others:
-        thread.join()
-    return [pairs for own in found for pairs in own]
-
-
 def _tile(library: ctypes.CDLL) -> tuple[int, int]:
     """Rows and columns of a tile of queries: as many as this CPU's vectors have lanes."""
     rows, columns = (
         ctypes.c_int32.in_dll(library, name).value for name in ("tile_rows", "tile_columns")
     )
     return rows, columns
-
-
-def _share(whole: int, wanted: int, step: int) -> int:
-    """What a thread takes at a time, in whole steps: as wanted, but some for every thread."""
-    share = min(wanted, math.ceil(whole / torch.get_num_threads()))
-    return max(1, math.ceil(share / step)) * step
 
 
 def executed_pairs(window: Window, head_dim: int) -> int:

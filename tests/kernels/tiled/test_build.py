@@ -59,13 +59,15 @@ def test_compiled_once(cache, source, monkeypatch):
 
 
 @needs_compiler
-def test_another_library_for_other_source_definitions_and_flags(cache, source, monkeypatch):
+def test_another_library_for_other_source_headers_definitions_and_flags(cache, source, monkeypatch):
     assert (number(source), number(source, "NUMBER=8")) == (7, 8)
     source.write_text(SOURCE.replace("= NUMBER", "= -NUMBER"))
     assert number(source) == -7
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
     assert number(source) == -7
-    assert len(list(cache.iterdir())) == 4
+    (source.parent / "another.h").write_text("")
+    assert number(source) == -7
+    assert len(list(cache.iterdir())) == 5
 
 
 @needs_compiler

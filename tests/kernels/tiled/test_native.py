@@ -178,7 +178,7 @@ def test_parts_of_the_keys_merge_to_the_whole(split, dtype):
         query, key, value, rows, far_offset=offset, pooled=pooled,
         impl="reference", return_lse=True,
     )  # fmt: skip
-    rounding = dict(rtol=2e-2, atol=2e-3) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=2e-6)
+    rounding = dict(rtol=2e-2, atol=2e-3) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=4e-6)
     torch.testing.assert_close(out, expected.float(), **rounding)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -242,7 +242,7 @@ def test_what_it_does_not_take():
     for other, height, words in (
         (query.double(), 8, "takes float16, bfloat16 or float32, got torch.float64"),
         (torch.empty(1, 1, 1, 129), 8, "takes a head_dim of 1 to 128, got 129"),
-        (query.to("meta"), 8, "needs a CPU, got a query on 'meta'"),
+        (query.to("meta"), 8, "needs a CPU, got tokens on 'meta'"),
         (query, LARGEST_GRID, "takes at most 16384 rows and columns, got 16384 + 8"),
     ):
         assert why_not_compiled(other, height, 8) == words

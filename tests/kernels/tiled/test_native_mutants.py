@@ -6,6 +6,7 @@ None of them reads or writes beyond its memory.
 import ctypes
 import math
 import platform
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def compile_mutant(tmp_path, monkeypatch):
     def compile_(old: str = "", new: str = "") -> ctypes.CDLL:
         text = SOURCE.read_text()
         assert not old or text.count(old) == 1, f"{SOURCE.name} has {text.count(old)} of {old!r}"
+        shutil.copy(SOURCE.with_name("numbers.h"), tmp_path)
         path = tmp_path / "mutant.cpp"
         path.write_text(text.replace(old, new) if old else text)
         library = build.load(path, ["HEAD_DIM=20"])

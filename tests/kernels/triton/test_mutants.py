@@ -5,6 +5,7 @@ test says that the battery passes on the unchanged source.
 """
 
 import importlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -192,6 +193,36 @@ MUTANTS = {
         "for start in tl.range(begin, end, N, num_stages=STAGES):",
         "for start in tl.range(begin, end - N, N, num_stages=STAGES):",
     ),
+    "pooling: tokens beyond the border": (
+        "triton/pooling.py",
+        "largest = tl.where(inside, scale * tl.sum(k * k, 1), LOWEST)",
+        "largest = scale * tl.sum(k * k, 1)",
+    ),
+    "pooling: what tokens of a cell weigh is not passed on": (
+        "triton/pooling.py",
+        "masses = tl.reshape(mass, [4, N]) * tl.exp(of_places - largest[None, :])",
+        "masses = tl.reshape(mass, [4, N])",
+    ),
+    "pooling: children in rows first": (
+        "triton/pooling.py",
+        "even_bits_reversed(index >> 1, BITS)",
+        "even_bits_reversed(index >> 2, BITS)",
+    ),
+    "pooling: weights of the level below": (
+        "triton/pooling.py",
+        "own = tl.minimum(level + step, levels) - 1",
+        "own = tl.minimum(level + step - 1, levels) - 1",
+    ),
+    "pooling: cells beyond the border": (
+        "triton/pooling.py",
+        "largest = tl.load(below_largest + at, mask=inside, other=LOWEST)",
+        "largest = tl.load(below_largest + at, mask=inside, other=0.0)",
+    ),
+    "pooling: masses of a launch not passed on": (
+        "triton/pooling.py",
+        "tl.store(top_mass + at, mass)",
+        "tl.store(top_mass + at, mass * 0.0 + 1.0)",
+    ),
 }
 
 
@@ -204,6 +235,7 @@ QUICK = (
     "gradients: delta of the keys left out",
     "far: a level dropped",
     "gradients far: cells beyond the reach",
+    "pooling: what tokens of a cell weigh is not passed on",
 )
 
 
@@ -212,8 +244,13 @@ WINDOWS = (original.Window(5, 9, 5, 6, 3), original.Window(9, 6, 16, 5, 1))
 FAR_WINDOWS = (original.Window(7, 18, 5, 2, far_levels=3),)
 
 
-def battery(launch, tables, geometry, backward, far_backward, part, far) -> Iterator[float]:
-    """Relative errors of the forward or the backward pass, of a few small problems in turn."""
+def battery(
+    launch, tables, geometry, backward, far_backward, pooling, part, far
+) -> Iterator[float]:
+    """Relative errors of the pooling, the forward or the backward pass, of a few small problems."""
+    if part == "pooling":
+        yield from pooling_battery(pooling)
+        return
     config = tables.ForwardConfig(geometry.Tiling(4, 4, 4, 4), 16, 4, 1, far_keys=16)
     run = tables.RunConfig(16, 16, 4, 1)
     tile = tables.TileConfig(geometry.Tiling(4, 8, 4, 8) if far else config.tiling, 4, 1)
@@ -246,6 +283,18 @@ def battery(launch, tables, geometry, backward, far_backward, part, far) -> Iter
             numbers, config=gradients, programs=16,
         )  # fmt: skip
         yield from map(error_of, grads, truth[2:])
+
+
+def pooling_battery(pooling) -> Iterator[float]:
+    """Relative errors of keys and values, with learned weights, of two launches."""
+    window = original.Window(5, 9, 0, 2, far_levels=4)
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 1, window.sequence_length, 2, 16, dtype=torch.float64) + 0.5
+    weight = torch.rand(window.far_levels, 2, 2, dtype=torch.float64)
+    truth = (far_means_by_definition(x, key, window, 0.05, weight) for x in (key, value))
+    sizes = window.height, window.width, window.far_levels
+    pooled = pooling.pool_cells(key.float(), value.float(), weight.float(), *sizes, 0.05)
+    yield from map(error_of, pooled, truth)
 
 
 def error_of(found, exact) -> float:
@@ -292,7 +341,7 @@ def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
     monkeypatch.syspath_prepend(str(tmp_path))
     modules = [
         importlib.import_module(f"{name}.triton.{module}")
-        for module in ("launch", "tables", "geometry", "backward", "far_backward")
+        for module in ("launch", "tables", "geometry", "backward", "far_backward", "pooling")
     ]
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
@@ -300,7 +349,7 @@ def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
 
 
 @pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("part", ["pooling", "forward", "backward"])
 def test_the_battery_passes_without_a_fault(part, far, tmp_path, monkeypatch):
     modules = load(tmp_path, f"unchanged_{part}_{far}", monkeypatch)
     assert max(battery(*modules, part, far)) < 1e-5
@@ -309,6 +358,8 @@ def test_the_battery_passes_without_a_fault(part, far, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", slow_but(MUTANTS, *QUICK))
 def test_a_fault_is_noticed(fault, tmp_path, monkeypatch):
     name = "mutant_" + "".join(c if c.isalnum() else "_" for c in fault)
-    part = "backward" if fault.startswith("gradients") else "forward"
+    part = {"gradients": "backward", "pooling": "pooling"}.get(
+        re.split("[ :]", fault)[0], "forward"
+    )
     modules = load(tmp_path, name, monkeypatch, MUTANTS[fault])
     assert any(error > 1e-3 for error in battery(*modules, part, "far:" in fault))
