@@ -148,7 +148,7 @@ def test_parts_of_cells_times_their_shares_are_the_cells(window, weighted, scale
     """Bands that begin anywhere, at odd rows too."""
     height, width, levels = window.height, window.width, window.far_levels
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, 2, height * width, 2, 3, generator=generator)
+    image = torch.randn(2, 2, height * width, 2, 3, generator=generator, dtype=torch.float64)
     weight = torch.rand(levels + 1, 2, 2, generator=generator) if weighted else None
     cuts = data.draw(st.sets(st.integers(0, height)))
     bands = list(pairwise(sorted({0, height, *cuts})))
@@ -159,11 +159,11 @@ def test_parts_of_cells_times_their_shares_are_the_cells(window, weighted, scale
         )
         for start, stop in bands
     ]  # fmt: skip
-    whole = [torch.empty(2, 2, 0, 2, 3)]
+    whole = [image.new_empty(2, 2, 0, 2, 3)]
     for level, parts in enumerate(zip(*made, strict=True), 1):
         shape = len(bands), 2, -(-height // 2**level), -(-width // 2**level), 2
-        key, value = torch.zeros(2, *shape, 3)
-        largest, mass = torch.full(shape, -torch.inf), torch.zeros(shape)
+        key, value = image.new_zeros(2, *shape, 3)
+        largest, mass = image.new_full(shape, -torch.inf), image.new_zeros(shape)
         for band, ((start, stop), part) in enumerate(zip(bands, parts, strict=True)):
             rows = band, slice(None), slice(start // 2**level, -(-stop // 2**level))
             for every, own in zip((key, value, largest, mass), part, strict=True):
