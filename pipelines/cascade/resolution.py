@@ -43,10 +43,11 @@ Why these; all are options of `Resolution`:
 
   That was without `MARGIN`, which takes lines along the borders away and adds up to 0.5 dB.
   Pooled keys, made of keys closer together than in training, blurred the image with it (1024 px:
-  yarn 1.5 and 1.5, two 0.4 and 0.7 times the enlargement's gradient energy). Far keys blur too where
-  scaled positions put them among a query's neighbours, so that levels that end within a quarter of
-  the longer side keep true positions (`Window.near_levels`). Without weights, bfloat16, by the
-  number of such levels, as it is marked *; 1024 px: the mean of four prompts, 2048 px: of three:
+  yarn 1.5 and 1.5, two 0.4 and 0.7 times the enlargement's gradient energy). Far keys blur too
+  where scaled positions put them among a query's neighbours, so that levels that end within a
+  quarter of the longer side keep true positions (`Window.near_levels`). Without weights, bfloat16,
+  by the number of such levels, as it is marked *; 1024 px: the mean of four prompts, 2048 px: of
+  three:
 
       radius  px    yarn            0         1          2          3
       4       1024  28.9 dB 1.78    31.2 1.51  31.2 1.72  29.7 1.83*
