@@ -8,10 +8,11 @@ import pytest
 import torch
 from support.compiled import needs_compiler
 from support.oracle import relative_error
+from support.pooling import exact, problem
 
 from clear_dit.kernels import choice
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.pooling import pool_cells, pool_cells_by_operators
+from clear_dit.kernels.pooling import pool_cells
 from clear_dit.kernels.tiled.native import build, pool
 from clear_dit.kernels.tiled.native.shares import by_threads
 from clear_dit.kernels.window import Window
@@ -22,21 +23,11 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("poisoned_memory")]
 GRIDS = [(1, 1, 1), (1, 19, 3), (19, 1, 4), (5, 7, 2), (33, 17, 6), (3, 6, 10)]
 
 
-def problem(height, width, levels, weighted=True, dtype=torch.float32, batch=1, heads=1, dim=24):
-    """Arguments of the operator but the scale."""
-    generator = torch.Generator().manual_seed(0)
-    shape = batch, height * width, heads, dim
-    key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    weight = torch.rand(levels if weighted else 0, 2, 2, generator=generator)
-    return [key, value, weight, height, width, levels]
-
-
 def worst(arguments, scale=0.3):
     """Relative error of keys and values to float64's, the larger one."""
-    wide = [x.double() if torch.is_tensor(x) else x for x in arguments]
     found = pool.pool_cells(*arguments, scale)
     errors = []
-    for ours, truth in zip(found, pool_cells_by_operators(*wide, scale), strict=True):
+    for ours, truth in zip(found, exact(arguments, scale), strict=True):
         assert (ours.dtype, ours.is_contiguous()) == (arguments[0].dtype, True)
         error = relative_error(ours, truth)
         errors.append(error if error == error else 1.0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.oracle import relative_error
+from support.pooling import exact, problem
 from support.slow import slow_but
 from support.triton_mode import interpreted
 
@@ -26,20 +27,6 @@ GRIDS = {
     "many tiles of two launches": (33, 17, 6),
     "more levels than the grid needs": (3, 6, 10),
 }
-
-
-def problem(height, width, levels, weighted=True, dtype=torch.float32, batch=1, heads=1, dim=24):
-    """Arguments of the operator but the scale."""
-    generator = torch.Generator().manual_seed(0)
-    shape = batch, height * width, heads, dim
-    key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    weight = torch.rand(levels if weighted else 0, 2, 2, generator=generator)
-    return [key, value, weight, height, width, levels]
-
-
-def exact(arguments, scale):
-    wide = [x.double() if torch.is_tensor(x) else x for x in arguments]
-    return pool_cells_by_operators(*wide, scale)
 
 
 def check(arguments, scale=0.3, roundings=2):
