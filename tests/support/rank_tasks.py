@@ -116,7 +116,7 @@ def generate_image(ranks, out, dies):
 def generate_with_other_adapters(ranks):
     """What the second rank has was tuned for the window; it has another seed, too."""
     pipe = load_pipeline("demo", torch.float32, ranks.device)
-    weights = known_weights("demo", 4, 1) if ranks.rank else None
+    weights = known_weights("demo", 4, 1, far=False) if ranks.rank else None
     apply_clear(pipe, radius=4, weights=weights, far=False)
     pipe.enable_patch_parallel(ranks.mesh)
     generator = torch.Generator().manual_seed(ranks.rank)

@@ -64,6 +64,23 @@ def load(source: Path, definitions: Sequence[str] = ()) -> ctypes.CDLL:
         raise BuildError(f"could not be compiled: {error}") from error
 
 
+def load_for(
+    head_dim: int, source: Path, function: str, arguments: Sequence[type], result: type | None
+) -> ctypes.CDLL | str:
+    """The library of a source file for a head_dim, or why there is none.
+
+    Args:
+        function: of the library, with the types of its arguments and of its result.
+    """
+    try:
+        library = load(source, [f"HEAD_DIM={head_dim}"])
+    except BuildError as error:
+        return str(error)
+    call = getattr(library, function)
+    call.argtypes, call.restype = arguments, result
+    return library
+
+
 def _load(command: list[str], source: Path) -> ctypes.CDLL:
     machine = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]

@@ -13,7 +13,7 @@ import torch
 from ...cells import MOST_LEVELS
 from ...opaque import Geometry
 from ...window import LARGEST_FAR_GRID, Window
-from .build import BuildError, load
+from .build import load_for
 from .shares import DTYPES, Tensor, by_threads, share_of, why_not
 
 # Rows and columns together, as of far keys: the kernel counts tokens in 32 bits.
@@ -61,13 +61,8 @@ Share = tuple[bool, int, int, int, int]
 @functools.cache
 def _library(head_dim: int) -> ctypes.CDLL | str:
     """The kernel for a head_dim, or why there is none. Compiled once per machine: seconds."""
-    try:
-        library = load(Path(__file__).with_suffix(".cpp"), [f"HEAD_DIM={head_dim}"])
-    except BuildError as error:
-        return str(error)
-    library.attend_share.restype = ctypes.c_int64
-    library.attend_share.argtypes = ARGUMENTS
-    return library
+    source = Path(__file__).with_suffix(".cpp")
+    return load_for(head_dim, source, "attend_share", ARGUMENTS, ctypes.c_int64)
 
 
 def why_not_compiled(query: torch.Tensor, height: int, width: int) -> str | None:

@@ -28,6 +28,16 @@ template <class T> inline float length2(const T *key) {
   return sum;
 }
 
+// With their number known when compiling, a sum is a register's.
+template <int COUNT, class T>
+inline void sum_up(const T *const *children, const float *factor, float *__restrict to) {
+  for (int d = 0; d < D; ++d) {
+    float sum = 0;
+    for (int i = 0; i < COUNT; ++i) sum += factor[i] * widen(children[i][d]);
+    to[d] = sum;
+  }
+}
+
 // Rows first .. stop - 1 of cells.
 template <class T> void pool(const Problem &p, int64_t b, int64_t h, int first, int stop) {
   const int across = (p.columns + 1) / 2;
@@ -54,16 +64,16 @@ template <class T> void pool(const Problem &p, int64_t b, int64_t h, int first, 
       const int64_t cell = int64_t(row) * across + column;
       *p.cell_largest.at<float>(b, cell, h) = top, *p.cell_mass.at<float>(b, cell, h) = total;
       for (int i = 0; i < count; ++i) factor[i] *= mass[i] / total;
-      const auto sum_up = [&](const Tensor &from, const Tensor &to) {
-        float sum[D] = {};
-        for (int i = 0; i < count; ++i) {
-          const T *each = from.template at<const T>(b, child[i], h);
-          for (int d = 0; d < D; ++d) sum[d] += factor[i] * widen(each[d]);
-        }
-        std::copy(sum, sum + D, to.template at<float>(b, cell, h));
+      const auto pool_one = [&](const Tensor &from, const Tensor &to) {
+        const T *children[4];
+        for (int i = 0; i < count; ++i) children[i] = from.template at<const T>(b, child[i], h);
+        float *sum = to.template at<float>(b, cell, h);
+        if (count == 4) sum_up<4>(children, factor, sum);
+        else if (count == 2) sum_up<2>(children, factor, sum);
+        else sum_up<1>(children, factor, sum);
       };
-      sum_up(p.key, p.cell_key);
-      sum_up(p.value, p.cell_value);
+      pool_one(p.key, p.cell_key);
+      pool_one(p.value, p.cell_value);
     }
 }
 

@@ -10,7 +10,7 @@ import torch
 
 from ...cells import cell_count
 from ...opaque import channels_contiguous
-from .build import BuildError, load
+from .build import load_for
 from .shares import DTYPES, Tensor, by_threads, why_not
 
 # Rows of cells that a thread takes at a time; levels of no more are not worth a thread.
@@ -42,13 +42,8 @@ ARGUMENTS = (
 @functools.cache
 def _library(head_dim: int) -> ctypes.CDLL | str:
     """The kernel for a head_dim, or why there is none. Compiled once per machine: a second."""
-    try:
-        library = load(Path(__file__).with_suffix(".cpp"), [f"HEAD_DIM={head_dim}"])
-    except BuildError as error:
-        return str(error)
-    library.pool_share.restype = None
-    library.pool_share.argtypes = ARGUMENTS
-    return library
+    source = Path(__file__).with_suffix(".cpp")
+    return load_for(head_dim, source, "pool_share", ARGUMENTS, None)
 
 
 def why_not_pooled(key: torch.Tensor) -> str | None:
