@@ -23,7 +23,7 @@ from plot_gpu import GREY, LIGHT, SCALE, _at, _font
 from clear_dit.bench.timing import table
 from clear_dit.generation.checks import find_window
 
-WIDTH, HEIGHT = 760, 460
+WIDTH, HEIGHT = 760, 490
 COLOURS = {
     "local, untuned": (214, 120, 30),
     "local, distilled": (170, 60, 150),
@@ -69,7 +69,7 @@ def draw(rows: list[dict[str, Any]], caption: str) -> Image.Image:
     """Keys, logarithmic, against PSNR."""
     image = Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), "white")
     pen = ImageDraw.Draw(image)
-    left, right, top, bottom = 60, WIDTH - 30, 60, HEIGHT - 76
+    left, right, top, bottom = 60, WIDTH - 30, 92, HEIGHT - 76
     keys, psnr = [row["keys"] for row in rows], [row["psnr"] for row in rows]
     ticks = [n for n in (20, 50, 100, 200, 500, 1000) if min(keys) / 1.6 <= n <= max(keys) * 1.6]
     x_low, x_high = math.log(min(keys) / 1.2), math.log(max(keys) * 1.2)
