@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ..attention.processor import CLEARProcessor
@@ -112,13 +113,17 @@ def save_adapter(
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, state_dict=tensors)
-    temporary = f".{LORA_FILE}.partial.safetensors"
-    FluxPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=state,
-        weight_name=temporary,
-        **_collate_lora_metadata({"transformer": model}),
-    )
-    (folder / temporary).chmod(0o644)
-    (folder / temporary).replace(path)
+    temporary = folder / f".{LORA_FILE}.partial.safetensors"
+    try:
+        FluxPipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=state,
+            weight_name=temporary.name,
+            **_collate_lora_metadata({"transformer": model}),
+        )
+        with safe_open(temporary, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            write_weights(tensors, path, settings, base_model, "distill", file.metadata())
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

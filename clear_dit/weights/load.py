@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -165,8 +165,12 @@ def write_weights(
     settings: CLEARProcessor,
     base_model: str | None,
     who: str,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors, by their names in a file, with the header that `save_clear_weights` describes.
+
+    Args:
+        more: of the header, in place of its own.
 
     Raises:
         ValueError: values that are not finite.
@@ -186,6 +190,7 @@ def write_weights(
     }
     if base_model is not None:
         header["base_model"] = base_model
+    header |= more or {}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
     os.close(handle)
     try:

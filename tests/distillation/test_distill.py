@@ -16,6 +16,7 @@ from clear_dit import apply_clear
 from clear_dit.distillation import checkpoint, files
 from clear_dit.distillation.options import DistillOptions
 from clear_dit.errors import RequestError
+from clear_dit.evaluation.request import weights_settings
 from clear_dit.generation.models import DEMO
 
 ADAPTER = "clear_local_2.safetensors"
@@ -136,6 +137,7 @@ def test_a_lora_trains_nothing_of_far_keys(run, tmp_path):
     run(lora=2, far=True)
     state = adapter(tmp_path / "run", "pytorch_lora_weights.safetensors")
     assert len(state) == 2 * (2 * 4 + 4 * 3)
+    assert weights_settings(tmp_path / "run" / "pytorch_lora_weights.safetensors") == (2, 1, True)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "down_factor=1, far=True)\npipe.load_lora_weights" in card
 
