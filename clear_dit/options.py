@@ -40,7 +40,7 @@ Weights = Annotated[
     str,
     typer.Option(
         help="CLEAR weights: a file, a folder or a hub repository; auto: those known to fit "
-        "model and radius; none: the model's own."
+        "model, radius, --down-factor and --far; none: the model's own."
     ),
 ]
 Attention = Annotated[str, typer.Option(help="clear or full.")]

@@ -91,8 +91,9 @@ def apply_clear(
             `CLEARProcessor`.
         far: True takes far keys, False is the paper's CLEAR. None does as the CLEAR weights that
             the model has (`weights`, or those loaded before) were made for, and without any takes
-            far keys; the log says so once, at INFO. A ControlNet has none. What was learned of far
-            keys goes and comes with them.
+            far keys; the log says so once, at INFO. A ControlNet never has CLEAR weights: with None
+            it takes far keys, whatever the transformer does. What was learned of far keys goes and
+            comes with the weights.
         pooled_weight: of a pooled key of `down_factor`: "one", or "count"; see `CLEARProcessor`.
 
     Returns:

@@ -18,8 +18,8 @@ from .text_padding import ValidText
 logger = logging.getLogger(__name__)
 
 FAR_BY_DEFAULT = (
-    "far keys are on because no CLEAR weights are loaded: every image token sees the whole image, "
-    "near tokens one by one and far ones pooled; far=False is the paper's CLEAR"
+    "far keys are on because this model has no CLEAR weights: every image token sees the whole "
+    "image, near tokens one by one and far ones pooled; far=False is the paper's CLEAR"
 )
 
 # Implementations that torch.compile does not look into.

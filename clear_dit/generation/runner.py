@@ -233,9 +233,9 @@ class PipelineRunner:
         else:
             logger.warning(
                 "no weights are known for %s: the model is not tuned for its window, which changes "
-                "images; take far keys with --far, or name weights with --weights (none: go "
-                "without, quietly)",
+                "images; %s, or name weights with --weights (none: go without, quietly)",
                 setting,
+                _way_to_far_keys(request),
             )
         return found
 
@@ -338,6 +338,15 @@ def generate(
     result["seconds"]["total"] = round(time.perf_counter() - start, 3)
     result["peak_memory_mb"] = max(load_peak, result["peak_memory_mb"])
     return result
+
+
+def _way_to_far_keys(request: GenerateRequest) -> str:
+    """What a request without them and without weights may change."""
+    if request.down_factor > 1:
+        return "leave out --down-factor to take far keys"
+    if request.radius == 1:
+        return "take far keys with --radius 2 or more"
+    return "take far keys with --far"
 
 
 class _Watch:

@@ -46,8 +46,9 @@ def settled(request: GenerateRequest) -> Settled:
         far = made_for_far_keys(weights_file(weights, request))
         if far and not takes_far(None, request.radius, request.down_factor):
             raise RequestError(
-                f"--weights {weights}: made for far keys, which need a radius above 1 and no "
-                f"--down-factor; got {request.radius} and {request.down_factor}."
+                f"--weights {weights}: made for far keys, which need --radius 2 or more and no "
+                f"--down-factor; got --radius {request.radius} --down-factor "
+                f"{request.down_factor}. Change these, or name other weights."
             )
     return Settled(weights, takes_far(far, request.radius, request.down_factor))
 

@@ -124,7 +124,7 @@ def load_clear_weights(
     )
     with open_checked(model, path, settings) as file:
         if learned_of_far(file) and settings.far is not False:
-            refuse_shared(model, f"load_clear_weights: to learn of far keys, as {path.name} did,")
+            refuse_shared(model, f"load_clear_weights: {path.name} learned of far keys, for which")
         load_checked(model, file)
 
 

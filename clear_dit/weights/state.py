@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 # What runs is not what the weights were made for.
 FAR_WITH_LOCAL_WEIGHTS = (
     "far=True, but the CLEAR weights that are loaded were made for local attention: on the demo, "
-    "r=4, images are then 20.4 dB from full attention's, with the model's own weights 27.9 dB. "
-    "Leave far out to run them as they were made, or the weights to run far keys."
+    "r=4, 32 prompts, images are then 20.4 dB from full attention's, with the model's own weights "
+    "27.9 dB. Leave out far, and they run as they were made; or run far keys without weights."
 )
 LOCAL_WITH_FAR_WEIGHTS = (
-    "there are no far keys, but the CLEAR weights that are loaded were made for them: on the demo, "
-    "r=4, images are then 17.8 dB from full attention's, with far keys 31.7 dB. Leave far (and "
-    "down_factor) out to run them as they were made."
+    "far=False, down_factor or a radius of 1 leaves far keys out, but the CLEAR weights that are "
+    "loaded were made for them: on the demo, r=4, 32 prompts, images are then 17.8 dB from full "
+    "attention's, with far keys 31.7 dB. Leave these settings out, and they run as they were made."
 )
 WITHOUT_LEARNED = (
     "the CLEAR weights that are loaded learned how far keys are pooled, but the processors set "

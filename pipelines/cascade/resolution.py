@@ -5,8 +5,8 @@
 | FLUX.1, up to 1.25 times 1024 x 1024 pixels | as trained | the scheduler's | no |
 | FLUX.1, larger | "ntk", 10; from 9K on more | 3 | from 64^2 + text tokens |
 | others, up to 1.25 times the native | "two" unless square | the scheduler's | no |
-| others, larger, CLEAR without pooled keys | "two" | 3 | from native + text tokens |
-| others, larger, full attention or pooled keys | "yarn", the enlargement | 3 | the same |
+| others, larger, CLEAR without `down_factor` | "two" | 3 | from native + text tokens |
+| others, larger, full attention or `down_factor` | "yarn", the enlargement | 3 | the same |
 
 Why these; all are options of `Resolution`:
 
@@ -150,7 +150,7 @@ def settings_for(
         native_size: side of the square the model was trained at, in pixels. 1024 is FLUX.1.
         text_length: text tokens the model is given.
         token_pixels: side of a token.
-        local: whether image tokens attend to their disc alone, by CLEAR without pooled keys.
+        local: whether CLEAR runs, without `down_factor`: by the disc alone or with far keys.
     """
     enlargement = max(1.0, math.sqrt(height * width) / native_size)
     large = height * width > NATIVE_SLACK * native_size**2

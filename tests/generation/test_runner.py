@@ -196,7 +196,21 @@ def test_unknown_weights_are_told_once(runner, request_of, tmp_path, caplog):
     for seed in (0, 1):
         runner.generate(replace(request, seed=seed), tmp_path / "out.png")
     assert sum("no weights are known" in text for text in caplog.messages) == 1
-    assert "take far keys with --far" in caplog.text
+    assert "images; take far keys with --far, or name weights" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"radius": 1}, "take far keys with --radius 2 or more"),
+        ({"radius": 3, "down_factor": 2}, "leave out --down-factor to take far keys"),
+    ],
+)
+def test_unknown_weights_are_told_with_a_way_that_works(
+    runner, request_of, caplog, changes, advice
+):
+    runner._find_weights(request_of(weights="auto", height=128, **changes))
+    assert f"images; {advice}, or name weights" in caplog.text
 
 
 def test_another_model_needs_another_runner(runner, request_of, tmp_path):

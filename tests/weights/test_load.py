@@ -571,7 +571,10 @@ def test_learned_of_far_keys_by_a_layer_each(tiny_transformer, tmp_path):
     path = save_weights(tmp_path, tiny_transformer(seed=5), far=True, learned=True)
     model = tiny_transformer()
     model.set_attn_processor(CLEARProcessor(radius=4))
-    with pytest.raises(ValueError, match=r"as clear_far_4.safetensors did, each layer needs a CL"):
+    with pytest.raises(
+        ValueError,
+        match=r"clear_far_4.safetensors learned of far keys, for which each layer needs a CL",
+    ):
         load_clear_weights(model, path)
     with pytest.raises(ValueError, match="to learn of far keys each layer needs a CLEARProcessor"):
         make_far_trainable(model)
