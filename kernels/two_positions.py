@@ -5,23 +5,44 @@ attention that distance is below the radius at any size of the image, so that no
 new to the model. Only pairs with a text token (at position 0) or a pooled key lie as far apart as
 the image is large: those are scored by positions scaled to the extent the model was trained at.
 Self-Extend (arXiv 2401.01325) does so for long texts. Near levels of far keys keep true positions
-too (`Window.near_levels`): scaled, they would lie among the neighbours and blur the image.
+too: scaled, they would lie among the neighbours and blur the image. The levels between these and
+the farthest have positions between (`Window.levels_by_position`): from one level to the next no
+distance seems to shrink much, which would draw arcs around things.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from .attention import check_inputs, local_attention
 from .dense import dense_attention
 from .merge import merge_
-from .pooling import pool_cells, pool_tokens, pooled_keys
+from .pooling import pool_cells, pool_tokens
 from .window import Window
 
 # Query and key, rotated.
 Rotated = tuple[torch.Tensor, torch.Tensor]
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+# Query, key and value of tokens, key and value of cells.
+Part = tuple[torch.Tensor, KeyValue, KeyValue]
+
+
+class Scaled(NamedTuple):
+    """Query and key, rotated by scaled positions.
+
+    Attributes:
+        far: by those that lie within the extent the model was trained at.
+        between: what rotates them by positions between the true ones and these, the least scaled
+            first. For levels of far keys alone, and called once they are needed: a query and a key
+            take as much memory as the tokens of a layer, twice.
+    """
+
+    far: Rotated
+    between: Sequence[Callable[[], Rotated]] = ()
+
 
 # Scores held at once by `full_two_position_attention`.
 SCORES = 2**25
@@ -29,7 +50,7 @@ SCORES = 2**25
 
 def two_position_attention(
     near: Rotated,
-    far: Rotated,
+    scaled: Scaled,
     value: torch.Tensor,
     window: Window,
     *,
@@ -39,13 +60,13 @@ def two_position_attention(
 ) -> torch.Tensor:
     """`local_attention` in which far pairs are scored by another query and key.
 
-    Where `near` and `far` are equal, it is `local_attention`.
+    Where `near` and all of `scaled` are equal, it is `local_attention`.
 
     Args:
         near: query and key, (batch, text + image, heads, head_dim) each, rotated by true positions:
-            for pairs of image tokens inside the disc, and for far keys of `Window.near_levels`.
-        far: the same query and key, rotated by scaled positions: for pairs with a text token, and
-            for pooled and all other far keys.
+            for pairs of image tokens inside the disc, and for near levels of far keys.
+        scaled: the same query and key, rotated by scaled positions: for pairs with a text token,
+            and for pooled and all other far keys.
         value: of the same shape.
         window, scale, impl: as in `local_attention`.
         of_pooled: spatial_weight and far_offset, as in `local_attention`.
@@ -67,6 +88,7 @@ def two_position_attention(
             'two_position_attention: pooled_weight="count" does not go with two positions a token; '
             'use rope "yarn".'
         )
+    far = scaled.far
     tensors = (*near, *far, value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(
@@ -79,7 +101,8 @@ def two_position_attention(
     scale = value.shape[-1] ** -0.5 if scale is None else float(scale)
     text = window.text_length
     if window.far_levels:
-        image = _image_with_far_keys(near, far, value, window, scale=scale, impl=impl, **of_pooled)
+        rotated = (lambda: near, *scaled.between, lambda: far)
+        image = _image_with_far_keys(rotated, value, window, scale=scale, impl=impl, **of_pooled)
     else:
         image = _image(near, far, value, window, scale=scale, impl=impl, **of_pooled)
     if not text:
@@ -119,70 +142,84 @@ def _image(
 
 
 def _image_with_far_keys(
-    near: Rotated,
-    far: Rotated,
+    rotated: Sequence[Callable[[], Rotated]],
     value: torch.Tensor,
     window: Window,
     *,
-    scale: float,
     spatial_weight: torch.Tensor | None = None,
+    scale: float,
     **options: Any,
 ) -> torch.Tensor:
-    """The image's queries, whose near tokens and cells are scored by `near`."""
-    text, (query, key) = window.text_length, far
-    pooled = pooled_keys(key, value, window, spatial_weight, scale)
-    if window.near_levels:
-        sizes = window.height, window.width, window.near_levels
-        near_cells = pool_cells(near[1][:, text:], value[:, text:], spatial_weight, *sizes, scale)
-        for cells, of_near in zip(pooled, near_cells, strict=True):
-            cells[:, : of_near.shape[1]] = of_near
-    return attend_near_and_far(
-        near[0][:, text:], (near[1][:, text:], value[:, text:]),
-        query[:, text:], (key[:, :text], value[:, :text]),
-        pooled, window, scale=scale, **options,
-    )  # fmt: skip
+    """The image's queries; query and key are rotated position after position."""
+    text, between = window.text_length, len(rotated) - 2
+    levels = window.levels_by_position(between)
+
+    def parts() -> Iterator[Part]:
+        for rotate, own in zip(rotated, levels, strict=True):
+            if not own:
+                continue
+            query, key = rotate()
+            image = key[:, text:], value[:, text:]
+            apart = text if own is levels[-1] else 0
+            tokens = image if own.start == 0 else (key[:, :apart], value[:, :apart])
+            yield query[:, text:], tokens, _cells(*image, window, own, spatial_weight, scale)
+            del query, key, image, tokens  # before there are others
+
+    return attend_part_by_part(parts(), window, between, scale=scale, **options)
 
 
-def attend_near_and_far(
-    near_query: torch.Tensor,
-    tokens: tuple[torch.Tensor, torch.Tensor],
-    far_query: torch.Tensor,
-    text: tuple[torch.Tensor, torch.Tensor],
-    cells: tuple[torch.Tensor, torch.Tensor],
+def _cells(
+    key: torch.Tensor,
+    value: torch.Tensor,
     window: Window,
+    levels: range,
+    spatial_weight: torch.Tensor | None,
+    scale: float,
+) -> KeyValue:
+    """Key and value of the cells of some levels, of which 0 has none."""
+    highest = levels.stop - 1
+    if highest == 0:
+        return key[:, :0], value[:, :0]
+    cells = pool_cells(key, value, spatial_weight, window.height, window.width, highest, scale)
+    below = sum(window.cells_of_level(level) for level in range(1, levels.start))
+    key, value = (each[:, below:] for each in cells)
+    return key, value
+
+
+def attend_part_by_part(
+    parts: Iterable[Part],
+    window: Window,
+    between: int,
     *,
     scale: float,
     impl: str,
     far_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Image queries under far keys: near tokens and cells by one query, all else by another.
+    """Image queries under far keys: every part of the keys by a query and keys of its own.
 
     Args:
-        near_query, far_query: (batch, queries, heads, head_dim), the window's image queries.
-        tokens: key and value of the image's tokens that are given, rotated as `near_query`.
-        text: the same of the text, as `far_query`.
-        cells: the same of the cells that are given: of `Window.near_levels` as `near_query`.
+        parts: for every part that `Window.levels_by_position` has: the window's image queries; key
+            and value of its tokens: of the image's that are given, of none, or, in the last, of the
+            text; and of its cells that are given.
         window: with far keys.
+        between: as in `Window.levels_by_position`.
         scale, impl, far_offset: as in `local_attention`.
 
     Returns:
         Shape of the query, float32 or wider.
     """
-    options: dict[str, Any] = {"far_offset": far_offset, "scale": scale, "impl": impl}
-    near_part, far_part = window.near_part, window.far_part
-    near_cells, far_cells = zip(
-        *(x.split([near_part.pooled_length, far_part.pooled_length], dim=1) for x in cells),
-        strict=True,
-    )
-    image, lse = local_attention(
-        near_query, *tokens, near_part, pooled=near_cells, return_lse=True, **options
-    )
-    others = local_attention(
-        far_query, *text, far_part, pooled=far_cells, return_lse=True, **options
-    )
-    image = image.to(lse.dtype)
-    merge_(image, lse, *others)
-    return image
+    merged: torch.Tensor | None = None
+    for own, (query, tokens, cells) in zip(window.parts_by_position(between), parts, strict=True):
+        out, lse = local_attention(
+            query, *tokens, own, pooled=cells, return_lse=True,
+            far_offset=far_offset, scale=scale, impl=impl,
+        )  # fmt: skip
+        if merged is None:
+            merged, total = out.to(lse.dtype), lse
+        else:
+            merge_(merged, total, out, lse)
+    assert merged is not None
+    return merged
 
 
 def full_two_position_attention(

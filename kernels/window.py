@@ -8,8 +8,9 @@ the paper's `down_factor`, or far keys, which let a query see the whole image (s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -265,40 +266,46 @@ class Window:
             lambda: replace(self, query_rows=self.image_query_rows, local_references=()),
         )
 
-    @property
-    def near_levels(self) -> int:
-        """Levels of far keys that are scored by true positions where tokens have two.
+    def levels_by_position(self, between: int = 0) -> list[range]:
+        """The levels of far keys that are scored by each position of a token; level 0 is tokens.
 
-        A level's cells are seen from a radius times 2^(level - 1) tokens on, up to twice as far
-        away; those of the last level to the end of the image.
+        By the true position: tokens, and levels that end within `NEAR_SHARE` of the longer side and
+        within the trained extent. By each one between: those that end within twice as far as the
+        ones before. By the last: all others. A level's cells are seen from a radius times
+        2^(level - 1) tokens on, up to twice as far away; those of the last level to the end of the
+        image.
+
+        Args:
+            between: positions between the true one and the last, each scaled some twice as much as
+                the one before; the last lie within the extent the model was trained at.
         """
-        near = NEAR_SHARE * max(self.height, self.width)
-        return sum(self.radius * 2**level <= near for level in range(1, self.far_levels))
+        near = max(self.height, self.width) * min(NEAR_SHARE, 0.5 ** (between + 1))
+        starts = [0]
+        for step in range(between + 1):
+            ends = (self.radius * 2**level for level in range(1, self.far_levels))
+            starts.append(1 + sum(end <= near * 2**step for end in ends))
+        return [range(*ends) for ends in pairwise([*starts, self.far_levels + 1])]
 
-    @property
-    def near_part(self) -> Window:
-        """With far keys: the image's queries, and of the keys its tokens and the cells of
-        `near_levels`; always the same object.
-
-        Together with `far_part` it is `image_queries`.
+    def parts_by_position(self, between: int = 0) -> tuple[Window, ...]:
+        """With far keys: the image's queries, and of the keys those of `levels_by_position`, where
+        there are any; the text's are in the last. Always the same objects; together they are
+        `image_queries`.
         """
-        return self._once("_near_part", lambda: self._part(0, near=True))
+        return self._once(f"_parts_{between}", lambda: tuple(self._parts(between)))
 
-    @property
-    def far_part(self) -> Window:
-        """With far keys: the image's queries, and of the keys the text's and all other cells."""
-        return self._once("_far_part", lambda: self._part(self.text_length, near=False))
-
-    def _part(self, text_length: int, near: bool) -> Window:
-        levels = self.near_levels
-        rows = tuple(
-            self.given_rows(level) if (level <= levels) == near else (0, 0)
-            for level in range(self.far_levels + 1)
-        )
-        return replace(
-            self.image_queries,
-            text_length=text_length, query_rows=self.image_query_rows, key_rows=rows,
-        )  # fmt: skip
+    def _parts(self, between: int) -> Iterator[Window]:
+        parts = [levels for levels in self.levels_by_position(between) if levels]
+        for levels in parts:
+            rows = tuple(
+                self.given_rows(level) if level in levels else (0, 0)
+                for level in range(self.far_levels + 1)
+            )
+            yield replace(
+                self.image_queries,
+                text_length=self.text_length if levels is parts[-1] else 0,
+                query_rows=self.image_query_rows,
+                key_rows=rows,
+            )
 
     @property
     def reference_windows(self) -> tuple[Window, ...]:

@@ -14,7 +14,7 @@ from ..compat import names_from
 from ..kernels.attention import local_attention
 from ..kernels.cells import FAR_LEVELS
 from ..kernels.choice import IMPLS, why_not
-from ..kernels.two_positions import two_position_attention
+from ..kernels.two_positions import Rotated, Scaled, two_position_attention
 from ..kernels.window import POOLED_WEIGHTS, Window
 from .layout import Layout
 from .norm_rope import Rotary, norm_and_rotate
@@ -232,8 +232,8 @@ class CLEARProcessor(nn.Module):
                 (batch, text + image, channels); image is the image and reference images.
             encoder_hidden_states: (batch, text, channels) in a double block, else None.
             attention_mask: must be None: the window is the mask.
-            image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each; or (cos, sin,
-                far cos, far sin), see `two_position_attention`.
+            image_rotary_emb: (cos, sin), float32, (text + image, head_dim) each; or these of true
+                and then of scaled positions, the least scaled first, see `two_position_attention`.
 
         Returns:
             (image, text) in a double block, text and image together in a single block.
@@ -304,23 +304,20 @@ class CLEARProcessor(nn.Module):
             )
             text_norms = attn.norm_added_q, attn.norm_added_k
             value = torch.cat([text_value, value], dim=1)
-        far = None
+        scaled = None
         if rotary is not None and len(rotary) > 2:
-            rotary, scaled = rotary[:2], rotary[2:]
-            far = (
-                norm_and_rotate(query, attn.norm_q, scaled, text_query, text_norms[0]),
-                norm_and_rotate(key, attn.norm_k, scaled, text_key, text_norms[1]),
-            )
+            scaled = _scaled(attn, (query, key), (text_query, text_key), rotary[2:])
+            rotary = rotary[:2]
         query = norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0])
         key = norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1])
 
         if share is None:
-            out = self._local((query, key, value), layout, valid_text, window, far)
+            out = self._local((query, key, value), layout, valid_text, window, scaled)
         else:
             out = share.attend(
                 halo,
                 (query, key, value),
-                far,
+                scaled,
                 key_value=functools.partial(_key_value, attn),
                 rotary=whole_rotary,
                 scale=self._scale(sequence, query.shape[-1]),
@@ -328,7 +325,7 @@ class CLEARProcessor(nn.Module):
                 **self._learned(query.device),
             )
         out = out.flatten(2, 3).to(query.dtype)
-        del query, key, value, far  # three tensors of the sequence's size, before the projections
+        del query, key, value, scaled  # three tensors of the sequence's size, or more
         if encoder_hidden_states is None:
             return layout.to_layer(out)
         text, image = out.tensor_split([layout.text_length], dim=1)
@@ -342,7 +339,7 @@ class CLEARProcessor(nn.Module):
         layout: Layout,
         valid_text: ValidText | None = None,
         window: Window | None = None,
-        far: tuple[torch.Tensor, torch.Tensor] | None = None,
+        scaled: Scaled | None = None,
     ) -> torch.Tensor:
         """Local attention with the processor's settings.
 
@@ -351,11 +348,11 @@ class CLEARProcessor(nn.Module):
                 `Layout.to_local`.
             valid_text: where the batch's prompts have different lengths.
             window: of the layout, where torch.compile traces it; else the tracker's.
-            far: query and key again, rotated by scaled positions, where tokens have two.
+            scaled: query and key again, rotated by scaled positions, where tokens have two.
         """
         query = tensors[0]
         if valid_text is not None:
-            if far is not None:
+            if scaled is not None:
                 raise ValueError(
                     "CLEARProcessor: prompts of different lengths in one batch do not go with two "
                     "positions a token; run them one by one."
@@ -369,7 +366,7 @@ class CLEARProcessor(nn.Module):
         compiling = torch.compiler.is_compiling()
         return self._attention(
             tensors,
-            far,
+            scaled,
             self.tracker.window(layout) if window is None else window,
             scale=self._scale(query.shape[1], query.shape[-1]),
             impl=self.tracker.impl if compiling else self.impl,
@@ -379,13 +376,14 @@ class CLEARProcessor(nn.Module):
     def _attention(
         self,
         tensors: Projected,
-        far: tuple[torch.Tensor, torch.Tensor] | None,
+        scaled: Scaled | None,
         window: Window,
         **options: Any,
     ) -> torch.Tensor:
-        """Local attention of query, key and value; `far` as in `_local`."""
-        if far is not None:
-            return two_position_attention(tensors[:2], far, tensors[2], window, **options)
+        """Local attention of query, key and value; `scaled` as in `_local`."""
+        if scaled is not None:
+            query, key, value = tensors
+            return two_position_attention((query, key), scaled, value, window, **options)
         out = local_attention(*tensors, window, **options)
         assert isinstance(out, torch.Tensor)
         return out
@@ -452,6 +450,36 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: diffusers' context parallelism is not supported: it splits the "
                 "sequence without regard to the token grid."
             )
+
+
+def _scaled(
+    attn: Any,
+    projected: Rotated,
+    of_text: tuple[torch.Tensor | None, torch.Tensor | None],
+    tables: Rotary,
+) -> Scaled:
+    """Query and key by every pair of tables, the least scaled first."""
+    rotate = functools.partial(_rotate, attn, projected, of_text)
+    *between, last = zip(tables[::2], tables[1::2], strict=True)
+    return Scaled(rotate(last), [functools.partial(rotate, each) for each in between])
+
+
+def _rotate(
+    attn: Any,
+    projected: Rotated,
+    of_text: tuple[torch.Tensor | None, torch.Tensor | None],
+    rotary: Rotary,
+) -> Rotated:
+    """Query and key, (batch, text + image, heads, head_dim) each; see `norm_and_rotate`."""
+    text_norms = (None, None)
+    if attn.added_kv_proj_dim is not None:
+        text_norms = attn.norm_added_q, attn.norm_added_k
+    query, key = projected
+    text_query, text_key = of_text
+    return (
+        norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0]),
+        norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1]),
+    )
 
 
 def _key_value(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -45,11 +46,12 @@ class ExtendedPosEmbed(nn.Module):
             blended. YaRN's attention temperature is left to `proportional_base`.
         "interpolation": all frequencies divided by the factor (arXiv 2306.15595): the grid keeps
             the trained extent.
-        "two": the frequencies of the model, and a second table in which the image's positions
-            are divided by the factors, and begin at `MARGIN` on axes whose factor is not 1: CLEAR's
-            processors score keys inside the disc by the first and all others by the second
+        "two": the frequencies of the model, and a last table in which the image's positions are
+            divided by the factors, and begin at `MARGIN` on axes whose factor is not 1: CLEAR's
+            processors score keys inside the disc by the first and all others by the last
             (`two_position_attention`); `applied` gives models with stock processors ones that do so
-            too.
+            too. From a factor of 3 on there are tables between, each scaled some twice as much as
+            the one before, for levels of far keys.
 
     Args:
         theta: base of the model's frequencies.
@@ -101,16 +103,31 @@ class ExtendedPosEmbed(nn.Module):
 
         Returns:
             cos and sin, (text + image, sum(axes_dim)) each, float32: every angle in two
-            neighbouring channels. With "two" also cos and sin of the scaled positions, where
-            reference images (groups other than 0) keep theirs.
+            neighbouring channels. With "two" also cos and sin of the scaled positions, the least
+            scaled first, where reference images (groups other than 0) keep theirs.
         """
         if self.method != "two":
             return self._table(ids)
         ids = ids.float()  # a scaled position is no whole number
         starts = [0.0 if factor == 1 else MARGIN for factor in self.factors]
-        scaled = ids / torch.tensor(self.factors, device=ids.device)
-        scaled += torch.tensor(starts, device=ids.device)
-        return *self._table(ids), *self._table(torch.where(_of_image(ids), scaled, ids))
+        tables, of_image = [self._table(ids)], _of_image(ids)
+        for factors in self._octaves():
+            scaled = ids / torch.tensor(factors, device=ids.device)
+            scaled += torch.tensor(starts, device=ids.device)
+            tables.append(self._table(torch.where(of_image, scaled, ids)))
+        return tuple(chain.from_iterable(tables))
+
+    def _octaves(self) -> list[tuple[float, ...]]:
+        """The factors of "two", reached in steps of some 2."""
+        largest = max(self.factors)
+        steps = max(1, round(math.log2(largest)))
+        return [
+            *(
+                tuple(min(factor, largest ** (step / steps)) for factor in self.factors)
+                for step in range(1, steps)
+            ),
+            self.factors,
+        ]
 
     def _table(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.float32 if ids.device.type in FLOAT32_DEVICES else torch.float64

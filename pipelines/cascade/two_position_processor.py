@@ -14,7 +14,7 @@ from clear_dit.attention.processor import CLEARProcessor, FluxAttnProcessor
 from clear_dit.attention.text_padding import Projected
 from clear_dit.attention.tracker import WindowTracker
 from clear_dit.families.table import attention_layers
-from clear_dit.kernels.two_positions import full_two_position_attention
+from clear_dit.kernels.two_positions import Scaled, full_two_position_attention
 from clear_dit.kernels.window import Window
 
 
@@ -26,13 +26,13 @@ class FullTwoPositionProcessor(LayerProcessor):
     def _attention(
         self,
         tensors: Projected,
-        far: tuple[torch.Tensor, torch.Tensor] | None,
+        scaled: Scaled | None,
         window: Window,
         **options: Any,
     ) -> torch.Tensor:
-        assert far is not None
-        scale = options["scale"]
-        return full_two_position_attention(tensors[:2], far, tensors[2], window, scale=scale)
+        assert scaled is not None
+        (query, key, value), scale = tensors, options["scale"]
+        return full_two_position_attention((query, key), scaled.far, value, window, scale=scale)
 
 
 @contextmanager

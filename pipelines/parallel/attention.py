@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.cells import levels_needed
 from clear_dit.kernels.dense import dense_attention
 from clear_dit.kernels.merge import merge_
-from clear_dit.kernels.two_positions import attend_near_and_far
+from clear_dit.kernels.two_positions import Part, Scaled, attend_part_by_part
 from clear_dit.kernels.window import Window
 
 from .bands import Bands, Piece, common
@@ -149,7 +149,7 @@ class SharedImage:
         self,
         halo: HaloRows,
         tensors: Projected,
-        scaled: KeyValue | None,
+        scaled: Scaled | None,
         *,
         key_value: Callable[[torch.Tensor, Rotary | None], KeyValue],
         rotary: Rotary | None,
@@ -176,11 +176,16 @@ class SharedImage:
         self.traffic.layers += 1
         text, own = self._text, self.bands.own
         query, key, value = tensors
-        scaled_query, scaled_key = (query, key) if scaled is None else scaled
-        near_key = None if scaled is None else key[:, text:]
+        rotated = [(query, key)]
+        if scaled is not None:
+            between = scaled.between if self._cells else ()
+            rotated += [*(rotate() for rotate in between), scaled.far]
+        scaled_query, scaled_key = rotated[-1]
+        queries = [each[0] for each in rotated]
         pooling = self._start_pooling(
-            scaled_key[:, text:], value[:, text:], near_key, spatial_weight, scale
+            [each[1][:, text:] for each in rotated], value[:, text:], spatial_weight, scale
         )
+        del rotated
         merged = None
         if text:
             # The keys of the text count once.
@@ -214,9 +219,12 @@ class SharedImage:
             columns = self.whole.columns
             part = slice(text + rows.start * columns, text + rows.stop * columns)
             if apart is not None and cells is not None:
-                out[:, part] = attend_near_and_far(
-                    query[:, part], (keys, values), scaled_query[:, part], (apart[0], apart[1]),
+                parts = _parts(
+                    [each[:, part] for each in queries], (keys, values), (apart[0], apart[1]),
                     cells, self._window(piece, text),
+                )  # fmt: skip
+                out[:, part] = attend_part_by_part(
+                    parts, self._window(piece, text), len(queries) - 2,
                     scale=scale, impl=impl, far_offset=far_offset,
                 )  # fmt: skip
                 return
@@ -302,9 +310,8 @@ class SharedImage:
 
     def _start_pooling(
         self,
-        key: torch.Tensor,
+        keys: list[torch.Tensor],
         value: torch.Tensor,
-        near_key: torch.Tensor | None,
         weight: torch.Tensor | None,
         scale: float,
     ) -> PooledTokens | FarCells | None:
@@ -312,8 +319,29 @@ class SharedImage:
         where = self.window, self.bands
         if self._cells:
             return FarCells(
-                key, value, near_key, weight, scale, *where, self._cells, self.group, self.traffic
+                keys, value, weight, scale, *where, self._cells, self.group, self.traffic
             )
         if self.window.down_factor > 1:
-            return PooledTokens(key, value, weight, *where, self.group, self.traffic)
+            return PooledTokens(keys[-1], value, weight, *where, self.group, self.traffic)
         return None
+
+
+def _parts(
+    queries: list[torch.Tensor], tokens: KeyValue, text: KeyValue, cells: KeyValue, window: Window
+) -> Iterator[Part]:
+    """What `attend_part_by_part` takes.
+
+    Args:
+        queries: by each position, of the window's image queries.
+        tokens, text: key and value of the image's tokens that are given, and of the text.
+        cells: of the cells that are given, of all levels.
+    """
+    between = len(queries) - 2
+    levels = window.levels_by_position(between)
+    lengths = [part.pooled_length for part in window.parts_by_position(between)]
+    split = zip(*(each.split(lengths, dim=1) for each in cells), strict=True)
+    for query, own in zip(queries, levels, strict=True):
+        if own:
+            none = text[0][:, :0], text[1][:, :0]
+            given = tokens if own.start == 0 else text if own is levels[-1] else none
+            yield query, given, next(split)

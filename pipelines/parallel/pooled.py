@@ -9,6 +9,7 @@ first, a few numbers that are waited for. All else is started when made and wait
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -118,8 +119,8 @@ class FarCells:
     of tokens. A rank gets one message from every other that has some.
 
     Args:
-        key, value: (batch, own rows * width, heads, head_dim), of this rank's band.
-        near_key: the key by which cells of `near_levels` are scored; None where it is `key`.
+        keys, value: (batch, own rows * width, heads, head_dim), of this rank's band; a key for each
+            position a token has, in the order of `Window.levels_by_position`.
         weight: (far_levels or more, 2, 2), of cells' children; see `pool_cells`.
         scale: factor on query times key.
         window: of the whole image.
@@ -128,9 +129,8 @@ class FarCells:
 
     def __init__(
         self,
-        key: torch.Tensor,
+        keys: Sequence[torch.Tensor],
         value: torch.Tensor,
-        near_key: torch.Tensor | None,
         weight: torch.Tensor | None,
         scale: float,
         window: Window,
@@ -139,16 +139,19 @@ class FarCells:
         group: dist.ProcessGroup,
         traffic: Traffic,
     ) -> None:
-        self._rank, self._dtype, self._traffic = bands.rank, key.dtype, traffic
-        made = pool_cell_rows(key, value, weight, window.width, window.far_levels, scale, bands.own)
-        if near_key is not None and window.near_levels:
-            made[: window.near_levels] = pool_cell_rows(
-                near_key, value, weight, window.width, window.near_levels, scale, bands.own
-            )
+        self._rank, self._dtype, self._traffic = bands.rank, value.dtype, traffic
+        made = []
+        for key, own in zip(keys, _levels_by_key(window, len(keys)), strict=True):
+            first = max(own.start, 1)
+            if own.stop > first:
+                pyramid = pool_cell_rows(
+                    key, value, weight, window.width, own.stop - 1, scale, bands.own
+                )
+                made += pyramid[first - 1 :]
         masses = [torch.stack(part[2:]) for part in made]
         weights = _weights_of_parts(masses, cells, bands.rank, group, traffic)
         parts = [
-            torch.cat(part[:2]) * weight if level.are_cut else torch.cat(part[:2]).to(key.dtype)
+            torch.cat(part[:2]) * weight if level.are_cut else torch.cat(part[:2]).to(value.dtype)
             for part, weight, level in zip(made, weights, cells, strict=True)
         ]
         levels = [_Level(level, part, bands.rank) for level, part in zip(cells, parts, strict=True)]
@@ -209,6 +212,12 @@ class FarCells:
         cells = [level.sums.flatten(1, 2).to(self._dtype) for level in self._levels]
         key, value = torch.cat(cells, dim=1).chunk(2)
         return key, value
+
+
+def _levels_by_key(window: Window, keys: int) -> list[range]:
+    if keys == 1:
+        return [range(window.far_levels + 1)]
+    return window.levels_by_position(keys - 2)
 
 
 def _weights_of_parts(

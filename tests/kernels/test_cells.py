@@ -89,17 +89,40 @@ def test_pairs_of_some_rows(window, data):
     assert part.attended_pairs() == int(mask.sum())
 
 
+@pytest.mark.parametrize("between", [0, 1, 3])
 @quick
 @given(windows)
 @example(Window(66, 5, 3, 2, far_levels=5))
-def test_parts_are_the_image_queries(window):
-    whole, near, far = window.image_queries, window.near_part, window.far_part
-    text = window.text_length
-    last = window.key_length + sum(map(window.cells_of_level, range(1, 1 + window.near_levels)))
-    mask = whole.mask()
-    assert torch.equal(near.mask(), mask[:, text:last])
-    assert torch.equal(far.mask(), torch.cat([mask[:, :text], mask[:, last:]], dim=1))
-    assert near.attended_pairs() + far.attended_pairs() == whole.attended_pairs()
+def test_parts_are_the_image_queries(between, window):
+    parts, mask = window.parts_by_position(between), window.image_queries.mask()
+    text, image, *cells = mask.split(
+        [
+            window.text_length,
+            window.key_length - window.text_length,
+            *map(window.cells_of_level, range(1, window.far_levels + 1)),
+        ],
+        dim=1,
+    )
+    levels = window.levels_by_position(between)
+    assert [level for own in levels for level in own] == list(range(window.far_levels + 1))
+    for part, own in zip(parts, [own for own in levels if own], strict=True):
+        in_front = [text] if own is levels[-1] else []
+        seen = [image if level == 0 else cells[level - 1] for level in own]
+        assert torch.equal(part.mask(), torch.cat([*in_front, *seen], dim=1))
+    pairs = sum(part.attended_pairs() for part in parts)
+    assert pairs == window.image_queries.attended_pairs()
+
+
+def test_levels_by_position():
+    """Of radius 4: level l ends 4 * 2^l tokens away."""
+    window = Window(128, 128, 0, 4, far_levels=10)
+    near, far = window.levels_by_position()
+    assert (near, far) == (range(4), range(4, 11))  # up to 32 tokens, a quarter of the side
+    assert window.levels_by_position(1) == [range(4), range(4, 5), range(5, 11)]
+    # Where the trained extent is an eighth of the side, 16 tokens.
+    assert window.levels_by_position(2) == [range(3), range(3, 4), range(4, 5), range(5, 11)]
+    few = Window(128, 128, 0, 4, far_levels=2)  # the last has no end
+    assert few.levels_by_position(1) == [range(2), range(2, 2), range(2, 3)]
 
 
 @quick

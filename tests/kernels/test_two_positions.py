@@ -16,7 +16,11 @@ from support.oracle import (
 
 from clear_dit.kernels import two_positions
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.two_positions import full_two_position_attention, two_position_attention
+from clear_dit.kernels.two_positions import (
+    Scaled,
+    full_two_position_attention,
+    two_position_attention,
+)
 from clear_dit.kernels.window import Window
 
 WINDOWS = [
@@ -37,11 +41,12 @@ IDS = [
 ]
 
 
-def inputs(window, dtype, batch=2, heads=2, head_dim=16):
+def inputs(window, dtype, between=0, batch=2, heads=2, head_dim=16):
+    """Query and key by every position, value, and what is learned."""
     generator = torch.Generator().manual_seed(0)
-    shape = (5, batch, window.sequence_length, heads, head_dim)
-    tensors = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    near, far, value = (tensors[0], tensors[1]), (tensors[2], tensors[3]), tensors[4]
+    shape = (5 + 2 * between, batch, window.sequence_length, heads, head_dim)
+    value, *tensors = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    rotated = list(zip(tensors[::2], tensors[1::2], strict=True))
     learned = {}
     if window.down_factor > 1:
         f = window.down_factor
@@ -49,12 +54,18 @@ def inputs(window, dtype, batch=2, heads=2, head_dim=16):
     if window.far_levels:
         learned["spatial_weight"] = torch.rand(window.far_levels, 2, 2, generator=generator)
         learned["far_offset"] = torch.randn(window.far_levels, heads, generator=generator)
-    return near, far, value, learned
+    return rotated, value, learned
 
 
-def definition(near, far, value, window, learned, scale, full=False):
+def attend(rotated, value, window, **options):
+    near, *between, far = rotated
+    scaled = Scaled(far, [lambda each=each: each for each in between])
+    return two_position_attention(near, scaled, value, window, **options)
+
+
+def definition(rotated, value, window, learned, scale, full=False):
     """Dense, in float64: which query and key score a pair is chosen pair by pair."""
-    near, far = [x.double() for x in near], [x.double() for x in far]
+    near, *between, far = rotated = [[x.double() for x in each] for each in rotated]
     value, text = value.double(), window.text_length
     scores = torch.einsum("bqhd,bkhd->bhqk", *far) * scale
     if window.far_levels and not full:
@@ -71,11 +82,20 @@ def definition(near, far, value, window, learned, scale, full=False):
         scores = scores.masked_fill(~inside, float("-inf"))
     if window.far_levels and not full:
         weight, offset = (x.double() for x in learned.values())
-        # Levels that end within a quarter of the longer side; the last has no end.
-        most = max(window.height, window.width) / 4
-        is_near = torch.tensor(
+        # Near levels end within a quarter of the longer side, or less where there are more
+        # positions; then each position has those that end within twice as far. The last has no end.
+        most = max(window.height, window.width) / max(4, 2 ** (len(between) + 1))
+        positions = torch.tensor(
             [
-                level < window.far_levels and window.radius * 2**level <= most
+                next(
+                    (
+                        position
+                        for position in range(len(between) + 1)
+                        if level < window.far_levels
+                        and window.radius * 2**level <= most * 2**position
+                    ),
+                    len(between) + 1,
+                )
                 for level, *_ in far_cells(window)
             ]
         )
@@ -86,9 +106,11 @@ def definition(near, far, value, window, learned, scale, full=False):
             )
             return torch.einsum("bqhd,bkhd->bhqk", query, keys) * scale, values
 
-        of_near, of_far = scores_and_values(*near), scores_and_values(*far)
-        pooled = torch.where(is_near, of_near[0], of_far[0])
-        more = torch.where(is_near[:, None, None], of_near[1], of_far[1])
+        pooled, more = 0, 0
+        for position, each in enumerate(rotated):
+            own = positions == position
+            scores_of, values_of = scores_and_values(*each)
+            pooled, more = pooled + own * scores_of, more + own[:, None, None] * values_of
         bias = [
             offset[level - 1] + math.log(rows * columns)
             for level, _, _, rows, columns in far_cells(window)
@@ -107,12 +129,13 @@ def definition(near, far, value, window, learned, scale, full=False):
 
 @pytest.mark.parametrize("window", WINDOWS, ids=IDS)
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("between", [0, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_pair_is_scored_by_its_own_positions(window, impl, dtype):
-    near, far, value, learned = inputs(window, dtype)
-    out = two_position_attention(near, far, value, window, scale=0.3, impl=impl, **learned)
+def test_each_pair_is_scored_by_its_own_positions(window, impl, between, dtype):
+    rotated, value, learned = inputs(window, dtype, between)
+    out = attend(rotated, value, window, scale=0.3, impl=impl, **learned)
     assert out.dtype == dtype
-    exact = definition(near, far, value, window, learned, 0.3)
+    exact = definition(rotated, value, window, learned, 0.3)
     assert relative_error(out, exact) < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
@@ -121,18 +144,34 @@ def test_each_pair_is_scored_by_its_own_positions(window, impl, dtype):
 def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window, block):
     monkeypatch.setattr(two_positions, "SCORES", block)
     window = replace(window, down_factor=1, far_levels=0)
-    near, far, value, _ = inputs(window, torch.float32)
-    out = full_two_position_attention(near, far, value, window, scale=0.3)
-    exact = definition(near, far, value, window, None, 0.3, full=True)
+    rotated, value, _ = inputs(window, torch.float32)
+    out = full_two_position_attention(*rotated, value, window, scale=0.3)
+    exact = definition(rotated, value, window, None, 0.3, full=True)
     assert relative_error(out, exact) < 2e-6
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=IDS)
 def test_equal_positions_are_local_attention(window):
-    near, _, value, learned = inputs(window, torch.float64)
-    out = two_position_attention(near, near, value, window, **learned)
+    (near, _), value, learned = inputs(window, torch.float64)
     expected = local_attention(*near, value, window, **learned)
-    torch.testing.assert_close(out, expected)
+    for positions in (2, 4):
+        torch.testing.assert_close(attend([near] * positions, value, window, **learned), expected)
+
+
+@pytest.mark.parametrize("window", [WINDOWS[0], WINDOWS[1], WINDOWS[9]])
+def test_positions_between_are_made_only_where_levels_have_them(window):
+    """They take as much memory as the layer's tokens."""
+    (near, far), value, learned = inputs(window, torch.float32)
+    made = []
+
+    def rotate():
+        made.append(1)
+        return far
+
+    two_position_attention(near, Scaled(far, [rotate]), value, window, **learned)
+    levels = window.levels_by_position(1)[1] if window.far_levels else ()
+    assert len(made) == (1 if levels else 0)
+    assert bool(levels) == (window is WINDOWS[9])
 
 
 def test_the_images_own_window_is_made_once(monkeypatch):
@@ -145,24 +184,24 @@ def test_the_images_own_window_is_made_once(monkeypatch):
 
     monkeypatch.setattr(two_positions, "local_attention", spy)
     window = WINDOWS[1]
-    near, far, value, learned = inputs(window, torch.float32)
+    rotated, value, learned = inputs(window, torch.float32)
     for _ in range(2):
-        two_position_attention(near, far, value, window, **learned)
+        attend(rotated, value, window, **learned)
     assert seen == [Window(9, 13, 0, 3)] * 2
     assert seen[0] is seen[1]
 
 
 def test_pooled_keys_that_count_are_refused():
     window = Window(8, 8, 2, 2, down_factor=2, pooled_weight="count")
-    near, far, value, _ = inputs(window, torch.float32)
+    rotated, value, _ = inputs(window, torch.float32)
     with pytest.raises(ValueError, match='pooled_weight="count" does not go with two positions'):
-        two_position_attention(near, far, value, window)
+        attend(rotated, value, window)
 
 
 def test_gradients_are_refused():
-    near, far, value, _ = inputs(WINDOWS[0], torch.float32)
+    rotated, value, _ = inputs(WINDOWS[0], torch.float32)
     value.requires_grad_()
     with pytest.raises(ValueError, match="has no gradients; train at the native size"):
-        two_position_attention(near, far, value, WINDOWS[0])
+        attend(rotated, value, WINDOWS[0])
     with torch.no_grad():
-        two_position_attention(near, far, value, WINDOWS[0])
+        attend(rotated, value, WINDOWS[0])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from clear_dit.attention.layout import Layout
 from clear_dit.kernels.attention import local_attention
-from clear_dit.kernels.two_positions import two_position_attention
+from clear_dit.kernels.two_positions import Scaled, two_position_attention
 from clear_dit.kernels.window import Window
 from clear_dit.pipelines.parallel.attention import SharedImage
 from clear_dit.pipelines.parallel.exchange import Traffic
@@ -24,7 +24,7 @@ class Case(NamedTuple):
     text: int = 5
     levels: int = 10
     learned: bool = False
-    two_positions: bool = False
+    positions: int = 1
     references: int = 0
     keeps_halos: bool = False
 
@@ -32,8 +32,10 @@ class Case(NamedTuple):
 CASES = {
     "odd": Case(23, 9, 3),
     "learned": Case(23, 9, 3, learned=True),
-    "two positions": Case(67, 5, 2, two_positions=True),
-    "two positions, learned, no text": Case(21, 7, 2, text=0, learned=True, two_positions=True),
+    "two positions": Case(67, 5, 2, positions=2),
+    "two positions, learned, no text": Case(21, 7, 2, text=0, learned=True, positions=2),
+    "positions between": Case(67, 5, 2, learned=True, positions=4),
+    "positions between, wide radius": Case(21, 7, 11, positions=3),
     "coarse cells span all ranks": Case(5, 4, 2, learned=True),
     "interior rows": Case(75, 5, 2, keeps_halos=True),
     "past the diagonal": Case(13, 6, 40),
@@ -52,7 +54,7 @@ class Tokens:
         self.hidden = torch.randn(BATCH, layout.sequence_length, CHANNELS, generator=generator)
         width = HEADS * HEAD_DIM
         self.projections = torch.randn(3, CHANNELS, width, generator=generator) / 2
-        tables = 4 if case.two_positions else 2
+        tables = 2 * case.positions
         self.rotary = tuple(
             1 + torch.rand(tables, layout.sequence_length, HEAD_DIM, generator=generator)
         )
@@ -76,7 +78,11 @@ class Tokens:
         scaled = None
         if len(tables) > 2:
             # The query is turned against the key, as rotary embedding does it.
-            scaled = query / tables[2][:, None], self.key_value(hidden, tables[2:])[0]
+            *between, far = (
+                (query / table[:, None], self.key_value(hidden, [table])[0])
+                for table in tables[2::2]
+            )
+            scaled = Scaled(far, [lambda each=each: each for each in between])
         return (query / tables[0][:, None], key, value), scaled
 
 

@@ -106,13 +106,24 @@ def test_two_positions_are_the_true_and_the_scaled(position_ids, text):
     """The image keeps away from the ends of the trained extent; text stays at its beginning."""
     reference = torch.tensor([[1.0, 4.0, 6.0]])  # of another image: stays where it is
     ids = torch.cat([torch.zeros(text, 3), position_ids(ROWS, COLUMNS), reference])
-    cos, sin, *far = table(ids, "two", (2.0, 3.0))
+    cos, sin, *_, far_cos, far_sin = table(ids, "two", (2.0, 3.0))
+    far = far_cos, far_sin
     assert same((cos, sin), table(ids, "none"))
     scaled = ids.clone()
     scaled[text:-1] = ids[text:-1] / torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([0.0, 0.5, 0.5])
     assert same(far, table(scaled, "none"))
     scaled[text:-1, 2] = ids[text:-1, 2]  # an axis of the trained extent stays as it is
     assert same(table(ids, "two", (2.0, 1.0))[2:], table(scaled, "none"))
+
+
+def test_positions_between_are_scaled_twice_as_much_each(position_ids):
+    ids = position_ids(ROWS, COLUMNS)
+    eight = table(ids, "two", (8.0, 3.0))
+    assert len(eight) == 2 * 4
+    assert same(eight[2:4], table(ids, "two", (2.0, 2.0))[2:])
+    assert same(eight[4:6], table(ids, "two", (4.0, 3.0))[-2:])
+    assert same(table(ids, "two", (4.2, 1.0))[:2], table(ids, "none"))
+    assert [len(table(ids, "two", (f, 1.0))) for f in (0.5, 2.1, 2.9, 4.3)] == [4, 4, 6, 6]
 
 
 @pytest.mark.parametrize("method", METHODS)
