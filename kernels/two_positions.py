@@ -12,6 +12,7 @@ distance seems to shrink much, which would draw arcs around things.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,21 +27,21 @@ from .window import Window
 # Query and key, rotated.
 Rotated = tuple[torch.Tensor, torch.Tensor]
 KeyValue = tuple[torch.Tensor, torch.Tensor]
-# Query, key and value of tokens, key and value of cells.
-Part = tuple[torch.Tensor, KeyValue, KeyValue]
+# A window and its image queries, key and value of its tokens, key and value of its cells.
+Part = tuple[Window, torch.Tensor, KeyValue, KeyValue]
 
 
 class Scaled(NamedTuple):
-    """Query and key, rotated by scaled positions.
+    """What rotates query and key by scaled positions, when they are needed: both together are twice
+    the size of a layer's tokens.
 
     Attributes:
         far: by those that lie within the extent the model was trained at.
-        between: what rotates them by positions between the true ones and these, the least scaled
-            first. For levels of far keys alone, and called once they are needed: a query and a key
-            take as much memory as the tokens of a layer, twice.
+        between: by positions between the true ones and these, the least scaled first, for levels of
+            far keys alone.
     """
 
-    far: Rotated
+    far: Callable[[], Rotated]
     between: Sequence[Callable[[], Rotated]] = ()
 
 
@@ -88,25 +89,32 @@ def two_position_attention(
             'two_position_attention: pooled_weight="count" does not go with two positions a token; '
             'use rope "yarn".'
         )
-    far = scaled.far
-    tensors = (*near, *far, value)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*near, value)):
         raise ValueError(
             "two_position_attention: has no gradients; train at the native size, or use "
             "torch.no_grad()."
         )
-    learned = of_pooled.get("spatial_weight"), of_pooled.get("far_offset")
-    for query, key in (near, far):
-        check_inputs(query, key, value, window, *learned)
     scale = value.shape[-1] ** -0.5 if scale is None else float(scale)
     text = window.text_length
+
+    def checked(rotate: Callable[[], Rotated]) -> Rotated:
+        query, key = rotate()
+        learned = of_pooled.get("spatial_weight"), of_pooled.get("far_offset")
+        check_inputs(query, key, value, window, *learned)
+        return query, key
+
     if window.far_levels:
-        rotated = (lambda: near, *scaled.between, lambda: far)
+        rotated = [
+            functools.partial(checked, rotate)
+            for rotate in (lambda: near, *scaled.between, scaled.far)
+        ]
         image = _image_with_far_keys(rotated, value, window, scale=scale, impl=impl, **of_pooled)
     else:
+        near, far = checked(lambda: near), checked(scaled.far)
         image = _image(near, far, value, window, scale=scale, impl=impl, **of_pooled)
     if not text:
         return image.to(value.dtype)
+    query, key = scaled.far()
     text_out, _ = dense_attention(query[:, :text], key, value, scale=scale, impl=impl)
     return torch.cat([text_out.to(value.dtype), image.to(value.dtype)], dim=1)
 
@@ -153,6 +161,7 @@ def _image_with_far_keys(
     """The image's queries; query and key are rotated position after position."""
     text, between = window.text_length, len(rotated) - 2
     levels = window.levels_by_position(between)
+    windows = iter(window.parts_by_position(between))
 
     def parts() -> Iterator[Part]:
         for rotate, own in zip(rotated, levels, strict=True):
@@ -162,10 +171,11 @@ def _image_with_far_keys(
             image = key[:, text:], value[:, text:]
             apart = text if own is levels[-1] else 0
             tokens = image if own.start == 0 else (key[:, :apart], value[:, :apart])
-            yield query[:, text:], tokens, _cells(*image, window, own, spatial_weight, scale)
-            del query, key, image, tokens  # before there are others
+            cells = _cells(*image, window, own, spatial_weight, scale)
+            yield next(windows), query[:, text:], tokens, cells
+            del query, key, image, tokens, cells  # before there are others
 
-    return attend_part_by_part(parts(), window, between, scale=scale, **options)
+    return attend_part_by_part(parts(), scale=scale, **options)
 
 
 def _cells(
@@ -188,8 +198,6 @@ def _cells(
 
 def attend_part_by_part(
     parts: Iterable[Part],
-    window: Window,
-    between: int,
     *,
     scale: float,
     impl: str,
@@ -198,26 +206,26 @@ def attend_part_by_part(
     """Image queries under far keys: every part of the keys by a query and keys of its own.
 
     Args:
-        parts: for every part that `Window.levels_by_position` has: the window's image queries; key
-            and value of its tokens: of the image's that are given, of none, or, in the last, of the
-            text; and of its cells that are given.
-        window: with far keys.
-        between: as in `Window.levels_by_position`.
+        parts: the windows of `Window.parts_by_position`, each with its image queries; key and value
+            of its tokens: of the image's that are given, of none, or, in the last, of the text;
+            and of its cells that are given.
         scale, impl, far_offset: as in `local_attention`.
 
     Returns:
         Shape of the query, float32 or wider.
     """
     merged: torch.Tensor | None = None
-    for own, (query, tokens, cells) in zip(window.parts_by_position(between), parts, strict=True):
+    for window, query, tokens, cells in parts:
         out, lse = local_attention(
-            query, *tokens, own, pooled=cells, return_lse=True,
+            query, *tokens, window, pooled=cells, return_lse=True,
             far_offset=far_offset, scale=scale, impl=impl,
         )  # fmt: skip
+        del query, tokens, cells  # before the next are made
         if merged is None:
             merged, total = out.to(lse.dtype), lse
         else:
             merge_(merged, total, out, lse)
+        del out, lse
     assert merged is not None
     return merged
 

@@ -28,8 +28,8 @@ from .cells import (
 POOLED_WEIGHTS = ("one", "count")
 # Rows and columns together with far keys: squared distances fit into 32 bits.
 LARGEST_FAR_GRID = 2**14
-# Where tokens have two positions, levels of far keys that end within this share of the longer side
-# are scored by the true ones.
+# Where tokens have two positions, levels of far keys that end within this share of the longer side,
+# at most, are scored by the true ones.
 NEAR_SHARE = 1 / 4
 
 Derived = TypeVar("Derived")
@@ -269,11 +269,11 @@ class Window:
     def levels_by_position(self, between: int = 0) -> list[range]:
         """The levels of far keys that are scored by each position of a token; level 0 is tokens.
 
-        By the true position: tokens, and levels that end within `NEAR_SHARE` of the longer side and
-        within the trained extent. By each one between: those that end within twice as far as the
-        ones before. By the last: all others. A level's cells are seen from a radius times
-        2^(level - 1) tokens on, up to twice as far away; those of the last level to the end of the
-        image.
+        By the true position: tokens, and levels that end within `NEAR_SHARE` of the longer side
+        and, about, within the trained extent. By each one between: those that end within twice as
+        far as the ones before. By the last: all others. A level's cells are seen from a radius
+        times 2^(level - 1) tokens on, up to twice as far away; those of the last level to the end
+        of the image.
 
         Args:
             between: positions between the true one and the last, each scaled some twice as much as

@@ -24,7 +24,7 @@ HAS_TRITON = find_spec("triton") is not None
 FUSED_DEVICES = ("cuda", "meta")
 FUSED_HEAD_DIMS = range(16, LARGEST_HEAD_DIM + 1, 2)
 
-# (cos, sin), (sequence, head_dim) each; before it is taken apart maybe with a second such pair.
+# (cos, sin), (sequence, head_dim) each; before it is taken apart maybe with more such pairs.
 Rotary = tuple[torch.Tensor, ...]
 
 

@@ -306,7 +306,9 @@ class CLEARProcessor(nn.Module):
             value = torch.cat([text_value, value], dim=1)
         scaled = None
         if rotary is not None and len(rotary) > 2:
-            scaled = _scaled(attn, (query, key), (text_query, text_key), rotary[2:])
+            # Positions between are of far keys.
+            tables = rotary[2:] if self.tracker.far_levels else rotary[-2:]
+            scaled = _scaled(attn, (query, key), (text_query, text_key), tables)
             rotary = rotary[:2]
         query = norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0])
         key = norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1])
@@ -461,7 +463,12 @@ def _scaled(
     """Query and key by every pair of tables, the least scaled first."""
     rotate = functools.partial(_rotate, attn, projected, of_text)
     *between, last = zip(tables[::2], tables[1::2], strict=True)
-    return Scaled(rotate(last), [functools.partial(rotate, each) for each in between])
+    if not between:  # what is projected need not be kept
+        far = rotate(last)
+        return Scaled(lambda: far)
+    return Scaled(
+        functools.partial(rotate, last), [functools.partial(rotate, each) for each in between]
+    )
 
 
 def _rotate(

@@ -181,7 +181,7 @@ def find_lists(
     return Lists(tokens, tuple(cells), place.masked_fill(place < 0, copied), mask[:, None])
 
 
-_remembered_lists = functools.lru_cache(maxsize=32)(find_lists)
+_remembered_lists = functools.lru_cache(maxsize=128)(find_lists)
 
 
 def _candidates(

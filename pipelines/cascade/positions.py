@@ -50,8 +50,8 @@ class ExtendedPosEmbed(nn.Module):
             divided by the factors, and begin at `MARGIN` on axes whose factor is not 1: CLEAR's
             processors score keys inside the disc by the first and all others by the last
             (`two_position_attention`); `applied` gives models with stock processors ones that do so
-            too. From a factor of 3 on there are tables between, each scaled some twice as much as
-            the one before, for levels of far keys.
+            too. From a factor of some 3 on there are tables between, each scaled some twice as much
+            as the one before, for levels of far keys.
 
     Args:
         theta: base of the model's frequencies.

@@ -45,9 +45,9 @@ Why these; all are options of `Resolution`:
   Pooled keys, made of keys closer together than in training, blurred the image with it (1024 px:
   yarn 1.5 and 1.5, two 0.4 and 0.7 times the enlargement's gradient energy). Far keys blur too
   where scaled positions put them among a query's neighbours, so that levels that end within a
-  quarter of the longer side keep true positions (`Window.near_levels`). Without weights, bfloat16,
-  by the number of such levels, as it is marked *; 1024 px: the mean of four prompts, 2048 px: of
-  three:
+  quarter of the longer side or less keep true positions (`Window.levels_by_position`). Without
+  weights, bfloat16, by the number of such levels, as it is marked *, all others scaled; 1024 px:
+  the mean of four prompts, 2048 px: of three:
 
       radius  px    yarn            0         1          2          3
       4       1024  28.9 dB 1.78    31.2 1.51  31.2 1.72  29.7 1.83*
@@ -56,8 +56,10 @@ Why these; all are options of `Resolution`:
       8       2048  29.3 dB 1.63    27.8 0.94  27.3 1.26  28.4 2.08*
       8, no far keys, 2048 px       27.4 2.40
 
-  "yarn" drew streaks at 2048 px, and lines at the sides. At 4096 px (one prompt, radius 4) two
-  levels gave 27.6 dB 1.12, three 30.3 1.81, four, as it is, 28.4 2.91.
+  "yarn" drew streaks at 2048 px, and lines at the sides. Where the levels after the true ones were
+  scaled by four at once, faint arcs stood around a moon, where these levels begin; with positions
+  between there are none. Five prompts, radius 4 with its weights, 2048 px: at once 28.9 dB 2.29,
+  with positions between 29.2 dB 2.29; scaled into half the trained extent these drew arcs again.
 - FLUX.1 was trained at many shapes; a model trained at squares repeats things beyond their side: at
   736 x 352 the demo showed second suns and balloons, cut off what stands on the ground, and "yarn"
   did not help. "two" fits the scene into the image, and true distances nearby keep things in

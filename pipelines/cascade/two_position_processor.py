@@ -32,7 +32,7 @@ class FullTwoPositionProcessor(LayerProcessor):
     ) -> torch.Tensor:
         assert scaled is not None
         (query, key, value), scale = tensors, options["scale"]
-        return full_two_position_attention((query, key), scaled.far, value, window, scale=scale)
+        return full_two_position_attention((query, key), scaled.far(), value, window, scale=scale)
 
 
 @contextmanager

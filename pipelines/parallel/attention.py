@@ -176,16 +176,26 @@ class SharedImage:
         self.traffic.layers += 1
         text, own = self._text, self.bands.own
         query, key, value = tensors
-        rotated = [(query, key)]
-        if scaled is not None:
-            between = scaled.between if self._cells else ()
-            rotated += [*(rotate() for rotate in between), scaled.far]
-        scaled_query, scaled_key = rotated[-1]
-        queries = [each[0] for each in rotated]
+        far = (query, key) if scaled is None else scaled.far()
+        between = [] if scaled is None else scaled.between
+        queries: list[torch.Tensor] = []
+
+        def keys_by_levels() -> Iterator[tuple[range, torch.Tensor]]:
+            """By levels of cells, as they are pooled; keeps the queries that go with them."""
+            levels = [range(self.window.far_levels + 1)]
+            if scaled is not None:
+                levels = self.window.levels_by_position(len(between))
+            rotated = (lambda: (query, key), *between, lambda: far)
+            for own, rotate in zip(levels, rotated, strict=scaled is not None):
+                if own:
+                    by_position = rotate()
+                    queries.append(by_position[0])
+                    yield own, by_position[1][:, text:]
+
+        scaled_query, scaled_key = far
         pooling = self._start_pooling(
-            [each[1][:, text:] for each in rotated], value[:, text:], spatial_weight, scale
+            keys_by_levels(), scaled_key[:, text:], value[:, text:], spatial_weight, scale
         )
-        del rotated
         merged = None
         if text:
             # The keys of the text count once.
@@ -219,14 +229,14 @@ class SharedImage:
             columns = self.whole.columns
             part = slice(text + rows.start * columns, text + rows.stop * columns)
             if apart is not None and cells is not None:
+                windows = self._window(piece, text).parts_by_position(len(between))
                 parts = _parts(
-                    [each[:, part] for each in queries], (keys, values), (apart[0], apart[1]),
-                    cells, self._window(piece, text),
+                    windows, [each[:, part] for each in queries],
+                    (keys, values), (apart[0], apart[1]), cells,
                 )  # fmt: skip
                 out[:, part] = attend_part_by_part(
-                    parts, self._window(piece, text), len(queries) - 2,
-                    scale=scale, impl=impl, far_offset=far_offset,
-                )  # fmt: skip
+                    parts, scale=scale, impl=impl, far_offset=far_offset
+                )
                 return
             attended, lse = local_attention(
                 query[:, part],
@@ -310,7 +320,8 @@ class SharedImage:
 
     def _start_pooling(
         self,
-        keys: list[torch.Tensor],
+        keys: Iterator[tuple[range, torch.Tensor]],
+        scaled_key: torch.Tensor,
         value: torch.Tensor,
         weight: torch.Tensor | None,
         scale: float,
@@ -322,26 +333,26 @@ class SharedImage:
                 keys, value, weight, scale, *where, self._cells, self.group, self.traffic
             )
         if self.window.down_factor > 1:
-            return PooledTokens(keys[-1], value, weight, *where, self.group, self.traffic)
+            return PooledTokens(scaled_key, value, weight, *where, self.group, self.traffic)
         return None
 
 
 def _parts(
-    queries: list[torch.Tensor], tokens: KeyValue, text: KeyValue, cells: KeyValue, window: Window
+    windows: tuple[Window, ...],
+    queries: list[torch.Tensor],
+    tokens: KeyValue,
+    text: KeyValue,
+    cells: KeyValue,
 ) -> Iterator[Part]:
     """What `attend_part_by_part` takes.
 
     Args:
-        queries: by each position, of the window's image queries.
+        windows: of a piece; queries: its image queries for each of them.
         tokens, text: key and value of the image's tokens that are given, and of the text.
         cells: of the cells that are given, of all levels.
     """
-    between = len(queries) - 2
-    levels = window.levels_by_position(between)
-    lengths = [part.pooled_length for part in window.parts_by_position(between)]
+    none = text[0][:, :0], text[1][:, :0]
+    given = [tokens, *[none] * (len(windows) - 2), text]
+    lengths = [window.pooled_length for window in windows]
     split = zip(*(each.split(lengths, dim=1) for each in cells), strict=True)
-    for query, own in zip(queries, levels, strict=True):
-        if own:
-            none = text[0][:, :0], text[1][:, :0]
-            given = tokens if own.start == 0 else text if own is levels[-1] else none
-            yield query, given, next(split)
+    return zip(windows, queries, given, split, strict=True)

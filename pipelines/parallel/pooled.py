@@ -9,7 +9,7 @@ first, a few numbers that are waited for. All else is started when made and wait
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -119,8 +119,8 @@ class FarCells:
     of tokens. A rank gets one message from every other that has some.
 
     Args:
-        keys, value: (batch, own rows * width, heads, head_dim), of this rank's band; a key for each
-            position a token has, in the order of `Window.levels_by_position`.
+        keys: by levels (0, of tokens, may be among them) the key that their cells are made of.
+        value: as the keys, (batch, own rows * width, heads, head_dim), of this rank's band.
         weight: (far_levels or more, 2, 2), of cells' children; see `pool_cells`.
         scale: factor on query times key.
         window: of the whole image.
@@ -129,7 +129,7 @@ class FarCells:
 
     def __init__(
         self,
-        keys: Sequence[torch.Tensor],
+        keys: Iterable[tuple[range, torch.Tensor]],
         value: torch.Tensor,
         weight: torch.Tensor | None,
         scale: float,
@@ -141,7 +141,7 @@ class FarCells:
     ) -> None:
         self._rank, self._dtype, self._traffic = bands.rank, value.dtype, traffic
         made = []
-        for key, own in zip(keys, _levels_by_key(window, len(keys)), strict=True):
+        for own, key in keys:
             first = max(own.start, 1)
             if own.stop > first:
                 pyramid = pool_cell_rows(
@@ -212,12 +212,6 @@ class FarCells:
         cells = [level.sums.flatten(1, 2).to(self._dtype) for level in self._levels]
         key, value = torch.cat(cells, dim=1).chunk(2)
         return key, value
-
-
-def _levels_by_key(window: Window, keys: int) -> list[range]:
-    if keys == 1:
-        return [range(window.far_levels + 1)]
-    return window.levels_by_position(keys - 2)
 
 
 def _weights_of_parts(

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clear_dit.kernels import choice
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.tiled import partial
-from clear_dit.kernels.two_positions import two_position_attention
+from clear_dit.kernels.two_positions import Scaled, two_position_attention
 from clear_dit.kernels.window import Window
 
 # Reference images behind 3 tokens of text, or behind none.
@@ -158,7 +158,7 @@ def test_what_is_refused():
     query, key, value = inputs(window)
     near = query, key
     with pytest.raises(ValueError, match=r"do not go with two positions .* references='dense'"):
-        two_position_attention(near, near, value, window)
+        two_position_attention(near, Scaled(lambda: near), value, window)
     value.requires_grad_()
     for impl in ("auto", "reference"):
         with pytest.raises(ValueError, match=r"no backward pass; .* or references='dense'"):

@@ -59,7 +59,7 @@ def inputs(window, dtype, between=0, batch=2, heads=2, head_dim=16):
 
 def attend(rotated, value, window, **options):
     near, *between, far = rotated
-    scaled = Scaled(far, [lambda each=each: each for each in between])
+    scaled = Scaled(lambda: far, [lambda each=each: each for each in between])
     return two_position_attention(near, scaled, value, window, **options)
 
 
@@ -168,7 +168,7 @@ def test_positions_between_are_made_only_where_levels_have_them(window):
         made.append(1)
         return far
 
-    two_position_attention(near, Scaled(far, [rotate]), value, window, **learned)
+    two_position_attention(near, Scaled(lambda: far, [rotate]), value, window, **learned)
     levels = window.levels_by_position(1)[1] if window.far_levels else ()
     assert len(made) == (1 if levels else 0)
     assert bool(levels) == (window is WINDOWS[9])

@@ -34,7 +34,7 @@ CASES = {
     "learned": Case(23, 9, 3, learned=True),
     "two positions": Case(67, 5, 2, positions=2),
     "two positions, learned, no text": Case(21, 7, 2, text=0, learned=True, positions=2),
-    "positions between": Case(67, 5, 2, learned=True, positions=4),
+    "positions between": Case(65, 5, 2, learned=True, positions=4),
     "positions between, wide radius": Case(21, 7, 11, positions=3),
     "coarse cells span all ranks": Case(5, 4, 2, learned=True),
     "interior rows": Case(75, 5, 2, keeps_halos=True),
@@ -82,7 +82,7 @@ class Tokens:
                 (query / table[:, None], self.key_value(hidden, [table])[0])
                 for table in tables[2::2]
             )
-            scaled = Scaled(far, [lambda each=each: each for each in between])
+            scaled = Scaled(lambda: far, [lambda each=each: each for each in between])
         return (query / tables[0][:, None], key, value), scaled
 
 

@@ -9,7 +9,9 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
+from clear_dit.attention import processor
 from clear_dit.attention.grid import Layout, layout_from_rotary
+from clear_dit.kernels.two_positions import two_position_attention
 from clear_dit.pipelines.cascade.positions import METHODS, ExtendedPosEmbed
 
 THETA, FLUX_AXES = 10000, (16, 56, 56)
@@ -156,15 +158,43 @@ def test_proportional_attention_is_that_of_the_processor(tiny_transformer, tiny_
     assert (through_table - plain).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_layers_rotate_by_every_position(tiny_transformer, tiny_inputs, monkeypatch):
+    """What lies between with a factor of 4 is far with a factor of 2; local attention has none."""
+    inputs, seen = tiny_inputs(24, 8), []
+
+    def spy(near, scaled, value, window, **options):
+        seen.append((near, scaled, window))
+        return two_position_attention(near, scaled, value, window, **options)
+
+    monkeypatch.setattr(processor, "two_position_attention", spy)
+    for far, factor in ((True, 4.0), (True, 2.0), (False, 4.0)):
+        model = tiny_transformer()
+        apply_clear(model, radius=3, far=far)
+        model.pos_embed = ExtendedPosEmbed(THETA, (4, 6, 6), "two", (factor, factor), 8)
+        model(**inputs)
+    layers = len(seen) // 3
+    four, two, local = seen[0], seen[layers], seen[2 * layers]
+    assert [len(scaled.between) for _, scaled, _ in (four, two, local)] == [1, 0, 0]
+    assert four[2].levels_by_position(1)[1] == range(2, 3)
+    assert same(four[0], two[0])
+    assert same(four[1].between[0](), two[1].far())
+    assert same(four[1].far(), local[1].far())
+    assert not same(four[1].far(), two[1].far())
+
+
 def test_compiled_blocks_take_new_positions_as_they_are(tiny_transformer, tiny_inputs):
     plain, model = (tiny_transformer(num_layers=1, num_single_layers=0) for _ in range(2))
     for each in (plain, model):
         apply_clear(each, radius=3)
     model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
-    for method, size in (("none", (4, 6)), ("yarn", (12, 8)), ("two", (24, 8))):
+    for method, size, factor in (
+        *(("none", (4, 6), 2.0), ("yarn", (12, 8), 2.0)),
+        *(("two", (24, 8), 2.0), ("two", (24, 8), 4.0)),
+    ):
         inputs = tiny_inputs(*size)
         for each in (plain, model):
-            each.pos_embed = ExtendedPosEmbed(THETA, (4, 6, 6), method, (2.0, 2.0), 8, 43)
+            each.pos_embed = ExtendedPosEmbed(THETA, (4, 6, 6), method, (factor, factor), 8, 43)
         first = method != "yarn"  # "two" has more tables, and cells that are near
         with (
             torch.no_grad(),
