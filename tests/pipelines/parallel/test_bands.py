@@ -87,7 +87,8 @@ def sent_of_far_keys(group, rank, world, rows):
     bands, traffic = Bands(rows, world, rank, window.reach), Traffic()
     cells = [CellBands.of(window, bands, 1 + n) for n in range(window.far_levels)]
     own = torch.zeros(1, len(bands.own) * 8, 1, 128, dtype=torch.bfloat16)
-    key, _ = FarCells(own, own, None, None, 1.0, window, bands, cells, group, traffic).wait()
+    keys = [(range(window.far_levels + 1), own)]
+    key, _ = FarCells(keys, own, None, 1.0, window, bands, cells, group, traffic).wait()
     seen = [window.rows_in_reach(1 + n, bands.own) for n in range(window.far_levels)]
     assert key.shape[1] == sum(len(one) * -(-8 // 2 ** (1 + n)) for n, one in enumerate(seen))
     return traffic.sent["far"]
