@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from support.slow import slow
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.attention import processor
@@ -183,6 +184,7 @@ def test_layers_rotate_by_every_position(tiny_transformer, tiny_inputs, monkeypa
     assert not same(four[1].far(), two[1].far())
 
 
+@slow
 def test_compiled_blocks_take_new_positions_as_they_are(tiny_transformer, tiny_inputs):
     plain, model = (tiny_transformer(num_layers=1, num_single_layers=0) for _ in range(2))
     for each in (plain, model):
