@@ -26,7 +26,7 @@ def forget_graphs():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("far", slow_but([False, True], True))
 @pytest.mark.parametrize("name", slow_but(NAMES, "qwen-image"))
 def test_another_resolution_compiles_nothing(name, far):
     model = make_model(name, **LARGER.get(name, {}))
