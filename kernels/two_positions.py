@@ -89,16 +89,16 @@ def two_position_attention(
             'two_position_attention: pooled_weight="count" does not go with two positions a token; '
             'use rope "yarn".'
         )
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*near, value)):
-        raise ValueError(
-            "two_position_attention: has no gradients; train at the native size, or use "
-            "torch.no_grad()."
-        )
     scale = value.shape[-1] ** -0.5 if scale is None else float(scale)
     text = window.text_length
 
     def checked(rotate: Callable[[], Rotated]) -> Rotated:
         query, key = rotate()
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+            raise ValueError(
+                "two_position_attention: has no gradients; train at the native size, or use "
+                "torch.no_grad()."
+            )
         learned = of_pooled.get("spatial_weight"), of_pooled.get("far_offset")
         check_inputs(query, key, value, window, *learned)
         return query, key

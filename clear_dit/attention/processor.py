@@ -308,7 +308,7 @@ class CLEARProcessor(nn.Module):
         if rotary is not None and len(rotary) > 2:
             # Positions between are of far keys.
             tables = rotary[2:] if self.tracker.far_levels else rotary[-2:]
-            scaled = _scaled(attn, (query, key), (text_query, text_key), tables)
+            scaled = _scaled(attn, (query, key), (text_query, text_key), text_norms, tables)
             rotary = rotary[:2]
         query = norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0])
         key = norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1])
@@ -458,10 +458,11 @@ def _scaled(
     attn: Any,
     projected: Rotated,
     of_text: tuple[torch.Tensor | None, torch.Tensor | None],
+    text_norms: tuple[Any, Any],
     tables: Rotary,
 ) -> Scaled:
     """Query and key by every pair of tables, the least scaled first."""
-    rotate = functools.partial(_rotate, attn, projected, of_text)
+    rotate = functools.partial(_rotate, attn, projected, of_text, text_norms)
     *between, last = zip(tables[::2], tables[1::2], strict=True)
     if not between:  # what is projected need not be kept
         far = rotate(last)
@@ -475,12 +476,10 @@ def _rotate(
     attn: Any,
     projected: Rotated,
     of_text: tuple[torch.Tensor | None, torch.Tensor | None],
+    text_norms: tuple[Any, Any],
     rotary: Rotary,
 ) -> Rotated:
     """Query and key, (batch, text + image, heads, head_dim) each; see `norm_and_rotate`."""
-    text_norms = (None, None)
-    if attn.added_kv_proj_dim is not None:
-        text_norms = attn.norm_added_q, attn.norm_added_k
     query, key = projected
     text_query, text_key = of_text
     return (

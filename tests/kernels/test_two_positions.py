@@ -205,3 +205,8 @@ def test_gradients_are_refused():
         attend(rotated, value, WINDOWS[0])
     with torch.no_grad():
         attend(rotated, value, WINDOWS[0])
+    for window in (WINDOWS[0], WINDOWS[6]):
+        (near, _), value, learned = inputs(window, torch.float32)
+        far = tuple(x.clone().requires_grad_() for x in near)
+        with pytest.raises(ValueError, match="has no gradients; train at the native size"):
+            attend([near, far], value, window, **learned)
