@@ -9,7 +9,6 @@ exchanged, serve the gradients of key and value.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from ..window import Window
+from .resident import resident
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,6 @@ def _inner(
     return inside & (far < radius**2)
 
 
-@functools.lru_cache(maxsize=64)
 def visits(
     height: int,
     width: int,
@@ -135,8 +134,15 @@ def visits(
 
     owner_rows: (start, stop) of the rows that owners take up; all where None.
 
-    A pure function of its arguments; remembered, because a model asks once per layer and step.
+    A pure function of its arguments; kept on the device, because a model asks once per layer and
+    step.
     """
+    return resident(_visit_lists, (height, width, radius, tiling, owner_rows), device)
+
+
+def _visit_lists(
+    height: int, width: int, radius: int, tiling: Tiling, owner_rows: tuple[int, int] | None
+) -> Visits:
     row_reach = _reaches(height, tiling.rows, radius - 1, range(*(owner_rows or (0, height))))
     column_reach = _reaches(width, tiling.columns, radius - 1, range(width))
     row_classes, column_classes = list(dict.fromkeys(row_reach)), list(dict.fromkeys(column_reach))
@@ -155,7 +161,7 @@ def visits(
         np.array([row_classes.index(reach) for reach in row_reach]),
         np.array([column_classes.index(reach) for reach in column_reach]),
     )
-    return Visits(*(torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays))
+    return Visits(*(torch.from_numpy(array.astype(np.int32)) for array in arrays))
 
 
 def executed_keys(window: Window, tiling: Tiling, text_block: int = 64) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -118,6 +119,11 @@ def far_attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
+
+
+def attention_of(config: ForwardConfig, far: bool) -> Callable[..., None]:
+    """What launches an entry of the tables, with far keys or without: see `image_attention`."""
+    return far_attention if far else image_attention
 
 
 def text_attention(
