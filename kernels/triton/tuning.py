@@ -141,10 +141,11 @@ def _choose(entries: Sequence[E], kind: Kind, run: Callable[[E], object]) -> E |
     device = kind.kernel.device
     if len(entries) == 1 or device.type != "cuda":
         return default
-    name = _fastest.get(kind) or _kept().get(_key(kind))
+    if kind not in _fastest:
+        _fastest[kind] = _kept().get(_key(kind), "")
     known = {entry.name: entry for entry in entries}
-    if name in known:
-        return known[name]
+    if _fastest[kind] in known:
+        return known[_fastest[kind]]
     if capturing(device):
         return default
     milliseconds = {}

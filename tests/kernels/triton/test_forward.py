@@ -14,7 +14,7 @@ from clear_dit.kernels.window import Window
 if not interpreted:
     pytest.skip("needs Triton and its interpreter", allow_module_level=True)
 
-from clear_dit.kernels.triton import launch, ops, tables, tuning
+from clear_dit.kernels.triton import launch, ops, tables
 from clear_dit.kernels.triton.geometry import Tiling, visits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -168,31 +168,6 @@ def test_tables_serve_every_head_and_dtype(architecture):
             assert tables.forward_configs(architecture, channels, element_size)
             assert tables.text_config(architecture, channels, element_size)
             assert tables.backward_config(architecture, channels, element_size)
-
-
-def test_a_pin_decides_and_an_unknown_one_is_refused(monkeypatch):
-    entries = tables.FORWARD["sm_90"]
-    monkeypatch.setenv(tuning.PIN, entries[2].name)
-    assert tuning.choose(entries, "kind", None) is entries[2]
-    monkeypatch.setenv(tuning.PIN, "fast")
-    with pytest.raises(ValueError, match=r"CLEAR_DIT_TRITON_FORWARD must be one of q8x8.*'fast'"):
-        tuning.choose(entries, "kind", None)
-
-
-def test_measuring_happens_once_for_a_kind(monkeypatch):
-    entries, tried = tables.FORWARD["sm_90"], []
-
-    def milliseconds(run, entry):
-        tried.append(entry)
-        return -len(tried)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    monkeypatch.setattr(tuning, "_fastest", {})
-    for _ in range(2):
-        assert tuning.choose(entries, "kind", None) is entries[tuning.TRIED - 1]
-    assert tried == list(entries[: tuning.TRIED])
 
 
 @pytest.mark.parametrize(
