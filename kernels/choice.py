@@ -147,7 +147,7 @@ def run_chosen(
             next implementation.
     """
     options = {"scale": scale, "return_lse": return_lse, **of_pooled}
-    kernels = kernels_of(window, needs_grad)
+    kernels = kernels_of(window.far_levels > 0, window.down_factor > 1, needs_grad)
     name = select_impl(impl, query, needs_grad, return_lse, kernels)
     try:
         return _RUN[name](query, key, value, window, **options)

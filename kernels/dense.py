@@ -40,7 +40,7 @@ def dense_attention(
         ValueError: unknown `impl`, or an explicit one that cannot run here.
         NoEntryError: an explicit "triton" whose kernel fails on this device.
     """
-    by_triton = select_impl(impl, query, kernels=kernels_of(None, False)) == "triton"
+    by_triton = select_impl(impl, query, kernels=kernels_of(False, False, False)) == "triton"
     try:
         return _op(query, key, value, scale, by_triton)
     except NoEntryError:  # what failed was logged as a warning

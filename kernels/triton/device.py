@@ -10,8 +10,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from ..window import Window
-
 Result = TypeVar("Result")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,13 +43,11 @@ class Kernel(NamedTuple):
         return f"Triton's {self.name} kernel on {self.device} ({dtype}, head_dim {self.head_dim})"
 
 
-def kernels_of(window: Window | None, needs_grad: bool) -> tuple[str, ...]:
-    """Names of the kernels that attention under a window runs; None stands for dense attention."""
-    if window is None:
-        return ("forward",)
-    if window.far_levels:
+def kernels_of(far: bool, pooled: bool, needs_grad: bool) -> tuple[str, ...]:
+    """Names of the kernels that attention runs, with far keys or else maybe pooled ones."""
+    if far:
         return ("far", "pooling", "backward far") if needs_grad else ("far", "pooling")
-    forward = "pooled" if window.down_factor > 1 else "forward"
+    forward = "pooled" if pooled else "forward"
     return (forward, "backward") if needs_grad else (forward,)
 
 
