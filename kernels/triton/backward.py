@@ -227,7 +227,7 @@ def walk_query_tiles(
         # Queries beyond the border add nothing, as in `walk_queries`.
         mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C, CLIP=False)
         key_sum, value_sum, _ = add_key_gradients(
-            key_sum, value_sum, None, key, value, None, q, g, row_lse, row_delta, mask,
+            key_sum, value_sum, 0.0, key, value, None, q, g, row_lse, row_delta, mask,
             scale_log2, MASKED, False,
         )  # fmt: skip
     return key_sum, value_sum
@@ -341,8 +341,9 @@ def image_key_backward(
     key_sum = tl.zeros([M, D], tl.float32)
     value_sum = tl.zeros([M, D], tl.float32)
     key_sum, value_sum, _ = walk_queries(
-        key_sum, value_sum, None, k, v, None, query, grad, lse, delta, query_token, grad_token,
-        0, text_length, scale_log2, head_dim, N, D, EVEN_D, False, STAGES,
+        key_sum, value_sum, tl.zeros([M], tl.float32), k, v, None, query, grad, lse, delta,
+        query_token, grad_token, 0, text_length, scale_log2, head_dim,
+        N, D, EVEN_D, False, STAGES,
     )  # fmt: skip
     if not DESCRIPTOR:
         image_query += batch * query_batch + head * query_head

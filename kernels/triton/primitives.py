@@ -54,12 +54,12 @@ def store_rows(
 def load_bias(bias, stride, tokens, valid, BIAS: tl.constexpr):
     """What is added to the scores of tokens of one head, in units of log2; 0 where not `valid`.
 
-    None without BIAS.
+    One 0 without BIAS: Triton 3.6 lets no function return None.
     """
     if BIAS:
         return tl.load(bias + tokens.to(tl.int64) * stride, mask=valid, other=0.0) * LOG2_E
     else:
-        return None
+        return 0.0
 
 
 @triton.jit
