@@ -184,8 +184,8 @@ def walk_key_tiles(
 ):  # fmt: skip
     """`add_query_gradient` over key tiles; key, value: pointers to the head's first image token."""
     for step in tl.range(begin, end, num_stages=STAGES):
-        y = tile_y + tl.load(offsets + 2 * step)
-        x = tile_x + tl.load(offsets + 2 * step + 1)
+        y = tile_y + tl.load(offsets + 2 * step).to(tl.int32)
+        x = tile_x + tl.load(offsets + 2 * step + 1).to(tl.int32)
         k = load_tile(
             key, key_token, batch, head, y, x, height, width, head_dim,
             R, C, D, EVEN_D, MASKED, DESCRIPTOR,
@@ -211,8 +211,8 @@ def walk_query_tiles(
 ):  # fmt: skip
     """`add_key_gradients` over query tiles; query, grad, lse, delta: at the first image token."""
     for step in tl.range(begin, end, num_stages=STAGES):
-        y = tile_y + tl.load(offsets + 2 * step)
-        x = tile_x + tl.load(offsets + 2 * step + 1)
+        y = tile_y + tl.load(offsets + 2 * step).to(tl.int32)
+        x = tile_x + tl.load(offsets + 2 * step + 1).to(tl.int32)
         q = load_tile(
             query, query_token, batch, head, y, x, height, width, head_dim,
             R, C, D, EVEN_D, MASKED, DESCRIPTOR,

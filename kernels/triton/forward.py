@@ -106,8 +106,8 @@ def attend_tiles(
 ):  # fmt: skip
     """Attention over the key tiles begin..end of the lists in `offsets`."""
     for step in tl.range(begin, end, num_stages=STAGES):
-        y = tile_y + tl.load(offsets + 2 * step)
-        x = tile_x + tl.load(offsets + 2 * step + 1)
+        y = tile_y + tl.load(offsets + 2 * step).to(tl.int32)
+        x = tile_x + tl.load(offsets + 2 * step + 1).to(tl.int32)
         k = load_tile(
             image_key, key_stride, batch, head, y, x, height, width, head_dim,
             R, C, D, EVEN_D, MASKED, DESCRIPTOR,

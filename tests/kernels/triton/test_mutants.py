@@ -60,13 +60,13 @@ MUTANTS = {
     ),
     "last tile of a list dropped": (
         "triton/geometry.py",
-        "ranges[i, j] = begin, begin + inner.sum(), begin + len(offsets)",
-        "ranges[i, j] = begin, begin + inner.sum(), begin + len(offsets) - 1",
+        "ranges[i, j] = begin, begin + inner.sum(), begin + len(found)",
+        "ranges[i, j] = begin, begin + inner.sum(), begin + len(found) - 1",
     ),
     "first tile of a list dropped": (
         "triton/geometry.py",
-        "ranges[i, j] = begin, begin + inner.sum(), begin + len(offsets)",
-        "ranges[i, j] = begin + 1, begin + max(1, inner.sum()), begin + len(offsets)",
+        "ranges[i, j] = begin, begin + inner.sum(), begin + len(found)",
+        "ranges[i, j] = begin + 1, begin + max(1, inner.sum()), begin + len(found)",
     ),
     "tiles of the rim without a mask": (
         "triton/geometry.py",
