@@ -1,8 +1,10 @@
 """Triton's CLEAR attention in its interpreter, against the definition: output and gradients."""
 
+from itertools import product
+
 import pytest
 import torch
-from support.agreement import check, forward_and_gradients, inputs, problem
+from support.agreement import HALVES, check, forward_and_gradients, inputs, problem
 from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 
@@ -50,11 +52,12 @@ CASES = {
 }
 
 
-# Of the two dtypes' quick cases together, each is there.
+# Of all dtypes' quick cases together, each is there.
 HALF = slow_but(
-    CASES, "partial tiles", "no text", "itself and the text", "less than a tile", "one token",
-    "inner tiles", "wide heads",
-)  # fmt: skip
+    product(CASES, HALVES),
+    *product(("partial tiles", "less than a tile", "inner tiles", "wide heads"), HALVES[1:]),
+    *product(("no text", "itself and the text", "one token"), HALVES[:1]),
+)
 FLOAT32 = slow_but(
     CASES, "pooled", "pooled, two blocks", "past the diagonal", "odd head_dim", "batch of three",
     "one token",
@@ -76,9 +79,9 @@ def test_inner_has_tiles_that_need_no_mask(entry, window, most):
     assert (end > border).any()
 
 
-@pytest.mark.parametrize("name", HALF)
-def test_half_precision_is_the_definition(name):
-    check(run(CASES[name]["window"]), CASES[name], torch.float16)
+@pytest.mark.parametrize(("name", "dtype"), HALF, ids=str)
+def test_half_precision_is_the_definition(name, dtype):
+    check(run(CASES[name]["window"]), CASES[name], dtype)
 
 
 @pytest.mark.usefixtures("hopper_tiles")
