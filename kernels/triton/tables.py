@@ -57,6 +57,35 @@ class ForwardConfig:
 
 
 @dataclass(frozen=True)
+class GluonConfig:
+    """Of the image queries' kernel in Gluon, for Hopper: shapes are its own (gluon/kernel.py).
+
+    Attributes:
+        num_stages: tiles of keys and values in shared memory.
+    """
+
+    num_stages: int
+    tiling: Tiling = Tiling(8, 16, 8, 8)
+    descriptor: bool = True
+
+    @property
+    def name(self) -> str:
+        """For the pin and for reports: gluon-q8x16-k8x8-s6."""
+        tile = self.tiling
+        return (
+            f"gluon-q{tile.rows}x{tile.columns}-k{tile.step_rows}x{tile.step_columns}"
+            f"-s{self.num_stages}"
+        )
+
+    def shared_memory(self, channels: int, element_size: int) -> int:
+        """Bytes of shared memory: the queries, keys and values of every stage, barriers."""
+        tile = self.tiling
+        keys, queries = tile.step_rows * tile.step_columns, tile.rows * tile.columns
+        tokens = queries + 2 * self.num_stages * keys
+        return tokens * channels * element_size + 16 * self.num_stages
+
+
+@dataclass(frozen=True)
 class TileConfig:
     """Of a kernel of gradients whose programs own tiles of the image; see `ForwardConfig`."""
 
@@ -117,6 +146,8 @@ FORWARD = {
     ),
     "gfx942": (ForwardConfig(_SQUARE, 64, 4, 1), ForwardConfig(_WIDE, 64, 8, 1)),
 }
+# float16 and bfloat16, head_dim of 33 to 128, no far keys: next to FORWARD's.
+GLUON = {"sm_90": (GluonConfig(6), GluonConfig(4))}
 TEXT = {
     "sm_80": RunConfig(64, 32, 4, 2),
     "sm_86": RunConfig(64, 32, 4, 2),
@@ -174,7 +205,7 @@ FLOAT32_BACKWARD = BackwardConfig(
 
 def forward_configs(
     architecture: str, channels: int, element_size: int, far: bool = False
-) -> tuple[ForwardConfig, ...]:
+) -> tuple[ForwardConfig | GluonConfig, ...]:
     """Entries for the image queries' kernel that fit into shared memory, the default first.
 
     far: with far keys.

@@ -1,0 +1,330 @@
+"""CLEAR attention of image queries on Hopper: loads, products and softmax overlap.
+
+A program owns 8x16 queries of one head as two tiles of 8x8, one for each of two groups of warps.
+One more warp loads keys and values, for both groups at once, into a ring of stages: the text, then
+the union of the groups' key tiles (lists.py). A group passes over the tiles that it does not see.
+While it takes the softmax of one tile, the tensor cores work on the scores of its next tile and on
+the values of the one before.
+
+Barriers, one pair a stage: `full` when keys and values have landed, `empty` when both groups are
+done with them. A group waits for `full` also of what it passes over: else it could be a round
+ahead, where a barrier's parity says nothing. It holds three stages at most, and its tiles are at
+most `WIDEST_STEP` apart in the stream: this is why STAGES > 2 * WIDEST_STEP cannot deadlock.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .shim import load_tile, partition_barrier, view
+
+LN_2 = gl.constexpr(0.6931471805599453)
+# Of a row that has met no key yet: finite, so that the first masked keys do no harm.
+LOWEST = gl.constexpr(-1.0e38)
+# Sides of a group's tile of queries, and of a tile of keys; tokens of either.
+SIDE = gl.constexpr(8)
+TOKENS = gl.constexpr(64)
+# What hides keys of a tile from a group: the disc, the border.
+DISC = gl.constexpr(1)
+BORDER = gl.constexpr(2)
+
+
+@gluon.jit
+def load_stage(key, value, at, keys, values, full, stage, D: gl.constexpr):
+    """Have one tile of keys and values loaded into a stage that is empty."""
+    ready = full.index(stage)
+    mbarrier.expect(ready, 4 * TOKENS * D)
+    load_tile(key, at, ready, view(keys.index(stage), key))
+    load_tile(value, at, ready, view(values.index(stage), value))
+
+
+@gluon.jit
+def produce(
+    text_key, text_value, image_key, image_value, offsets, begin, dense, first_keys, total,
+    batch, head, tile_y, tile_x, keys, values, full, empty,
+    D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load the stream: `dense` blocks of text, then the tiles of the list from `begin` on.
+
+    first_keys: text keys of the first block, the others' are `TOKENS`.
+    """
+    for at in range(dense):
+        stage = at % STAGES
+        first = gl.maximum(first_keys + (at - 1) * TOKENS, 0)
+        mbarrier.wait(empty.index(stage), at // STAGES & 1 ^ 1)
+        load_stage(
+            text_key, text_value, [batch, first, head, 0], keys, values, full, stage, D
+        )
+    for at in range(dense, total):
+        stage = at % STAGES
+        entry = offsets + 2 * (begin + at - dense)
+        y = tile_y + gl.load(entry).to(gl.int32)
+        x = tile_x + gl.load(entry + 1).to(gl.int32)
+        mbarrier.wait(empty.index(stage), at // STAGES & 1 ^ 1)
+        load_stage(
+            image_key, image_value, [batch, y, x, head, 0], keys, values, full, stage, D
+        )
+
+
+@gluon.jit
+def unpack(item, dense):
+    """(place in the stream, row, column, what hides keys) of an item of a list."""
+    return (
+        dense + item.to(gl.int16).to(gl.int32),
+        (item >> 16).to(gl.int16).to(gl.int32),
+        (item >> 32).to(gl.int16).to(gl.int32),
+        (item >> 48).to(gl.int32),
+    )
+
+
+@gluon.jit
+def pass_over(begin, end, full, empty, STAGES: gl.constexpr):
+    """Give back the stages of the tiles begin..end of the stream, unseen."""
+    for at in range(begin, end):
+        stage = at % STAGES
+        mbarrier.wait(full.index(stage), at // STAGES & 1)
+        mbarrier.arrive(empty.index(stage), count=1)
+
+
+@gluon.jit
+def hide(
+    scores, hidden_by, own_y, own_x, y, x, height, width, radius2, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """Scores, -inf for the keys of the tile at (y, x) that do not count for a query."""
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LAYOUT))
+    row, column = token // SIDE, token % SIDE
+    if hidden_by & DISC:
+        dy = (own_y - y)[:, None] - row[None, :]
+        dx = (own_x - x)[:, None] - column[None, :]
+        scores = gl.where(dx * dx < radius2 - dy * dy, scores, float("-inf"))
+    if hidden_by & BORDER:
+        real_y = (row + y >= 0) & (row + y < height)
+        real_x = (column + x >= 0) & (column + x < width)
+        scores = gl.where((real_y & real_x)[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def online_softmax(scores, row_max, row_sum, scale_log2):
+    """One step of softmax; `row_max` is of raw scores, so that one multiply-add scales and shifts.
+
+    Returns the tile's unnormalised probabilities, the factor for what was summed before, and the
+    new maximum and sum of each row.
+    """
+    new_max = gl.maximum(row_max, gl.max(scores, 1))
+    factor = gl.exp2((row_max - new_max) * scale_log2)
+    probability = gl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
+    return probability, factor, new_max, row_sum * factor + gl.sum(probability, 1)
+
+
+@gluon.jit
+def score(query, keys, stage, LAYOUT: gl.constexpr):
+    """Begin the products of the group's queries with the keys of a stage."""
+    zero = gl.zeros([TOKENS, TOKENS], gl.float32, LAYOUT)
+    return warpgroup_mma(
+        query, keys.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
+    )
+
+
+@gluon.jit
+def advance(
+    query, weights, acc, keys, values, stage, following, full,
+    SCORES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Scores of the tile `following`, with the sum over the values of `stage` begun."""
+    ahead = following % STAGES
+    mbarrier.wait(full.index(ahead), following // STAGES & 1)
+    scores = score(query, keys, ahead, SCORES)
+    acc = warpgroup_mma(weights, values.index(stage), acc, is_async=True)
+    return warpgroup_mma_wait(1, [scores]), acc
+
+
+@gluon.jit
+def finish(acc, weights, factor, stage, empty, OUT: gl.constexpr):
+    """Await the sum over the values of `stage`, give the stage back, and rescale the sum."""
+    acc, _ = warpgroup_mma_wait(0, [acc, weights])
+    mbarrier.arrive(empty.index(stage), count=1)
+    return acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+
+
+@gluon.jit
+def consume(
+    query, out, lse, lists, begin, end, dense, first_keys, total, tile_y, tile_x,
+    query_token, text_queries, heads, head_dim, height, width, query_start, query_stop,
+    radius2, scale_log2, sign, queries, keys, values, full, empty,
+    GROUP: gl.constexpr, D: gl.constexpr, EVEN_D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of one group's tile of queries.
+
+    begin, end: its part of `lists`.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUT, k_width=2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    if tile_x + SIDE * GROUP >= width:
+        pass_over(0, total, full, empty, STAGES)
+    else:
+        token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, MEMORY))
+        channel = gl.arange(0, D, layout=gl.SliceLayout(0, MEMORY))
+        own_y = tile_y + token // SIDE
+        own_x = tile_x + SIDE * GROUP + token % SIDE
+        stored = ((own_y < query_stop) & (own_x < width))[:, None]
+        # Beyond the border a token of the border stands in; it is not stored.
+        own_y, own_x = gl.minimum(own_y, query_stop - 1), gl.minimum(own_x, width - 1)
+        own = (text_queries + (own_y - query_start) * width + own_x).to(gl.int64)
+        pointers = own[:, None] * query_token + channel[None, :]
+        real = (channel < head_dim)[None, :]
+        if EVEN_D:
+            q = gl.load(query + pointers)
+        else:
+            q = gl.load(query + pointers, mask=real, other=0.0)
+        buffer = queries.index(GROUP)
+        buffer.store((q * sign).to(q.dtype))
+        fence_async_shared()
+        partition_barrier()
+
+        row = gl.arange(0, TOKENS, layout=ROWS)
+        own_y = tile_y + row // SIDE
+        own_x = tile_x + SIDE * GROUP + row % SIDE
+        row_max = gl.full([TOKENS], 0.0, gl.float32, ROWS) + LOWEST / gl.maximum(scale_log2, 1.0)
+        row_sum = gl.zeros([TOKENS], gl.float32, ROWS)
+        acc = gl.zeros([TOKENS, D], gl.float32, OUT)
+
+        at, y, x, hidden_by = 0, 0, 0, 0
+        if dense == 0:
+            at, y, x, hidden_by = unpack(gl.load(lists + begin), dense)
+            begin += 1
+            first_keys = first_keys * 0 + TOKENS
+        pass_over(0, at, full, empty, STAGES)
+        stage = at % STAGES
+        mbarrier.wait(full.index(stage), at // STAGES & 1)
+        scores = warpgroup_mma_wait(0, [score(buffer, keys, stage, SCORES)])
+        scores = hide(
+            scores, hidden_by, own_y, own_x, tile_y + y, tile_x + x, height, width, radius2, SCORES
+        )
+        token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, SCORES))
+        scores = gl.where((token < first_keys)[None, :], scores, float("-inf"))
+        probability, _, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2)
+        item = gl.load(lists + gl.minimum(begin, end - 1))
+        for following in range(1, dense):
+            stage = (following - 1) % STAGES
+            weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
+            scores, acc = advance(
+                buffer, weights, acc, keys, values, stage, following, full, SCORES, STAGES
+            )
+            probability, factor, row_max, row_sum = online_softmax(
+                scores, row_max, row_sum, scale_log2
+            )
+            acc = finish(acc, weights, factor, stage, empty, OUT)
+            at = following
+        for entry in range(begin, end):
+            following, y, x, hidden_by = unpack(item, dense)
+            item = gl.load(lists + gl.minimum(entry + 1, end - 1))
+            pass_over(at + 1, following, full, empty, STAGES)
+            stage = at % STAGES
+            weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
+            scores, acc = advance(
+                buffer, weights, acc, keys, values, stage, following, full, SCORES, STAGES
+            )
+            scores = hide(
+                scores, hidden_by, own_y, own_x, tile_y + y, tile_x + x, height, width, radius2,
+                SCORES,
+            )  # fmt: skip
+            probability, factor, row_max, row_sum = online_softmax(
+                scores, row_max, row_sum, scale_log2
+            )
+            acc = finish(acc, weights, factor, stage, empty, OUT)
+            at = following
+        stage = at % STAGES
+        weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
+        acc = warpgroup_mma_wait(0, [warpgroup_mma(weights, values.index(stage), acc, is_async=True)])
+        mbarrier.arrive(empty.index(stage), count=1)
+        pass_over(at + 1, total, full, empty, STAGES)
+
+        acc = acc / gl.convert_layout(row_sum, gl.SliceLayout(1, OUT))[:, None]
+        # By way of the queries' memory, so that whole rows are stored.
+        buffer.store(acc.to(q.dtype))
+        partition_barrier()
+        pointers = own[:, None] * heads * head_dim + channel[None, :]
+        gl.store(out + pointers, buffer.load(MEMORY), mask=stored if EVEN_D else stored & real)
+        stored = (own_y < query_stop) & (own_x < width)
+        own = (text_queries + (own_y - query_start) * width + own_x).to(gl.int64)
+        logsumexp = (row_max * scale_log2 + gl.log2(row_sum)) * LN_2
+        gl.store(lse + own * heads, logsumexp, mask=stored)
+
+
+@gluon.jit
+def image_forward(
+    query, text_key, text_value, image_key, image_value, out, lse,
+    offsets, lists, ranges, row_class, column_class,
+    query_batch, query_token, query_head,
+    heads, head_dim, height, width, text_length, query_start, query_stop, text_queries,
+    tiles_x, tiles, column_classes, radius2, scale_log2, sign,
+    D: gl.constexpr, EVEN_D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of all image queries; one program per 8x16 tile, head and batch item.
+
+    query, out, lse: as in `forward.image_forward`. text_key, text_value: tensor descriptors of
+    (batch, sequence, heads, head_dim); image_key, image_value: of (batch, rows, columns, heads,
+    head_dim). scale_log2 > 0: of scores of the queries times `sign`, which is 1, -1 or 0.
+    LAYOUT: of a [64, D] tile in shared memory.
+    """
+    tile, plane = gl.program_id(0) % tiles, gl.program_id(0) // tiles
+    batch, head = plane // heads, plane % heads
+    tile_y, tile_x = query_start + tile // tiles_x * SIDE, tile % tiles_x * (2 * SIDE)
+    wide_batch, wide_head = batch.to(gl.int64), head.to(gl.int64)
+    query += wide_batch * query_batch + wide_head * query_head
+    row = wide_batch * (text_queries + (query_stop - query_start) * width) * heads + head
+    out += row * head_dim
+    lse += row
+    row_of_ranges = gl.load(row_class + tile // tiles_x) * column_classes
+    entry = ranges + 6 * (row_of_ranges + gl.load(column_class + tile % tiles_x))
+    begin, end = gl.load(entry), gl.load(entry + 1)
+    dense = (text_length + TOKENS - 1) // TOKENS
+    first_keys = text_length - (dense - 1) * TOKENS
+    total = dense + end - begin
+
+    dtype: gl.constexpr = query.dtype.element_ty
+    keys = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, D], LAYOUT)
+    values = gl.allocate_shared_memory(dtype, [STAGES, TOKENS, D], LAYOUT)
+    queries = gl.allocate_shared_memory(dtype, [2, TOKENS, D], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (
+                query, out, lse, lists, gl.load(entry + 2), gl.load(entry + 3),
+                dense, first_keys, total, tile_y, tile_x,
+                query_token, text_queries, heads, head_dim, height, width, query_start, query_stop,
+                radius2, scale_log2, sign, queries, keys, values, full, empty,
+                0, D, EVEN_D, STAGES,
+            )),
+            (consume, (
+                query, out, lse, lists, gl.load(entry + 4), gl.load(entry + 5),
+                dense, first_keys, total, tile_y, tile_x,
+                query_token, text_queries, heads, head_dim, height, width, query_start, query_stop,
+                radius2, scale_log2, sign, queries, keys, values, full, empty,
+                1, D, EVEN_D, STAGES,
+            )),
+            (produce, (
+                text_key, text_value, image_key, image_value, offsets, begin,
+                dense, first_keys, total, batch, head, tile_y, tile_x,
+                keys, values, full, empty, D, STAGES,
+            )),
+        ],
+        [4, 1],
+        [232, 24],
+    )  # fmt: skip
