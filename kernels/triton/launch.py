@@ -48,10 +48,11 @@ def table_key(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[
 def readable_by_descriptor(tokens: torch.Tensor) -> bool:
     """Whether tensor descriptors can read (batch, sequence, heads, head_dim) tokens (TMA's rules).
 
-    Text may come first: a token is then a multiple of 16 bytes too.
+    Text may come first: a token is then a multiple of 16 bytes too. Expanded tokens, whose strides
+    are zero, are not for it.
     """
     size = tokens.element_size()
-    strides = all(stride * size % 16 == 0 for stride in tokens.stride()[:3])
+    strides = all(stride > 0 and stride * size % 16 == 0 for stride in tokens.stride()[:3])
     return strides and tokens.data_ptr() % 16 == 0 and tokens.stride(-1) == 1
 
 
