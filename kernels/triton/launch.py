@@ -155,11 +155,17 @@ def text_attention(
     splits = triton.cdiv(sequence, per_split)
     part_out = query.new_empty(splits, batch, text_length, heads, head_dim, dtype=torch.float32)
     part_lse = part_out.new_empty(part_out.shape[:-1])
+    tokens: list[Any] = [key, value]
+    descriptor = config.descriptor and all(map(readable_by_descriptor, tokens))
+    if descriptor:
+        run = [1, config.step, 1, size["D"]]
+        tokens = [TensorDescriptor.from_tensor(x, run) for x in tokens]
     text_forward[(blocks * planes * splits,)](
-        query, key, value, part_out, part_lse,
+        query, *tokens, part_out, part_lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         heads, head_dim, text_length, sequence, per_split, blocks, planes,
-        **scale_of(scale), M=config.block, N=config.step, **size, STAGES=config.num_stages,
+        **scale_of(scale), M=config.block, N=config.step, **size, DESCRIPTOR=descriptor,
+        STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
     rows = batch * text_length * heads
