@@ -60,7 +60,7 @@ def _forward(
     attention = far_attention if geometry.far_levels else image_attention
     run = partial(attention, query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
     entries = tables.forward_configs(*entry_key, far=geometry.far_levels > 0)
-    if not all(map(readable_by_descriptor, (key, value))):
+    if not all(map(readable_by_descriptor, (key, value, pooled_key, pooled_value))):
         entries = tuple(entry for entry in entries if not entry.descriptor)
     kind = (
         query.device, query.dtype, query.shape[-1],
