@@ -166,9 +166,9 @@ def image_forward(
     query: (batch, text_queries + image rows query_start to query_stop, heads, head_dim), key and
     value: (batch, text + image, heads, head_dim), with strides query_batch, query_token, query_head
     and so on; pooled_key, pooled_value, out, lse: contiguous; bias, where BIAS: (pooled, heads).
-    image_key, image_value: the image's part of key and value. These four are tensor descriptors
-    where DESCRIPTOR, else pointers to the first token. Rows are counted from the first that is
-    given. NEGATIVE: the scale is that of the negated queries.
+    image_key, image_value: the image's part of key and value. Keys and values are tensor
+    descriptors where DESCRIPTOR, else pointers to the first token. Rows are counted from the first
+    that is given. NEGATIVE: the scale is that of the negated queries.
     """
     M: tl.constexpr = R * C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -204,12 +204,15 @@ def image_forward(
         scale_log2, head_dim, None, 0, N, D, EVEN_D, EVEN_TEXT, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
     if POOLED:
-        plane_start = (wide_batch * pooled_length * heads + head) * head_dim
+        if not DESCRIPTOR:
+            plane_start = (wide_batch * pooled_length * heads + head) * head_dim
+            pooled_key += plane_start
+            pooled_value += plane_start
         row_max, row_sum, acc = attend_run(
-            q, row_max, row_sum, acc, pooled_key + plane_start, pooled_value + plane_start,
+            q, row_max, row_sum, acc, pooled_key, pooled_value,
             heads * head_dim, heads * head_dim, batch, head, 0, pooled_length,
             scale_log2, head_dim, bias + wide_head * bias_head, bias_token,
-            N, D, EVEN_D, False, BIAS, False, STAGES,
+            N, D, EVEN_D, False, BIAS, DESCRIPTOR, STAGES,
         )  # fmt: skip
 
     row_max, row_sum, acc = attend_tiles(

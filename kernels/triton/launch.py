@@ -68,33 +68,38 @@ def image_attention(
     geometry: Geometry,
     config: ForwardConfig,
 ) -> None:
-    """Write the image tokens' part of `out` and `lse`, both contiguous; without far keys."""
+    """Write the image tokens' part of `out` and `lse`, both contiguous; without far keys.
+
+    Keys and values are `readable_by_descriptor` where the entry asks for it.
+    """
     height, width, text_length, radius, scale, start, stop, *_ = geometry
     batch, queries, heads, head_dim = query.shape
     tiling = config.tiling
     text_queries = queries - geometry.image_queries
     found = visits(height, width, radius, tiling, query.device, (start, stop))
     size = channels(head_dim)
-    tokens: list[Any] = [key, value]
-    images: list[Any] = [x[:, text_length:] for x in tokens]
+    pooled = pooled_key.shape[1]
+    tokens: list[Any] = [key, value, pooled_key, pooled_value]
+    images: list[Any] = [x[:, text_length:] for x in (key, value)]
     if config.descriptor:
         run = [1, config.dense_keys, 1, size["D"]]
         tile = [1, tiling.step_rows, tiling.step_columns, 1, size["D"]]
-        tokens = [TensorDescriptor.from_tensor(x, run) for x in tokens]
+        # None is made of nothing.
+        tokens = [TensorDescriptor.from_tensor(x, run) if x.numel() else x for x in tokens]
         images = [
             TensorDescriptor.from_tensor(x.unflatten(1, (height, width)), tile) for x in images
         ]
     tiles_y, tiles_x = found.row_class.numel(), found.column_class.numel()
     image_forward[(tiles_y * tiles_x * heads * batch,)](
-        query, *tokens, pooled_key, pooled_value, bias, *images, out, lse,
+        query, *tokens, bias, *images, out, lse,
         found.offsets, found.ranges, found.row_class, found.column_class,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride(),
-        heads, head_dim, height, width, text_length, pooled_key.shape[1],
+        heads, head_dim, height, width, text_length, pooled,
         start, stop, text_queries,
         tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius, **scale_of(scale),
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
         N=config.dense_keys, **size, EVEN_TEXT=text_length % config.dense_keys == 0,
-        POOLED=pooled_key.shape[1] > 0, BIAS=len(bias) > 0, DESCRIPTOR=config.descriptor,
+        POOLED=pooled > 0, BIAS=len(bias) > 0, DESCRIPTOR=config.descriptor,
         STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
@@ -162,11 +167,17 @@ def text_attention(
     splits = triton.cdiv(sequence, per_split)
     part_out = query.new_empty(splits, batch, text_length, heads, head_dim, dtype=torch.float32)
     part_lse = part_out.new_empty(part_out.shape[:-1])
+    tokens: list[Any] = [key, value]
+    descriptor = config.descriptor and all(map(readable_by_descriptor, tokens))
+    if descriptor:
+        run = [1, config.step, 1, size["D"]]
+        tokens = [TensorDescriptor.from_tensor(x, run) for x in tokens]
     text_forward[(blocks * planes * splits,)](
-        query, key, value, part_out, part_lse,
+        query, *tokens, part_out, part_lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         heads, head_dim, text_length, sequence, per_split, blocks, planes,
-        **scale_of(scale), M=config.block, N=config.step, **size, STAGES=config.num_stages,
+        **scale_of(scale), M=config.block, N=config.step, **size, DESCRIPTOR=descriptor,
+        STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
     rows = batch * text_length * heads

@@ -53,7 +53,7 @@ def _forward(
             query, key, value, pooled_key, pooled_value, bias, out, lse, geometry, entry
         )
 
-    readable = readable_by_descriptor(key) and readable_by_descriptor(value)
+    readable = all(map(readable_by_descriptor, (key, value, pooled_key, pooled_value)))
     entries = tables.forward_configs(*entry_key, far=far)
     chosen = pinned(entries, readable)
     with torch.cuda.device_of(query):

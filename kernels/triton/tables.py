@@ -97,12 +97,16 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Of a kernel whose programs own `block` tokens and visit runs of `step` tokens."""
+    """Of a kernel whose programs own `block` tokens and visit runs of `step` tokens.
+
+    descriptor: of the text queries' kernel, see `ForwardConfig`.
+    """
 
     block: int
     step: int
     num_warps: int
     num_stages: int
+    descriptor: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ TEXT = {
     "sm_80": RunConfig(64, 32, 4, 2),
     "sm_86": RunConfig(64, 32, 4, 2),
     "sm_89": RunConfig(64, 32, 4, 2),
-    "sm_90": RunConfig(128, 64, 8, 3),
+    "sm_90": RunConfig(128, 64, 8, 3, descriptor=True),
     "sm_100": RunConfig(128, 64, 8, 3),
     "gfx942": RunConfig(128, 64, 8, 1),
 }
