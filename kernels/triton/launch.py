@@ -17,7 +17,7 @@ from .device import architecture
 from .far import far_forward
 from .forward import image_forward
 from .geometry import visits
-from .tables import ForwardConfig, RunConfig
+from .tables import AnyForwardConfig, ForwardConfig, GluonConfig, RunConfig
 
 # More parts than this cost more memory and merging than they gain in even load.
 MOST_SPLITS = 32
@@ -138,8 +138,12 @@ def far_attention(
     )  # fmt: skip
 
 
-def attention_of(config: ForwardConfig, far: bool) -> Callable[..., None]:
+def attention_of(entry: AnyForwardConfig, far: bool) -> Callable[..., None]:
     """What launches an entry of the tables, with far keys or without: see `image_attention`."""
+    if isinstance(entry, GluonConfig):
+        from .gluon.launch import gluon_attention
+
+        return gluon_attention
     return far_attention if far else image_attention
 
 

@@ -48,7 +48,7 @@ def _forward(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
 
-    def run(entry: tables.ForwardConfig) -> None:
+    def run(entry: tables.AnyForwardConfig) -> None:
         attention_of(entry, far)(
             query, key, value, pooled_key, pooled_value, bias, out, lse, geometry, entry
         )

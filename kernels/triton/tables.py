@@ -85,6 +85,9 @@ class GluonConfig:
         return tokens * channels * element_size + 16 * self.num_stages
 
 
+AnyForwardConfig = ForwardConfig | GluonConfig
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """Of a kernel of gradients whose programs own tiles of the image; see `ForwardConfig`."""
@@ -209,7 +212,7 @@ FLOAT32_BACKWARD = BackwardConfig(
 
 def forward_configs(
     architecture: str, channels: int, element_size: int, far: bool = False
-) -> tuple[ForwardConfig | GluonConfig, ...]:
+) -> tuple[AnyForwardConfig, ...]:
     """Entries for the image queries' kernel that fit into shared memory, the default first.
 
     far: with far keys.

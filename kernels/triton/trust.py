@@ -9,7 +9,10 @@ CLEAR_DIT_SELF_CHECK=0 leaves that out.
 from __future__ import annotations
 
 import functools
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from ..opaque import Geometry
 from ..pooling import pool_cells_by_operators, pooled_bias, pooled_keys
 from ..reference import reference_attention
 from ..window import Window
-from . import tables
+from . import on_disk, tables
 from .backward import attention_backward
 from .device import Kernel, capturing, programs, run_apart
 from .failures import ONLY, failure, of_entry, record_failure
@@ -32,6 +35,8 @@ from .pooling import pool_cells
 
 SWITCH = "CLEAR_DIT_SELF_CHECK"
 BATCH, HEADS = 2, 2
+# A process that looks at one kernel may take, its start and compilation included.
+SECONDS = 180
 # Largest relative error of a result, of a log-sum-exp in absolute terms. Rounding costs a quarter
 # of it at most; one key more or less of the problems below costs more.
 FORWARD = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -103,7 +108,8 @@ def _why_wrong(kernel: Kernel, entry: str) -> str | None:
             "local_attention: a CUDA graph cannot be captured with kernels that have not run "
             "before; call once, then capture."
         )
-    found = look_at(kernel, entry)
+    look = look_in_a_process if _may_hang(kernel, entry) else look_at
+    found = look(kernel, entry)
     if found.wrong is not None:
         record_failure(kernel, entry, found.wrong)
     return found.wrong
@@ -133,12 +139,70 @@ def look_at(kernel: Kernel, entry: str, problem: Problem = Problem()) -> Finding
     return Finding(kernel, entry, errors, wrong, time.perf_counter() - begin)
 
 
+def _may_hang(kernel: Kernel, entry: str) -> bool:
+    """Whether warps of an entry wait for each other by barriers of their own."""
+    return kernel.name in FORWARD_KERNELS and any(
+        isinstance(each, tables.GluonConfig) and each.name == entry
+        for each in _forward_entries(kernel)
+    )
+
+
+def look_in_a_process(kernel: Kernel, entry: str) -> Finding:
+    """`look_at` where a kernel that never ends ends with its process, after `SECONDS` at most.
+
+    What it finds is kept on disk: a process takes seconds to start.
+    """
+    begin, name = time.perf_counter(), _name_on_disk(kernel, entry)
+    kept = _findings.get(name)
+    if kept is None:
+        asked = [str(kernel.device), str(kernel.dtype).removeprefix("torch."), kernel.head_dim]
+        command = [sys.executable, "-m", __name__, json.dumps([*asked, kernel.name, entry])]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=SECONDS, check=False,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            kept = {"errors": {}, "wrong": f"did not end within {SECONDS} s"}
+        else:
+            kept = _told(done)
+        if kept.pop("keep", True):
+            _findings.keep(name, kept)
+    return Finding(kernel, entry, kept["errors"], kept["wrong"], time.perf_counter() - begin)
+
+
+def _told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What a process of `main` told: its last line, or its end."""
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    last = (done.stderr.strip().splitlines() or ["nothing"])[-1][:300]
+    wrong = f"could not be tried: its process ended with status {done.returncode}: {last}"
+    # It may have found no room on the device: the next process tries again.
+    return {"errors": {}, "wrong": wrong, "keep": False}
+
+
+def _name_on_disk(kernel: Kernel, entry: str) -> str:
+    device = torch.cuda.get_device_name(kernel.device)
+    return on_disk.name(device, str(kernel.dtype), kernel.head_dim, kernel.name, entry)
+
+
+def main(asked: str) -> None:
+    """Print a finding as a line of JSON."""
+    device, dtype, head_dim, name, entry = json.loads(asked)
+    kernel = Kernel(torch.device(device), getattr(torch, dtype), head_dim, name)
+    torch.empty(1, device=kernel.device)  # a device that cannot be had is no kernel's fault
+    found = look_at(kernel, entry)
+    print(json.dumps({"errors": dict(found.errors), "wrong": found.wrong}))
+
+
 def look_at_all(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[Finding]:
     """Findings of every kernel and entry for a dtype and head_dim."""
     for name in KERNELS:
         kernel = Kernel(device, dtype, head_dim, name)
         for entry in entries_of(kernel):
-            yield look_at(kernel, entry)
+            look = look_in_a_process if _may_hang(kernel, entry) else look_at
+            yield look(kernel, entry)
 
 
 def _limit(kernel: Kernel, result: str) -> dict[torch.dtype, float]:
@@ -293,3 +357,8 @@ _LOOKS: dict[str, Callable[[Kernel, str, Problem], dict[str, float]]] = {
     "norm_rope": _look_at_norm_rope,
 }
 KERNELS = tuple(_LOOKS)
+_findings = on_disk.Kept("clear-dit-findings.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -6,19 +6,15 @@ that it is measured once for a machine, and by size: a small image's time is the
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import logging
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-import triton
 
+from . import on_disk
 from .device import Kernel, NoEntryError, capturing
 from .failures import failure, of_entry, record_failure
 from .geometry import Tiling
@@ -71,6 +67,7 @@ def size_class(queries: int) -> int:
 
 
 _fastest: dict[Kind, str] = {}
+_kept = on_disk.Kept("clear-dit-fastest.json")
 
 
 def pinned(entries: Sequence[E], readable: bool) -> E | None:
@@ -142,7 +139,7 @@ def _choose(entries: Sequence[E], kind: Kind, run: Callable[[E], object]) -> E |
     if len(entries) == 1 or device.type != "cuda":
         return default
     if kind not in _fastest:
-        _fastest[kind] = _kept().get(_key(kind), "")
+        _fastest[kind] = _kept.get(_key(kind)) or ""
     known = {entry.name: entry for entry in entries}
     if _fastest[kind] in known:
         return known[_fastest[kind]]
@@ -158,7 +155,7 @@ def _choose(entries: Sequence[E], kind: Kind, run: Callable[[E], object]) -> E |
             return default
     winner = min(milliseconds, key=milliseconds.__getitem__)
     _fastest[kind] = winner
-    _keep(_key(kind), winner)
+    _kept.keep(_key(kind), winner)
     measured = ", ".join(f"{name} {ms:.2f} ms" for name, ms in milliseconds.items())
     logger.info("%s uses %s; measured %s", kind.kernel, winner, measured)
     return known[winner]
@@ -188,50 +185,8 @@ def _milliseconds(run: Callable[[E], object], entry: E) -> float:
     return statistics.median(times)
 
 
-def _path() -> Path:
-    return Path(triton.knobs.cache.dir) / "clear-dit-fastest.json"
-
-
-@functools.cache
-def _source() -> str:
-    """Of the kernels: what was measured is void once they change."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _key(kind: Kind) -> str:
     kernel = kind.kernel
-    name = torch.cuda.get_device_name(kernel.device)
-    return json.dumps([
-        _source(), triton.__version__, name, str(kernel.dtype), kernel.head_dim, kernel.name,
-        kind.radius, kind.text, kind.size,
-    ])  # fmt: skip
-
-
-@functools.cache
-def _kept() -> dict[str, str]:
-    """What this machine measured before: the entry's name for every `_key`."""
-    return _read()
-
-
-def _read() -> dict[str, Any]:
-    try:
-        found = json.loads(_path().read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _keep(key: str, winner: str) -> None:
-    """Write one more, beside what other processes wrote meanwhile; a cache that fails is none."""
-    _kept()[key] = winner
-    path = _path()
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(_read() | {key: winner}, indent=0))
-        part.replace(path)
-    except OSError as error:
-        logger.info("what was measured is not kept: %s", error)
+    device = torch.cuda.get_device_name(kernel.device)
+    about = device, str(kernel.dtype), kernel.head_dim, kernel.name
+    return on_disk.name(*about, kind.radius, kind.text, kind.size)

@@ -1,7 +1,9 @@
 """A kernel that is wrong or fails on a device is not used, and that is said."""
 
+import json
 import logging
 import re
+import subprocess
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from clear_dit.kernels.window import Window
 if not interpreted:
     pytest.skip("needs Triton and its interpreter", allow_module_level=True)
 
-from clear_dit.kernels.triton import backward, failures, ops, trust
+import triton
+
+from clear_dit.kernels.triton import backward, failures, on_disk, ops, tables, trust
 from clear_dit.kernels.triton.device import Kernel, NoEntryError, kernels_of
 from clear_dit.kernels.triton.geometry import Tiling, visits
 from clear_dit.kernels.triton.launch import image_attention, text_attention
@@ -118,6 +122,7 @@ def looked_at(monkeypatch, wrong):
 
     monkeypatch.setattr(trust, "look_at", look_at)
     monkeypatch.setattr(trust, "entries_of", lambda asked: ("first", "second"))
+    monkeypatch.setattr(trust, "_may_hang", lambda asked, entry: False)
     monkeypatch.setattr(trust, "capturing", lambda device: False)
     return seen
 
@@ -214,3 +219,69 @@ def test_a_compiled_graph_asks_while_it_is_traced(monkeypatch, triton_here):
         run(query, key, value), local_attention(query, key, value, WINDOW, impl="reference")
     )
     assert asked[0] == ("cpu", torch.float32, 16, ("forward",))
+
+
+@pytest.fixture
+def found_out(monkeypatch, tmp_path):
+    """What a machine kept on disk: nothing yet."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(trust, "_findings", on_disk.Kept("findings.json"))
+    return tmp_path / "findings.json"
+
+
+def process_that(monkeypatch, outcome):
+    """Stands for the process that looks; returns the commands it was started with."""
+    started = []
+
+    def run(command, **options):
+        started.append(command)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return subprocess.CompletedProcess(command, *outcome)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return started
+
+
+def test_a_kernel_that_may_hang_is_looked_at_once_in_a_process(monkeypatch, found_out):
+    told = 'noise\n{"errors": {"image": 0.001}, "wrong": null}\n'
+    started = process_that(monkeypatch, (0, told, ""))
+    for _ in range(2):
+        found = trust.look_in_a_process(kernel("forward", device=GPU), "gluon")
+        assert (found.errors, found.wrong) == ({"image": 0.001}, None)
+    assert len(started) == 1
+    assert json.loads(started[0][-1]) == ["cuda:0", "float16", 16, "forward", "gluon"]
+
+
+def test_a_kernel_that_hangs_is_wrong_for_good(monkeypatch, found_out):
+    process_that(monkeypatch, subprocess.TimeoutExpired("python", trust.SECONDS))
+    asked = kernel("forward", device=GPU), "gluon"
+    assert trust.look_in_a_process(*asked).wrong == f"did not end within {trust.SECONDS} s"
+    monkeypatch.setattr(trust, "_findings", on_disk.Kept("findings.json"))  # the next process
+    started = process_that(monkeypatch, (0, '{"errors": {}, "wrong": null}', ""))
+    assert "did not end" in trust.look_in_a_process(*asked).wrong
+    assert started == []
+
+
+def test_a_process_that_cannot_look_is_tried_again_by_the_next(found_out):
+    """A true one: there is no such device here."""
+    found = trust.look_in_a_process(kernel("forward", device=GPU), "gluon")
+    assert found.wrong.startswith("could not be tried: its process ended with status 1: ")
+    assert not found_out.exists()
+
+
+def test_what_a_process_prints_is_what_it_found(monkeypatch, capsys):
+    monkeypatch.setattr(
+        trust, "look_at", lambda asked, entry: trust.Finding(asked, entry, {"image": 0.5}, "no", 1)
+    )
+    trust.main(json.dumps(["cpu", "float16", 16, "forward", "gluon"]))
+    assert json.loads(capsys.readouterr().out) == {"errors": {"image": 0.5}, "wrong": "no"}
+
+
+def test_only_kernels_with_barriers_of_their_own_may_hang(monkeypatch):
+    entries = (*tables.FORWARD["sm_90"], tables.GluonConfig(4))
+    monkeypatch.setattr(tables, "forward_configs", lambda *key, far: entries)
+    hanging = [entry for entry in entries if trust._may_hang(kernel("forward"), entry.name)]
+    assert hanging == [entries[-1]]
+    assert not trust._may_hang(kernel("backward"), failures.ONLY)

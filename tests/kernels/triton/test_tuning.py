@@ -10,7 +10,9 @@ from support.triton_mode import interpreted
 if not interpreted:
     pytest.skip("needs Triton", allow_module_level=True)
 
-from clear_dit.kernels.triton import failures, tables, tuning
+import triton
+
+from clear_dit.kernels.triton import failures, on_disk, tables, tuning
 from clear_dit.kernels.triton.device import Kernel, NoEntryError
 
 ENTRIES = tables.FORWARD["sm_90"]
@@ -24,14 +26,12 @@ def gpu(monkeypatch, tmp_path):
     """A GPU that is not there, on which every entry is right; nothing is known of it yet."""
     monkeypatch.setattr(failures, "_failed", {})
     monkeypatch.setattr(tuning, "_fastest", {})
-    monkeypatch.setattr(tuning, "_path", lambda: tmp_path / "cache" / "fastest.json")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "_kept", on_disk.Kept("fastest.json"))
     monkeypatch.setattr(tuning, "why_not_entry", failures.failure)
     monkeypatch.setattr(tuning, "capturing", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.delenv(tuning.PIN, raising=False)
-    tuning._kept.cache_clear()
-    yield
-    tuning._kept.cache_clear()
 
 
 def kind(size=LARGE, radius=8, device="cuda:0"):
@@ -89,7 +89,7 @@ def test_measured_once_for_a_kind_and_kept_on_disk(monkeypatch):
     assert launches.ran[-1] == ENTRIES[1].name
     # Another process.
     monkeypatch.setattr(tuning, "_fastest", {})
-    tuning._kept.cache_clear()
+    monkeypatch.setattr(tuning, "_kept", on_disk.Kept("fastest.json"))
     other = Launches(monkeypatch)
     tuning.run_fastest(ENTRIES, kind(), other)
     assert other.measured == []
@@ -102,7 +102,7 @@ def test_a_small_picture_decides_nothing_for_a_large_one(monkeypatch):
     tuning.run_fastest(ENTRIES, small, launches)
     assert launches.measured == [DEFAULT.name]
     assert launches.ran[-1] == DEFAULT.name
-    assert not tuning._path().exists()
+    assert not tuning._kept.path.exists()
     launches.milliseconds = {ENTRIES[1].name: 40.0}
     tuning.run_fastest(ENTRIES, kind(), launches)
     assert launches.ran[-1] == ENTRIES[1].name
@@ -148,18 +148,18 @@ def test_nothing_is_measured_in_a_capture(monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "[1]", "{"])
 def test_a_broken_file_is_none(monkeypatch, text):
-    tuning._path().parent.mkdir()
-    tuning._path().write_text(text)
+    tuning._kept.path.parent.mkdir()
+    tuning._kept.path.write_text(text)
     launches = Launches(monkeypatch)
     tuning.run_fastest(ENTRIES, kind(), launches)
     assert launches.measured
-    assert list(json.loads(tuning._path().read_text()).values()) == [DEFAULT.name]
-    assert [path.name for path in tuning._path().parent.iterdir()] == ["fastest.json"]
+    assert list(json.loads(tuning._kept.path.read_text()).values()) == [DEFAULT.name]
+    assert [path.name for path in tuning._kept.path.parent.iterdir()] == ["fastest.json"]
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(tuning, "_path", lambda: tmp_path / "file" / "fastest.json")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file"))
     launches = Launches(monkeypatch)
     for _ in range(2):
         tuning.run_fastest(ENTRIES, kind(), launches)
