@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import patches
-from support.patches import CASCADE, CASES, IMAGES, OTHERS, denoise, generate
+from support.patches import CASES, IMAGES, LARGER, OTHERS, denoise, generate
 from support.processes import launch
 from support.slow import slow, slow_but
 
@@ -36,7 +36,7 @@ def alone():
 
     def latents(name):
         if name not in found:
-            images, cases = IMAGES | CASCADE, CASES | OTHERS
+            images, cases = IMAGES | LARGER, CASES | OTHERS
             if name in cases:
                 found[name] = denoise(None, **cases[name])[0]
             else:
