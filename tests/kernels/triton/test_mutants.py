@@ -4,10 +4,12 @@ Each fault is one replacement in a copy of `kernels/`; the copy runs the battery
 test says that the battery passes on the unchanged source.
 """
 
+import gc
 import importlib
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,6 +215,16 @@ MUTANTS = {
         "for start in tl.range(begin, end, N, num_stages=STAGES):",
         "for start in tl.range(begin, end - N, N, num_stages=STAGES):",
     ),
+    "replay: lists that a graph reads are freed": (
+        "triton/resident.py",
+        "self._replayed[name] = found",
+        "self._kept[name] = found; self._drop()",
+    ),
+    "replay: lists are made while a graph is captured": (
+        "triton/resident.py",
+        "                    if in_capture:\n",
+        "                    if False:\n",
+    ),
     "pooling: tokens beyond the border": (
         "triton/pooling.py",
         "largest = tl.where(inside, scale * tl.sum(k * k, 1), LOWEST)",
@@ -256,6 +268,7 @@ QUICK = (
     "far: a level dropped",
     "gradients far: cells beyond the reach",
     "pooling: what tokens of a cell weigh is not passed on",
+    "replay: lists that a graph reads are freed",
 )
 
 
@@ -267,11 +280,14 @@ WIDE_WINDOW = original.Window(17, 41, 1, 32)
 
 
 def battery(
-    launch, tables, geometry, backward, far_backward, pooling, part, far
+    launch, tables, geometry, backward, far_backward, pooling, resident, part, far
 ) -> Iterator[float]:
     """Relative errors of the pooling, the forward or the backward pass, of a few small problems."""
     if part == "pooling":
         yield from pooling_battery(pooling)
+        return
+    if part == "replay":
+        yield replay_battery(geometry, resident)
         return
     wide = part == "wide"
     side = 8 if wide else 4
@@ -321,6 +337,24 @@ def pooling_battery(pooling) -> Iterator[float]:
     yield from map(error_of, pooled, truth)
 
 
+def replay_battery(geometry, resident) -> float:
+    """0 if a graph, of which nothing is here but its capture, may read its lists for good."""
+    cpu, tiling, state = torch.device("cpu"), geometry.Tiling(4, 4, 4, 4), {"capture": False}
+    resident.capturing = lambda device: state["capture"]
+    resident._residents = resident.Residents(most_bytes=1)
+    geometry.visits(9, 11, 3, tiling, cpu)
+    state["capture"] = True
+    lists = weakref.ref(geometry.visits(9, 11, 3, tiling, cpu))
+    try:
+        geometry.visits(9, 12, 3, tiling, cpu)
+    except RuntimeError:
+        state["capture"] = False
+    for width in range(20, 24):
+        geometry.visits(9, width, 3, tiling, cpu)
+    gc.collect()
+    return 1.0 if lists() is None or state["capture"] else 0.0
+
+
 def error_of(found, exact) -> float:
     error = relative_error(found, exact) if exact.numel() else 0.0
     return error if error == error else float("inf")
@@ -365,7 +399,15 @@ def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
     monkeypatch.syspath_prepend(str(tmp_path))
     modules = [
         importlib.import_module(f"{name}.triton.{module}")
-        for module in ("launch", "tables", "geometry", "backward", "far_backward", "pooling")
+        for module in (
+            "launch",
+            "tables",
+            "geometry",
+            "backward",
+            "far_backward",
+            "pooling",
+            "resident",
+        )
     ]
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
@@ -387,8 +429,8 @@ def test_the_battery_passes_without_a_fault(part, far, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", slow_but(MUTANTS, *QUICK))
 def test_a_fault_is_noticed(fault, tmp_path, monkeypatch):
     name = "mutant_" + "".join(c if c.isalnum() else "_" for c in fault)
-    part = {"gradients": "backward", "pooling": "pooling", "wide": "wide"}.get(
-        re.split("[ :]", fault)[0], "forward"
-    )
+    first = re.split("[ :]", fault)[0]
+    own = {"gradients": "backward"} | {part: part for part in ("pooling", "replay", "wide")}
+    part = own.get(first, "forward")
     modules = load(tmp_path, name, monkeypatch, MUTANTS[fault])
     assert any(error > 1e-3 for error in battery(*modules, part, "far:" in fault))
