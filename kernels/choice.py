@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -97,7 +98,7 @@ def select_impl(
     def cannot(name: str) -> str | None:
         reason = why_not(name, query, needs_grad, return_lse)
         if reason is None and name == "triton" and kernels:
-            reason = why_not_trusted(query.device, query.dtype, query.shape[-1], kernels)
+            reason = why_not_trusted(query, kernels)
         return reason
 
     if impl not in IMPLS:
@@ -158,14 +159,20 @@ def run_chosen(
     return _RUN[name](query, key, value, window, **options)
 
 
-@torch.compiler.assume_constant_result
-def why_not_trusted(
-    device: torch.device, dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...]
-) -> str | None:
-    """Why one of Triton's kernels may not be used on a device; None if all may.
+def why_not_trusted(query: torch.Tensor, kernels: tuple[str, ...]) -> str | None:
+    """Why one of Triton's kernels may not be used for such queries; None if all may.
 
     What is traced for torch.compile has the answer of the time it was traced.
     """
+    # A plain number even where the compiler keeps sizes symbolic.
+    head_dim = operator.index(query.shape[-1])
+    return _why_not_trusted(query.device, query.dtype, head_dim, kernels)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_trusted(
+    device: torch.device, dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...]
+) -> str | None:
     if device.type != "cuda":
         return None
     from .triton import trust
@@ -179,7 +186,7 @@ def pool_cells_on_gpu(key: torch.Tensor, *others: Any) -> tuple[torch.Tensor, to
     """`pool_cells` in a few launches by Triton where it can run, else by PyTorch's operators."""
     kernel = Kernel(key.device, key.dtype, key.shape[-1], "pooling")
     refused = why_not_triton(key, needs_grad=False, return_lse=False)
-    if refused is None and why_not_trusted(*kernel[:3], (kernel.name,)) is None:
+    if refused is None and why_not_trusted(key, (kernel.name,)) is None:
         from .triton.failures import without_choice
         from .triton.pooling import pool_cells
 

@@ -64,7 +64,7 @@ def why_not_norm_rope(
                 f"needs rotary tables {shape} in float32 on {tokens.device}, got "
                 f"{tuple(table.shape)} in {table.dtype} on {table.device}"
             )
-    return why_not_trusted(tokens.device, tokens.dtype, head_dim, ("norm_rope",))
+    return why_not_trusted(tokens, ("norm_rope",))
 
 
 def _why_not_norm(norm: Any, tokens: torch.Tensor) -> str | None:

@@ -202,7 +202,9 @@ def test_auto_goes_on_when_all_entries_fail_at_a_call(monkeypatch, triton_here, 
         local_attention(query, key, value, WINDOW, impl="triton")
 
 
-def test_a_compiled_graph_asks_while_it_is_traced(monkeypatch, triton_here):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_asks_while_it_is_traced(monkeypatch, triton_here, dynamic):
+    torch._dynamo.reset()
     asked = []
 
     @torch.compiler.assume_constant_result
@@ -210,11 +212,12 @@ def test_a_compiled_graph_asks_while_it_is_traced(monkeypatch, triton_here):
         asked.append((device.type, dtype, head_dim, kernels))
         return "does not work"
 
-    monkeypatch.setattr(choice, "why_not_trusted", trusted)
+    monkeypatch.setattr(choice, "_why_not_trusted", trusted)
     query, key, value = tensors()
     run = torch.compile(
-        lambda *inputs: local_attention(*inputs, WINDOW), fullgraph=True, backend="eager"
-    )
+        lambda *inputs: local_attention(*inputs, WINDOW),
+        fullgraph=True, dynamic=dynamic, backend="eager",
+    )  # fmt: skip
     torch.testing.assert_close(
         run(query, key, value), local_attention(query, key, value, WINDOW, impl="reference")
     )
