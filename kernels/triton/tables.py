@@ -93,6 +93,9 @@ class GluonConfig:
         return tokens * channels * element_size + 16 * self.num_stages
 
 
+AnyForwardConfig = ForwardConfig | GluonConfig
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """Of a kernel of gradients whose programs own tiles of the image; see `ForwardConfig`."""
@@ -105,12 +108,16 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Of a kernel whose programs own `block` tokens and visit runs of `step` tokens."""
+    """Of a kernel whose programs own `block` tokens and visit runs of `step` tokens.
+
+    descriptor: of the text queries' kernel, see `ForwardConfig`.
+    """
 
     block: int
     step: int
     num_warps: int
     num_stages: int
+    descriptor: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ TEXT = {
     "sm_80": RunConfig(64, 32, 4, 2),
     "sm_86": RunConfig(64, 32, 4, 2),
     "sm_89": RunConfig(64, 32, 4, 2),
-    "sm_90": RunConfig(128, 64, 8, 3),
+    "sm_90": RunConfig(128, 64, 8, 3, descriptor=True),
     "sm_100": RunConfig(128, 64, 8, 3),
     "gfx942": RunConfig(128, 64, 8, 1),
 }
@@ -213,7 +220,7 @@ FLOAT32_BACKWARD = BackwardConfig(
 
 def forward_configs(
     architecture: str, channels: int, element_size: int, far: bool = False
-) -> tuple[ForwardConfig | GluonConfig, ...]:
+) -> tuple[AnyForwardConfig, ...]:
     """Entries for the image queries' kernel that fit into shared memory, the default first.
 
     far: with far keys.
