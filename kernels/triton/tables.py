@@ -65,8 +65,16 @@ class GluonConfig:
     """
 
     num_stages: int
-    tiling: Tiling = Tiling(8, 16, 8, 8)
-    descriptor: bool = True
+
+    @property
+    def tiling(self) -> Tiling:
+        """A tile of queries for each of two groups of warps, side by side, and a tile of keys."""
+        return Tiling(8, 16, 8, 8)
+
+    @property
+    def descriptor(self) -> bool:
+        """Keys come by tensor descriptor."""
+        return True
 
     @property
     def name(self) -> str:
@@ -153,8 +161,8 @@ FORWARD = {
     ),
     "gfx942": (ForwardConfig(_SQUARE, 64, 4, 1), ForwardConfig(_WIDE, 64, 8, 1)),
 }
-# float16 and bfloat16, head_dim of 33 to 128, no far keys: next to FORWARD's.
-GLUON = {"sm_90": (GluonConfig(6), GluonConfig(4))}
+# float16 and bfloat16, head_dim of 33 to 128, no far keys; after the default of FORWARD.
+GLUON = {"sm_90": (GluonConfig(6),)}
 TEXT = {
     "sm_80": RunConfig(64, 32, 4, 2),
     "sm_86": RunConfig(64, 32, 4, 2),
@@ -221,6 +229,8 @@ def forward_configs(
     entries = FORWARD[architecture] if channels <= 128 else wide
     if element_size == 4:
         entries = FLOAT32_FORWARD
+    elif 64 <= channels <= 128 and not far:
+        entries = (*entries[:1], *GLUON.get(architecture, ()), *entries[1:])
     limit = SHARED_MEMORY[architecture]
     kept = tuple(entry for entry in entries if entry.shared_memory(channels, element_size) <= limit)
     assert kept, f"no entry of {architecture} fits {channels} channels of {element_size} bytes"

@@ -30,11 +30,11 @@ import torch
 REGISTERS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class Deadlock(AssertionError):
+class DeadlockError(AssertionError):
     """Every partition waits and no copy is under way."""
 
 
-class Fault(AssertionError):
+class FaultError(AssertionError):
     """Something that the hardware or the compiler does not allow."""
 
 
@@ -63,6 +63,10 @@ class Value:
         self.data = torch.as_tensor(data)
 
     dtype = property(lambda self: self.data.dtype)
+    type = SimpleNamespace(layout=None)
+
+    def reshape(self, shape):
+        return Value(self.data.reshape(shape))
 
     def to(self, dtype):
         return Value(self.data.to(dtype))
@@ -120,7 +124,7 @@ class Pointer:
         offset, mask = torch.broadcast_tensors(self.offset, mask)
         wrong = mask & ((offset < 0) | (offset >= len(self.storage)))
         if wrong.any():
-            raise Fault("access beyond a tensor's memory")
+            raise FaultError("access beyond a tensor's memory")
         return offset, mask
 
 
@@ -143,14 +147,14 @@ class Shared:
 
     def store(self, value):
         if value.dtype != self.dtype or value.data.shape != self.data.shape:
-            raise Fault("a store of another type or shape")
+            raise FaultError("a store of another type or shape")
         self.data.copy_(value.data)
         self.state.stored, self.state.fenced = True, False
         current().stored.append(self.state)
 
     def load(self, layout):
         if self.state.stored:
-            raise Fault("shared memory is read before a barrier makes stores visible")
+            raise FaultError("shared memory is read before a barrier makes stores visible")
         return Value(self.data.clone())
 
 
@@ -178,7 +182,7 @@ class Barrier:
         self.pending -= count
         self.bytes += transactions
         if self.pending < 0:
-            raise Fault("more arrivals than a barrier counts")
+            raise FaultError("more arrivals than a barrier counts")
         self._complete()
 
     def land(self, transactions):
@@ -231,19 +235,21 @@ class Product:
 
     def compute(self):
         for operand in (self.a, self.b):
-            if isinstance(operand, Shared) and not operand.state.fenced:
-                raise Fault("a product reads what no fence and barrier made visible")
+            if isinstance(operand, Shared) and (operand.state.stored or not operand.state.fenced):
+                raise FaultError("a product reads what no fence and barrier made visible")
         product = self.a.data.float() @ self.b.data.float()
         return product + self.acc.data if self.use_acc else product
 
     def begin(self):
         if not isinstance(self.acc, Value):
-            raise Fault("a product on an accumulator that is not there yet")
+            raise FaultError("a product on an accumulator that is not there yet")
         self.at_begin = self.compute()
 
     def registers(self):
         """What its registers hold: anything while it is under way."""
-        return Value(torch.full_like(self.at_begin, torch.nan)) if self.value is None else self.value
+        if self.value is None:
+            return Value(torch.full_like(self.at_begin, torch.nan))
+        return self.value
 
     def finish(self):
         at_end = self.compute()
@@ -288,7 +294,7 @@ class Program:
         for thread in threads:
             thread.join()
         if self.error is None and self.copies:
-            self.error = Fault("a program ends while copies are under way")
+            self.error = FaultError("a program ends while copies are under way")
         if self.error is not None:
             raise self.error
 
@@ -323,7 +329,7 @@ class Program:
             choices = able + self.copies
             if not choices:
                 if left:
-                    self.error = Deadlock(f"{len(left)} partitions wait for ever")
+                    self.error = DeadlockError(f"{len(left)} partitions wait for ever")
                     continue
                 return
             chosen = self.rng.choice(choices)
@@ -403,7 +409,7 @@ class Language:
 
     def warp_specialize(self, functions, warps, registers):
         if len(warps) != len(functions) - 1 or len(registers) != len(warps):
-            raise Fault("one number of warps and registers for each partition but the first")
+            raise FaultError("one number of warps and registers for each partition but the first")
         self.program.run([
             lambda function=function, args=args: function(*args) for function, args in functions
         ])  # fmt: skip
@@ -440,7 +446,7 @@ class Language:
 
     def warpgroup_mma(self, a, b, acc, *, use_acc=True, is_async=False):
         if not is_async:
-            raise Fault("only asynchronous products are emulated")
+            raise FaultError("only asynchronous products are emulated")
         product = Product(a, b, acc, use_acc)
         product.begin()
         current().products.append(product)
@@ -482,7 +488,10 @@ SHIM = ("partition_barrier", "view", "load_tile")
 
 
 class Kernel:
-    """A kernel of a module, launched as `kernel[grid](...)`; `faults` are replacements of source."""
+    """A kernel of a module, launched as `kernel[grid](...)`.
+
+    seed: of the order of events. faults: replacements of the source.
+    """
 
     def __init__(self, module: ModuleType, name: str, seed: int = 0, faults: tuple = ()):
         self.module, self.name, self.seed = module, name, seed

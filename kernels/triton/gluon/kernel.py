@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .shim import load_tile, partition_barrier, view
 
+LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 # Of a row that has met no key yet: finite, so that the first masked keys do no harm.
 LOWEST = gl.constexpr(-1.0e38)
@@ -34,6 +35,18 @@ TOKENS = gl.constexpr(64)
 # What hides keys of a tile from a group: the disc, the border.
 DISC = gl.constexpr(1)
 BORDER = gl.constexpr(2)
+
+
+@gluon.jit
+def first_of_block(block, blocks, length):
+    """First token of a block of a run of `length`; the short block, if any, is block 0."""
+    return gl.maximum(length - (blocks - block) * TOKENS, 0)
+
+
+@gluon.jit
+def keys_of_first(blocks, length):
+    """How many keys of a run are in its block 0."""
+    return length - (blocks - 1) * TOKENS
 
 
 @gluon.jit
@@ -47,30 +60,32 @@ def load_stage(key, value, at, keys, values, full, stage, D: gl.constexpr):
 
 @gluon.jit
 def produce(
-    text_key, text_value, image_key, image_value, offsets, begin, dense, first_keys, total,
+    text_key, text_value, pooled_key, pooled_value, image_key, image_value, offsets, begin,
+    text_length, pooled_length, text_blocks, dense, total,
     batch, head, tile_y, tile_x, keys, values, full, empty,
-    D: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, POOLED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Load the stream: `dense` blocks of text, then the tiles of the list from `begin` on.
-
-    first_keys: text keys of the first block, the others' are `TOKENS`.
-    """
-    for at in range(dense):
+    """Load the stream: blocks of text, of pooled keys, then the tiles of the list from `begin`."""
+    for at in range(text_blocks):
         stage = at % STAGES
-        first = gl.maximum(first_keys + (at - 1) * TOKENS, 0)
+        first = first_of_block(at, text_blocks, text_length)
         mbarrier.wait(empty.index(stage), at // STAGES & 1 ^ 1)
-        load_stage(
-            text_key, text_value, [batch, first, head, 0], keys, values, full, stage, D
-        )
+        load_stage(text_key, text_value, [batch, first, head, 0], keys, values, full, stage, D)
+    if POOLED:
+        for at in range(text_blocks, dense):
+            stage = at % STAGES
+            first = first_of_block(at - text_blocks, dense - text_blocks, pooled_length)
+            mbarrier.wait(empty.index(stage), at // STAGES & 1 ^ 1)
+            load_stage(
+                pooled_key, pooled_value, [batch, first, head, 0], keys, values, full, stage, D
+            )
     for at in range(dense, total):
         stage = at % STAGES
         entry = offsets + 2 * (begin + at - dense)
         y = tile_y + gl.load(entry).to(gl.int32)
         x = tile_x + gl.load(entry + 1).to(gl.int32)
         mbarrier.wait(empty.index(stage), at // STAGES & 1 ^ 1)
-        load_stage(
-            image_key, image_value, [batch, y, x, head, 0], keys, values, full, stage, D
-        )
+        load_stage(image_key, image_value, [batch, y, x, head, 0], keys, values, full, stage, D)
 
 
 @gluon.jit
@@ -106,22 +121,48 @@ def hide(
         scores = gl.where(dx * dx < radius2 - dy * dy, scores, float("-inf"))
     if hidden_by & BORDER:
         real_y = (row + y >= 0) & (row + y < height)
-        real_x = (column + x >= 0) & (column + x < width)
+        # No tile begins left of the border.
+        real_x = column + x < width
         scores = gl.where((real_y & real_x)[None, :], scores, float("-inf"))
     return scores
 
 
 @gluon.jit
-def online_softmax(scores, row_max, row_sum, scale_log2):
+def add_bias(
+    scores, bias, bias_token, block, blocks, length, scale_log2,
+    LAYOUT: gl.constexpr, BIAS: gl.constexpr,
+):  # fmt: skip
+    """Scores of a block of a run of keys with their bias, if any; -inf where it has no key."""
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LAYOUT))
+    real = (block > 0) | (token < keys_of_first(blocks, length))
+    added = gl.where(real, 0.0, float("-inf"))
+    if BIAS:
+        place = (first_of_block(block, blocks, length) + token).to(gl.int64)
+        found = gl.load(bias + place * bias_token, mask=real, other=0.0)
+        # Scores are raw: what is added to them is scaled with them.
+        added += found * (LOG2_E / scale_log2)
+    return scores + added[None, :]
+
+
+@gluon.jit
+def online_softmax(scores, row_max, scale_log2):
     """One step of softmax; `row_max` is of raw scores, so that one multiply-add scales and shifts.
 
-    Returns the tile's unnormalised probabilities, the factor for what was summed before, and the
-    new maximum and sum of each row.
+    Returns the tile's unnormalised probabilities, the factor for what was summed before, the
+    probabilities' sums over the tile's rows of keys, [queries, 8], which threads find each for
+    itself, and the new maximum.
     """
     new_max = gl.maximum(row_max, gl.max(scores, 1))
     factor = gl.exp2((row_max - new_max) * scale_log2)
     probability = gl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
-    return probability, factor, new_max, row_sum * factor + gl.sum(probability, 1)
+    sums = gl.sum(probability.reshape([TOKENS, SIDE, SIDE]), 1)
+    return probability, factor, sums, new_max
+
+
+@gluon.jit
+def rescale(x, factor):
+    """Rows of `x` times `factor`, whatever its layout."""
+    return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
 
 
 @gluon.jit
@@ -147,19 +188,21 @@ def advance(
 
 
 @gluon.jit
-def finish(acc, weights, factor, stage, empty, OUT: gl.constexpr):
+def finish(acc, weights, factor, stage, empty):
     """Await the sum over the values of `stage`, give the stage back, and rescale the sum."""
     acc, _ = warpgroup_mma_wait(0, [acc, weights])
     mbarrier.arrive(empty.index(stage), count=1)
-    return acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+    return rescale(acc, factor)
 
 
 @gluon.jit
 def consume(
-    query, out, lse, lists, begin, end, dense, first_keys, total, tile_y, tile_x,
-    query_token, text_queries, heads, head_dim, height, width, query_start, query_stop,
+    query, out, lse, bias, bias_token, lists, begin, end,
+    text_length, pooled_length, text_blocks, dense, total, tile_y, tile_x, query_token,
+    text_queries, heads, head_dim, height, width, query_start, query_stop,
     radius2, scale_log2, sign, queries, keys, values, full, empty,
-    GROUP: gl.constexpr, D: gl.constexpr, EVEN_D: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, EVEN_D: gl.constexpr, POOLED: gl.constexpr,
+    BIAS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one group's tile of queries.
 
@@ -183,10 +226,8 @@ def consume(
         own = (text_queries + (own_y - query_start) * width + own_x).to(gl.int64)
         pointers = own[:, None] * query_token + channel[None, :]
         real = (channel < head_dim)[None, :]
-        if EVEN_D:
-            q = gl.load(query + pointers)
-        else:
-            q = gl.load(query + pointers, mask=real, other=0.0)
+        source = query + pointers
+        q = gl.load(source) if EVEN_D else gl.load(source, mask=real, other=0.0)
         buffer = queries.index(GROUP)
         buffer.store((q * sign).to(q.dtype))
         fence_async_shared()
@@ -196,14 +237,12 @@ def consume(
         own_y = tile_y + row // SIDE
         own_x = tile_x + SIDE * GROUP + row % SIDE
         row_max = gl.full([TOKENS], 0.0, gl.float32, ROWS) + LOWEST / gl.maximum(scale_log2, 1.0)
-        row_sum = gl.zeros([TOKENS], gl.float32, ROWS)
         acc = gl.zeros([TOKENS, D], gl.float32, OUT)
 
         at, y, x, hidden_by = 0, 0, 0, 0
         if dense == 0:
             at, y, x, hidden_by = unpack(gl.load(lists + begin), dense)
             begin += 1
-            first_keys = first_keys * 0 + TOKENS
         pass_over(0, at, full, empty, STAGES)
         stage = at % STAGES
         mbarrier.wait(full.index(stage), at // STAGES & 1)
@@ -211,21 +250,41 @@ def consume(
         scores = hide(
             scores, hidden_by, own_y, own_x, tile_y + y, tile_x + x, height, width, radius2, SCORES
         )
-        token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, SCORES))
-        scores = gl.where((token < first_keys)[None, :], scores, float("-inf"))
-        probability, _, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2)
+        if text_blocks > 0:
+            scores = add_bias(
+                scores, bias, bias_token, 0, text_blocks, text_length, scale_log2, SCORES, False
+            )
+        elif POOLED:
+            scores = add_bias(
+                scores, bias, bias_token, 0, dense, pooled_length, scale_log2, SCORES, BIAS
+            )
+        probability, _, row_sums, row_max = online_softmax(scores, row_max, scale_log2)
         item = gl.load(lists + gl.minimum(begin, end - 1))
-        for following in range(1, dense):
+        for following in range(1, text_blocks):
             stage = (following - 1) % STAGES
             weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
             scores, acc = advance(
                 buffer, weights, acc, keys, values, stage, following, full, SCORES, STAGES
             )
-            probability, factor, row_max, row_sum = online_softmax(
-                scores, row_max, row_sum, scale_log2
-            )
-            acc = finish(acc, weights, factor, stage, empty, OUT)
+            probability, factor, sums, row_max = online_softmax(scores, row_max, scale_log2)
+            row_sums = rescale(row_sums, factor) + sums
+            acc = finish(acc, weights, factor, stage, empty)
             at = following
+        if POOLED:
+            for following in range(gl.maximum(text_blocks, 1), dense):
+                stage = (following - 1) % STAGES
+                weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
+                scores, acc = advance(
+                    buffer, weights, acc, keys, values, stage, following, full, SCORES, STAGES
+                )
+                scores = add_bias(
+                    scores, bias, bias_token, following - text_blocks, dense - text_blocks,
+                    pooled_length, scale_log2, SCORES, BIAS,
+                )  # fmt: skip
+                probability, factor, sums, row_max = online_softmax(scores, row_max, scale_log2)
+                row_sums = rescale(row_sums, factor) + sums
+                acc = finish(acc, weights, factor, stage, empty)
+                at = following
         for entry in range(begin, end):
             following, y, x, hidden_by = unpack(item, dense)
             item = gl.load(lists + gl.minimum(entry + 1, end - 1))
@@ -239,18 +298,19 @@ def consume(
                 scores, hidden_by, own_y, own_x, tile_y + y, tile_x + x, height, width, radius2,
                 SCORES,
             )  # fmt: skip
-            probability, factor, row_max, row_sum = online_softmax(
-                scores, row_max, row_sum, scale_log2
-            )
-            acc = finish(acc, weights, factor, stage, empty, OUT)
+            probability, factor, sums, row_max = online_softmax(scores, row_max, scale_log2)
+            row_sums = rescale(row_sums, factor) + sums
+            acc = finish(acc, weights, factor, stage, empty)
             at = following
         stage = at % STAGES
         weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
-        acc = warpgroup_mma_wait(0, [warpgroup_mma(weights, values.index(stage), acc, is_async=True)])
+        acc = warpgroup_mma(weights, values.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(empty.index(stage), count=1)
         pass_over(at + 1, total, full, empty, STAGES)
 
-        acc = acc / gl.convert_layout(row_sum, gl.SliceLayout(1, OUT))[:, None]
+        row_sum = gl.convert_layout(gl.sum(row_sums, 1), ROWS)
+        acc = rescale(acc, 1.0 / row_sum)
         # By way of the queries' memory, so that whole rows are stored.
         buffer.store(acc.to(q.dtype))
         partition_barrier()
@@ -264,12 +324,13 @@ def consume(
 
 @gluon.jit
 def image_forward(
-    query, text_key, text_value, image_key, image_value, out, lse,
+    query, text_key, text_value, pooled_key, pooled_value, image_key, image_value, bias, out, lse,
     offsets, lists, ranges, row_class, column_class,
-    query_batch, query_token, query_head,
-    heads, head_dim, height, width, text_length, query_start, query_stop, text_queries,
-    tiles_x, tiles, column_classes, radius2, scale_log2, sign,
-    D: gl.constexpr, EVEN_D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    query_batch, query_token, query_head, bias_token, bias_head,
+    heads, head_dim, height, width, text_length, pooled_length, query_start, query_stop,
+    text_queries, tiles_x, tiles, column_classes, radius2, scale_log2, sign,
+    D: gl.constexpr, EVEN_D: gl.constexpr, POOLED: gl.constexpr, BIAS: gl.constexpr,
+    STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per 8x16 tile, head and batch item.
 
@@ -289,8 +350,8 @@ def image_forward(
     row_of_ranges = gl.load(row_class + tile // tiles_x) * column_classes
     entry = ranges + 6 * (row_of_ranges + gl.load(column_class + tile % tiles_x))
     begin, end = gl.load(entry), gl.load(entry + 1)
-    dense = (text_length + TOKENS - 1) // TOKENS
-    first_keys = text_length - (dense - 1) * TOKENS
+    text_blocks = (text_length + TOKENS - 1) // TOKENS
+    dense = text_blocks + (pooled_length + TOKENS - 1) // TOKENS
     total = dense + end - begin
 
     dtype: gl.constexpr = query.dtype.element_ty
@@ -306,23 +367,25 @@ def image_forward(
     gl.warp_specialize(
         [
             (consume, (
-                query, out, lse, lists, gl.load(entry + 2), gl.load(entry + 3),
-                dense, first_keys, total, tile_y, tile_x,
+                query, out, lse, bias + wide_head * bias_head, bias_token,
+                lists, gl.load(entry + 2), gl.load(entry + 3),
+                text_length, pooled_length, text_blocks, dense, total, tile_y, tile_x,
                 query_token, text_queries, heads, head_dim, height, width, query_start, query_stop,
                 radius2, scale_log2, sign, queries, keys, values, full, empty,
-                0, D, EVEN_D, STAGES,
+                0, D, EVEN_D, POOLED, BIAS, STAGES,
             )),
             (consume, (
-                query, out, lse, lists, gl.load(entry + 4), gl.load(entry + 5),
-                dense, first_keys, total, tile_y, tile_x,
+                query, out, lse, bias + wide_head * bias_head, bias_token,
+                lists, gl.load(entry + 4), gl.load(entry + 5),
+                text_length, pooled_length, text_blocks, dense, total, tile_y, tile_x,
                 query_token, text_queries, heads, head_dim, height, width, query_start, query_stop,
                 radius2, scale_log2, sign, queries, keys, values, full, empty,
-                1, D, EVEN_D, STAGES,
+                1, D, EVEN_D, POOLED, BIAS, STAGES,
             )),
             (produce, (
-                text_key, text_value, image_key, image_value, offsets, begin,
-                dense, first_keys, total, batch, head, tile_y, tile_x,
-                keys, values, full, empty, D, STAGES,
+                text_key, text_value, pooled_key, pooled_value, image_key, image_value,
+                offsets, begin, text_length, pooled_length, text_blocks, dense, total,
+                batch, head, tile_y, tile_x, keys, values, full, empty, D, POOLED, STAGES,
             )),
         ],
         [4, 1],

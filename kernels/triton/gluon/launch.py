@@ -39,23 +39,24 @@ def gluon_attention(
     batch, queries, heads, head_dim = query.shape
     size = channels(head_dim)
     found = paired_visits(height, width, radius, query.device, (start, stop))
-    text = [_descriptor(x, [1, SIDE * SIDE, 1, size["D"]]) for x in (key, value)]
+    pooled = pooled_key.shape[1] > 0
+    # Without pooled keys nothing reads theirs.
+    runs = (key, value, pooled_key if pooled else key, pooled_value if pooled else value)
+    dense = [_descriptor(x, [1, SIDE * SIDE, 1, size["D"]]) for x in runs]
     image = [
-        _descriptor(
-            x[:, text_length:].unflatten(1, (height, width)), [1, SIDE, SIDE, 1, size["D"]]
-        )
+        _descriptor(x[:, text_length:].unflatten(1, (height, width)), [1, SIDE, SIDE, 1, size["D"]])
         for x in (key, value)
     ]
     tiles_y, tiles_x = found.row_class.numel(), found.column_class.numel()
     image_forward[(tiles_y * tiles_x * heads * batch,)](
-        query, *text, *image, out, lse,
+        query, *dense, *image, bias, out, lse,
         found.offsets, found.lists, found.ranges, found.row_class, found.column_class,
-        *query.stride()[:3],
-        heads, head_dim, height, width, text_length, start, stop,
+        *query.stride()[:3], *bias.stride(),
+        heads, head_dim, height, width, text_length, pooled_key.shape[1], start, stop,
         queries - geometry.image_queries,
         tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius**2,
         abs(scale) * math.log2(math.e) or 1.0, float((scale > 0) - (scale < 0)),
-        **size, STAGES=config.num_stages,
+        **size, POOLED=pooled, BIAS=len(bias) > 0, STAGES=config.num_stages,
         LAYOUT=gl.NVMMASharedLayout.get_default_for(
             [SIDE * SIDE, size["D"]], DTYPES[query.dtype]
         ),

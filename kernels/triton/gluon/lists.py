@@ -18,6 +18,8 @@ TILING = Tiling(SIDE, 2 * SIDE, SIDE, SIDE)
 DISC, BORDER = 1, 2
 # Between one tile of a group and its next in the stream there is at most one that it passes over.
 WIDEST_STEP = 2
+# Places and offsets are int16.
+LARGEST = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def _hidden_by(
 def _order(seen: np.ndarray) -> np.ndarray:
     """Of (n, 2) bool, who sees a tile: first what both see, then what one sees, in turns."""
     alone = [np.flatnonzero(seen[:, group] & ~seen[:, 1 - group]) for group in (0, 1)]
-    turns = np.concatenate([2 * np.arange(len(tiles)) + group for group, tiles in enumerate(alone)])
-    return np.concatenate([np.flatnonzero(seen.all(axis=1)), np.concatenate(alone)[turns.argsort()]])
+    turn = np.concatenate([2 * np.arange(len(tiles)) + group for group, tiles in enumerate(alone)])
+    in_turns = np.concatenate(alone)[turn.argsort()]
+    return np.concatenate([np.flatnonzero(seen.all(axis=1)), in_turns])
 
 
 @functools.lru_cache(maxsize=64)
@@ -91,8 +94,8 @@ def paired_visits(
             offsets = found.offsets[first:last].numpy().astype(np.int64)
             hidden_by = np.stack([
                 _hidden_by(
-                    rows, range(start, min(start + SIDE, width)), offsets + (top, left),
-                    (height, width), radius,
+                    rows, range(start, min(start + SIDE, width)),
+                    offsets + np.array((top, left)), (height, width), radius,
                 )
                 for start in (left, left + SIDE)
             ], axis=1)  # fmt: skip
@@ -106,6 +109,9 @@ def paired_visits(
                 parts.append(np.column_stack([places, offsets[places], hidden_by[places, group]]))
                 ranges[i, j, 2 + 2 * group : 4 + 2 * group] = part, part + len(places)
                 part += len(places)
-    lists = np.ascontiguousarray(np.concatenate(parts).astype(np.int16)).view(np.int64)[:, 0]
+    items = np.concatenate(parts)
+    if items.max(initial=0) > LARGEST:
+        raise ValueError(f"{height} x {width} tokens at radius {radius}: numbers beyond 16 bits")
+    lists = np.ascontiguousarray(items.astype(np.int16)).view(np.int64)[:, 0]
     arrays = (np.concatenate(unions).astype(np.int16), lists, ranges, row_class, column_class)
     return PairedVisits(*(torch.from_numpy(array).to(device) for array in arrays))

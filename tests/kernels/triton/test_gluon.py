@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
-from support.gluon_emulator import Deadlock, Fault, Kernel
+from support.gluon_emulator import DeadlockError, FaultError, Kernel
 from support.oracle import attention_by_definition, relative_error
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.opaque import Geometry
+from clear_dit.kernels.pooling import pooled_bias, pooled_keys
 from clear_dit.kernels.reference import reference_attention
 from clear_dit.kernels.window import Window
 
@@ -42,20 +43,26 @@ def error(
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     kept = torch.cat([torch.arange(text), text + torch.arange(start * width, stop * width)])
     exact = [x.double() for x in (q, k, v)]
-    truth = attention_by_definition(*exact, window, scale)[:, kept][:, text:]
+    # Pooled once, so that all see the same keys.
+    pooled = pooled_keys(k.float(), v.float(), window, None, scale)
+    pooled = [x.to(dtype) for x in pooled]
+    bias = pooled_bias(window, heads, None, q.device)
+    truth, truth_lse = (
+        x[:, kept][:, text:]
+        for x in reference_attention(
+            *exact, window, scale=scale, pooled=[x.double() for x in pooled]
+        )
+    )
     plain = attention_by_definition(q, k, v, window, scale)[:, kept][:, text:]
-    _, truth_lse = reference_attention(*exact, window, scale=scale)
     out = torch.empty(batch, len(kept), heads, head_dim, dtype=dtype)
     lse = torch.empty(batch, len(kept), heads)
     geometry = Geometry(window.height, width, text, window.disc_radius, scale, start, stop)
     launch.gluon_attention(
-        q[:, kept], k, v, q[:, :0], q[:, :0], torch.empty(0, heads), out, lse, geometry,
-        tables.GluonConfig(stages),
+        q[:, kept], k, v, *pooled, bias, out, lse, geometry, tables.GluonConfig(stages),
     )  # fmt: skip
     assert out[:, :text].isnan().all(), "text queries are another kernel's"
     assert lse[:, :text].isnan().all()
     tolerance = 2 * relative_error(plain, truth) + 2 * torch.finfo(dtype).eps
-    truth_lse = truth_lse[:, kept][:, text:]
     of_lse = (lse[:, text:].double() - truth_lse).abs() / (1 + truth_lse.abs())
     return relative_error(out[:, text:], truth) / tolerance, float(of_lse.max())
 
@@ -92,6 +99,12 @@ CASES = {
     "40 channels": dict(window=Window(9, 20, 7, 4), head_dim=40),
     "96 channels, bfloat16": dict(window=Window(9, 20, 7, 4), head_dim=96, dtype=torch.bfloat16),
     "bfloat16": dict(window=SEVERAL, dtype=torch.bfloat16),
+    "pooled": dict(window=Window(12, 22, 70, 4, 2), heads=2),
+    "pooled without text": dict(window=Window(24, 37, 0, 4, 2)),
+    "pooled with counts": dict(window=Window(23, 37, 7, 4, 2, pooled_weight="count"), heads=2),
+    "counts without text": dict(
+        window=Window(23, 37, 0, 4, 2, pooled_weight="count"), scale=-0.1, batch=2
+    ),
     "heads before tokens": dict(window=Window(11, 19, 7, 4), heads=3, head_first=True),
 }
 
@@ -167,19 +180,26 @@ FAULTS = {
     ),
     "lists of the other group": ("gl.load(entry + 2)", "gl.load(entry + 4)"),
     "a group's last tile dropped": ("range(begin, end)", "range(begin, end - 1)"),
-    "values of the next tile": ("values.index(stage), acc", "values.index(ahead), acc"),
+    "values of the next tile": (
+        "ahead, SCORES)\n    acc = warpgroup_mma(weights, values.index(stage)",
+        "ahead, SCORES)\n    acc = warpgroup_mma(weights, values.index(ahead)",
+    ),
     "the disc with its rim": ("dx * dx < radius2", "dx * dx <= radius2"),
     "no disc": ("hidden_by & DISC", "hidden_by & 4"),
     "no border": ("hidden_by & BORDER", "hidden_by & 4"),
-    "no right border": (" & (column + x < width)", ""),
-    "no left border": ("(column + x >= 0) & ", ""),
+    "no right border": ("column + x < width", "column + x < 2 * width"),
     "no lower border": (" & (row + y < height)", ""),
     "no upper border": ("(row + y >= 0) & ", ""),
-    "keys behind the text": ("token < first_keys", "token < TOKENS"),
-    "text one token late": ("first_keys + (at - 1) * TOKENS", "first_keys + (at - 1) * TOKENS + 1"),
+    "keys behind the text": ("(token < keys_of_first(blocks, length))", "(token < TOKENS)"),
+    "no bias": ("scores + added[None, :]", "scores"),
+    "a bias in log2": ("(LOG2_E / scale_log2)", "(1 / scale_log2)"),
+    "the bias is not of raw scores": ("(LOG2_E / scale_log2)", "LOG2_E"),
+    "the bias of another key": ("block(block, blocks, length) + token", "block(block, blocks, length)"),
+    "pooled keys are text": ("load_stage(\n                pooled_key", "load_stage(\n                text_key"),
+    "text one token late": ("(blocks - block) * TOKENS, 0)", "(blocks - block) * TOKENS + 1, 0)"),
     "queries of the first group": ("tile_x + SIDE * GROUP + row", "tile_x + row"),
-    "the sum is not rescaled": ("return acc * gl.convert_layout(factor", "return acc * (factor * 0 + 1"),
-    "the sum of a row is not rescaled": ("row_sum * factor +", "row_sum +"),
+    "the sum is not rescaled": ("return rescale(acc, factor)", "return acc"),
+    "the sum of a row is not rescaled": ("rescale(row_sums, factor) +", "row_sums +"),
     "the sign of the scale": ("(q * sign)", "(q)"),
     "log-sum-exp in log2": ("(row_max * scale_log2 + gl.log2(row_sum)) * LN_2", "row_max * scale_log2 + gl.log2(row_sum)"),
     "log-sum-exp of raw scores": ("(row_max * scale_log2 + gl", "(row_max + gl"),
@@ -191,14 +211,17 @@ FAULTS = {
 def is_noticed(monkeypatch, **kwargs):
     """By one of a few problems and orders of events."""
     windows = (
-        dict(window=Window(17, 43, 70, 6), heads=2, scale=-0.3),
-        dict(window=Window(9, 35, 0, 7), rows=(0, 5), scale=0.7),
+        # A tile that begins above the image, and one over each other border.
+        dict(window=Window(9, 20, 70, 6), rows=(4, 9), heads=2, scale=-0.3),
+        # Four tiles that only one group sees, after the other's last.
+        dict(window=Window(27, 27, 0, 10), rows=(8, 16), scale=0.7),
+        dict(window=Window(17, 18, 70, 4, 2, pooled_weight="count"), scale=0.3),
     )
     for seed in range(4):
         for window in windows:
             try:
                 of_out, of_lse = error(monkeypatch, **window, seed=seed, **kwargs)
-            except (Deadlock, Fault, AssertionError):
+            except (DeadlockError, FaultError, AssertionError):
                 return True
             # NaN is no number below 1.
             if not (of_out <= 1 and of_lse <= 1e-5):
@@ -220,6 +243,6 @@ def test_tiles_of_one_group_must_take_turns(monkeypatch):
         lists, "_order", lambda seen: (seen * (2, 1)).sum(axis=1).argsort(kind="stable")
     )
     paired_visits.cache_clear()
-    with pytest.raises(Deadlock):
+    with pytest.raises(DeadlockError):
         check(monkeypatch, Window(17, 43, 70, 9))
     paired_visits.cache_clear()
