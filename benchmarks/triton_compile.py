@@ -3,7 +3,9 @@
     python benchmarks/triton_compile.py --out benchmarks/results/triton-compile.json
 
 No GPU is needed. What is compiled are the launches that `local_attention` and the processor make
-for FLUX.1-dev at 8192 px, for every entry of kernels/triton/tables.py. The last line is JSON.
+for FLUX.1-dev at 8192 px, for every entry of kernels/triton/tables.py. "loops" are the instructions
+of the innermost loops, in the order of the code: text, pooled keys, whole tiles, border tiles; what
+is left of a run has a loop of its own. The JSON, which is the last line too, has them by class.
 """
 
 from __future__ import annotations
@@ -154,7 +156,13 @@ def main(
     good = [row for row in rows if "error" not in row]
     shown = ("architecture", "dtype", "head_dim", "name", "entry", "registers", "loop_spills",
              "stack", "shared")  # fmt: skip
-    print(table([{name: row[name] for name in shown} for row in good]))
+    print(
+        table([
+            {name: row[name] for name in shown}
+            | {"loops": " ".join(str(loop["instructions"]) for loop in row["loops"])}
+            for row in good
+        ])
+    )  # fmt: skip
     for row in rows:
         if "error" in row:
             print(f"{row['architecture']} {row['dtype']} {row['entry']}: {row['error']}")

@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from .disassembly import Loop, loop_spills, loops
+
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -43,6 +45,7 @@ class Usage:
         wgmma: Hopper's warp-group products are used.
         buffers: of every shape that loops copy ahead, such as 64x128xbf16, how many there are at a
             time, in the loop that has fewest.
+        loops: the innermost ones, NVIDIA only.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Usage:
     shared: int
     wgmma: bool
     buffers: dict[str, int]
+    loops: list[Loop]
 
 
 @contextmanager
@@ -81,8 +85,10 @@ def compile_only(target: str) -> Iterator[list[Any]]:
 
 def usage(kernel: Any) -> Usage:
     """Registers, stack, spills and shared memory of a kernel compiled by `compile_only`."""
+    found: list[Loop] = []
     if "cubin" in kernel.asm:
-        registers, stack, spills = _nvidia(kernel.asm["cubin"])
+        registers, stack, listing = _nvidia(kernel.asm["cubin"])
+        spills, found = loop_spills(listing), loops(listing)
     else:
         registers, stack, spills = _amd(kernel.asm["amdgcn"])
     return Usage(
@@ -93,6 +99,7 @@ def usage(kernel: Any) -> Usage:
         kernel.metadata.shared,
         "wgmma.mma_async" in kernel.asm.get("ptx", ""),
         _buffers(kernel.asm["ttgir"]),
+        found,
     )
 
 
@@ -107,30 +114,14 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, int]:
+def _nvidia(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, stack, and the disassembly."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
         assert found is not None
-        spills = _loop_spills(_tool("nvdisasm", "-c", file.name)) if int(found[2]) else 0
-    return int(found[1]), int(found[2]), spills
-
-
-def _loop_spills(listing: str) -> int:
-    """Local loads and stores between a label and a branch back to it."""
-    lines = listing.splitlines()
-    labels = {
-        match[1]: number
-        for number, line in enumerate(lines)
-        if (match := re.match(r"\s*(\.L_x_\d+):", line))
-    }
-    loops: set[int] = set()
-    for number, line in enumerate(lines):
-        match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if match and labels.get(match[1], number) < number:
-            loops.update(range(labels[match[1]], number))
-    return sum(bool(re.search(r"\b(STL|LDL)\b", lines[number])) for number in loops)
+        return int(found[1]), int(found[2]), _tool("nvdisasm", "-c", file.name)
 
 
 def _amd(listing: str) -> tuple[int, int, int]:

@@ -44,6 +44,11 @@ def test_every_kernel_compiles_for_one_gpu(monkeypatch):
         assert row["shared"] <= row["shared_limit"], row
         assert row["loop_spills"] == 0, row
     default = tables.FORWARD["sm_90"][0]
+    text, whole, border = next(row["loops"] for row in rows if row["entry"] == default.name)
+    assert text["products"] == whole["products"] == border["products"]
+    assert text["instructions"] < whole["instructions"] < border["instructions"]
+    # One multiply-add for each of a thread's 32 scores, and one exponential.
+    assert all(32 <= loop["classes"]["ffma"] == loop["classes"]["mufu"] for loop in (text, border))
     buffers = {row["entry"]: row["buffers"] for row in rows if row["name"] == "image_forward"}
     # Lists of 32-bit numbers would be copied ahead too, and leave the tiles one buffer less.
     assert buffers[default.name]["1x8x8x1x16xbf16"] == default.num_stages
