@@ -4,6 +4,7 @@ The rule for the tolerance is in support/agreement.py.
 """
 
 import functools
+from itertools import product
 
 import pytest
 import torch
@@ -46,8 +47,15 @@ thorough = settings(
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("impl", ["reference", "tiled", OPERATORS])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    slow_but(
+        product(["reference", "tiled", OPERATORS], [torch.float32, torch.bfloat16]),
+        *product(["reference", "tiled", OPERATORS], [torch.float32]),
+        (OPERATORS, torch.bfloat16),
+    ),
+    ids=str,
+)
 @thorough
 @given(case=problems())
 @example(case=problem(Window(9, 17, 7, 4, 4)))
@@ -63,8 +71,14 @@ def test_implementation_is_the_definition(monkeypatch, impl, dtype, case):
     check(run_impl(impl, case["window"]), case, dtype)
 
 
-@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.float32), ids=str)
-@pytest.mark.parametrize("impl", ["reference", OPERATORS])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    slow_but(
+        product(["reference", OPERATORS], [torch.float32, torch.bfloat16]),
+        (OPERATORS, torch.float32),
+    ),
+    ids=str,
+)
 @settings(thorough, max_examples=12)
 @given(case=problems(far=True))
 @example(case=problem(FAR))
@@ -77,11 +91,7 @@ def test_far_keys_are_the_definition(monkeypatch, impl, dtype, case):
     check(run_impl(impl, case["window"]), case, dtype)
 
 
-@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.float32), ids=str)
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@settings(thorough, max_examples=12)
-@given(case=problems())
-def test_flex_mask_is_the_definition(dtype, case):
+def check_flex_mask(case, dtype):
     """FlexAttention in its eager form: the same mask and block lists, not compiled."""
     window, scale = case["window"], case["head_dim"] ** -0.5
 
@@ -92,6 +102,21 @@ def test_flex_mask_is_the_definition(dtype, case):
         )[0]  # fmt: skip
 
     check(run, case, dtype, gradients=False)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [WIDE, Window(9, 17, 0, 4)])
+def test_flex_mask_is_the_definition(window):
+    check_flex_mask(problem(window), torch.float32)
+
+
+@slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(thorough, max_examples=12)
+@given(case=problems())
+def test_flex_mask_of_any_problem_is_the_definition(dtype, case):
+    check_flex_mask(case, dtype)
 
 
 @slow
@@ -121,7 +146,7 @@ def test_many_geometries_do_not_fall_back_to_dense(monkeypatch):
         flex._compiled_flex_attention.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.float32), ids=str)
 def test_tiled_without_fused_attention(monkeypatch, dtype):
     """The form of the tiled path that runs on devices other than the CPU."""
     switch_off(monkeypatch)

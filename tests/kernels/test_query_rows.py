@@ -1,11 +1,13 @@
 """Windows in which only some rows are queries: what those rows get with all of them."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from support.agreement import FAR, inputs, problem
 from support.compiled import switch_off
+from support.slow import slow_but
 from support.triton_mode import interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,8 +63,14 @@ if interpreted:
     RUNS["triton"] = triton
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("impl", RUNS)
+@pytest.mark.parametrize(
+    ("impl", "grid"),
+    slow_but(
+        product(RUNS, GRIDS),
+        *product(("reference", "tiled"), GRIDS),
+        *((impl, "pooled") for impl in RUNS),
+    ),
+)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_rows_get_what_they_get_with_all(impl, grid):
     whole = GRIDS[grid]
