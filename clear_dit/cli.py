@@ -52,16 +52,19 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what can run on this machine, and why the rest cannot."""
-    from . import doctor as room
+    from tqdm import tqdm
 
-    found = room.examine()
+    from .doctor import check as check_all
+    from .doctor import examine, report, report_checks
+
+    found = examine()
     if not as_json:
-        print(room.report(found))
-    checks = room.check() if check else []
+        print(report(found), flush=True)
+    checks = list(tqdm(check_all(), unit=" kernels", disable=None)) if check else []
     if as_json:
         print_json(found | {"checks": checks} if check else found)
     elif check:
-        print(f"\n{room.report_checks(checks)}")
+        print(f"\n{report_checks(checks)}")
     if any(row["wrong"] for row in checks):
         raise typer.Exit(1)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
+import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,41 +91,39 @@ def _devices() -> list[str]:
     return ["cpu", *(f"cuda:{index}" for index in range(count))]
 
 
-def check() -> list[dict[str, Any]]:
+def check() -> Iterator[dict[str, Any]]:
     """Every implementation that can run here on small problems, compared with float64.
 
-    Returns:
+    Yields:
         rows with device, kernel (an implementation's, or one of Triton's and its entry), dtype,
         head_dim, the largest error, seconds (compilation included) and what is wrong; None if
         nothing is.
     """
-    rows = []
     for name in _devices():
         device = torch.device(name)
         for impl in preference(device.type):
             if impl == "reference" or why_not(impl, torch.empty(1, 1, 1, 64, device=device)):
                 continue
-            rows += _triton_rows(device) if impl == "triton" else _rows(impl, device)
-    return rows
+            yield from _triton_rows(device) if impl == "triton" else _rows(impl, device)
 
 
-def _triton_rows(device: torch.device) -> list[dict[str, Any]]:
+def _triton_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     from .kernels.triton.trust import look_at_all
 
-    return [
-        _row(
-            found.kernel.device, f"triton {found.kernel.name} {found.entry}", found.kernel.dtype,
-            found.kernel.head_dim, max(found.errors.values(), default=None), found.seconds,
-            found.wrong,
-        )
-        for dtype in TRITON_DTYPES
-        for head_dim in HEAD_DIMS
-        for found in look_at_all(device, dtype, head_dim)
-    ]  # fmt: skip
+    for dtype, head_dim in itertools.product(TRITON_DTYPES, HEAD_DIMS):
+        try:
+            for found in look_at_all(device, dtype, head_dim):
+                name = f"triton {found.kernel.name} {found.entry}"
+                error = max(found.errors.values(), default=None)
+                yield _row(device, name, dtype, head_dim, error, found.seconds, found.wrong)
+        except RuntimeError as error:  # the device is lost: nothing runs on it any more
+            wrong = f"ended with {first_line(error)} {' '.join(getattr(error, '__notes__', ()))}"
+            yield _row(device, "triton", dtype, head_dim, None, 0.0, wrong)
+            return
 
 
-def _rows(impl: str, device: torch.device) -> list[dict[str, Any]]:
-    dtype, head_dim, rows = DTYPES[device.type], HEAD_DIMS[0], []
+def _rows(impl: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    dtype, head_dim = DTYPES[device.type], HEAD_DIMS[0]
     scale = head_dim**-0.5
     for name, window in WINDOWS.items():
         generator, begin = torch.Generator().manual_seed(0), time.perf_counter()
@@ -139,8 +140,7 @@ def _rows(impl: str, device: torch.device) -> list[dict[str, Any]]:
         except Exception as failed:
             wrong = f"failed with {type(failed).__name__}: {first_line(failed)}"
         seconds = time.perf_counter() - begin
-        rows.append(_row(device, f"{impl} {name}", dtype, head_dim, error, seconds, wrong))
-    return rows
+        yield _row(device, f"{impl} {name}", dtype, head_dim, error, seconds, wrong)
 
 
 def _row(
@@ -157,7 +157,7 @@ def _row(
         "kernel": kernel,
         "dtype": str(dtype).removeprefix("torch."),
         "head_dim": head_dim,
-        "error": error,
+        "error": None if error is None or not math.isfinite(error) else error,
         "seconds": seconds,
         "wrong": wrong,
     }

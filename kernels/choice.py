@@ -79,7 +79,7 @@ def select_impl(
     needs_grad: bool = False,
     return_lse: bool = False,
     kernels: tuple[str, ...] = (),
-    beside: tuple[str, ...] = (),
+    but: tuple[str, ...] = (),
 ) -> str:
     """The implementation that runs for a request.
 
@@ -89,7 +89,7 @@ def select_impl(
     Args:
         kernels: names of Triton's (triton/device.py `kernels_of`) that must be right on this
             device; each is looked at on its first use.
-        beside: implementations that "auto" does not take.
+        but: implementations that "auto" does not take.
 
     Raises:
         ValueError: unknown `impl`, or an explicit one that cannot run here.
@@ -113,7 +113,7 @@ def select_impl(
         return impl
     refused: list[str] = []
     for name in preference(query.device.type):
-        reason = "failed" if name in beside else cannot(name)
+        reason = "failed" if name in but else cannot(name)
         if reason is None:
             if not torch.compiler.is_compiling():  # a log call breaks the graph
                 _announce(name, tuple(refused))
@@ -155,7 +155,7 @@ def run_chosen(
     except NoEntryError:  # what failed was logged as a warning
         if impl != "auto":
             raise
-    name = select_impl(impl, query, needs_grad, return_lse, beside=("triton",))
+    name = select_impl(impl, query, needs_grad, return_lse, but=("triton",))
     return _RUN[name](query, key, value, window, **options)
 
 

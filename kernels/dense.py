@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .choice import select_impl
 from .opaque import channels_contiguous
 from .tiled.partial import attend_all
-from .triton.device import NoEntryError, kernels_of
+from .triton.device import NoEntryError
 
 
 def dense_attention(
@@ -40,7 +40,7 @@ def dense_attention(
         ValueError: unknown `impl`, or an explicit one that cannot run here.
         NoEntryError: an explicit "triton" whose kernel fails on this device.
     """
-    by_triton = select_impl(impl, query, kernels=kernels_of(False, False, False)) == "triton"
+    by_triton = select_impl(impl, query, kernels=("text",)) == "triton"
     try:
         return _op(query, key, value, scale, by_triton)
     except NoEntryError:  # what failed was logged as a warning

@@ -26,6 +26,16 @@ class NoEntryError(RuntimeError):
     """A kernel of Triton does not work on this device, with any entry of the tables."""
 
 
+class CaptureError(RuntimeError):
+    """A CUDA graph is being captured of what has not run before."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "local_attention: a CUDA graph cannot be captured with an image size, radius or dtype "
+            "that has not run before; call once, then capture."
+        )
+
+
 class Kernel(NamedTuple):
     """What is trusted, and found wanting, as one.
 
@@ -46,9 +56,9 @@ class Kernel(NamedTuple):
 def kernels_of(far: bool, pooled: bool, needs_grad: bool) -> tuple[str, ...]:
     """Names of the kernels that attention runs, with far keys or else maybe pooled ones."""
     if far:
-        return ("far", "pooling", "backward far") if needs_grad else ("far", "pooling")
+        return ("text", "far", "pooling", *(("backward far",) if needs_grad else ()))
     forward = "pooled" if pooled else "forward"
-    return (forward, "backward") if needs_grad else (forward,)
+    return ("text", forward, *(("backward",) if needs_grad else ()))
 
 
 def why_not_triton(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
@@ -104,8 +114,11 @@ def programs(device: torch.device) -> int:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on a device's current stream."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def run_apart(device: torch.device, run: Callable[[], Result]) -> Result:

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 
 import torch
 
-from .device import Kernel, NoEntryError
+from .device import CaptureError, Kernel, NoEntryError, capturing
 
 logger = logging.getLogger(__name__)
 
 # Of a kernel without a choice of entries.
 ONLY = "only"
-# Of errors after which nothing runs on the device any more.
-LOST = ("CUDA error", "HIP error", "illegal memory access", "launch failure", "misaligned address")
 
 _lock = threading.Lock()
 _failed: dict[tuple[Kernel, str], str] = {}
@@ -36,11 +34,20 @@ def record_failure(kernel: Kernel, entry: str, reason: str) -> None:
         logger.warning("%s, entry %s, is not used: it %s", kernel, entry, reason)
 
 
-def of_entry(error: Exception) -> str:
-    """What is wrong with an entry that raised; errors that are not its fault are raised again."""
+def blame(error: Exception, device: torch.device) -> str:
+    """What an entry is blamed for that raised; errors that are not its fault are raised again.
+
+    Those are a lack of memory, a capture, and a device on which nothing runs any more.
+    """
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    if isinstance(error, torch.OutOfMemoryError) or any(word in text for word in LOST):
+    own = isinstance(error, (CaptureError, torch.OutOfMemoryError)) or "out of memory" in text
+    if own or capturing(device):
         raise error
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            raise error from None
     return f"failed with {text[:300]}"
 
 
@@ -52,6 +59,6 @@ def without_choice(kernel: Kernel) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = of_entry(error)
+        reason = blame(error, kernel.device)
         record_failure(kernel, ONLY, reason)
         raise NoEntryError(f"{kernel}: it {reason}.") from error

@@ -6,9 +6,9 @@ import functools
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import triton
@@ -27,7 +27,16 @@ def _source() -> str:
 
 def name(*about: Any) -> str:
     """The name of a finding: what it is about, and the versions that it holds for."""
-    return json.dumps([_source(), triton.__version__, torch.__version__, *about])
+    return json.dumps([_source(), triton.__version__, torch.__version__, _driver(), *about])
+
+
+@functools.cache
+def _driver() -> str:
+    """NVIDIA's, where it tells."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 class Kept:
@@ -53,9 +62,9 @@ class Kept:
         return self._known.get(name)
 
     def keep(self, name: str, finding: Any) -> None:
-        """Write one more, beside what other processes wrote meanwhile."""
+        """Write one more, beside what is there."""
         self._known = (self._known or {}) | {name: finding}
-        part = self.path.with_suffix(f".{os.getpid()}.part")
+        part = self.path.with_suffix(f".{uuid4().hex}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(self._read() | {name: finding}, indent=0))

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from .device import capturing, run_apart
+from .device import CaptureError, capturing, run_apart
 
 Lists = TypeVar("Lists")
 
-# Of all that is kept and no graph reads. The lists of far keys take 64 MB at 8192 px.
-MOST_BYTES = 2**30
+# Of what is kept and no graph reads. The lists of far keys take 64 MB at 8192 px.
+MOST_BYTES, MOST_LISTS = 2**30, 256
 
 
 class Residents:
@@ -46,38 +46,44 @@ class Residents:
             make: a pure function; returns a dataclass of CPU tensors, and plain values.
 
         Raises:
-            RuntimeError: it is not there, and a CUDA graph is being captured.
+            CaptureError: it is not there, and a CUDA graph is being captured.
         """
-        name = (make, arguments, device)
-        in_capture = capturing(device)
+        name, in_capture = (make, arguments, device), capturing(device)
         with self._lock:
-            found = self._replayed.get(name)
-            if found is None:
-                found = self._kept.pop(name, None)
-                if found is None:
-                    if in_capture:
-                        raise RuntimeError(
-                            "local_attention: a CUDA graph cannot be captured with an image size, "
-                            "radius or dtype that has not run before; call once, then capture."
-                        )
-                    found = _moved(make(*arguments), device)
-                if in_capture:
-                    self._replayed[name] = found
-                else:
-                    self._kept[name] = found
-                    self._drop()
-            return found
+            found = self._found(name, in_capture)
+        if found is None:
+            if in_capture:
+                raise CaptureError
+            # Threads that want the same at once make it twice.
+            found = run_apart(device, lambda: _on_device(make(*arguments), device))
+            with self._lock:
+                found = self._kept.setdefault(name, found)
+                self._drop(device)
+        return found
 
-    def _drop(self) -> None:
-        """Forget the least recently used until what is kept is small enough, but for the last."""
-        total = sum(map(_bytes, self._kept.values()))
-        while total > self._most_bytes and len(self._kept) > 1:
-            total -= _bytes(self._kept.popitem(last=False)[1])
+    def _found(self, name: Hashable, in_capture: bool) -> Any:
+        found = self._replayed.get(name)
+        if found is None and name in self._kept:
+            found = self._kept[name]
+            if in_capture:
+                self._replayed[name] = self._kept.pop(name)
+            else:
+                self._kept.move_to_end(name)
+        return found
 
-    @property
-    def replayed(self) -> int:
-        """How many are kept for good."""
-        return len(self._replayed)
+    def _drop(self, device: torch.device) -> None:
+        """Forget the least recently used until what is kept is little enough, but for the last."""
+        sizes = [_bytes(lists) for lists in self._kept.values()]
+        total, first = sum(sizes), 0
+        while len(sizes) - first > 1 and (
+            total > self._most_bytes or len(sizes) - first > MOST_LISTS
+        ):
+            total -= sizes[first]
+            first += 1
+        if first and device.type == "cuda":
+            torch.cuda.synchronize(device)  # kernels of any stream may still read them
+        for _ in range(first):
+            self._kept.popitem(last=False)
 
 
 def _tensors(lists: Any) -> dict[str, torch.Tensor]:
@@ -89,21 +95,13 @@ def _bytes(lists: Any) -> int:
     return sum(tensor.nbytes for tensor in _tensors(lists).values())
 
 
-def _moved(lists: Any, device: torch.device) -> Any:
+def _on_device(lists: Any, device: torch.device) -> Any:
     """The same lists on a device, complete when this returns."""
     if device.type == "cpu":
         return lists
-    return run_apart(device, lambda: _copied(lists, device))
-
-
-def _copied(lists: Any, device: torch.device) -> Any:
-    found = {name: torch.empty_like(each, device=device) for name, each in _tensors(lists).items()}
-    # What had this memory before may still be read by kernels of any stream.
+    moved = {name: tensor.to(device) for name, tensor in _tensors(lists).items()}
     torch.cuda.synchronize(device)
-    for name, each in _tensors(lists).items():
-        found[name].copy_(each)
-    torch.cuda.synchronize(device)
-    return dataclasses.replace(lists, **found)
+    return dataclasses.replace(lists, **moved)
 
 
 _residents = Residents()

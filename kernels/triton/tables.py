@@ -40,6 +40,11 @@ class ForwardConfig:
     far_keys: int = 32
 
     @property
+    def products(self) -> Tiling:
+        """Tiles whose scores are computed together."""
+        return self.tiling
+
+    @property
     def name(self) -> str:
         """For the pin and for reports, such as q8x8-k8x8-d64-w4-s3-tma."""
         tile = self.tiling
@@ -70,6 +75,16 @@ class GluonConfig:
     def tiling(self) -> Tiling:
         """A tile of queries for each of two groups of warps, side by side, and a tile of keys."""
         return Tiling(8, 16, 8, 8)
+
+    @property
+    def products(self) -> Tiling:
+        """Tiles of a group of warps, which passes over what only the other one sees."""
+        return Tiling(8, 8, 8, 8)
+
+    @property
+    def dense_keys(self) -> int:
+        """Text or pooled keys of a step."""
+        return 64
 
     @property
     def descriptor(self) -> bool:

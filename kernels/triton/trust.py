@@ -1,20 +1,22 @@
-"""Is a kernel right on this device? Looked at once, on a small problem, before it is used.
+"""Is a kernel right on this device? Looked at once, on small problems, before it is used.
 
 What no one has tried the kernels on - a GPU, a driver, a version of Triton - must not show in an
 image. Every kernel, entry of a table and dtype is compared with dense attention in float64 on a
-grid of odd sides, the first time it is wanted: a fraction of a second beside its compilation.
-CLEAR_DIT_SELF_CHECK=0 leaves that out.
+CPU, the first time it is wanted. Its compilation takes longer: sides that are odd and sides of
+FLUX's are different binaries, and both are looked at. CLEAR_DIT_SELF_CHECK=0 leaves that out.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,32 +28,39 @@ from ..reference import reference_attention
 from ..window import Window
 from . import on_disk, tables
 from .backward import attention_backward
-from .device import Kernel, capturing, programs, run_apart
-from .failures import ONLY, failure, of_entry, record_failure
+from .device import CaptureError, Kernel, capturing, programs, run_apart
+from .failures import ONLY, blame, failure, record_failure
 from .far_backward import far_attention_backward
 from .launch import attention_of, table_key, text_attention
-from .norm_rope import norm_rope
+from .norm_rope import norm_rope, norm_rope_backward
 from .pooling import pool_cells
 
 SWITCH = "CLEAR_DIT_SELF_CHECK"
 BATCH, HEADS = 2, 2
 # A process that looks at one kernel may take, its start and compilation included.
-SECONDS = 180
-# Largest relative error of a result, of a log-sum-exp in absolute terms. Rounding costs a quarter
-# of it at most; one key more or less of the problems below costs more.
-FORWARD = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-BACKWARD = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+SECONDS = 120
+# Largest relative error of a row of a result, of a log-sum-exp in absolute terms. Rounding costs
+# a third of it at most.
+FORWARD = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+BACKWARD = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 5e-2}
 LSE = 1e-3
 
+Windows = tuple[Window, ...]
+# (name, what a kernel gave, the truth, which is on the CPU)
+Results = list[tuple[str, torch.Tensor, torch.Tensor]]
 
-class Problem(NamedTuple):
-    """Windows that the kernels are looked at with, in tokens; text and sides end within tiles."""
 
-    forward: Window = Window(37, 43, 33, 20)
-    pooled: Window = Window(37, 43, 33, 12, 4, pooled_weight="count")
-    far: Window = Window(37, 43, 33, 4, far_levels=6)
-    backward: Window = Window(19, 27, 21, 12, 2)
-    backward_far: Window = Window(19, 27, 21, 3, far_levels=5)
+class Problems(NamedTuple):
+    """Windows that the kernels are looked at with, in tokens.
+
+    Sides and text that end within tiles, then such that do not: each is a binary of its own.
+    """
+
+    forward: Windows = (Window(29, 35, 33, 18), Window(32, 32, 64, 8))
+    pooled: Windows = (Window(29, 35, 33, 12, 4, pooled_weight="count"), Window(32, 32, 64, 8, 2))
+    far: Windows = (Window(29, 35, 33, 4, far_levels=6), Window(32, 32, 64, 8, far_levels=5))
+    backward: Windows = (Window(19, 27, 21, 12, 2), Window(16, 32, 64, 8))
+    backward_far: Windows = (Window(19, 27, 21, 3, far_levels=5),)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Finding:
     """What a look at a kernel showed.
 
     Attributes:
-        errors: of its results, by name; relative, but for a log-sum-exp.
+        errors: the largest of each result, by name.
         wrong: why it is not to be used; None if it is right.
         seconds: that it took, compilation included.
     """
@@ -73,23 +82,23 @@ class Finding:
 
 def entries_of(kernel: Kernel) -> tuple[str, ...]:
     """Names of the entries that a kernel's table has for its device; `ONLY` without a choice."""
-    if kernel.name not in FORWARD_KERNELS:
+    if kernel.name not in WITH_ENTRIES:
         return (ONLY,)
-    return tuple(entry.name for entry in _forward_entries(kernel))
+    return tuple(entry.name for entry in _entries(kernel))
 
 
 def why_not_trusted(kernel: Kernel) -> str | None:
     """Why no entry of a kernel may be used on its device; None if one may.
 
     Raises:
-        RuntimeError: it was never looked at, and a CUDA graph is being captured.
+        CaptureError: it was never looked at, and a CUDA graph is being captured.
     """
     reasons = []
     for entry in entries_of(kernel):
         reason = why_not_entry(kernel, entry)
         if reason is None:
             return None
-        reasons.append(f"{entry} {reason}" if entry != ONLY else reason)
+        reasons.append(f"{entry} {reason}" if entry != ONLY else f"{kernel.name} {reason}")
     return f"does not work on {kernel.device}: {'; '.join(reasons)}"
 
 
@@ -104,82 +113,138 @@ def why_not_entry(kernel: Kernel, entry: str) -> str | None:
 @functools.cache
 def _why_wrong(kernel: Kernel, entry: str) -> str | None:
     if capturing(kernel.device):
-        raise RuntimeError(
-            "local_attention: a CUDA graph cannot be captured with kernels that have not run "
-            "before; call once, then capture."
-        )
-    look = look_in_a_process if _may_hang(kernel, entry) else look_at
-    found = look(kernel, entry)
+        raise CaptureError
+    found = (look_in_a_process if may_hang(kernel, entry) else look_at)(kernel, entry)
     if found.wrong is not None:
         record_failure(kernel, entry, found.wrong)
     return found.wrong
 
 
-def look_at(kernel: Kernel, entry: str, problem: Problem = Problem()) -> Finding:  # noqa: B008
-    """Run a kernel on its problem and compare.
+def look_at(kernel: Kernel, entry: str, problems: Problems = Problems()) -> Finding:  # noqa: B008
+    """Run a kernel on its problems and compare.
 
     Raises:
-        RuntimeError: what is no fault of the kernel's, a device that was lost.
+        RuntimeError: what is no fault of the kernel's, such as a lack of memory.
     """
     begin = time.perf_counter()
     try:
-        errors = run_apart(kernel.device, lambda: _LOOKS[kernel.name](kernel, entry, problem))
-    except Exception as error:
-        return Finding(kernel, entry, {}, of_entry(error), time.perf_counter() - begin)
-    limits = {
-        name: LSE if name == "log-sum-exp" else _limit(kernel, name)[kernel.dtype]
-        for name in errors
-    }
+        errors = run_apart(kernel.device, lambda: _errors(kernel, entry, problems))
+    except _KernelFailedError as failed:
+        try:
+            wrong = blame(failed.error, kernel.device)
+        except Exception as error:
+            error.add_note(f"{kernel}, entry {entry}, was looked at; {SWITCH}=0 leaves that out.")
+            raise
+        return Finding(kernel, entry, {}, wrong, time.perf_counter() - begin)
     too_large = [
-        f"{name} {error:.1e} (at most {limits[name]:.0e})"
+        f"{name} {error:.1e} (at most {_limit(kernel, name):.0e})"
         for name, error in errors.items()
-        if not error <= limits[name]  # NaN too
+        if not error <= _limit(kernel, name)  # NaN too
     ]
-    wrong = f"is wrong: error of {', '.join(too_large)}" if too_large else None
-    return Finding(kernel, entry, errors, wrong, time.perf_counter() - begin)
+    found = f"is wrong: error of {', '.join(too_large)}" if too_large else None
+    return Finding(kernel, entry, errors, found, time.perf_counter() - begin)
 
 
-def _may_hang(kernel: Kernel, entry: str) -> bool:
+class _KernelFailedError(Exception):
+    """A launch raised."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _errors(kernel: Kernel, entry: str, problems: Problems) -> dict[str, float]:
+    windows: Windows = getattr(problems, _WINDOWS_OF[kernel.name])
+    errors: dict[str, float] = {}
+    for window in windows:
+        for name, found, exact in _LOOKS[kernel.name](kernel, entry, window):
+            error = _largest(name, found.detach().cpu(), exact.detach())
+            errors[name] = max(errors.get(name, 0.0), error)
+    return errors
+
+
+def _largest(name: str, found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest relative error of a row, of rows that are not small; infinite for NaN."""
+    difference = found.double() - exact
+    if not difference.isfinite().all():
+        return float("inf")
+    if name == "log-sum-exp":
+        return float(difference.abs().max())
+    rows = exact.norm(dim=-1)
+    return float((difference.norm(dim=-1) / rows.clamp(min=float(rows.mean()) / 4)).max())
+
+
+def _limit(kernel: Kernel, result: str) -> float:
+    if result == "log-sum-exp":
+        return LSE
+    return (BACKWARD if result.startswith("gradient") else FORWARD)[kernel.dtype]
+
+
+def _launched(launch: Callable[[], Any]) -> Any:
+    """What a launch returns; an error of its own is a `_KernelFailedError`."""
+    try:
+        found = launch()
+    except Exception as error:
+        raise _KernelFailedError(error) from error
+    return found
+
+
+def may_hang(kernel: Kernel, entry: str) -> bool:
     """Whether warps of an entry wait for each other by barriers of their own."""
-    return kernel.name in FORWARD_KERNELS and any(
-        isinstance(each, tables.GluonConfig) and each.name == entry
-        for each in _forward_entries(kernel)
+    return kernel.name in WITH_ENTRIES and any(
+        isinstance(each, tables.GluonConfig) and each.name == entry for each in _entries(kernel)
     )
 
 
 def look_in_a_process(kernel: Kernel, entry: str) -> Finding:
     """`look_at` where a kernel that never ends ends with its process, after `SECONDS` at most.
 
-    What it finds is kept on disk: a process takes seconds to start.
+    What it finds is kept on disk: a process takes seconds to start. That it did not end is kept
+    the second time: a crowded machine may be slow.
     """
     begin, name = time.perf_counter(), _name_on_disk(kernel, entry)
     kept = _findings.get(name)
-    if kept is None:
+    if kept is None or kept.get("tries") == 1:
         asked = [str(kernel.device), str(kernel.dtype).removeprefix("torch."), kernel.head_dim]
-        command = [sys.executable, "-m", __name__, json.dumps([*asked, kernel.name, entry])]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=SECONDS, check=False,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            kept = {"errors": {}, "wrong": f"did not end within {SECONDS} s"}
+        told = _ask([*asked, kernel.name, entry])
+        if told is None:
+            tries = 1 if kept is None else 2
+            kept = {"errors": {}, "wrong": f"did not end within {SECONDS} s", "tries": tries}
         else:
-            kept = _told(done)
+            kept = told
         if kept.pop("keep", True):
             _findings.keep(name, kept)
     return Finding(kernel, entry, kept["errors"], kept["wrong"], time.perf_counter() - begin)
 
 
-def _told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What a process of `main` told: its last line, or its end."""
-    lines = done.stdout.splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    last = (done.stderr.strip().splitlines() or ["nothing"])[-1][:300]
-    wrong = f"could not be tried: its process ended with status {done.returncode}: {last}"
-    # It may have found no room on the device: the next process tries again.
-    return {"errors": {}, "wrong": wrong, "keep": False}
+def _ask(asked: Sequence[Any]) -> dict[str, Any] | None:
+    """What a process of `main` tells; None if it does not end."""
+    command = [sys.executable or "python3", "-m", __spec__.name, json.dumps(asked)]
+    path = os.pathsep.join(filter(None, sys.path))
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=os.environ | {"PYTHONPATH": path}, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return _untried(str(error))
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the compiler that it may have started too
+        process.communicate()
+        return None
+    try:
+        told = json.loads(out.splitlines()[-1])
+        return {"errors": told["errors"], "wrong": told["wrong"]}
+    except (ValueError, IndexError, KeyError, TypeError):
+        last = (err.strip().splitlines() or ["nothing"])[-1][:300]
+        return _untried(f"its process ended with status {process.returncode}: {last}")
+
+
+def _untried(why: str) -> dict[str, Any]:
+    """There may have been no room on the device: the next process tries again."""
+    return {"errors": {}, "wrong": f"could not be tried: {why}", "keep": False}
 
 
 def _name_on_disk(kernel: Kernel, entry: str) -> str:
@@ -201,162 +266,183 @@ def look_at_all(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iter
     for name in KERNELS:
         kernel = Kernel(device, dtype, head_dim, name)
         for entry in entries_of(kernel):
-            look = look_in_a_process if _may_hang(kernel, entry) else look_at
-            yield look(kernel, entry)
+            yield (look_in_a_process if may_hang(kernel, entry) else look_at)(kernel, entry)
 
 
-def _limit(kernel: Kernel, result: str) -> dict[torch.dtype, float]:
-    return BACKWARD if result.startswith("gradient") else FORWARD
+def _entries(kernel: Kernel) -> tuple[tables.AnyForwardConfig, ...]:
+    return tables.forward_configs(*_table_key(kernel), far=kernel.name == "far")
 
 
-def _forward_entries(kernel: Kernel) -> tuple[Any, ...]:
-    key = table_key(kernel.device, kernel.dtype, kernel.head_dim)
-    return tables.forward_configs(*key, far=kernel.name == "far")
+def _table_key(kernel: Kernel) -> tuple[str, int, int]:
+    return table_key(kernel.device, kernel.dtype, kernel.head_dim)
 
 
-def _random(kernel: Kernel, *shape: int) -> torch.Tensor:
-    """Values far from zero on average: a key more or less is then always seen."""
-    generator = torch.Generator().manual_seed(len(shape))
-    made = torch.randn(shape, generator=generator) + 0.25
-    return made.to(kernel.device, kernel.dtype)
+class _Random:
+    """Tensors of a kernel's dtype and their exact copies, always the same."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel, self._seeds = kernel, itertools.count()
+
+    def __call__(self, *shape: int, mean: float = 0.25, scale: float = 1.0) -> torch.Tensor:
+        """On the CPU; far from zero on average, so that a key more or less is seen."""
+        generator = torch.Generator().manual_seed(next(self._seeds))
+        made = torch.randn(shape, generator=generator, dtype=torch.float32) * scale + mean
+        return made.to(self._kernel.dtype)
+
+    def tokens(self, window: Window) -> list[torch.Tensor]:
+        """Query, key and value on the CPU."""
+        shape = BATCH, window.sequence_length, HEADS, self._kernel.head_dim
+        return [self(*shape) for _ in range(3)]
 
 
-def _tokens(kernel: Kernel, window: Window) -> list[torch.Tensor]:
-    """Query, key and value."""
-    shape = BATCH, window.sequence_length, HEADS, kernel.head_dim
-    return list(_random(kernel, 3, *shape))
-
-
-def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
-
-
-def _pooled(kernel: Kernel, key: torch.Tensor, value: torch.Tensor, window: Window) -> Any:
+def _pooled(key: torch.Tensor, value: torch.Tensor, window: Window) -> list[torch.Tensor]:
     """By PyTorch's operators, whatever pools otherwise."""
-    scale, text = kernel.head_dim**-0.5, window.text_length
+    scale, text = key.shape[-1] ** -0.5, window.text_length
     if not window.far_levels:
         return [x.contiguous() for x in pooled_keys(key, value, window, None, scale)]
-    return pool_cells_by_operators(
+    pooled = pool_cells_by_operators(
         key[:, text:], value[:, text:], key.new_empty(0, 2, 2),
         window.height, window.width, window.far_levels, scale,
     )  # fmt: skip
+    return list(pooled)
 
 
-def _look_at_forward(kernel: Kernel, entry: str, problem: Problem) -> dict[str, float]:
-    window: Window = getattr(problem, kernel.name)
-    config = next(each for each in _forward_entries(kernel) if each.name == entry)
-    query, key, value = _tokens(kernel, window)
-    pooled = _pooled(kernel, key, value, window)
-    bias = pooled_bias(window, HEADS, None, kernel.device)
+def _look_at_forward(kernel: Kernel, entry: str, window: Window) -> Results:
+    query, key, value = _Random(kernel).tokens(window)
+    pooled_key, pooled_value = _pooled(key, value, window)
     scale, text = kernel.head_dim**-0.5, window.text_length
-    out = torch.full_like(query, float("nan"))
-    lse = torch.full(query.shape[:3], float("nan"), device=kernel.device)
-    text_attention(
-        query, key, value, out, lse, text, scale,
-        tables.text_config(*table_key(kernel.device, kernel.dtype, kernel.head_dim)),
-        programs(kernel.device),
-    )  # fmt: skip
-    attention_of(config, window.far_levels > 0)(
-        query, key, value, *pooled, bias, out, lse, Geometry.of(window, scale), config
-    )
     exact, exact_lse = reference_attention(
         query.double(), key.double(), value.double(), window, scale=scale,
-        pooled=(pooled[0].double(), pooled[1].double()),
+        pooled=(pooled_key.double(), pooled_value.double()),
     )  # fmt: skip
-    return {
-        "text": _relative(out[:, :text], exact[:, :text]),
-        "image": _relative(out[:, text:], exact[:, text:]),
-        "log-sum-exp": float((lse - exact_lse).abs().max()),
-    }
+    inputs = [x.to(kernel.device) for x in (query, key, value, pooled_key, pooled_value)]
+    bias = pooled_bias(window, HEADS, None, kernel.device)
+    out = torch.full_like(inputs[0], float("nan"))
+    lse = torch.full(out.shape[:3], float("nan"), dtype=torch.float32, device=kernel.device)
+    if kernel.name == "text":
+        config = tables.text_config(*_table_key(kernel))
+        splits = programs(kernel.device)
+        q, k, v, *_ = inputs
+        _launched(lambda: text_attention(q, k, v, out, lse, text, scale, config, splits))
+        rows = slice(None, text)
+    else:
+        entry_config = next(each for each in _entries(kernel) if each.name == entry)
+        attention = attention_of(entry_config, window.far_levels > 0)
+        geometry = Geometry.of(window, scale)
+        _launched(lambda: attention(*inputs, bias, out, lse, geometry, entry_config))
+        rows = slice(text, None)
+    return [
+        ("output", out[:, rows], exact[:, rows]),
+        ("log-sum-exp", lse[:, rows], exact_lse[:, rows]),
+    ]
 
 
-def _look_at_backward(kernel: Kernel, entry: str, problem: Problem) -> dict[str, float]:
-    far = kernel.name == "backward far"
-    window = problem.backward_far if far else problem.backward
-    query, key, value = _tokens(kernel, window)
-    pooled_key, pooled_value = _pooled(kernel, key, value, window)
-    inputs = (query, key, value, pooled_key, pooled_value)
-    grad = _random(kernel, BATCH, window.sequence_length, HEADS, kernel.head_dim)
-    bias, scale = pooled_bias(window, HEADS, None, kernel.device), kernel.head_dim**-0.5
+def _look_at_backward(kernel: Kernel, entry: str, window: Window) -> Results:
+    random, scale = _Random(kernel), kernel.head_dim**-0.5
+    query, key, value = random.tokens(window)
+    grad = random(*query.shape)
+    inputs = [query, key, value, *_pooled(key, value, window)]
     wide = [x.double().requires_grad_() for x in inputs]
     with torch.enable_grad():
         out, lse = reference_attention(
             wide[0], wide[1], wide[2], window, scale=scale, pooled=(wide[3], wide[4])
         )
     exact = torch.autograd.grad(out, wide, grad.double())
-    run = far_attention_backward if far else attention_backward
-    found = run(
-        grad, query, key, value, pooled_key, pooled_value, bias,
-        out.detach().to(kernel.dtype), lse.detach().float().contiguous(),
-        Geometry.of(window, scale),
-        config=tables.backward_config(*table_key(kernel.device, kernel.dtype, kernel.head_dim)),
-        programs=programs(kernel.device),
-    )  # fmt: skip
+    device = kernel.device
+    given = [x.to(device) for x in (grad, *inputs)]
+    rest = [
+        pooled_bias(window, HEADS, None, device),
+        out.detach().to(device, kernel.dtype),
+        lse.detach().to(device, torch.float32).contiguous(),
+    ]
+    run: Callable[..., Any] = far_attention_backward if window.far_levels else attention_backward
+    options = {"config": tables.backward_config(*_table_key(kernel)), "programs": programs(device)}
+    found = _launched(lambda: run(*given, *rest, Geometry.of(window, scale), **options))
     names = ("query", "key", "value", "pooled key", "pooled value")
-    return {
-        f"gradient of {name}": _relative(one, other)
+    return [
+        (f"gradient of {name}", one, other)
         for name, one, other in zip(names, found, exact, strict=False)
-    }
+        if other.numel()
+    ]
 
 
-def _look_at_pooling(kernel: Kernel, entry: str, problem: Problem) -> dict[str, float]:
-    window, scale = problem.far, kernel.head_dim**-0.5
-    _, *tokens = _tokens(kernel, window)
-    image = [x[:, window.text_length :] for x in tokens]
-    weight = _random(kernel, window.far_levels, 2, 2)
-    inputs = [*image, weight]
+def _look_at_pooling(kernel: Kernel, entry: str, window: Window) -> Results:
+    random, scale = _Random(kernel), kernel.head_dim**-0.5
+    _, *tokens = random.tokens(window)
+    inputs = [x[:, window.text_length :] for x in tokens]
+    inputs.append(random(window.far_levels, 2, 2, scale=1 / 32))
 
-    def pooled(by: Callable[..., Any], dtype: torch.dtype) -> Any:
+    def pooled(by: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Any:
         sizes = window.height, window.width, window.far_levels, scale
-        return by(*(x.to(dtype) for x in inputs), *sizes)
+        return by(*(x.to(device, dtype) for x in inputs), *sizes)
 
-    found = pooled(pool_cells, kernel.dtype)
-    exact = pooled(pool_cells_by_operators, torch.float64)
+    exact = pooled(pool_cells_by_operators, torch.device("cpu"), torch.float64)
+    found = _launched(lambda: pooled(pool_cells, kernel.device, kernel.dtype))
     names = ("pooled key", "pooled value")
-    return {name: _relative(*pair) for name, *pair in zip(names, found, exact, strict=True)}
+    return [(name, *pair) for name, *pair in zip(names, found, exact, strict=True)]
 
 
-def _look_at_norm_rope(kernel: Kernel, entry: str, problem: Problem) -> dict[str, float]:
-    window, head_dim = problem.backward, kernel.head_dim
+def _look_at_norm_rope(kernel: Kernel, entry: str, window: Window) -> Results:
+    random, head_dim = _Random(kernel), kernel.head_dim
     image, text = (
-        _random(kernel, BATCH, length, HEADS, head_dim)
+        random(BATCH, length, HEADS, head_dim)
         for length in (window.image_length, window.text_length)
     )
-    weights = [1 + _random(kernel, head_dim) / 2 for _ in range(2)]
-    angles = _random(kernel, window.sequence_length, head_dim // 2).float() * 100
+    weights = [random(head_dim, mean=1.0, scale=0.5) for _ in range(2)]
+    angles = 100 * random(window.sequence_length, head_dim // 2).float()
     cos, sin = (f(angles).repeat_interleave(2, dim=1) for f in (torch.cos, torch.sin))
-    grad = _random(kernel, BATCH, window.sequence_length, HEADS, head_dim)
+    grad = random(BATCH, window.sequence_length, HEADS, head_dim)
 
-    def gradients(run: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in (image, text, *weights)]
-        with torch.enable_grad():
-            out = run(*leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
-
-    def plain(image, text, weight, text_weight):
-        norm = functools.partial(torch.nn.functional.rms_norm, eps=1e-6)
-        joint = torch.cat(
-            [norm(text, (head_dim,), text_weight), norm(image, (head_dim,), weight)], 1
-        )
-        even, odd = joint.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-odd, even], -1).flatten(-2)
-        return joint * cos.double()[:, None] + turned * sin.double()[:, None]
-
-    found = gradients(lambda *leaves: norm_rope(*leaves, cos, sin, 1e-6), kernel.dtype)
-    exact = gradients(plain, torch.float64)
-    names = ("output", *(f"gradient of {name}" for name in ("image", "text", "norm", "text norm")))
-    return {name: _relative(*pair) for name, *pair in zip(names, found, exact, strict=True)}
+    wide = [x.double().requires_grad_() for x in (image, text, *weights)]
+    with torch.enable_grad():
+        exact = _plain_norm_rope(wide[:2], wide[2:], cos.double(), sin.double())
+    gradients = torch.autograd.grad(exact, wide, grad.double())
+    given = [x.to(kernel.device) for x in (image, text, *weights, cos, sin)]
+    found = _launched(lambda: norm_rope(*given, 1e-6))
+    found_gradients = _launched(lambda: norm_rope_backward(grad.to(kernel.device), *given, 1e-6))
+    names = ("image", "text", "norm", "text norm")
+    return [
+        ("output", found, exact),
+        *(
+            (f"gradient of {name}", one, other)
+            for name, one, other in zip(names, found_gradients, gradients, strict=True)
+        ),
+    ]
 
 
-FORWARD_KERNELS = ("forward", "pooled", "far")
-_LOOKS: dict[str, Callable[[Kernel, str, Problem], dict[str, float]]] = {
-    **dict.fromkeys(FORWARD_KERNELS, _look_at_forward),
+def _plain_norm_rope(
+    tokens: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """Of tokens and weights of the image, then of the text."""
+    norms = [
+        torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
+        for x, weight in zip(tokens, weights, strict=True)
+    ]
+    joint = torch.cat(norms[::-1], 1)
+    even, odd = joint.unflatten(-1, (-1, 2)).unbind(-1)
+    return joint * cos[:, None] + torch.stack([-odd, even], -1).flatten(-2) * sin[:, None]
+
+
+# Kernels of tables with several entries.
+WITH_ENTRIES = ("forward", "pooled", "far")
+_LOOKS: dict[str, Callable[[Kernel, str, Window], Results]] = {
+    "text": _look_at_forward,
+    **dict.fromkeys(WITH_ENTRIES, _look_at_forward),
     "backward": _look_at_backward,
     "backward far": _look_at_backward,
     "pooling": _look_at_pooling,
     "norm_rope": _look_at_norm_rope,
 }
 KERNELS = tuple(_LOOKS)
+_WINDOWS_OF = dict(zip(KERNELS, KERNELS, strict=True)) | {
+    "text": "forward",
+    "backward far": "backward_far",
+    "pooling": "far",
+    "norm_rope": "backward",
+}
 _findings = on_disk.Kept("clear-dit-findings.json")
 
 

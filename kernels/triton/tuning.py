@@ -16,7 +16,7 @@ import torch
 
 from . import on_disk
 from .device import Kernel, NoEntryError, capturing
-from .failures import failure, of_entry, record_failure
+from .failures import blame, failure
 from .geometry import Tiling
 from .trust import why_not_entry
 
@@ -67,6 +67,8 @@ def size_class(queries: int) -> int:
 
 
 _fastest: dict[Kind, str] = {}
+# Why entries that were right when they were looked at cannot take a kind of problem.
+_unfit: dict[tuple[Kind, str], str] = {}
 _kept = on_disk.Kept("clear-dit-fastest.json")
 
 
@@ -124,12 +126,16 @@ def run_fastest(entries: Sequence[E], kind: Kind, run: Callable[[E], object]) ->
     Raises:
         NoEntryError: all failed; errors that are no entry's fault are passed on.
     """
-    while left := [entry for entry in entries if failure(kind.kernel, entry.name) is None]:
+    while left := [entry for entry in entries if _why_not(entry, kind) is None]:
         entry = _choose(left, kind, run)
         if entry is not None and _works(entry, kind, run):
             return
-    reasons = "; ".join(f"{entry.name} {failure(kind.kernel, entry.name)}" for entry in entries)
+    reasons = "; ".join(f"{entry.name} {_why_not(entry, kind)}" for entry in entries)
     raise NoEntryError(f"{kind.kernel}: no entry of the tables runs: {reasons or 'there is none'}.")
+
+
+def _why_not(entry: E, kind: Kind) -> str | None:
+    return _unfit.get((kind, entry.name)) or failure(kind.kernel, entry.name)
 
 
 def _choose(entries: Sequence[E], kind: Kind, run: Callable[[E], object]) -> E | None:
@@ -167,7 +173,9 @@ def _works(entry: E, kind: Kind, run: Callable[[E], object]) -> bool:
     try:
         run(entry)
     except Exception as error:
-        record_failure(kind.kernel, entry.name, of_entry(error))
+        reason = blame(error, kind.kernel.device)
+        logger.warning("%s does without entry %s: it %s", kind.kernel, entry.name, reason)
+        _unfit[kind, entry.name] = reason
         return False
     return True
 

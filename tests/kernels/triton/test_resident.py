@@ -48,6 +48,14 @@ def test_the_least_recently_used_goes_first():
     assert [count for count, lists in alive.items() if lists() is not None] == [8, 10]
 
 
+def test_a_number_of_lists_is_a_limit_too(monkeypatch):
+    monkeypatch.setattr(resident, "MOST_LISTS", 2)
+    kept = resident.Residents()
+    alive = [weakref.ref(kept.get(make, (count,), CPU)) for count in range(4)]
+    gc.collect()
+    assert [lists() is not None for lists in alive] == [False, False, True, True]
+
+
 def test_what_is_larger_than_the_limit_is_kept_while_it_is_the_last():
     kept = resident.Residents(most_bytes=1)
     assert kept.get(make, (5,), CPU) is kept.get(make, (5,), CPU)
@@ -73,7 +81,7 @@ def test_nothing_that_a_replay_reads_is_freed(capture):
 def test_nothing_is_made_while_a_graph_is_captured(capture):
     kept = resident.Residents()
     capture["on"] = True
-    with pytest.raises(RuntimeError, match="call once, then capture"):
+    with pytest.raises(device.CaptureError, match="call once, then capture"):
         kept.get(make, (5,), CPU)
     capture["on"] = False
     assert kept.get(make, (5,), CPU).longest == 5

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ if not interpreted:
 import triton
 
 from clear_dit.kernels.triton import failures, on_disk, tables, tuning
-from clear_dit.kernels.triton.device import Kernel, NoEntryError
+from clear_dit.kernels.triton.device import CaptureError, Kernel, NoEntryError
 
 ENTRIES = tables.FORWARD["sm_90"]
 DEFAULT = ENTRIES[0]
@@ -26,6 +27,9 @@ def gpu(monkeypatch, tmp_path):
     """A GPU that is not there, on which every entry is right; nothing is known of it yet."""
     monkeypatch.setattr(failures, "_failed", {})
     monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(tuning, "_unfit", {})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(failures, "capturing", lambda device: False)
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "_kept", on_disk.Kept("fastest.json"))
     monkeypatch.setattr(tuning, "why_not_entry", failures.failure)
@@ -113,13 +117,17 @@ def test_an_entry_that_fails_gives_way_and_that_is_said_once(monkeypatch, caplog
     error = RuntimeError("out of resource: shared memory, Required: 300000")
     launches = Launches(monkeypatch, failing=dict.fromkeys(failing, error))
     with caplog.at_level(logging.WARNING):
-        for size in (LARGE, LARGE + 1):
-            tuning.run_fastest(ENTRIES, kind(size), launches)
+        for _ in range(2):
+            tuning.run_fastest(ENTRIES, kind(), launches)
     assert launches.ran
     assert failing[0] not in launches.measured
     [record] = caplog.records
     assert failing[0] in record.getMessage()
     assert "Required: 300000" in record.getMessage()
+    # What one size cannot take another may.
+    launches.failing = {}
+    tuning.run_fastest(ENTRIES, kind(LARGE + 1), launches)
+    assert failing[0] in launches.measured
 
 
 def test_where_every_entry_fails_that_is_one_error(monkeypatch):
@@ -129,13 +137,40 @@ def test_where_every_entry_fails_that_is_one_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("30 GB"), RuntimeError("CUDA error: unspecified launch")]
+    "error",
+    [
+        torch.OutOfMemoryError("30 GB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        CaptureError(),
+    ],
+    ids=lambda error: type(error).__name__,
 )
 def test_what_is_not_an_entrys_fault_is_passed_on(monkeypatch, error):
     launches = Launches(monkeypatch, failing={DEFAULT.name: error})
-    with pytest.raises(type(error), match=str(error)):
+    for _ in range(2):
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            tuning.run_fastest(ENTRIES, kind(), launches)
+    launches.failing = {}
+    tuning.run_fastest(ENTRIES, kind(), launches)
+    assert DEFAULT.name in launches.ran
+
+
+def test_after_a_lost_device_the_error_is_passed_on(monkeypatch):
+    def lost(device):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    launches = Launches(monkeypatch, failing={DEFAULT.name: RuntimeError("some launch")})
+    with pytest.raises(RuntimeError, match="some launch"):
         tuning.run_fastest(ENTRIES, kind(), launches)
-    assert failures.failure(kind().kernel, DEFAULT.name) is None
+
+
+def test_an_error_in_a_capture_is_passed_on(monkeypatch):
+    monkeypatch.setattr(failures, "capturing", lambda device: True)
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
+    launches = Launches(monkeypatch, failing={DEFAULT.name: RuntimeError("not permitted")})
+    with pytest.raises(RuntimeError, match="not permitted"):
+        tuning.run_fastest(ENTRIES, kind(), launches)
 
 
 def test_nothing_is_measured_in_a_capture(monkeypatch):
