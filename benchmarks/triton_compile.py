@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 HEADS, GRID, TEXT_LENGTH, RADIUS, LEVELS = 24, (512, 512), 512, 8, 9
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 # What a table is asked for: dtype, head_dim.
 KINDS = (("bfloat16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 128))
 

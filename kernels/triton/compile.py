@@ -28,8 +28,8 @@ from triton.runtime.jit import JITFunction
 from .disassembly import Loop, loop_spills, loops
 
 TARGETS = {
-    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100)},
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
+    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")},
 }
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from .geometry import Tiling
 
 # Shared memory a program may have, bytes: CUDA C++ programming guide, table of compute
-# capabilities; AMD CDNA 3 instruction set, local data share.
+# capabilities; AMD CDNA 3 and 4 instruction sets, local data share.
 SHARED_MEMORY = {
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
-    "gfx942": 65536,
+    "sm_120": 101376, "gfx942": 65536, "gfx950": 163840,
 }  # fmt: skip
 
 
@@ -159,11 +159,20 @@ class BackwardConfig:
 _SQUARE, _WIDE, _WIDE_HALF = Tiling(8, 8, 8, 8), Tiling(8, 16, 8, 8), Tiling(8, 16, 4, 8)
 _HALF, _QUARTER, _TINY = Tiling(8, 8, 4, 8), Tiling(4, 8, 4, 8), Tiling(4, 4, 4, 4)
 
+# Where a multiprocessor has 100 KB: two programs of the first entry share one, and the softmax of
+# either hides behind the other's products.
+_SHARING = (
+    ForwardConfig(_HALF, 32, 4, 2),
+    ForwardConfig(_SQUARE, 64, 4, 2, far_keys=16),
+    ForwardConfig(_WIDE, 64, 8, 2),
+)
+_CDNA = (ForwardConfig(_SQUARE, 64, 4, 1), ForwardConfig(_WIDE, 64, 8, 1))
+
 # float16 and bfloat16, head_dim to 128.
 FORWARD = {
     "sm_80": (ForwardConfig(_SQUARE, 64, 4, 2), ForwardConfig(_WIDE, 64, 8, 2)),
-    "sm_86": (ForwardConfig(_SQUARE, 64, 4, 2, far_keys=16), ForwardConfig(_WIDE, 64, 8, 2)),
-    "sm_89": (ForwardConfig(_SQUARE, 64, 4, 2, far_keys=16), ForwardConfig(_WIDE, 64, 8, 2)),
+    "sm_86": _SHARING,
+    "sm_89": _SHARING,
     "sm_90": (
         ForwardConfig(_SQUARE, 64, 4, 3, descriptor=True, far_keys=64),
         ForwardConfig(_WIDE, 64, 8, 2, descriptor=True, far_keys=64),
@@ -174,7 +183,9 @@ FORWARD = {
         ForwardConfig(_WIDE, 64, 8, 2, descriptor=True),
         ForwardConfig(_SQUARE, 64, 4, 2),
     ),
-    "gfx942": (ForwardConfig(_SQUARE, 64, 4, 1), ForwardConfig(_WIDE, 64, 8, 1)),
+    "sm_120": _SHARING,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
 }
 # float16 and bfloat16, head_dim of 33 to 128, no far keys; after the default of FORWARD.
 GLUON = {"sm_90": (GluonConfig(6),)}
@@ -184,11 +195,18 @@ TEXT = {
     "sm_89": RunConfig(64, 32, 4, 2),
     "sm_90": RunConfig(128, 64, 8, 3, descriptor=True),
     "sm_100": RunConfig(128, 64, 8, 3),
+    "sm_120": RunConfig(64, 32, 4, 2),
     "gfx942": RunConfig(128, 64, 8, 1),
+    "gfx950": RunConfig(128, 64, 8, 1),
 }
 _LONG = RunConfig(128, 64, 8, 2)
 # Where a whole multiprocessor has 99 KB: one program of 8 warps.
 _SINGLE = TileConfig(_SQUARE, 8, 2)
+_CDNA_BACKWARD = BackwardConfig(
+    TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
+    TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
+    RunConfig(64, 64, 4, 1), RunConfig(64, 32, 4, 1),
+)  # fmt: skip
 BACKWARD = {
     "sm_80": BackwardConfig(
         TileConfig(_SQUARE, 4, 2), TileConfig(_HALF, 4, 2),
@@ -205,11 +223,9 @@ BACKWARD = {
         TileConfig(_WIDE, 8, 2, True), TileConfig(_WIDE, 8, 2, True),
         TileConfig(_WIDE_HALF, 8, 2), TileConfig(_WIDE, 8, 2), _LONG, _LONG,
     ),
-    "gfx942": BackwardConfig(
-        TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
-        TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
-        RunConfig(64, 64, 4, 1), RunConfig(64, 32, 4, 1),
-    ),
+    "sm_120": BackwardConfig(_SINGLE, _SINGLE, _SINGLE, _SINGLE, RunConfig(64, 32, 4, 2), _LONG),
+    "gfx942": _CDNA_BACKWARD,
+    "gfx950": _CDNA_BACKWARD,
 }  # fmt: skip
 
 # float16 and bfloat16, head_dim above 128.
@@ -265,7 +281,7 @@ def backward_config(architecture: str, channels: int, element_size: int) -> Back
         return FLOAT32_BACKWARD
     if channels > 128:
         return WIDE_BACKWARD
-    if architecture in ("sm_86", "sm_89") and channels < 128:
+    if architecture in ("sm_86", "sm_89", "sm_120") and channels < 128:
         # 8 warps would do the same rows twice; larger steps of the cells' gradients spill there.
         return replace(BACKWARD["sm_80"], far_key=TileConfig(_HALF, 8, 2))
     return BACKWARD[architecture]
