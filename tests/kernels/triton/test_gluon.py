@@ -152,19 +152,26 @@ FAULTS = {
         "mbarrier.wait(full.index(ahead), following // STAGES & 1)",
         "mbarrier.wait(full.index(ahead), following // STAGES & 1 ^ 1)",
     ),
+    "the first tile is not waited for": ("mbarrier.wait(full.index(at % STAGES), at // STAGES & 1)", ""),
     "a stage is given back before its values are summed": (
-        "    acc, _ = warpgroup_mma_wait(0, [acc, weights])\n"
+        "    scores, acc, _ = warpgroup_mma_wait(0, [ahead_scores, acc, weights])\n"
         "    mbarrier.arrive(empty.index(stage), count=1)\n",
         "    mbarrier.arrive(empty.index(stage), count=1)\n"
-        "    acc, _ = warpgroup_mma_wait(0, [acc, weights])\n",
+        "    scores, acc, _ = warpgroup_mma_wait(0, [ahead_scores, acc, weights])\n",
+    ),
+    "the last stage is not given back": (
+        "        mbarrier.arrive(empty.index(at % STAGES), count=1)\n", "",
     ),
     "scores are read before they are there": (
-        "warpgroup_mma_wait(1, [scores])",
-        "warpgroup_mma_wait(2, [scores])",
+        "warpgroup_mma_wait(0, [ahead_scores, acc, weights])",
+        "warpgroup_mma_wait(2, [ahead_scores, acc, weights])",
     ),
     "a sum is read before it is there": (
-        "warpgroup_mma_wait(0, [acc, weights])",
-        "warpgroup_mma_wait(1, [acc, weights])",
+        "warpgroup_mma_wait(0, [ahead_scores, acc, weights])",
+        "warpgroup_mma_wait(1, [ahead_scores, acc, weights])",
+    ),
+    "scores of the first tile are read before they are there": (
+        "warpgroup_mma_wait(0, [score(", "warpgroup_mma_wait(1, [score(",
     ),
     "more bytes are expected than come": ("4 * TOKENS * D", "4 * TOKENS * D + 16"),
     "fewer bytes are expected than come": ("4 * TOKENS * D", "2 * TOKENS * D"),
@@ -180,10 +187,7 @@ FAULTS = {
     ),
     "lists of the other group": ("gl.load(entry + 2)", "gl.load(entry + 4)"),
     "a group's last tile dropped": ("range(begin, end)", "range(begin, end - 1)"),
-    "values of the next tile": (
-        "ahead, SCORES)\n    acc = warpgroup_mma(weights, values.index(stage)",
-        "ahead, SCORES)\n    acc = warpgroup_mma(weights, values.index(ahead)",
-    ),
+    "values of the next tile": ("values.index(stage), rescale", "values.index(ahead), rescale"),
     "the disc with its rim": ("dx * dx < radius2", "dx * dx <= radius2"),
     "no disc": ("hidden_by & DISC", "hidden_by & 4"),
     "no border": ("hidden_by & BORDER", "hidden_by & 4"),
@@ -198,8 +202,8 @@ FAULTS = {
     "pooled keys are text": ("load_stage(\n                pooled_key", "load_stage(\n                text_key"),
     "text one token late": ("(blocks - block) * TOKENS, 0)", "(blocks - block) * TOKENS + 1, 0)"),
     "queries of the first group": ("tile_x + SIDE * GROUP + row", "tile_x + row"),
-    "the sum is not rescaled": ("return rescale(acc, factor)", "return acc"),
-    "the sum of a row is not rescaled": ("rescale(row_sums, factor) +", "row_sums +"),
+    "the sum is not rescaled": ("values.index(stage), rescale(acc, factor)", "values.index(stage), acc"),
+    "the sum of a row is not rescaled": ("row_sums = rescale(row_sums, factor) + sums", "row_sums = row_sums + sums"),
     "the sign of the scale": ("(q * sign)", "(q)"),
     "log-sum-exp in log2": ("(row_max * scale_log2 + gl.log2(row_sum)) * LN_2", "row_max * scale_log2 + gl.log2(row_sum)"),
     "log-sum-exp of raw scores": ("(row_max * scale_log2 + gl", "(row_max + gl"),
