@@ -120,10 +120,12 @@ def triton_pairs(query: torch.Tensor, window: Window) -> float:
     from ..kernels.triton import tables, tuning
     from ..kernels.triton.launch import table_key
 
-    entries = tables.forward_configs(*table_key(query.device, query.dtype, query.shape[-1]))
+    key = table_key(query.device, query.dtype, query.shape[-1])
+    entries = tables.forward_configs(*key, far=window.far_levels > 0)
     pin = os.environ.get(tuning.PIN)
     entry = next((entry for entry in entries if entry.name == pin), entries[0])
-    keys = triton_keys(window, entry.tiling, entry.dense_keys, entry.far_keys)
+    listed = 0 if isinstance(entry, tables.GluonConfig) else entry.far_keys
+    keys = triton_keys(window, entry.tiling, entry.dense_keys, listed)
     return keys * window.image_length + window.text_length * window.sequence_length
 
 

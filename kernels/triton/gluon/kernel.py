@@ -1,15 +1,17 @@
 """CLEAR attention of image queries on Hopper: loads, products and softmax overlap.
 
 A program owns 8x16 queries of one head as two tiles of 8x8, one for each of two groups of warps.
-One more warp loads keys and values, for both groups at once, into a ring of stages: the text, then
-the union of the groups' key tiles (lists.py). A group passes over the tiles that it does not see.
-While it takes the softmax of one tile, the tensor cores work on the scores of its next tile and on
-the values of the one before.
+One more warp loads keys and values, for both groups at once, into a ring of stages: blocks of text,
+of pooled keys, then the union of the groups' key tiles (lists.py). A group passes over the tiles
+that it does not see. While it takes the softmax of one tile, the tensor cores make the scores of
+its next. Softmax must stand between the products in the code: the compiler lets a group wait for
+products at once where nothing else holds them up.
 
 Barriers, one pair a stage: `full` when keys and values have landed, `empty` when both groups are
 done with them. A group waits for `full` also of what it passes over: else it could be a round
-ahead, where a barrier's parity says nothing. It holds three stages at most, and its tiles are at
-most `WIDEST_STEP` apart in the stream: this is why STAGES > 2 * WIDEST_STEP cannot deadlock.
+ahead, where a barrier's parity says nothing. It holds a tile while it waits for its next, which is
+at most `lists.WIDEST_STEP` further on in the stream: with more stages than that, the loads come to
+it whatever the other group does, and there is no deadlock.
 """
 
 from __future__ import annotations
