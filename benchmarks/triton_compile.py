@@ -55,16 +55,18 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     for entry in entries:
         yield (
             entry.name,
-            lambda entry=entry: launch.image_attention(
+            lambda entry=entry: launch.attention_of(entry, far=False)(
                 query, key, value, none, none, no_bias, out, lse, geometry, entry
             ),
         )
-    yield (
-        f"{entries[0].name} pooled",
-        lambda: launch.image_attention(
-            query, key, value, pooled, pooled, no_bias, out, lse, geometry, entries[0]
-        ),
-    )
+    for entry in entries:
+        if entry is entries[0] or isinstance(entry, tables.GluonConfig):
+            yield (
+                f"{entry.name} pooled",
+                lambda entry=entry: launch.attention_of(entry, far=False)(
+                    query, key, value, pooled, pooled, no_bias, out, lse, geometry, entry
+                ),
+            )
     cells = sum(cell_count(height, one) * cell_count(width, one) for one in range(1, LEVELS + 1))
     far, of_cells = geometry._replace(far_levels=LEVELS), (query[:, :cells].contiguous(),) * 2
     bias = torch.empty(cells, 1, device="meta").expand(-1, HEADS)

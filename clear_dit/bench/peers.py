@@ -124,8 +124,8 @@ def triton_pairs(query: torch.Tensor, window: Window) -> float:
     entries = tables.forward_configs(*key, far=window.far_levels > 0)
     pin = os.environ.get(tuning.PIN)
     entry = next((entry for entry in entries if entry.name == pin), entries[0])
-    far_keys = entry.far_keys if isinstance(entry, tables.ForwardConfig) else 0
-    keys = triton_keys(window, entry.products, entry.dense_keys, far_keys)
+    listed = 0 if isinstance(entry, tables.GluonConfig) else entry.far_keys
+    keys = triton_keys(window, entry.tiling, entry.dense_keys, listed)
     return keys * window.image_length + window.text_length * window.sequence_length
 
 

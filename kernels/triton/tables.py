@@ -40,11 +40,6 @@ class ForwardConfig:
     far_keys: int = 32
 
     @property
-    def products(self) -> Tiling:
-        """Tiles whose scores are computed together."""
-        return self.tiling
-
-    @property
     def name(self) -> str:
         """For the pin and for reports, such as q8x8-k8x8-d64-w4-s3-tma."""
         tile = self.tiling
@@ -63,7 +58,9 @@ class ForwardConfig:
 
 @dataclass(frozen=True)
 class GluonConfig:
-    """Of the image queries' kernel in Gluon, for Hopper: shapes are its own (gluon/kernel.py).
+    """Of the image queries' kernel in Gluon, for Hopper, whose shapes are its own.
+
+    It takes what `ForwardConfig`'s takes but far keys, which are gathered one by one.
 
     Attributes:
         num_stages: tiles of keys and values in shared memory.
@@ -73,13 +70,8 @@ class GluonConfig:
 
     @property
     def tiling(self) -> Tiling:
-        """A tile of queries for each of two groups of warps, side by side, and a tile of keys."""
-        return Tiling(8, 16, 8, 8)
-
-    @property
-    def products(self) -> Tiling:
-        """Tiles of a group of warps, which passes over what only the other one sees."""
-        return Tiling(8, 8, 8, 8)
+        """Of one group of warps: two of them side by side share a program and what it loads."""
+        return _SQUARE
 
     @property
     def dense_keys(self) -> int:
@@ -96,16 +88,15 @@ class GluonConfig:
         """For the pin and for reports: gluon-q8x16-k8x8-s6."""
         tile = self.tiling
         return (
-            f"gluon-q{tile.rows}x{tile.columns}-k{tile.step_rows}x{tile.step_columns}"
+            f"gluon-q{tile.rows}x{2 * tile.columns}-k{tile.step_rows}x{tile.step_columns}"
             f"-s{self.num_stages}"
         )
 
     def shared_memory(self, channels: int, element_size: int) -> int:
-        """Bytes of shared memory: the queries, keys and values of every stage, barriers."""
+        """Bytes of shared memory, about: the queries, and keys and values of every stage."""
         tile = self.tiling
-        keys, queries = tile.step_rows * tile.step_columns, tile.rows * tile.columns
-        tokens = queries + 2 * self.num_stages * keys
-        return tokens * channels * element_size + 16 * self.num_stages
+        keys, queries = tile.step_rows * tile.step_columns, 2 * tile.rows * tile.columns
+        return (queries + 2 * self.num_stages * keys) * channels * element_size
 
 
 AnyForwardConfig = ForwardConfig | GluonConfig

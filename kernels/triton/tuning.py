@@ -95,7 +95,8 @@ def pinned(entries: Sequence[E], readable: bool) -> E | None:
     if readable or not found.descriptor:
         return found
     for entry in entries:
-        if entry.tiling == found.tiling and not entry.descriptor:
+        alike = type(entry) is type(found) and entry.tiling == found.tiling
+        if alike and not entry.descriptor:
             return entry
     raise ValueError(
         f"local_attention: {PIN}={name} reads keys and values by tensor descriptor, which needs "

@@ -1,15 +1,17 @@
 """CLEAR attention of image queries on Hopper: loads, products and softmax overlap.
 
 A program owns 8x16 queries of one head as two tiles of 8x8, one for each of two groups of warps.
-One more warp loads keys and values, for both groups at once, into a ring of stages: the text, then
-the union of the groups' key tiles (lists.py). A group passes over the tiles that it does not see.
-While it takes the softmax of one tile, the tensor cores work on the scores of its next tile and on
-the values of the one before.
+One more warp loads keys and values, for both groups at once, into a ring of stages: blocks of text,
+of pooled keys, then the union of the groups' key tiles (lists.py). A group passes over the tiles
+that it does not see. While it takes the softmax of one tile, the tensor cores make the scores of
+its next. Softmax must stand between the products in the code: the compiler lets a group wait for
+products at once where nothing else holds them up.
 
 Barriers, one pair a stage: `full` when keys and values have landed, `empty` when both groups are
 done with them. A group waits for `full` also of what it passes over: else it could be a round
-ahead, where a barrier's parity says nothing. It holds three stages at most, and its tiles are at
-most `WIDEST_STEP` apart in the stream: this is why STAGES > 2 * WIDEST_STEP cannot deadlock.
+ahead, where a barrier's parity says nothing. It holds a tile while it waits for its next, which is
+at most `lists.WIDEST_STEP` further on in the stream: with more stages than that, the loads come to
+it whatever the other group does, and there is no deadlock.
 """
 
 from __future__ import annotations
@@ -109,11 +111,9 @@ def pass_over(begin, end, full, empty, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def hide(
-    scores, hidden_by, own_y, own_x, y, x, height, width, radius2, LAYOUT: gl.constexpr
-):  # fmt: skip
+def hide(scores, hidden_by, own_y, own_x, y, x, height, width, radius2):
     """Scores, -inf for the keys of the tile at (y, x) that do not count for a query."""
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LAYOUT))
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores.type.layout))
     row, column = token // SIDE, token % SIDE
     if hidden_by & DISC:
         dy = (own_y - y)[:, None] - row[None, :]
@@ -129,11 +129,10 @@ def hide(
 
 @gluon.jit
 def add_bias(
-    scores, bias, bias_token, block, blocks, length, scale_log2,
-    LAYOUT: gl.constexpr, BIAS: gl.constexpr,
+    scores, bias, bias_token, block, blocks, length, scale_log2, BIAS: gl.constexpr
 ):  # fmt: skip
     """Scores of a block of a run of keys with their bias, if any; -inf where it has no key."""
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, LAYOUT))
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores.type.layout))
     real = (block > 0) | (token < keys_of_first(blocks, length))
     added = gl.where(real, 0.0, float("-inf"))
     if BIAS:
@@ -145,18 +144,22 @@ def add_bias(
 
 
 @gluon.jit
+def sums_of_tile(x):
+    """Sums over the rows of a tile of keys, [queries, 8]: those that a thread finds by itself."""
+    return gl.sum(x.reshape([TOKENS, SIDE, SIDE]), 1)
+
+
+@gluon.jit
 def online_softmax(scores, row_max, scale_log2):
     """One step of softmax; `row_max` is of raw scores, so that one multiply-add scales and shifts.
 
-    Returns the tile's unnormalised probabilities, the factor for what was summed before, the
-    probabilities' sums over the tile's rows of keys, [queries, 8], which threads find each for
-    itself, and the new maximum.
+    Returns the tile's unnormalised probabilities, the factor for what was summed before, their
+    `sums_of_tile`, and the new maximum.
     """
     new_max = gl.maximum(row_max, gl.max(scores, 1))
     factor = gl.exp2((row_max - new_max) * scale_log2)
     probability = gl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
-    sums = gl.sum(probability.reshape([TOKENS, SIDE, SIDE]), 1)
-    return probability, factor, sums, new_max
+    return probability, factor, sums_of_tile(probability), new_max
 
 
 @gluon.jit
@@ -175,24 +178,24 @@ def score(query, keys, stage, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def advance(
-    query, weights, acc, keys, values, stage, following, full,
-    SCORES: gl.constexpr, STAGES: gl.constexpr,
+def attend(
+    query, scores, acc, row_sums, row_max, keys, values, at, following, full, empty, scale_log2,
+    SCORES: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Scores of the tile `following`, with the sum over the values of `stage` begun."""
-    ahead = following % STAGES
+    """Attend to the tile `at` by its scores, while those of the tile `following` are made.
+
+    Returns the latter, what is summed and the maximum.
+    """
+    stage, ahead = at % STAGES, following % STAGES
     mbarrier.wait(full.index(ahead), following // STAGES & 1)
-    scores = score(query, keys, ahead, SCORES)
-    acc = warpgroup_mma(weights, values.index(stage), acc, is_async=True)
-    return warpgroup_mma_wait(1, [scores]), acc
-
-
-@gluon.jit
-def finish(acc, weights, factor, stage, empty):
-    """Await the sum over the values of `stage`, give the stage back, and rescale the sum."""
-    acc, _ = warpgroup_mma_wait(0, [acc, weights])
+    ahead_scores = score(query, keys, ahead, SCORES)
+    probability, factor, sums, row_max = online_softmax(scores, row_max, scale_log2)
+    row_sums = rescale(row_sums, factor) + sums
+    weights = gl.convert_layout(probability.to(values.dtype), WEIGHTS)
+    acc = warpgroup_mma(weights, values.index(stage), rescale(acc, factor), is_async=True)
+    scores, acc, _ = warpgroup_mma_wait(0, [ahead_scores, acc, weights])
     mbarrier.arrive(empty.index(stage), count=1)
-    return rescale(acc, factor)
+    return scores, acc, row_sums, row_max
 
 
 @gluon.jit
@@ -237,79 +240,73 @@ def consume(
         own_y = tile_y + row // SIDE
         own_x = tile_x + SIDE * GROUP + row % SIDE
         row_max = gl.full([TOKENS], 0.0, gl.float32, ROWS) + LOWEST / gl.maximum(scale_log2, 1.0)
+        row_sums = sums_of_tile(gl.zeros([TOKENS, TOKENS], gl.float32, SCORES))
         acc = gl.zeros([TOKENS, D], gl.float32, OUT)
 
         at, y, x, hidden_by = 0, 0, 0, 0
         if dense == 0:
             at, y, x, hidden_by = unpack(gl.load(lists + begin), dense)
             begin += 1
+        item = gl.load(lists + gl.minimum(begin, end - 1))
         pass_over(0, at, full, empty, STAGES)
-        stage = at % STAGES
-        mbarrier.wait(full.index(stage), at // STAGES & 1)
-        scores = warpgroup_mma_wait(0, [score(buffer, keys, stage, SCORES)])
+        mbarrier.wait(full.index(at % STAGES), at // STAGES & 1)
+        scores = warpgroup_mma_wait(0, [score(buffer, keys, at % STAGES, SCORES)])
         scores = hide(
-            scores, hidden_by, own_y, own_x, tile_y + y, tile_x + x, height, width, radius2, SCORES
+            scores, hidden_by, own_y, own_x, tile_y + y, tile_x + x, height, width, radius2
         )
         if text_blocks > 0:
             scores = add_bias(
-                scores, bias, bias_token, 0, text_blocks, text_length, scale_log2, SCORES, False
+                scores, bias, bias_token, 0, text_blocks, text_length, scale_log2, False
             )
         elif POOLED:
-            scores = add_bias(
-                scores, bias, bias_token, 0, dense, pooled_length, scale_log2, SCORES, BIAS
-            )
-        probability, _, row_sums, row_max = online_softmax(scores, row_max, scale_log2)
-        item = gl.load(lists + gl.minimum(begin, end - 1))
-        for following in range(1, text_blocks):
-            stage = (following - 1) % STAGES
-            weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
-            scores, acc = advance(
-                buffer, weights, acc, keys, values, stage, following, full, SCORES, STAGES
-            )
-            probability, factor, sums, row_max = online_softmax(scores, row_max, scale_log2)
-            row_sums = rescale(row_sums, factor) + sums
-            acc = finish(acc, weights, factor, stage, empty)
-            at = following
+            scores = add_bias(scores, bias, bias_token, 0, dense, pooled_length, scale_log2, BIAS)
+        # By twos, so that scores stay in the registers where they are made.
+        steps = gl.maximum(text_blocks - 1, 0)
+        for pair in range(0, steps // 2):
+            for second in gl.static_range(2):
+                at = 2 * pair + second
+                scores, acc, row_sums, row_max = attend(
+                    buffer, scores, acc, row_sums, row_max, keys, values, at, at + 1, full, empty,
+                    scale_log2, SCORES, WEIGHTS, STAGES,
+                )  # fmt: skip
+        if steps % 2 == 1:
+            scores, acc, row_sums, row_max = attend(
+                buffer, scores, acc, row_sums, row_max, keys, values, steps - 1, steps, full, empty,
+                scale_log2, SCORES, WEIGHTS, STAGES,
+            )  # fmt: skip
         if POOLED:
             for following in range(gl.maximum(text_blocks, 1), dense):
-                stage = (following - 1) % STAGES
-                weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
-                scores, acc = advance(
-                    buffer, weights, acc, keys, values, stage, following, full, SCORES, STAGES
-                )
+                scores, acc, row_sums, row_max = attend(
+                    buffer, scores, acc, row_sums, row_max, keys, values, following - 1, following,
+                    full, empty, scale_log2, SCORES, WEIGHTS, STAGES,
+                )  # fmt: skip
                 scores = add_bias(
                     scores, bias, bias_token, following - text_blocks, dense - text_blocks,
-                    pooled_length, scale_log2, SCORES, BIAS,
+                    pooled_length, scale_log2, BIAS,
                 )  # fmt: skip
-                probability, factor, sums, row_max = online_softmax(scores, row_max, scale_log2)
-                row_sums = rescale(row_sums, factor) + sums
-                acc = finish(acc, weights, factor, stage, empty)
-                at = following
+        if dense > 0:
+            at = dense - 1
         for entry in range(begin, end):
             following, y, x, hidden_by = unpack(item, dense)
             item = gl.load(lists + gl.minimum(entry + 1, end - 1))
             pass_over(at + 1, following, full, empty, STAGES)
-            stage = at % STAGES
-            weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
-            scores, acc = advance(
-                buffer, weights, acc, keys, values, stage, following, full, SCORES, STAGES
-            )
-            scores = hide(
-                scores, hidden_by, own_y, own_x, tile_y + y, tile_x + x, height, width, radius2,
-                SCORES,
+            scores, acc, row_sums, row_max = attend(
+                buffer, scores, acc, row_sums, row_max, keys, values, at, following, full, empty,
+                scale_log2, SCORES, WEIGHTS, STAGES,
             )  # fmt: skip
-            probability, factor, sums, row_max = online_softmax(scores, row_max, scale_log2)
-            row_sums = rescale(row_sums, factor) + sums
-            acc = finish(acc, weights, factor, stage, empty)
+            scores = hide(
+                scores, hidden_by, own_y, own_x, tile_y + y, tile_x + x, height, width, radius2
+            )
             at = following
-        stage = at % STAGES
+        probability, factor, sums, row_max = online_softmax(scores, row_max, scale_log2)
         weights = gl.convert_layout(probability.to(q.dtype), WEIGHTS)
-        acc = warpgroup_mma(weights, values.index(stage), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(empty.index(stage), count=1)
+        acc = rescale(acc, factor)
+        acc = warpgroup_mma(weights, values.index(at % STAGES), acc, is_async=True)
+        acc, _ = warpgroup_mma_wait(0, [acc, weights])
+        mbarrier.arrive(empty.index(at % STAGES), count=1)
         pass_over(at + 1, total, full, empty, STAGES)
 
-        row_sum = gl.convert_layout(gl.sum(row_sums, 1), ROWS)
+        row_sum = gl.convert_layout(gl.sum(rescale(row_sums, factor) + sums, 1), ROWS)
         acc = rescale(acc, 1.0 / row_sum)
         # By way of the queries' memory, so that whole rows are stored.
         buffer.store(acc.to(q.dtype))

@@ -5,13 +5,13 @@ As in ..geometry, the lists depend on the classes of borders only: kilobytes at 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..geometry import Tiling, visits
+from ..resident import resident
 
 SIDE = 8
 TILING = Tiling(SIDE, 2 * SIDE, SIDE, SIDE)
@@ -72,7 +72,6 @@ def _order(seen: np.ndarray) -> np.ndarray:
     return np.concatenate([np.flatnonzero(seen.all(axis=1)), in_turns])
 
 
-@functools.lru_cache(maxsize=64)
 def paired_visits(
     height: int, width: int, radius: int, device: torch.device, owner_rows: tuple[int, int]
 ) -> PairedVisits:
@@ -80,6 +79,12 @@ def paired_visits(
 
     owner_rows: (start, stop) of the rows that have queries.
     """
+    return resident(_paired_visits, (height, width, radius, owner_rows), device)
+
+
+def _paired_visits(
+    height: int, width: int, radius: int, owner_rows: tuple[int, int]
+) -> PairedVisits:
     found = visits(height, width, radius, TILING, torch.device("cpu"), owner_rows)
     row_class, column_class = found.row_class.numpy(), found.column_class.numpy()
     row_classes, column_classes, _ = found.ranges.shape
@@ -114,4 +119,4 @@ def paired_visits(
         raise ValueError(f"{height} x {width} tokens at radius {radius}: numbers beyond 16 bits")
     lists = np.ascontiguousarray(items.astype(np.int16)).view(np.int64)[:, 0]
     arrays = (np.concatenate(unions).astype(np.int16), lists, ranges, row_class, column_class)
-    return PairedVisits(*(torch.from_numpy(array).to(device) for array in arrays))
+    return PairedVisits(*(torch.from_numpy(array) for array in arrays))

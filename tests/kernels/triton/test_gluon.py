@@ -1,11 +1,15 @@
 """The Hopper kernel in Gluon, in an emulator, against the definition; and faults put into it."""
 
+import multiprocessing
 import random
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 from support.gluon_emulator import DeadlockError, FaultError, Kernel
+from support.gluon_sass import compiled, under_way
 from support.oracle import attention_by_definition, relative_error
+from support.slow import slow
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.opaque import Geometry
@@ -152,24 +156,33 @@ FAULTS = {
         "mbarrier.wait(full.index(ahead), following // STAGES & 1)",
         "mbarrier.wait(full.index(ahead), following // STAGES & 1 ^ 1)",
     ),
+    "the first tile is not waited for": (
+        "mbarrier.wait(full.index(at % STAGES), at // STAGES & 1)", "",
+    ),
     "a stage is given back before its values are summed": (
-        "    acc, _ = warpgroup_mma_wait(0, [acc, weights])\n"
+        "    scores, acc, _ = warpgroup_mma_wait(0, [ahead_scores, acc, weights])\n"
         "    mbarrier.arrive(empty.index(stage), count=1)\n",
         "    mbarrier.arrive(empty.index(stage), count=1)\n"
-        "    acc, _ = warpgroup_mma_wait(0, [acc, weights])\n",
+        "    scores, acc, _ = warpgroup_mma_wait(0, [ahead_scores, acc, weights])\n",
+    ),
+    "the last stage is not given back": (
+        "        mbarrier.arrive(empty.index(at % STAGES), count=1)\n", "",
     ),
     "scores are read before they are there": (
-        "warpgroup_mma_wait(1, [scores])",
-        "warpgroup_mma_wait(2, [scores])",
+        "warpgroup_mma_wait(0, [ahead_scores, acc, weights])",
+        "warpgroup_mma_wait(2, [ahead_scores, acc, weights])",
     ),
     "a sum is read before it is there": (
-        "warpgroup_mma_wait(0, [acc, weights])",
-        "warpgroup_mma_wait(1, [acc, weights])",
+        "warpgroup_mma_wait(0, [ahead_scores, acc, weights])",
+        "warpgroup_mma_wait(1, [ahead_scores, acc, weights])",
+    ),
+    "scores of the first tile are read before they are there": (
+        "warpgroup_mma_wait(0, [score(", "warpgroup_mma_wait(1, [score(",
     ),
     "more bytes are expected than come": ("4 * TOKENS * D", "4 * TOKENS * D + 16"),
     "fewer bytes are expected than come": ("4 * TOKENS * D", "2 * TOKENS * D"),
     "one group empties a stage": ("empty.index(stage), count=2", "empty.index(stage), count=1"),
-    "queries without a fence": ("        fence_async_shared()\n        partition", "        partition"),
+    "queries without a fence": ("fence_async_shared()\n        partition", "partition"),
     "queries without a barrier": (
         "        fence_async_shared()\n        partition_barrier()\n",
         "        fence_async_shared()\n",
@@ -180,10 +193,7 @@ FAULTS = {
     ),
     "lists of the other group": ("gl.load(entry + 2)", "gl.load(entry + 4)"),
     "a group's last tile dropped": ("range(begin, end)", "range(begin, end - 1)"),
-    "values of the next tile": (
-        "ahead, SCORES)\n    acc = warpgroup_mma(weights, values.index(stage)",
-        "ahead, SCORES)\n    acc = warpgroup_mma(weights, values.index(ahead)",
-    ),
+    "values of the next tile": ("values.index(stage), rescale", "values.index(ahead), rescale"),
     "the disc with its rim": ("dx * dx < radius2", "dx * dx <= radius2"),
     "no disc": ("hidden_by & DISC", "hidden_by & 4"),
     "no border": ("hidden_by & BORDER", "hidden_by & 4"),
@@ -194,14 +204,14 @@ FAULTS = {
     "no bias": ("scores + added[None, :]", "scores"),
     "a bias in log2": ("(LOG2_E / scale_log2)", "(1 / scale_log2)"),
     "the bias is not of raw scores": ("(LOG2_E / scale_log2)", "LOG2_E"),
-    "the bias of another key": ("block(block, blocks, length) + token", "block(block, blocks, length)"),
-    "pooled keys are text": ("load_stage(\n                pooled_key", "load_stage(\n                text_key"),
+    "the bias of another key": ("length) + token", "length) + token * 0"),
+    "pooled keys are text": ("(\n                pooled_key", "(\n                text_key"),
     "text one token late": ("(blocks - block) * TOKENS, 0)", "(blocks - block) * TOKENS + 1, 0)"),
     "queries of the first group": ("tile_x + SIDE * GROUP + row", "tile_x + row"),
-    "the sum is not rescaled": ("return rescale(acc, factor)", "return acc"),
-    "the sum of a row is not rescaled": ("rescale(row_sums, factor) +", "row_sums +"),
+    "the sum is not rescaled": ("(stage), rescale(acc, factor)", "(stage), acc"),
+    "the sum of a row is not rescaled": ("= rescale(row_sums, factor)", "= row_sums"),
     "the sign of the scale": ("(q * sign)", "(q)"),
-    "log-sum-exp in log2": ("(row_max * scale_log2 + gl.log2(row_sum)) * LN_2", "row_max * scale_log2 + gl.log2(row_sum)"),
+    "log-sum-exp in log2": ("gl.log2(row_sum)) * LN_2", "gl.log2(row_sum))"),
     "log-sum-exp of raw scores": ("(row_max * scale_log2 + gl", "(row_max + gl"),
     "another head's rows": ("lse += row", "lse += row + 1"),
     "queries beyond the last row are stored": ("own_y < query_stop", "own_y < query_stop + 1"),
@@ -246,3 +256,24 @@ def test_tiles_of_one_group_must_take_turns(monkeypatch):
     with pytest.raises(DeadlockError):
         check(monkeypatch, Window(17, 43, 70, 9))
     paired_visits.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "pooled"),
+    [(64, 0), pytest.param(128, 0, marks=slow), pytest.param(128, 70, marks=slow)],
+)
+def test_compiled_softmax_stands_between_products(head_dim, pooled, monkeypatch):
+    # Triton decides at its import whether it interprets: a process of its own.
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        usage, instructions = pool.submit(compiled, head_dim, pooled).result()
+    assert usage["stack"] == usage["loop_spills"] == 0
+    assert usage["shared"] <= tables.SHARED_MEMORY["sm_90"]
+    assert usage["wgmma"]
+    assert any(name.startswith("USETMAXREG") for name in instructions)
+    # Of a step: products for 64 scores a query, and with 64 values. A thread has 32 probabilities.
+    steps = [run for run in under_way(instructions) if run[0] == head_dim // 16 + 4]
+    # Each group's: text by twos, one more, tiles, and pooled keys.
+    assert len(steps) == 2 * (4 + (pooled > 0))
+    assert all(exponentials >= 32 for _, exponentials in steps)
