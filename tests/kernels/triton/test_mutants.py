@@ -254,7 +254,6 @@ QUICK = (
     "last split of the text queries dropped",
     "gradients: delta of the keys left out",
     "far: a level dropped",
-    "gradients far: cells beyond the reach",
     "pooling: what tokens of a cell weigh is not passed on",
 )
 

@@ -205,8 +205,13 @@ def test_half_precision_is_as_close_as_stock(size, dtype):
         assert mine <= 1.01 * theirs, name  # stock rounds at least as often
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("text", [None, 4])
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    slow_but(
+        product(LAYOUTS, [None, 4]),
+        *(("fused projection", 4), ("heads first", 4), ("channels apart", None)),
+    ),
+)
 def test_any_strides(layout, text):
     args, grad = arguments(text=text, batch=3, head_dim=24, layout=layout)
     plain, _ = arguments(text=text, batch=3, head_dim=24)
