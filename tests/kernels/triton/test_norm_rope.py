@@ -271,9 +271,8 @@ def test_offsets_beyond_32_bits(tmp_path):
         assert all(map(torch.equal, far_grads, norm_rope_backward(grad, *args)))
 
 
-@pytest.mark.parametrize(
-    "size", slow_but([dict(), dict(text=None), dict(rope=False, weighted=(0, 0))], dict())
-)
+@slow
+@pytest.mark.parametrize("size", [dict(), dict(text=None), dict(rope=False, weighted=(0, 0))])
 def test_custom_ops_are_well_formed(size):
     args, grad = arguments(**size)
     torch.library.opcheck(norm_rope, args)
