@@ -137,7 +137,14 @@ def test_8192_pixels_within_40_gb_in_bfloat16(flux):
     assert row["total_gib"] < 40e9 / 2**30  # GB, not GiB
 
 
-@pytest.mark.parametrize("setting", [("int8", "model"), ("float8", "model"), (None, "group")])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("int8", "model"),
+        pytest.param(("float8", "model"), marks=slow),
+        pytest.param((None, "group"), marks=slow),
+    ],
+)
 def test_8192_pixels_within_24_gb_with_8_bit_weights_or_offload(flux, setting):
     row = flux(*setting)
     weights = FLUX_WEIGHTS / 2 if setting[0] else 1.385

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.families.models import FAMILIES, make_inputs, make_model, run
-from support.slow import slow_but
+from support.slow import slow
 
 from clear_dit import apply_clear
 from clear_dit.families.table import MODELS, family_of
@@ -26,8 +26,9 @@ def forget_graphs():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("far", slow_but([False, True], True))
-@pytest.mark.parametrize("name", slow_but(NAMES, "qwen-image"))
+@slow
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("name", NAMES)
 def test_another_resolution_compiles_nothing(name, far):
     model = make_model(name, **LARGER.get(name, {}))
     inputs = [make_inputs(name, *size, text=23) for size in SIZES]

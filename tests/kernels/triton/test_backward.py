@@ -117,7 +117,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        CASES, "partial tiles", "whole tiles and blocks", "itself and one text token",
+        "itself alone", "less than a tile", "one token", "inner tiles", "wide heads",
+    ),
+)  # fmt: skip
 def test_gradients_are_those_of_the_definition(name):
     window, shape = CASES[name]
     check(window, **shape)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.slow import slow
 
 from clear_dit.bench.executed import exact_keys
 from clear_dit.kernels.triton.geometry import Tiling, executed_keys, visits
@@ -27,17 +28,8 @@ def lists(height, width, radius, tiling):
             yield (y, x), steps
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    height=st.integers(1, 40),
-    width=st.integers(1, 40),
-    radius=st.integers(1, 50),
-    tiling=st.sampled_from(TILINGS),
-)
-@example(height=1, width=1, radius=1, tiling=TILINGS[0])
-@example(height=37, width=40, radius=8, tiling=TILINGS[0])
-@example(height=40, width=33, radius=13, tiling=TILINGS[2])
-def test_every_pair_is_visited_once_and_no_mask_is_left_out(height, width, radius, tiling):
+def check_lists(height, width, radius, tiling):
+    """Every pair of tokens is visited once, and no mask is left out."""
     for (top, left), steps in lists(height, width, radius, tiling):
         visited = torch.zeros(height, width, dtype=torch.int)
         unmasked = torch.zeros(height, width, dtype=torch.bool)
@@ -60,6 +52,28 @@ def test_every_pair_is_visited_once_and_no_mask_is_left_out(height, width, radiu
                 disc = (ys - y) ** 2 + (xs - x) ** 2 < radius**2
                 assert visited[disc].all()
                 assert disc[unmasked].all()
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize(
+    ("height", "width", "radius"), [(1, 1, 1), (17, 23, 6), (9, 20, 50), (25, 12, 13)]
+)
+def test_every_pair_is_visited_once_and_no_mask_is_left_out(height, width, radius, tiling):
+    check_lists(height, width, radius, tiling)
+
+
+@slow
+@settings(max_examples=80, deadline=None)
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    radius=st.integers(1, 50),
+    tiling=st.sampled_from(TILINGS),
+)
+@example(height=37, width=40, radius=8, tiling=TILINGS[0])
+@example(height=40, width=33, radius=13, tiling=TILINGS[2])
+def test_every_pair_of_any_grid(height, width, radius, tiling):
+    check_lists(height, width, radius, tiling)
 
 
 def test_lists_do_not_grow_with_the_image():

@@ -261,12 +261,9 @@ MUTANTS = {
 # One of each file: the rest say the same of other lines.
 QUICK = (
     "disc with its rim",
-    "last tile of a list dropped",
-    "one text key too many",
     "last split of the text queries dropped",
     "gradients: delta of the keys left out",
     "far: a level dropped",
-    "gradients far: cells beyond the reach",
     "pooling: what tokens of a cell weigh is not passed on",
     "replay: lists that a graph reads are freed",
 )

@@ -205,8 +205,13 @@ def test_half_precision_is_as_close_as_stock(size, dtype):
         assert mine <= 1.01 * theirs, name  # stock rounds at least as often
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("text", [None, 4])
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    slow_but(
+        product(LAYOUTS, [None, 4]),
+        *(("fused projection", 4), ("heads first", 4), ("channels apart", None)),
+    ),
+)
 def test_any_strides(layout, text):
     args, grad = arguments(text=text, batch=3, head_dim=24, layout=layout)
     plain, _ = arguments(text=text, batch=3, head_dim=24)
@@ -266,9 +271,8 @@ def test_offsets_beyond_32_bits(tmp_path):
         assert all(map(torch.equal, far_grads, norm_rope_backward(grad, *args)))
 
 
-@pytest.mark.parametrize(
-    "size", slow_but([dict(), dict(text=None), dict(rope=False, weighted=(0, 0))], dict())
-)
+@slow
+@pytest.mark.parametrize("size", [dict(), dict(text=None), dict(rope=False, weighted=(0, 0))])
 def test_custom_ops_are_well_formed(size):
     args, grad = arguments(**size)
     torch.library.opcheck(norm_rope, args)

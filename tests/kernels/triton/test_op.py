@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.agreement import inputs, problem
 from support.operators import check_operator
+from support.slow import slow_but
 from support.triton_mode import interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,7 +69,10 @@ def test_flop_counter_counts_the_windows_flops():
     assert counts[torch.ops.clear_dit.triton_attention_backward] == exact * 5 // 2
 
 
-@pytest.mark.parametrize("window", [Window(9, 10, 7, 4, 2), Window(5, 9, 3, 2, far_levels=2)])
+SMALL = Window(5, 9, 3, 2, far_levels=2)
+
+
+@pytest.mark.parametrize("window", slow_but([Window(9, 10, 7, 4, 2), SMALL], SMALL))
 def test_the_same_result_every_time(window):
     leaves = tensors(window, heads=1)
     results = []
