@@ -22,6 +22,7 @@ from clear_dit import CLEARProcessor
 from clear_dit.attention import norm_rope as fused_or_not
 from clear_dit.bench.attention import TOLERANCE, Problem, bench_attention
 from clear_dit.bench.published import FLUX_TRANSFORMER
+from clear_dit.bench.step import TOLERANCE as STEP_TOLERANCE
 from clear_dit.bench.timing import time_in_turn
 from clear_dit.generation.models import TOKEN_PIXELS
 from clear_dit.kernels.triton import tables, tuning
@@ -293,7 +294,7 @@ def blocks(setting: Setting) -> Iterator[dict[str, Any]]:
     for fused in (True, False):
         error = both.error(fused)
         row = {"check": "past the diagonal", "fused": fused, "error": error}
-        if not error <= TOLERANCE[setting.dtype]:
+        if not error <= STEP_TOLERANCE[setting.dtype]:
             yield row | {"problem": "wrong"}
             return
         yield row

@@ -41,6 +41,8 @@ class Peer:
             included.
         order: window -> the tokens in the order `run` takes them, int64 (text + image); None for
             text first, then the image in raster order.
+        find_lse: as `run`, the natural-log log-sum-exp of the scaled scores, (batch, text + image,
+            heads), or None where it is not to be had; None if it never is.
     """
 
     why_not: Callable[[torch.Tensor, Window, bool], str | None]
@@ -48,6 +50,9 @@ class Peer:
     sees: Sees
     executed_pairs: Callable[[torch.Tensor, Window], float]
     order: Callable[[Window], torch.Tensor] | None = None
+    find_lse: (
+        Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Window], torch.Tensor | None] | None
+    ) = None
 
 
 def sees_window(window: Window, queries: torch.Tensor) -> torch.Tensor:

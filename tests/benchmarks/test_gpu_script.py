@@ -55,7 +55,8 @@ def test_every_part_runs(monkeypatch, tmp_path, capsys):
         "pooling",
     }
     assert {row["what"] for row in checks} >= {
-        "output",
+        "text rows",
+        "image rows",
         "query",
         "key",
         "value",
