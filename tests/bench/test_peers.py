@@ -11,7 +11,7 @@ import torch
 from support.command_line import run
 from torch.nn.functional import scaled_dot_product_attention
 
-from clear_dit.bench import attention
+from clear_dit.bench import attention, peers
 from clear_dit.bench.attention import Problem, bench_attention, errors_of, sampled_errors
 from clear_dit.bench.executed import exact_keys
 from clear_dit.bench.peers import (
@@ -168,6 +168,19 @@ def test_xformers_adapter(monkeypatch):
     assert error(PEERS["xformers"].run(*given, WINDOW), given, WINDOW, sees_everything) < 1e-5
 
 
+def test_the_tiled_peer_by_flashs_kernel_asks_flex_attention_for_it(monkeypatch):
+    asked = []
+
+    def flex_attention(query, key, value, block_mask, kernel_options):
+        asked.append(kernel_options)
+        return query
+
+    monkeypatch.setattr(peers, "torch_flex_attention", flex_attention)
+    for name in ("flex-tiled", "flex-flash"):
+        PEERS[name].run(*tensors(), WINDOW, compiled=False)
+    assert asked == [None, {"BACKEND": "FLASH"}]
+
+
 @pytest.mark.parametrize("name", ["xformers", "natten"])
 def test_packages_need_a_gpu_too(monkeypatch, name):
     fake = ModuleType(name)
@@ -186,6 +199,7 @@ def test_packages_need_a_gpu_too(monkeypatch, name):
         ("natten", WINDOW, "needs the package natten, which is not installed"),
         ("flex-tiled", Window(12, 32, 5, 4), "a grid of whole 8 x 16 tiles, got 12 x 32 tokens"),
         ("flex-tiled", Window(16, 32, 5, 4, 2), "it has no pooled keys"),
+        ("flex-flash", WINDOW, "needs the package flash_attn, which is not installed"),
         ("magic", WINDOW, "sdpa, auto, triton, flex, tiled, reference, sdpa-cudnn, sdpa-flash, x"),
     ],
 )
@@ -194,7 +208,7 @@ def test_refusals_by_name(monkeypatch, impls, window, message):
     monkeypatch.setitem(
         attention.PEERS["xformers"].why_not.__globals__,
         "find_spec",
-        lambda name: None if name in ("xformers", "natten") else found(name),
+        lambda name: None if name in ("xformers", "natten", "flash_attn") else found(name),
     )
     with pytest.raises(RequestError, match=r"--impls") as error:
         bench_attention(Problem(window, 2, 16, torch.float32, CPU), ["tiled", impls], 1)
