@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from playbook.part_file import PartFile
+from playbook.parts import PARTS
+from playbook.summary import layer_rows, steps_of
 
 WIDTH, HEIGHT = 1200, 460
 # Drawn larger and reduced, which smooths the lines.
@@ -33,21 +35,21 @@ class Panel:
     curves: dict[str, Points]
 
 
-def panels(attention: list[dict[str, Any]], blocks: list[dict[str, Any]]) -> list[Panel]:
-    """The two diagrams of the rows of attention.json and blocks.json."""
+def panels(of_layers: list[dict[str, Any]], of_steps: list[dict[str, Any]]) -> list[Panel]:
+    """The two diagrams, of rows of one attention layer and of whole steps."""
     layers: dict[str, Points] = {name: [] for name in COLOURS}
-    for row in attention:
+    for row in of_layers:
         name = {
             "sdpa-cudnn": "full attention",
             "flex": f"FlexAttention, r={row['radius']}",
             "triton": f"CLEAR, r={row['radius']}",
         }.get(row["impl"])
         ms = row.get("ms")
-        if name in layers and ms and not row["entry"] and row["size"] not in dict(layers[name]):
+        if name in layers and ms and row["size"] not in dict(layers[name]):
             layers[name].append((row["size"], ms))
     steps: dict[str, Points] = {name: [] for name in COLOURS}
-    for row in blocks:
-        if "step_s" in row and row["fused"] is not False:
+    for row in of_steps:
+        if row["fused"] is not False:
             name = "full attention" if row["radius"] is None else f"CLEAR, r={row['radius']}"
             steps.setdefault(name, []).append((row["size"], row["step_s"] * 1e3))
     return [
@@ -118,15 +120,15 @@ def main() -> int:
         print("usage: plot_gpu.py DIR OUT.png", file=sys.stderr)
         return 2
     folder = Path(sys.argv[1])
-    attention, blocks = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("attention", "blocks")
-    )
-    drawn = [panel for panel in panels(attention["rows"], blocks["rows"]) if panel.curves]
+    records = {name: PartFile(folder, name).read() for name in PARTS}
+    rows = panels(layer_rows(records), steps_of(records["blocks"]))
+    drawn = [panel for panel in rows if panel.curves]
     if not drawn:
         print(f"plot_gpu.py: nothing was measured in {folder}", file=sys.stderr)
         return 1
+    found = next(each.environment for each in records.values() if each.environment)
     caption = (
-        f"{attention['hardware']}, torch {attention['torch']}, triton {attention['triton']}, "
+        f"{found['hardware']}, torch {found['torch']}, triton {found['triton']}, "
         "bfloat16, 24 heads x 128, 512 text tokens; full attention: cuDNN (layer), PyTorch's "
         "choice (step).  * 19 double and 38 single blocks, one of each timed"
     )

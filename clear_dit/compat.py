@@ -21,30 +21,48 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def check_versions() -> None:
-    """Refuse missing or too old libraries.
+    """Refuse too old libraries, and that PyTorch is missing.
+
+    The kernels do without diffusers: that it is missing is said by what needs it.
+
+    Raises:
+        ImportError: see `check_version`.
+    """
+    check_version("torch")
+    if _installed("diffusers") is not None:
+        check_version("diffusers")
+
+
+def check_version(library: str) -> None:
+    """Refuse a library of MINIMUM that is missing or too old.
 
     Raises:
         ImportError: which library, the version found, the version needed, and what to do.
     """
-    for library, needed in MINIMUM.items():
-        try:
-            found = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            found = "none"
-        if release(found) < release(needed):
-            raise ImportError(
-                f"clear_dit needs {library} {needed} or newer, found {found}; "
-                f'run: pip install "{library}>={needed}"'
-            )
+    needed, found = MINIMUM[library], _installed(library)
+    if found is None or release(found) < release(needed):
+        raise ImportError(
+            f"clear_dit needs {library} {needed} or newer, found {found or 'none'}; "
+            f'run: pip install "{library}>={needed}"'
+        )
+
+
+def _installed(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def names_from(module: str, *names: str) -> list[Any]:
     """Import names that a library does not promise to keep.
 
     Raises:
-        ImportError: a name is gone, in one line that says which and what to do.
+        ImportError: the library is missing, or a name is gone, in one line that says which and
+            what to do.
     """
     library = module.partition(".")[0]
+    check_version(library)
     try:
         source = import_module(module)
         return [getattr(source, name) for name in names]

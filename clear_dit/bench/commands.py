@@ -39,7 +39,8 @@ def bench_attention(
         str,
         typer.Option(
             help="With commas: auto, triton, flex, tiled, reference; full attention by sdpa, "
-            "sdpa-cudnn, sdpa-flash, xformers; natten (a square); flex-tiled (tokens permuted)."
+            "sdpa-cudnn, sdpa-flash, xformers; natten (a square); flex-tiled and flex-flash "
+            "(tokens permuted)."
         ),
     ] = "tiled,flex,sdpa",
     backward: Annotated[bool, typer.Option(help="Time the backward pass too.")] = False,

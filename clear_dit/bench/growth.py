@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..generation.checks import find_impl
 from ..kernels.attention import local_attention
 from ..memory import peak_mb, reset_peak
-from .attention import TOLERANCE, Problem, sampled_error
+from .attention import Problem, errors_of, local_lse, sampled_errors
 from .timing import table, time_in_turn
 
 
@@ -25,8 +25,8 @@ def bench_growth(problems: Sequence[Problem], impl: str, repeats: int) -> dict[s
 
     Returns:
         rows with height and width (pixels), tokens, ms, peak_mb (memory beyond query, key and
-        value), mb_per_ktoken and max_error; `exponent`: time grows as tokens^exponent from the
-        first size to the last; `correct`.
+        value), mb_per_ktoken, text_error, image_error and lse_error; `exponent`: time grows as
+        tokens^exponent from the first size to the last; `correct`.
 
     Raises:
         RequestError: sizes that do not grow, or an implementation that cannot run here.
@@ -41,7 +41,8 @@ def bench_growth(problems: Sequence[Problem], impl: str, repeats: int) -> dict[s
         run = partial(local_attention, query, key, value, problem.window, impl=name)
         out = run()
         assert isinstance(out, torch.Tensor)
-        error = sampled_error(out, tensors, problem.window)
+        lse = local_lse(name, query, key, value, problem.window)
+        errors = sampled_errors(out, tensors, problem.window, lse=lse)
         reset_peak(problem.device)
         before = peak_mb(problem.device)
         run()
@@ -56,14 +57,17 @@ def bench_growth(problems: Sequence[Problem], impl: str, repeats: int) -> dict[s
                 "ms": seconds * 1e3,
                 "peak_mb": extra,
                 "mb_per_ktoken": extra / tokens * 1e3,
-                "max_error": error,
+                **errors._asdict(),
             }
         )
     ratio = rows[-1]["tokens"] / rows[0]["tokens"]
     return {
         "rows": rows,
         "exponent": math.log(rows[-1]["ms"] / rows[0]["ms"]) / math.log(ratio),
-        "correct": all(row["max_error"] <= TOLERANCE[problems[0].dtype] for row in rows),
+        "correct": all(
+            errors_of(row).right(problem.dtype, problem.window.pooled_length > 0)
+            for problem, row in zip(problems, rows, strict=True)
+        ),
         **{
             name: value
             for name, value in problems[0].setting.items()
@@ -75,7 +79,8 @@ def bench_growth(problems: Sequence[Problem], impl: str, repeats: int) -> dict[s
 def report(result: dict[str, Any]) -> str:
     """The table of a result and the exponent."""
     if not result["correct"]:
-        return f"WRONG results, errors {[row['max_error'] for row in result['rows']]}"
+        sizes = (f"{row['height']} px: {errors_of(row)}" for row in result["rows"])
+        return f"WRONG results, errors at {'; '.join(sizes)}"
     return (
         f"radius {result['radius']} tokens{', far keys' if result['far'] else ''}, "
         f"{result['heads']} x {result['head_dim']}, "

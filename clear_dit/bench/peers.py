@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ class Peer:
             included.
         order: window -> the tokens in the order `run` takes them, int64 (text + image); None for
             text first, then the image in raster order.
+        find_lse: as `run`, the natural-log log-sum-exp of the scaled scores, (batch, text + image,
+            heads), or None where it is not to be had; None if it never is.
     """
 
     why_not: Callable[[torch.Tensor, Window, bool], str | None]
@@ -48,6 +51,9 @@ class Peer:
     sees: Sees
     executed_pairs: Callable[[torch.Tensor, Window], float]
     order: Callable[[Window], torch.Tensor] | None = None
+    find_lse: (
+        Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Window], torch.Tensor | None] | None
+    ) = None
 
 
 def sees_window(window: Window, queries: torch.Tensor) -> torch.Tensor:
@@ -265,6 +271,15 @@ def _why_not_tiled_flex(query: torch.Tensor, window: Window, needs_grad: bool) -
     return None
 
 
+def _why_not_flash_flex(query: torch.Tensor, window: Window, needs_grad: bool) -> str | None:
+    if reason := _why_not_tiled_flex(query, window, needs_grad):
+        return reason
+    reason = _needs_package("flash_attn", query)
+    if reason is None and find_spec("flash_attn.cute") is None:
+        return "needs flash_attn with its kernels in CuTe, which is not installed"
+    return reason
+
+
 def tile_order(window: Window) -> torch.Tensor:
     """Tokens tile by tile, a tile in raster order; the text last, so that tiles are blocks."""
     text = window.text_length
@@ -280,16 +295,21 @@ def tiled_flex_attention(
     value: torch.Tensor,
     window: Window,
     compiled: bool = True,
+    backend: Literal["AUTO", "FLASH"] = "AUTO",
 ) -> torch.Tensor:
     """FlexAttention under the disc, on tokens in `tile_order`.
 
     Args:
         compiled: False runs FlexAttention's eager form, which is dense and slow: for tests.
+        backend: FlexAttention's kernel; "FLASH" is FlashAttention's.
     """
     run = flex._compiled_flex_attention() if compiled else torch_flex_attention
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     with torch._dynamo.config.patch(recompile_limit=flex.COMPILED_SHAPES):
-        out = run(query, key, value, block_mask=_tiled_mask(window, query.device))
+        out = run(
+            query, key, value, block_mask=_tiled_mask(window, query.device),
+            kernel_options=None if backend == "AUTO" else {"BACKEND": backend},
+        )  # fmt: skip
     return out.transpose(1, 2)
 
 
@@ -341,5 +361,12 @@ PEERS = {
     "natten": Peer(_why_not_natten, _natten, sees_square, _square_pairs),
     "flex-tiled": Peer(
         _why_not_tiled_flex, tiled_flex_attention, sees_window, _tiled_flex_pairs, tile_order
+    ),
+    "flex-flash": Peer(
+        _why_not_flash_flex,
+        partial(tiled_flex_attention, backend="FLASH"),
+        sees_window,
+        _tiled_flex_pairs,
+        tile_order,
     ),
 }

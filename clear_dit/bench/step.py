@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from .attention import TOLERANCE
 from .timing import measured_on, table
+
+# Largest relative error of what a whole transformer returns that still counts as right.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 def step_inputs(

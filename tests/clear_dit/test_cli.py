@@ -309,7 +309,8 @@ def test_bench_attention(capsys):
     for row in result["rows"]:
         assert row["ms"] > 0
         assert row["useful_tflops"] > 0
-        assert row["max_error"] < 1e-5
+        assert max(row["text_error"], row["image_error"]) < 1e-5
+        assert row["impl"] == "sdpa" or row["lse_error"] < 1e-5
     tiled, dense, _ = (row["executed_over_exact"] for row in result["rows"])
     assert 1 < tiled < dense
 
@@ -318,10 +319,18 @@ def test_bench_attention_times_nothing_that_is_wrong(monkeypatch, capsys):
     from clear_dit.bench import attention
 
     right = attention.local_attention
-    monkeypatch.setattr(attention, "local_attention", lambda *a, **k: right(*a, **k) * 1.01)
+
+    def wrong(*inputs, return_lse=False, **options):
+        out, lse = right(*inputs, return_lse=True, **options)
+        return (out, lse) if return_lse else out * 1.01
+
+    monkeypatch.setattr(attention, "local_attention", wrong)
     arguments = ("--height", 128, "--width", 128, "--impls", "tiled,sdpa", "--repeats", 1)
     assert run("bench", "attention", *arguments, "--json") == 1
-    result = last_json(capsys)
+    out = capsys.readouterr().out
+    wrong_rows = r"text rows 1\.\de-02, image rows 1\.\de-02, log-sum-exp \d\.\de-\d+"
+    assert re.search(rf"^tiled: WRONG, errors: {wrong_rows}; not timed$", out, re.MULTILINE)
+    result = json.loads(out.splitlines()[-1])
     assert result["correct"] is False
     assert result["rows"][0]["ms"] is None
     assert result["rows"][1]["ms"] > 0
@@ -336,6 +345,17 @@ def test_bench_growth(capsys, far):
     assert [row["width"] for row in result["rows"]] == [128, 2048]
     assert result["correct"] is True
     assert result["exponent"] > 0
+
+
+def test_bench_growth_says_what_is_wrong(monkeypatch, capsys):
+    from clear_dit.bench import growth
+
+    right = growth.local_attention
+    monkeypatch.setattr(growth, "local_attention", lambda *a, **k: 1.01 * right(*a, **k))
+    arguments = ("--sizes", "128,256", "--heads", 1, "--head-dim", 16, "--text-length", 4)
+    assert run("bench", "growth", *arguments, "--repeats", 1) == 1
+    out = capsys.readouterr().out
+    assert re.match(r"WRONG results, errors at 128 px: text rows 1.*; 256 px: text rows 1", out)
 
 
 @pytest.mark.parametrize("far", [(), ("--far",)])

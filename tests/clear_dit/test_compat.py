@@ -117,7 +117,7 @@ def versions(monkeypatch, **changes):
     ("changes", "found"),
     [
         ({"diffusers": "0.9.0"}, "diffusers {needed} or newer, found 0.9.0; run: pip install"),
-        ({"diffusers": None}, "diffusers {needed} or newer, found none; run: pip install"),
+        ({"torch": None}, "torch {needed} or newer, found none; run: pip install"),
         ({"torch": "2.0.1+cu118"}, "torch {needed} or newer, found 2.0.1+cu118; run: pip install"),
     ],
 )
@@ -129,6 +129,21 @@ def test_old_or_missing_libraries_are_refused_in_one_line(monkeypatch, changes, 
     message = str(error.value)
     assert message.startswith("clear_dit needs " + found.format(needed=needed))
     assert "\n" not in message
+
+
+def test_without_diffusers_the_kernels_are_there_and_the_plugin_says_so(monkeypatch):
+    versions(monkeypatch, diffusers=None)
+    compat.check_versions()
+    monkeypatch.delitem(clear_dit.__dict__, "apply_clear", raising=False)
+    for missing in (
+        lambda: compat.names_from("diffusers.models.embeddings", "apply_rotary_emb"),
+        lambda: clear_dit.apply_clear,
+    ):
+        with pytest.raises(ImportError, match=r"clear_dit needs diffusers .*, found none; run: p"):
+            missing()
+    alone = "import sys; sys.modules['diffusers'] = None; import clear_dit.bench.attention"
+    printed = python(f"{alone}; print(clear_dit.local_attention.__name__)")
+    assert printed == "local_attention"
 
 
 @pytest.mark.parametrize("version", ["1.0", "0.99.0.dev0"])

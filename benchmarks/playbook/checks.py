@@ -1,13 +1,11 @@
-"""Every Triton kernel against dense attention in float64 on the same device: part one of gpu.py.
+"""Every Triton kernel on awkward shapes against dense attention in float64 on the same device.
 
 Tolerance: the error relative to float64 is at most twice that of a plain dense implementation in
-the same dtype, plus two roundings.
+the same dtype, plus two roundings; text and image rows apart.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,32 +16,32 @@ from typing import Any
 import torch
 
 import clear_dit.kernels.choice  # noqa: F401 - by which Triton pools for a model, and here
-from clear_dit.kernels.opaque import Geometry
 from clear_dit.kernels.pooling import pool_cells_by_operators, pooled_bias, pooled_keys
-from clear_dit.kernels.triton import launch, tables, tuning
+from clear_dit.kernels.triton import launch, tables
 from clear_dit.kernels.triton.device import programs
 from clear_dit.kernels.triton.norm_rope import norm_rope
 from clear_dit.kernels.triton.ops import triton_attention
 from clear_dit.kernels.triton.pooling import pool_cells
 from clear_dit.kernels.window import Window
 
+from .pin import pinned
+from .setting import Setting, Task
+
 Tensors = Sequence[torch.Tensor]
 HEADS = 2
 # Largest error of a log-sum-exp, which is float32 whatever the inputs.
 LSE_TOLERANCE = 1e-3
-# What is left to do in a process whose device has failed.
-LOST = "not run: a kernel before it broke the device's context"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One kernel on one problem; what it is about decides what may be timed.
+    """One kernel on one problem.
 
     Attributes:
-        subject: "attention", "text", "norm_rope", or "forward" and an entry's name.
+        subject: "attention", "text", "norm_rope", "pooling", or "forward" and an entry's name.
         kind: of KINDS.
         layout: of query, key and value in memory, see `_laid_out`.
-        entry: of a table, where the kind takes one.
+        entry: of a table, where the kind takes one: the name of an image entry, or the text's.
         programs: among which the text's keys are split.
     """
 
@@ -139,7 +137,7 @@ def _of_entries(
     make = partial(Check, window=window, dtype=dtype, head_dim=head_dim, batch=1 if few else 2)
     far = window.far_levels > 0
     for entry in tables.forward_configs(*key, far=far)[: 1 if few else None]:
-        yield make(f"forward {entry.name}", "forward", entry=entry)
+        yield make(f"forward {entry.name}", "forward", entry=entry.name)
     for count in (5,) if few else (1, 5, programs(device)):
         yield make("text", "text", entry=tables.text_config(*key), programs=count)
 
@@ -277,13 +275,14 @@ def _check_gradients(check: Check, device: torch.device) -> list[dict[str, Any]]
     plain = partial(plain_attention, window=check.window)
     ours = _gradients(run, inputs, grad)
     names = ["output", "query", "key", "value", "spatial_weight", "far_offset"][: len(ours)]
-    rows = _compare(
-        names,
-        ours,
-        _gradients(plain, inputs, grad),
-        _gradients(plain, _double(inputs), grad.double()),
-        check.dtype,
-    )
+    yardstick = _gradients(plain, inputs, grad)
+    exact = _gradients(plain, _double(inputs), grad.double())
+    rows = _compare(names[1:], ours[1:], yardstick[1:], exact[1:], check.dtype)
+    text = check.window.text_length
+    for what, part in (("text rows", slice(None, text)), ("image rows", slice(text, None))):
+        if exact[0][:, part].numel():
+            outputs = ([found[0][:, part]] for found in (ours, yardstick, exact))
+            rows += _compare([what], *outputs, check.dtype)
     same = all(map(torch.equal, ours, _gradients(run, inputs, grad)))
     return [*rows, {"what": "the same bits again", "ok": same}]
 
@@ -292,37 +291,28 @@ def _check_forward(check: Check, device: torch.device) -> list[dict[str, Any]]:
     """One entry of a table: of the image's queries, or of the text's."""
     (query, key, value, _), (weight, offset) = _inputs(check, device)
     window, text, scale = check.window, check.window.text_length, check.head_dim**-0.5
-    pooled = [x.contiguous() for x in pooled_keys(key, value, window, weight, scale)]
-    bias = pooled_bias(window, HEADS, offset, device)
     plain = plain_attention(query, key, value, weight, offset, window)
     wide = _double([weight, offset])
     scores, values = _scores(query.double(), key.double(), value.double(), *wide, window)
     exact = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
     exact_lse = scores.logsumexp(-1).transpose(1, 2)
-    out = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format)
-    lse = torch.full(query.shape[:3], float("nan"), device=device)
+    rows = []
     if check.kind == "text":
+        out = torch.full_like(query, float("nan"), memory_format=torch.contiguous_format)
+        lse = torch.full(query.shape[:3], float("nan"), device=device)
         launch.text_attention(query, key, value, out, lse, text, scale, check.entry, check.programs)
-        own, others = slice(None, text), slice(text, None)
+        own = slice(None, text)
+        untouched = bool(out[:, text:].isnan().all() and lse[:, text:].isnan().all())
+        rows.append({"what": "others' rows are left alone", "ok": untouched})
     else:
-        attention = launch.far_attention if window.far_levels else launch.image_attention
-        attention(
-            query, key, value, *pooled, bias, out, lse, Geometry.of(window, scale), check.entry
-        )
-        own, others = slice(text, None), slice(None, text)
-    rows = _compare(["output"], [out[:, own]], [plain[:, own]], [exact[:, own]], check.dtype)
+        options = {"scale": scale, "spatial_weight": weight, "far_offset": offset}
+        with pinned(check.entry):
+            out, lse = triton_attention(query, key, value, window, **options)
+        own = slice(text, None)
+    rows += _compare(["output"], [out[:, own]], [plain[:, own]], [exact[:, own]], check.dtype)
     error = float((lse[:, own] - exact_lse[:, own]).abs().max())
-    untouched = bool(out[:, others].isnan().all() and lse[:, others].isnan().all())
-    return [
-        *rows,
-        {
-            "what": "log-sum-exp",
-            "error": error,
-            "bound": LSE_TOLERANCE,
-            "ok": error <= LSE_TOLERANCE,
-        },
-        {"what": "others' rows are left alone", "ok": untouched},
-    ]
+    bound = {"bound": LSE_TOLERANCE, "ok": error <= LSE_TOLERANCE}
+    return [*rows, {"what": "log-sum-exp", "error": error, **bound}]
 
 
 def _check_pooling(check: Check, device: torch.device) -> list[dict[str, Any]]:
@@ -364,7 +354,7 @@ def _check_norm_rope(check: Check, device: torch.device) -> list[dict[str, Any]]
         def run(tokens, text, weight, text_weight):
             return norm_rope(tokens, text, weight, text_weight, cos, sin, 1e-6)
 
-        plain = partial(_plain_norm_rope, cos=cos, sin=sin)
+        plain = partial(plain_norm_rope, cos=cos, sin=sin)
         ours = _gradients(run, streams, grad)
         rows += _compare(
             ["output", *(f"gradient {i}" for i in range(len(ours) - 1))],
@@ -376,7 +366,7 @@ def _check_norm_rope(check: Check, device: torch.device) -> list[dict[str, Any]]
     return rows
 
 
-def _plain_norm_rope(tokens, text, weight, text_weight, cos, sin):
+def plain_norm_rope(tokens, text, weight, text_weight, cos, sin):
     """RMSNorm, joining and rotation one after the other, each rounded."""
     dtype = tokens.dtype
     cos, sin = (x[:, None].to(torch.promote_types(dtype, torch.float32)) for x in (cos, sin))
@@ -397,27 +387,34 @@ KINDS = {
 }
 
 
-def run_group(group: Sequence[Check], device: torch.device) -> list[dict[str, Any]]:
-    """The rows of some checks, one after the other in this process."""
-    rows: list[dict[str, Any]] = []
-    lost = False
-    with _strict():
-        for check in group:
-            try:
-                found = (
-                    [{"problem": LOST, "ok": False}] if lost else KINDS[check.kind](check, device)
-                )
-            except Exception as error:
-                found = [{"problem": f"{type(error).__name__}: {error}"[:500], "ok": False}]
-                lost = lost or "CUDA error" in str(error)
-            rows += [{"subject": check.subject, "case": check.case, **row} for row in found]
-    return rows
+def launch_only(check: Check, device: torch.device) -> None:
+    """What a check launches, without what it compares with: to compile it ahead."""
+    (*tokens, grad), learned = _inputs(check, device)
+    window, scale = check.window, check.head_dim**-0.5
+    if check.kind == "norm_rope":
+        _check_norm_rope(check, device)
+    elif check.kind == "pooling":
+        _check_pooling(check, device)
+    elif check.kind == "text":
+        out, lse = torch.empty_like(tokens[0]), torch.empty(tokens[0].shape[:3], device=device)
+        text = window.text_length
+        launch.text_attention(*tokens, out, lse, text, scale, check.entry, check.programs)
+    else:
+
+        def run(query, key, value, weight, offset):
+            options = {"scale": scale, "spatial_weight": weight, "far_offset": offset}
+            return triton_attention(query, key, value, window, **options)[0]
+
+        with pinned(check.entry):
+            if check.kind == "gradients":
+                _gradients(run, [*tokens, *learned], grad)
+            else:
+                run(*tokens, *learned)
 
 
 @contextmanager
-def _strict() -> Iterator[None]:
-    """What nobody writes is NaN; of the forward table the default runs, and none is measured."""
-    tried, tuning.TRIED = tuning.TRIED, 1
+def poisoned() -> Iterator[None]:
+    """What nobody writes is NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
@@ -425,31 +422,42 @@ def _strict() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(False)
-        tuning.TRIED = tried
 
 
-def run_checks(
-    device: torch.device, tiny: bool, workers: int, deadline: float
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows with subject, case, what, ok, and error and bound or a problem, group by group.
-
-    Args:
-        workers: processes side by side, most of whose time is compilation; 0 runs all in this one.
-        deadline: of `time.monotonic`.
+def run_group(group: Sequence[Check], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rows with subject, case, what, error and bound, and `problem` where it is not right.
 
     Raises:
-        TimeoutError: the deadline came first.
+        Exception: what a check raised, when the others have had their turn.
     """
-    groups = checks(device, tiny)
-    run = partial(run_group, device=device)
-    if not workers:
-        yield from map(run, groups)
-        return
-    # A process for each group: a fault on the device ends with it.
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        results = pool.imap_unordered(run, groups)
-        for done in range(len(groups)):
-            try:
-                yield results.next(timeout=max(0.0, deadline - time.monotonic()))
-            except multiprocessing.TimeoutError as error:
-                raise TimeoutError(f"{len(groups) - done} of {len(groups)} groups") from error
+    raised: list[Exception] = []
+    for check in group:
+        about = {"subject": check.subject, "case": check.case}
+        try:
+            with poisoned():
+                found = KINDS[check.kind](check, device)
+        except Exception as error:
+            yield about | {"problem": f"{type(error).__name__}: {error}"[:500]}
+            raised.append(error)
+            continue
+        for row in found:
+            ok = row.pop("ok")
+            wrong = {} if ok else {"problem": row.get("problem", f"wrong: {row['what']}")}
+            yield about | row | wrong
+    if raised:
+        raise raised[0]
+
+
+def _subjects(group: Sequence[Check]) -> str:
+    subjects = dict.fromkeys(check.subject.partition(" ")[0] for check in group)
+    dtypes = dict.fromkeys(str(check.dtype).removeprefix("torch.") for check in group)
+    return f"{' '.join(subjects)}, {' '.join(dtypes)}, head_dim {group[0].head_dim}"
+
+
+def tasks(setting: Setting) -> list[Task]:
+    """Groups of checks; a fault on the device takes no more than its group along."""
+    groups = checks(setting.device, tiny=setting.device.type != "cuda")
+    return [
+        Task(f"{number}: {_subjects(group)}", partial(run_group, group, setting.device))
+        for number, group in enumerate(groups)
+    ]

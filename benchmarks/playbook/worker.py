@@ -1,0 +1,126 @@
+"""A process that does the tasks of a part which nobody has done: `python -m playbook.worker ...`.
+
+What it finds it writes to the part's file as it comes, so that nothing is lost with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .part_file import PROBLEM, PartFile
+from .parts import PARTS
+
+# After them the next task needs a fresh process.
+DEVICE_ERRORS = ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
+
+
+def environment(interpreted: bool) -> dict[str, Any]:
+    """Hardware and software."""
+    import torch
+    import triton
+
+    from clear_dit.bench.timing import hardware
+
+    device = torch.device("cpu" if interpreted else "cuda")
+    return {
+        "hardware": hardware(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "interpreted": interpreted,
+    }
+
+
+def work(
+    part: str, folder: Path, interpret: bool, shard: int, shards: int, ahead: bool = False
+) -> int:
+    """Every `shards`-th task, or what the part compiles ahead; the exit status."""
+    import torch
+
+    from .setting import FULL, SMOKE
+
+    module = import_module(f".{part}", __package__)
+    setting = (SMOKE if interpret else FULL)(folder=folder)
+    if ahead:
+        module.compile_ahead(setting)
+        return 0
+    file = PartFile(folder, part)
+    tasks = module.tasks(setting)
+    record = file.read()
+    labels = [task.label for task in tasks]
+    if labels != record.labels:
+        file.append({"event": "tasks", "labels": labels, "environment": environment(interpret)})
+    tried = record.ended | record.failed.keys()
+    for task in tasks[shard::shards]:
+        if task.label in tried:
+            continue
+        begin = {"event": "begin", "task": task.label, "shard": shard, "at": time.time()}
+        file.append(begin)
+        try:
+            for row in task.run():
+                file.append({"task": task.label, **row})
+                if PROBLEM in row or not PARTS[part].quiet:
+                    print(_line(part, task.label, row), flush=True)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"[:1000]
+            file.append({"event": "failed", "task": task.label, PROBLEM: problem})
+            print(f"{part}: {task.label}: FAILED: {problem}", flush=True)
+            if any(sign in str(error) for sign in DEVICE_ERRORS):
+                return 1
+        else:
+            file.append({"event": "end", "task": task.label})
+        if not interpret:
+            torch.cuda.empty_cache()
+    return 0
+
+
+def _line(part: str, label: str, row: dict[str, Any]) -> str:
+    shown = " ".join(f"{key}={_short(value)}" for key, value in row.items() if value is not None)
+    return f"{part}: {label}: {shown}"[:600]
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ",".join(f"{key}:{_short(each)}" for key, each in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _end_with(parent: int) -> None:
+    """End this process with the one that started it, which may be killed without a word."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Do the tasks of one part.")
+    parser.add_argument("part")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--interpret", action="store_true")
+    parser.add_argument("--shard", type=int, default=0)
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--ahead", action="store_true", help="only compile what takes long")
+    options = parser.parse_args()
+    _end_with(os.getppid())
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    # Which path runs, and which entry of the tables is chosen.
+    logging.getLogger("clear_dit").setLevel(logging.INFO)
+    return work(**vars(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
