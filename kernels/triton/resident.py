@@ -100,7 +100,8 @@ def _on_device(lists: Any, device: torch.device) -> Any:
     if device.type == "cpu":
         return lists
     moved = {name: tensor.to(device) for name, tensor in _tensors(lists).items()}
-    torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return dataclasses.replace(lists, **moved)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
 
-def compiled(head_dim: int, pooled: int) -> tuple[dict, list[str]]:
+def compiled(head_dim: int, pooled: int, folder: Path) -> tuple[dict, list[str]]:
     """What the kernel needs (`Usage`), and its instructions, for bfloat16 and all else as is usual.
 
-    pooled: pooled keys, with a bias.
+    pooled: pooled keys, with a bias. folder: for the binary.
     """
     import torch
+    import triton
 
     from clear_dit.kernels.opaque import Geometry
     from clear_dit.kernels.triton.compile import compile_only, usage
@@ -24,7 +27,14 @@ def compiled(head_dim: int, pooled: int) -> tuple[dict, list[str]]:
     geometry = Geometry(64, 64, 512, 8, head_dim**-0.5, 0, 64)
     with compile_only("sm_90") as kernels:
         gluon_attention(x, x, x, cells, cells, bias, x, lse, geometry, GLUON["sm_90"][0])
-    lines = kernels[0].asm["sass"].splitlines()
+    (folder / "cubin").write_bytes(kernels[0].asm["cubin"])
+    command = [
+        Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm",
+        "-c",
+        folder / "cubin",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
     found = [re.search(r"\b((BRA|HGMMA|MUFU|WARPGROUP|USETMAXREG)\b.*)", line) for line in lines]
     return asdict(usage(kernels[0])), [match[1] for match in found if match]
 

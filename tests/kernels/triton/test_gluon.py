@@ -22,7 +22,6 @@ if not interpreted:
 
 from clear_dit.kernels.triton import tables
 from clear_dit.kernels.triton.gluon import kernel, launch, lists
-from clear_dit.kernels.triton.gluon.lists import paired_visits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FEWEST_STAGES = lists.WIDEST_STEP + 1
@@ -252,22 +251,25 @@ def test_tiles_of_one_group_must_take_turns(monkeypatch):
     monkeypatch.setattr(
         lists, "_order", lambda seen: (seen * (2, 1)).sum(axis=1).argsort(kind="stable")
     )
-    paired_visits.cache_clear()
+
+    def made_anew(height, width, radius, device, owner_rows):
+        return lists._paired_visits(height, width, radius, owner_rows)
+
+    monkeypatch.setattr(launch, "paired_visits", made_anew)
     with pytest.raises(DeadlockError):
         check(monkeypatch, Window(17, 43, 70, 9))
-    paired_visits.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("head_dim", "pooled"),
     [(64, 0), pytest.param(128, 0, marks=slow), pytest.param(128, 70, marks=slow)],
 )
-def test_compiled_softmax_stands_between_products(head_dim, pooled, monkeypatch):
+def test_compiled_softmax_stands_between_products(head_dim, pooled, monkeypatch, tmp_path):
     # Triton decides at its import whether it interprets: a process of its own.
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        usage, instructions = pool.submit(compiled, head_dim, pooled).result()
+        usage, instructions = pool.submit(compiled, head_dim, pooled, tmp_path).result()
     assert usage["stack"] == usage["loop_spills"] == 0
     assert usage["shared"] <= tables.SHARED_MEMORY["sm_90"]
     assert usage["wgmma"]
