@@ -217,13 +217,13 @@ MUTANTS = {
     ),
     "replay: lists that a graph reads are freed": (
         "triton/resident.py",
-        "self._replayed[name] = found",
-        "self._kept[name] = found; self._drop()",
+        "            if in_capture:\n                self._replayed",
+        "            if False:\n                self._replayed",
     ),
     "replay: lists are made while a graph is captured": (
         "triton/resident.py",
-        "                    if in_capture:\n",
-        "                    if False:\n",
+        "            if in_capture:\n                raise",
+        "            if False:\n                raise",
     ),
     "pooling: tokens beyond the border": (
         "triton/pooling.py",
