@@ -102,12 +102,11 @@ def unpack(item, dense):
 
 
 @gluon.jit
-def pass_over(begin, end, full, empty, STAGES: gl.constexpr):
-    """Give back the stages of the tiles begin..end of the stream, unseen."""
-    for at in range(begin, end):
-        stage = at % STAGES
-        mbarrier.wait(full.index(stage), at // STAGES & 1)
-        mbarrier.arrive(empty.index(stage), count=1)
+def pass_over(at, full, empty, STAGES: gl.constexpr):
+    """Give back the stage of the tile `at` of the stream, unseen."""
+    stage = at % STAGES
+    mbarrier.wait(full.index(stage), at // STAGES & 1)
+    mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
@@ -217,7 +216,8 @@ def consume(
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     MEMORY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     if tile_x + SIDE * GROUP >= width:
-        pass_over(0, total, full, empty, STAGES)
+        for at in range(total):
+            pass_over(at, full, empty, STAGES)
     else:
         token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, MEMORY))
         channel = gl.arange(0, D, layout=gl.SliceLayout(0, MEMORY))
@@ -248,7 +248,8 @@ def consume(
             at, y, x, hidden_by = unpack(gl.load(lists + begin), dense)
             begin += 1
         item = gl.load(lists + gl.minimum(begin, end - 1))
-        pass_over(0, at, full, empty, STAGES)
+        if at > 0:
+            pass_over(0, full, empty, STAGES)
         mbarrier.wait(full.index(at % STAGES), at // STAGES & 1)
         scores = warpgroup_mma_wait(0, [score(buffer, keys, at % STAGES, SCORES)])
         scores = hide(
@@ -289,7 +290,8 @@ def consume(
         for entry in range(begin, end):
             following, y, x, hidden_by = unpack(item, dense)
             item = gl.load(lists + gl.minimum(entry + 1, end - 1))
-            pass_over(at + 1, following, full, empty, STAGES)
+            if following > at + 1:
+                pass_over(at + 1, full, empty, STAGES)
             scores, acc, row_sums, row_max = attend(
                 buffer, scores, acc, row_sums, row_max, keys, values, at, following, full, empty,
                 scale_log2, SCORES, WEIGHTS, STAGES,
@@ -304,7 +306,8 @@ def consume(
         acc = warpgroup_mma(weights, values.index(at % STAGES), acc, is_async=True)
         acc, _ = warpgroup_mma_wait(0, [acc, weights])
         mbarrier.arrive(empty.index(at % STAGES), count=1)
-        pass_over(at + 1, total, full, empty, STAGES)
+        for rest in range(at + 1, total):
+            pass_over(rest, full, empty, STAGES)
 
         row_sum = gl.convert_layout(gl.sum(rescale(row_sums, factor) + sums, 1), ROWS)
         acc = rescale(acc, 1.0 / row_sum)
@@ -386,5 +389,5 @@ def image_forward(
             )),
         ],
         [4, 1],
-        [232, 24],
+        [240, 24],
     )  # fmt: skip

@@ -140,16 +140,17 @@ def test_random_problems(seed, monkeypatch):
 # What is replaced, by what. Each must give wrong numbers, or be refused by the emulator.
 FAULTS = {
     "a tile passed over is not given back": (
-        "        mbarrier.wait(full.index(stage), at // STAGES & 1)\n"
-        "        mbarrier.arrive(empty.index(stage), count=1)\n",
-        "        mbarrier.wait(full.index(stage), at // STAGES & 1)\n",
+        "    mbarrier.wait(full.index(stage), at // STAGES & 1)\n"
+        "    mbarrier.arrive(empty.index(stage), count=1)\n",
+        "    mbarrier.wait(full.index(stage), at // STAGES & 1)\n",
     ),
     "a tile passed over is not waited for": (
-        "        mbarrier.wait(full.index(stage), at // STAGES & 1)\n"
-        "        mbarrier.arrive(empty.index(stage), count=1)\n",
-        "        mbarrier.arrive(empty.index(stage), count=1)\n",
+        "    mbarrier.wait(full.index(stage), at // STAGES & 1)\n"
+        "    mbarrier.arrive(empty.index(stage), count=1)\n",
+        "    mbarrier.arrive(empty.index(stage), count=1)\n",
     ),
-    "the last tiles are not passed over": ("pass_over(at + 1, total", "pass_over(total, total"),
+    "no tile between is passed over": ("following > at + 1", "following > at + 2"),
+    "the last tiles are not passed over": ("range(at + 1, total)", "range(total, total)"),
     "loads wait by the other parity": ("& 1 ^ 1)", "& 1)"),
     "tiles are waited for by the other parity": (
         "mbarrier.wait(full.index(ahead), following // STAGES & 1)",
@@ -224,6 +225,8 @@ def is_noticed(monkeypatch, **kwargs):
         dict(window=Window(9, 20, 70, 6), rows=(4, 9), heads=2, scale=-0.3),
         # Four tiles that only one group sees, after the other's last.
         dict(window=Window(27, 27, 0, 10), rows=(8, 16), scale=0.7),
+        # Tiles that only one group sees, in turns.
+        dict(window=Window(24, 48, 0, 9), rows=(8, 16)),
         dict(window=Window(17, 18, 70, 4, 2, pooled_weight="count"), scale=0.3),
     )
     for seed in range(4):
