@@ -166,7 +166,7 @@ FORWARD = {
     "sm_89": _SHARING,
     "sm_90": (
         ForwardConfig(_SQUARE, 64, 4, 3, descriptor=True, far_keys=64),
-        ForwardConfig(_WIDE, 64, 8, 2, descriptor=True, far_keys=64),
+        ForwardConfig(_WIDE, 64, 8, 2, descriptor=True),
         ForwardConfig(_SQUARE, 64, 4, 2, far_keys=64),
     ),
     "sm_100": (
@@ -193,6 +193,9 @@ TEXT = {
 _LONG = RunConfig(128, 64, 8, 2)
 # Where a whole multiprocessor has 99 KB: one program of 8 warps.
 _SINGLE = TileConfig(_SQUARE, 8, 2)
+_ADA_BACKWARD = BackwardConfig(
+    _SINGLE, _SINGLE, _SINGLE, _SINGLE, RunConfig(64, 32, 4, 2), RunConfig(128, 32, 8, 2)
+)
 _CDNA_BACKWARD = BackwardConfig(
     TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
     TileConfig(_SQUARE, 4, 1), TileConfig(_HALF, 4, 1),
@@ -204,8 +207,8 @@ BACKWARD = {
         TileConfig(_SQUARE, 4, 2), _SINGLE,
         RunConfig(64, 64, 4, 2), _LONG,
     ),
-    "sm_86": BackwardConfig(_SINGLE, _SINGLE, _SINGLE, _SINGLE, RunConfig(64, 32, 4, 2), _LONG),
-    "sm_89": BackwardConfig(_SINGLE, _SINGLE, _SINGLE, _SINGLE, RunConfig(64, 32, 4, 2), _LONG),
+    "sm_86": _ADA_BACKWARD,
+    "sm_89": _ADA_BACKWARD,
     "sm_90": BackwardConfig(
         TileConfig(_SQUARE, 4, 2, True), TileConfig(_HALF, 4, 2, True),
         TileConfig(_HALF, 4, 2), TileConfig(_HALF, 4, 2), _LONG, _LONG,
@@ -214,7 +217,10 @@ BACKWARD = {
         TileConfig(_WIDE, 8, 2, True), TileConfig(_WIDE, 8, 2, True),
         TileConfig(_WIDE_HALF, 8, 2), TileConfig(_WIDE, 8, 2), _LONG, _LONG,
     ),
-    "sm_120": BackwardConfig(_SINGLE, _SINGLE, _SINGLE, _SINGLE, RunConfig(64, 32, 4, 2), _LONG),
+    "sm_120": BackwardConfig(
+        _SINGLE, _SINGLE, _SINGLE, TileConfig(_HALF, 8, 2),
+        RunConfig(64, 32, 4, 2), RunConfig(64, 32, 4, 2),
+    ),
     "gfx942": _CDNA_BACKWARD,
     "gfx950": _CDNA_BACKWARD,
 }  # fmt: skip
@@ -274,5 +280,8 @@ def backward_config(architecture: str, channels: int, element_size: int) -> Back
         return WIDE_BACKWARD
     if architecture in ("sm_86", "sm_89", "sm_120") and channels < 128:
         # 8 warps would do the same rows twice; larger steps of the cells' gradients spill there.
-        return replace(BACKWARD["sm_80"], far_key=TileConfig(_HALF, 8, 2))
+        few = replace(BACKWARD["sm_80"], far_key=TileConfig(_HALF, 8, 2))
+        if architecture == "sm_120":
+            few = replace(few, query=TileConfig(_HALF, 4, 2), far_query=TileConfig(_HALF, 4, 2))
+        return few
     return BACKWARD[architecture]

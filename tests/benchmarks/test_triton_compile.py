@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import triton_compile
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 KERNELS = {
     "image_forward", "text_forward", "text_merge", "prepare_rows", "image_query_backward",
     "image_key_backward", "text_query_backward", "common_key_backward",
@@ -83,6 +83,20 @@ def test_every_entry_is_there(rows):
 def test_shared_memory_is_within_the_limit(rows):
     for row in rows:
         assert row["shared"] <= row["shared_limit"], row
+
+
+@slow
+@pytest.mark.parametrize(
+    ("architecture", "memory"), [("sm_89", 102400), ("sm_90", 233472), ("sm_120", 102400)]
+)
+def test_two_programs_of_the_default_share_a_multiprocessor(rows, architecture, memory):
+    """One's softmax then hides behind the other's products."""
+    entry = tables.FORWARD[architecture][0]
+    wanted = {"architecture": architecture, "head_dim": 128, "dtype": "bfloat16"}
+    wanted |= {"entry": entry.name, "name": "image_forward"}
+    (row,) = (row for row in rows if wanted.items() <= row.items())
+    assert 2 * (row["shared"] + 1024) <= memory
+    assert 2 * 32 * entry.num_warps * (-(-row["registers"] // 8) * 8) <= 65536
 
 
 @slow
