@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Annotated
 
 import typer
 
@@ -44,15 +45,25 @@ def main() -> None:
         fail(f"out of memory: {first_line(error)}", 1)
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    check: Annotated[
+        bool, typer.Option("--check", help="Also run every kernel that can run, and compare.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what can run on this machine, and why the rest cannot."""
-    from .doctor import examine, report
+    from . import doctor as room
 
-    found = examine()
+    found = room.examine()
+    if not as_json:
+        print(room.report(found))
+    checks = room.check() if check else []
     if as_json:
-        print_json(found)
-    else:
-        print(report(found))
+        print_json(found | {"checks": checks} if check else found)
+    elif check:
+        print(f"\n{room.report_checks(checks)}")
+    if any(row["wrong"] for row in checks):
+        raise typer.Exit(1)
 
 
 # In the order of `--help`, which puts groups last.

@@ -6,14 +6,19 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import time
 from typing import Any
 
 import torch
 
+from .bench.timing import table
+from .errors import first_line
 from .generation.models import DEMO
-from .kernels.choice import IMPLS, preference, why_not
+from .kernels.choice import IMPLS, preference, run_chosen, why_not
+from .kernels.reference import reference_attention
 from .kernels.tiled.native.build import BuildError, compiler
 from .kernels.tiled.native.forward import why_not_compiled
+from .kernels.window import Window
 from .versions import __version__
 
 EXTRAS = {
@@ -23,6 +28,19 @@ EXTRAS = {
     "gpu": ("triton", "xformers"),
 }
 
+# What `check` computes by every implementation, in tokens: sides and text end within tiles.
+WINDOWS = {
+    "forward": Window(13, 18, 7, 4),
+    "pooled": Window(13, 18, 7, 4, 4),
+    "far": Window(13, 18, 7, 2, far_levels=3),
+}
+# Channels and dtypes that models have, of Triton's kernels; and of the other implementations.
+HEAD_DIMS = (64, 128)
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# Largest relative error.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
 
 def examine() -> dict[str, Any]:
     """Versions, devices, implementations and extras, as plain values for printing or JSON.
@@ -30,9 +48,7 @@ def examine() -> dict[str, Any]:
     `impls` maps a device and an implementation to None if it can run there, else to the reason;
     `compiled_tiled` is that of the compiled kernel, which `tiled` can do without on a CPU.
     """
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    devices = _devices()
     impls = {}
     for device in devices:
         query = torch.empty(1, 1, 1, 64, device=device)
@@ -57,14 +73,105 @@ def examine() -> dict[str, Any]:
         # For the demo's heads; compiled here and now if it never was.
         "compiled_tiled": why_not_compiled(torch.empty(1, 1, 1, 64), 1, 1),
         "auto": {
-            device: next(name for name, reason in table.items() if reason is None)
-            for device, table in impls.items()
+            device: next(name for name, reason in reasons.items() if reason is None)
+            for device, reasons in impls.items()
         },
         "demo": (DEMO / "model_index.json").is_file(),
         "extras": {
             extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()
         },
     }
+
+
+def _devices() -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ["cpu", *(f"cuda:{index}" for index in range(count))]
+
+
+def check() -> list[dict[str, Any]]:
+    """Every implementation that can run here on small problems, compared with float64.
+
+    Returns:
+        rows with device, kernel (an implementation's, or one of Triton's and its entry), dtype,
+        head_dim, the largest error, seconds (compilation included) and what is wrong; None if
+        nothing is.
+    """
+    rows = []
+    for name in _devices():
+        device = torch.device(name)
+        for impl in preference(device.type):
+            if impl == "reference" or why_not(impl, torch.empty(1, 1, 1, 64, device=device)):
+                continue
+            rows += _triton_rows(device) if impl == "triton" else _rows(impl, device)
+    return rows
+
+
+def _triton_rows(device: torch.device) -> list[dict[str, Any]]:
+    from .kernels.triton.trust import look_at_all
+
+    return [
+        _row(
+            found.kernel.device, f"triton {found.kernel.name} {found.entry}", found.kernel.dtype,
+            found.kernel.head_dim, max(found.errors.values(), default=None), found.seconds,
+            found.wrong,
+        )
+        for dtype in TRITON_DTYPES
+        for head_dim in HEAD_DIMS
+        for found in look_at_all(device, dtype, head_dim)
+    ]  # fmt: skip
+
+
+def _rows(impl: str, device: torch.device) -> list[dict[str, Any]]:
+    dtype, head_dim, rows = DTYPES[device.type], HEAD_DIMS[0], []
+    scale = head_dim**-0.5
+    for name, window in WINDOWS.items():
+        generator, begin = torch.Generator().manual_seed(0), time.perf_counter()
+        shape = (3, 1, window.sequence_length, 2, head_dim)
+        query, key, value = torch.randn(shape, generator=generator).to(device, dtype)
+        wide = query.double(), key.double(), value.double()
+        error, wrong = None, None
+        try:
+            out, _ = run_chosen(impl, query, key, value, window, scale=scale)
+            exact, _ = reference_attention(*wide, window, scale=scale)
+            error = float((out.double() - exact).norm() / exact.norm())
+            if not error <= TOLERANCE[dtype]:  # NaN too
+                wrong = f"is wrong: relative error {error:.1e} (at most {TOLERANCE[dtype]:.0e})"
+        except Exception as failed:
+            wrong = f"failed with {type(failed).__name__}: {first_line(failed)}"
+        seconds = time.perf_counter() - begin
+        rows.append(_row(device, f"{impl} {name}", dtype, head_dim, error, seconds, wrong))
+    return rows
+
+
+def _row(
+    device: torch.device,
+    kernel: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    error: float | None,
+    seconds: float,
+    wrong: str | None,
+) -> dict[str, Any]:
+    return {
+        "device": str(device),
+        "kernel": kernel,
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": head_dim,
+        "error": error,
+        "seconds": seconds,
+        "wrong": wrong,
+    }
+
+
+def report_checks(rows: list[dict[str, Any]]) -> str:
+    """`check` as text for a terminal."""
+    shown = [
+        {name: value for name, value in row.items() if name != "wrong"}
+        | {"verdict": "right" if row["wrong"] is None else "WRONG"}
+        for row in rows
+    ]
+    wrong = [f"{row['device']}, {row['kernel']}: it {row['wrong']}" for row in rows if row["wrong"]]
+    return "\n".join([table(shown), *wrong])
 
 
 def _version(package: str) -> str | None:
@@ -91,11 +198,11 @@ def report(found: dict[str, Any]) -> str:
         f"demo pipeline: {'here' if found['demo'] else 'missing'}",
         "",
     ]
-    for device, table in found["impls"].items():
+    for device, impls in found["impls"].items():
         lines.append(f"{device} ({found['devices'][device]}): auto runs {found['auto'][device]}")
         lines += [
             f"  {name:<10} {'can run' if reason is None else 'cannot run: it ' + reason}"
-            for name, reason in table.items()
+            for name, reason in impls.items()
         ]
         if device == "cpu":
             reason = found["compiled_tiled"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .reference import reference_attention
 from .tiled.bands import tiled_attention
 from .tiled.native.pool import pool_cells as pool_cells_compiled
 from .tiled.native.pool import why_not_pooled
-from .triton.device import why_not_triton
+from .triton.device import Kernel, NoEntryError, kernels_of, why_not_triton
 from .window import Window
 
 logger = logging.getLogger(__name__)
@@ -72,20 +73,37 @@ def why_not(
 
 
 def select_impl(
-    impl: str, query: torch.Tensor, needs_grad: bool = False, return_lse: bool = False
+    impl: str,
+    query: torch.Tensor,
+    needs_grad: bool = False,
+    return_lse: bool = False,
+    kernels: tuple[str, ...] = (),
+    beside: tuple[str, ...] = (),
 ) -> str:
     """The implementation that runs for a request.
 
     An explicit choice is checked and never replaced. "auto" takes the first of `preference` that
     can run and logs, once per choice and at INFO, why the faster ones cannot.
 
+    Args:
+        kernels: names of Triton's (triton/device.py `kernels_of`) that must be right on this
+            device; each is looked at on its first use.
+        beside: implementations that "auto" does not take.
+
     Raises:
         ValueError: unknown `impl`, or an explicit one that cannot run here.
     """
+
+    def cannot(name: str) -> str | None:
+        reason = why_not(name, query, needs_grad, return_lse)
+        if reason is None and name == "triton" and kernels:
+            reason = why_not_trusted(query.device, query.dtype, query.shape[-1], kernels)
+        return reason
+
     if impl not in IMPLS:
         raise ValueError(f"local_attention: impl must be one of {', '.join(IMPLS)}; got {impl!r}.")
     if impl != "auto":
-        reason = why_not(impl, query, needs_grad, return_lse)
+        reason = cannot(impl)
         if reason is not None:
             raise ValueError(
                 f"local_attention: impl={impl!r} cannot run here: it {reason}. "
@@ -94,7 +112,7 @@ def select_impl(
         return impl
     refused: list[str] = []
     for name in preference(query.device.type):
-        reason = why_not(name, query, needs_grad, return_lse)
+        reason = "failed" if name in beside else cannot(name)
         if reason is None:
             if not torch.compiler.is_compiling():  # a log call breaks the graph
                 _announce(name, tuple(refused))
@@ -125,19 +143,49 @@ def run_chosen(
 
     Raises:
         ValueError: see `select_impl`.
+        NoEntryError: an explicit `impl` whose kernels fail on this device. "auto" goes on with the
+            next implementation.
     """
-    name = select_impl(impl, query, needs_grad, return_lse)
-    return _RUN[name](query, key, value, window, scale=scale, return_lse=return_lse, **of_pooled)
+    options = {"scale": scale, "return_lse": return_lse, **of_pooled}
+    kernels = kernels_of(window.far_levels > 0, window.down_factor > 1, needs_grad)
+    name = select_impl(impl, query, needs_grad, return_lse, kernels)
+    try:
+        return _RUN[name](query, key, value, window, **options)
+    except NoEntryError:  # what failed was logged as a warning
+        if impl != "auto":
+            raise
+    name = select_impl(impl, query, needs_grad, return_lse, beside=("triton",))
+    return _RUN[name](query, key, value, window, **options)
+
+
+@torch.compiler.assume_constant_result
+def why_not_trusted(
+    device: torch.device, dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...]
+) -> str | None:
+    """Why one of Triton's kernels may not be used on a device; None if all may.
+
+    What is traced for torch.compile has the answer of the time it was traced.
+    """
+    if device.type != "cuda":
+        return None
+    from .triton import trust
+
+    reasons = (trust.why_not_trusted(Kernel(device, dtype, head_dim, name)) for name in kernels)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 @pool_cells_op.register_kernel("cuda")
 def pool_cells_on_gpu(key: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`pool_cells` in a few launches by Triton where it can run, else by PyTorch's operators."""
-    if why_not_triton(key, needs_grad=False, return_lse=False) is not None:
-        return pool_cells_by_operators(key, *others)
-    from .triton.pooling import pool_cells
+    kernel = Kernel(key.device, key.dtype, key.shape[-1], "pooling")
+    refused = why_not_triton(key, needs_grad=False, return_lse=False)
+    if refused is None and why_not_trusted(*kernel[:3], (kernel.name,)) is None:
+        from .triton.failures import without_choice
+        from .triton.pooling import pool_cells
 
-    return pool_cells(key, *others)
+        with suppress(NoEntryError), without_choice(kernel):  # logged as a warning
+            return pool_cells(key, *others)
+    return pool_cells_by_operators(key, *others)
 
 
 @pool_cells_op.register_kernel("cpu")

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .choice import select_impl
 from .opaque import channels_contiguous
 from .tiled.partial import attend_all
+from .triton.device import NoEntryError, kernels_of
 
 
 def dense_attention(
@@ -37,8 +38,15 @@ def dense_attention(
 
     Raises:
         ValueError: unknown `impl`, or an explicit one that cannot run here.
+        NoEntryError: an explicit "triton" whose kernel fails on this device.
     """
-    return _op(query, key, value, scale, select_impl(impl, query) == "triton")
+    by_triton = select_impl(impl, query, kernels=kernels_of(False, False, False)) == "triton"
+    try:
+        return _op(query, key, value, scale, by_triton)
+    except NoEntryError:  # what failed was logged as a warning
+        if impl != "auto":
+            raise
+    return _op(query, key, value, scale, False)
 
 
 def _forward(

@@ -16,6 +16,12 @@ import torch
 from support.families.models import make_inputs as make_family_inputs
 from support.families.models import make_model, raster_ids
 from support.families.pipelines import make_parts, make_pipeline
+from support.triton_mode import interpreted
+
+if interpreted:
+    from support.interpreter_bfloat16 import make_exact
+
+    make_exact()
 
 
 def make_transformer(seed: int = 0, **config) -> torch.nn.Module:

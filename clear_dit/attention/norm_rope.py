@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..compat import names_from
+from ..kernels.choice import why_not_trusted
 from ..kernels.triton.device import DTYPES, LARGEST_HEAD_DIM
 
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
@@ -63,7 +64,7 @@ def why_not_norm_rope(
                 f"needs rotary tables {shape} in float32 on {tokens.device}, got "
                 f"{tuple(table.shape)} in {table.dtype} on {table.device}"
             )
-    return None
+    return why_not_trusted(tokens.device, tokens.dtype, head_dim, ("norm_rope",))
 
 
 def _why_not_norm(norm: Any, tokens: torch.Tensor) -> str | None:

@@ -42,10 +42,21 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def find_impl(impl: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The implementation of local attention that will run without gradients."""
+def find_impl(
+    impl: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int = 64,
+    kernels: tuple[str, ...] = (),
+) -> str:
+    """The implementation of local attention that will run without gradients.
+
+    Args:
+        kernels: of Triton, that must be right on this device; see `select_impl`.
+    """
+    query = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
     try:
-        return select_impl(impl, torch.empty(1, 1, 1, 64, dtype=dtype, device=device))
+        return select_impl(impl, query, kernels=kernels)
     except ValueError as error:
         raise RequestError(str(error)) from error
 

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import RequestError, first_line, is_out_of_memory
 from ..files import check_writable
+from ..kernels.triton.device import kernels_of
 from ..memory import peak_mb, reset_peak
 from ..pipelines.decoding.image_files import IMAGE_SUFFIXES, save_rows
 from ..plugin import apply_clear, remove_clear
@@ -183,7 +184,13 @@ class PipelineRunner:
             impl, wanted = "full", None
         else:
             found = self._find_weights(request)
-            impl = find_impl(request.impl, self.pipe.dtype, self.pipe.device)
+            impl = find_impl(
+                request.impl,
+                self.pipe.dtype,
+                self.pipe.device,
+                self.pipe.transformer.config.get("attention_head_dim", 64),
+                kernels_of(found.far, request.down_factor > 1, needs_grad=False),
+            )
             wanted = (request.radius, request.down_factor, *found, request.impl)
         if wanted != self._attention:
             if self._attention is not None:

@@ -21,6 +21,7 @@ from ..attention.text_padding import valid_text
 from ..attention.tracker import WindowTracker
 from ..families.table import attention_layers, family_of
 from ..kernels.choice import select_impl
+from ..kernels.triton.device import kernels_of
 from .format import parameters_by_key, refuse_unsuitable
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class ClearState:
         if settings.references == "local" and family.reference_grids and layout.reference_length:
             grids = family.reference_grids(given, layout)
             layout = layout._replace(local_references=grids)
-        impl = self._chosen_impl(reading.like)
+        impl = self._chosen_impl(model, reading.like)
         self.tracker.announce(layout, impl, valid_text(reading.text_mask))
         if not reading.changes:
             return None
@@ -180,7 +181,7 @@ class ClearState:
         bound.arguments.update(reading.changes)
         return bound.args[1:], bound.kwargs
 
-    def _chosen_impl(self, like: torch.Tensor) -> str:
+    def _chosen_impl(self, model: nn.Module, like: torch.Tensor) -> str:
         """The implementation that will run, also chosen (and logged) here for compiled blocks.
 
         like: a tensor of the device and dtype the layers run in.
@@ -188,8 +189,13 @@ class ClearState:
         impl = next(iter(self.installed.values())).impl
         if impl != "auto":
             return impl
-        query = like.new_empty(1, 1, 1, 64)
-        return select_impl(impl, query, needs_grad=torch.is_grad_enabled())
+        assert self.tracker is not None
+        config: Any = model.config
+        query = like.new_empty(1, 1, 1, config.get("attention_head_dim", 64))
+        needs_grad = torch.is_grad_enabled()
+        far, pooled = self.tracker.far_levels > 0, self.tracker.down_factor > 1
+        kernels = kernels_of(far, pooled, needs_grad)
+        return select_impl(impl, query, needs_grad=needs_grad, kernels=kernels)
 
     def _runs(self, model: nn.Module) -> bool:
         """Whether CLEAR still runs in the model; reports layers that somebody else took over."""

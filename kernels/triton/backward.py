@@ -177,15 +177,15 @@ def locate_tile(y, x, height, width, R: tl.constexpr, C: tl.constexpr, CLIP: tl.
 @triton.jit
 def walk_key_tiles(
     query_sum, query, grad, lse, delta, key, value, key_token, value_token,
-    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius,
     scale_log2, head_dim,
     M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
     MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`add_query_gradient` over key tiles; key, value: pointers to the head's first image token."""
     for step in tl.range(begin, end, num_stages=STAGES):
-        y = tile_y + tl.load(offsets + 2 * step)
-        x = tile_x + tl.load(offsets + 2 * step + 1)
+        y = tile_y + tl.load(offsets + 2 * step).to(tl.int32)
+        x = tile_x + tl.load(offsets + 2 * step + 1).to(tl.int32)
         k = load_tile(
             key, key_token, batch, head, y, x, height, width, head_dim,
             R, C, D, EVEN_D, MASKED, DESCRIPTOR,
@@ -194,7 +194,7 @@ def walk_key_tiles(
             value, value_token, batch, head, y, x, height, width, head_dim,
             R, C, D, EVEN_D, MASKED, DESCRIPTOR,
         )  # fmt: skip
-        mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C)
+        mask = disc_mask(own_y, own_x, y, x, height, width, radius, M, R, C)
         query_sum = add_query_gradient(
             query_sum, query, grad, lse, delta, k, v, mask, None, scale_log2, MASKED, False
         )
@@ -204,15 +204,15 @@ def walk_key_tiles(
 @triton.jit
 def walk_query_tiles(
     key_sum, value_sum, key, value, query, grad, lse, delta, query_token, grad_token,
-    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius,
     scale_log2, head_dim,
     M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
     MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`add_key_gradients` over query tiles; query, grad, lse, delta: at the first image token."""
     for step in tl.range(begin, end, num_stages=STAGES):
-        y = tile_y + tl.load(offsets + 2 * step)
-        x = tile_x + tl.load(offsets + 2 * step + 1)
+        y = tile_y + tl.load(offsets + 2 * step).to(tl.int32)
+        x = tile_x + tl.load(offsets + 2 * step + 1).to(tl.int32)
         q = load_tile(
             query, query_token, batch, head, y, x, height, width, head_dim,
             R, C, D, EVEN_D, MASKED, DESCRIPTOR,
@@ -225,9 +225,9 @@ def walk_query_tiles(
         row_lse = tl.load(lse + tokens, mask=valid, other=0.0)
         row_delta = tl.load(delta + tokens, mask=valid, other=0.0)
         # Queries beyond the border add nothing, as in `walk_queries`.
-        mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C, CLIP=False)
+        mask = disc_mask(own_y, own_x, y, x, height, width, radius, M, R, C, CLIP=False)
         key_sum, value_sum, _ = add_key_gradients(
-            key_sum, value_sum, None, key, value, None, q, g, row_lse, row_delta, mask,
+            key_sum, value_sum, 0.0, key, value, None, q, g, row_lse, row_delta, mask,
             scale_log2, MASKED, False,
         )  # fmt: skip
     return key_sum, value_sum
@@ -240,7 +240,7 @@ def image_query_backward(
     grad_batch, grad_token, grad_head, query_batch, query_token, query_head,
     key_batch, key_token, key_head, value_batch, value_token, value_head,
     heads, head_dim, height, width, text_length, pooled_length, bias_token, bias_head,
-    tiles_x, tiles, column_classes, radius2, scale, scale_log2,
+    tiles_x, tiles, column_classes, radius, scale, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
     D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr,
@@ -291,12 +291,12 @@ def image_query_backward(
     begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     query_sum = walk_key_tiles(
         query_sum, q, g, row_lse, row_delta, image_key, image_value, key_token, value_token,
-        offsets, begin, border, item, place, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        offsets, begin, border, item, place, tile_y, tile_x, own_y, own_x, height, width, radius,
         scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
     query_sum = walk_key_tiles(
         query_sum, q, g, row_lse, row_delta, image_key, image_value, key_token, value_token,
-        offsets, border, end, item, place, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        offsets, border, end, item, place, tile_y, tile_x, own_y, own_x, height, width, radius,
         scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
     )  # fmt: skip
     grad_query += (batch * sequence * heads + head) * head_dim
@@ -310,7 +310,7 @@ def image_key_backward(
     grad_batch, grad_token, grad_head, query_batch, query_token, query_head,
     key_batch, key_token, key_head, value_batch, value_token, value_head,
     heads, head_dim, height, width, text_length,
-    tiles_x, tiles, column_classes, radius2, scale, scale_log2,
+    tiles_x, tiles, column_classes, radius, scale, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
     D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -341,8 +341,9 @@ def image_key_backward(
     key_sum = tl.zeros([M, D], tl.float32)
     value_sum = tl.zeros([M, D], tl.float32)
     key_sum, value_sum, _ = walk_queries(
-        key_sum, value_sum, None, k, v, None, query, grad, lse, delta, query_token, grad_token,
-        0, text_length, scale_log2, head_dim, N, D, EVEN_D, False, STAGES,
+        key_sum, value_sum, tl.zeros([M], tl.float32), k, v, None, query, grad, lse, delta,
+        query_token, grad_token, 0, text_length, scale_log2, head_dim,
+        N, D, EVEN_D, False, STAGES,
     )  # fmt: skip
     if not DESCRIPTOR:
         image_query += batch * query_batch + head * query_head
@@ -354,12 +355,12 @@ def image_key_backward(
     begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     key_sum, value_sum = walk_query_tiles(
         key_sum, value_sum, k, v, image_query, image_grad, lse, delta, query_token, grad_token,
-        offsets, begin, border, item, place, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        offsets, begin, border, item, place, tile_y, tile_x, own_y, own_x, height, width, radius,
         scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
     key_sum, value_sum = walk_query_tiles(
         key_sum, value_sum, k, v, image_query, image_grad, lse, delta, query_token, grad_token,
-        offsets, border, end, item, place, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        offsets, border, end, item, place, tile_y, tile_x, own_y, own_x, height, width, radius,
         scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
     )  # fmt: skip
     start = (batch * sequence * heads + head) * head_dim
@@ -542,7 +543,7 @@ def _walk_image(
         *four, *more, *images, walked.lse, walked.delta, *targets,
         lists.offsets, lists.ranges, lists.row_class, lists.column_class, *strides_of(*four),
         *walked.heads, height, width, text_length, *more_numbers,
-        tiles_x, tiles, lists.ranges.shape[1], radius**2, *walked.scales,
+        tiles_x, tiles, lists.ranges.shape[1], radius, *walked.scales,
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
         **size, DESCRIPTOR=descriptor, STAGES=config.num_stages, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,

@@ -10,7 +10,6 @@ among the cells. Lists grow as the image does: 2.3 million entries at 8192 px wi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from ..cells import ENDLESS, cell_count, compared_centres, compared_reach2, comp
 from ..opaque import Geometry
 from ..window import Window
 from .geometry import Tiling
+from .resident import resident
 
 # Pairs of a tile and a candidate that are looked at together: bounds the memory of building.
 CANDIDATES = 2**23
@@ -151,7 +151,6 @@ def first_keys(geometry: Geometry) -> list[int]:
     return found
 
 
-@functools.lru_cache(maxsize=16)
 def key_lists(
     geometry: Geometry, rows: int, columns: int, step: int, device: torch.device
 ) -> KeyLists:
@@ -160,8 +159,13 @@ def key_lists(
     geometry: as `of_lists` gives it.
     step: keys that are visited together.
 
-    A pure function of its arguments; remembered, because a model asks once per layer and step.
+    A pure function of its arguments; kept on the device, because a model asks once per layer and
+    step.
     """
+    return resident(_key_lists, (geometry, rows, columns, step), device)
+
+
+def _key_lists(geometry: Geometry, rows: int, columns: int, step: int) -> KeyLists:
     start, stop, width, levels = (
         geometry.query_start, geometry.query_stop, geometry.width, geometry.far_levels
     )  # fmt: skip
@@ -199,16 +203,19 @@ def key_lists(
     ends = np.cumsum(whole + partial)
     begins = ends - whole - partial
     ranges = np.column_stack([begins, begins + whole // step * step, ends])
-    return KeyLists(*_tensors((np.concatenate(keys), ranges, tokens), device))
+    return KeyLists(*_tensors((np.concatenate(keys), ranges, tokens)))
 
 
-@functools.lru_cache(maxsize=64)
 def query_lists(geometry: Geometry, level: int, tiling: Tiling, device: torch.device) -> QueryLists:
     """The query tiles that see tiles of a level's cells, or of tokens for level 0.
 
     geometry: as `of_lists` gives it, all rows given and queries.
     tiling: tiles of cells, and of queries that are visited.
     """
+    return resident(_query_lists, (geometry, level, tiling), device)
+
+
+def _query_lists(geometry: Geometry, level: int, tiling: Tiling) -> QueryLists:
     levels, (_, outer2) = geometry.far_levels, _reach2(geometry, level)
     axes = []
     for length, tile, step in (
@@ -229,13 +236,21 @@ def query_lists(geometry: Geometry, level: int, tiling: Tiling, device: torch.de
         counts.append(some.sum(1))
     count = np.concatenate(counts)
     ranges = np.concatenate([[0], np.cumsum(count)])
-    listed, ranges_ = _tensors((np.concatenate(tiles), ranges), device)
+    listed, ranges_ = _tensors((np.concatenate(tiles), ranges))
     return QueryLists(listed, ranges_, int(count.max()))
 
 
-@functools.lru_cache(maxsize=16)
 def key_comparisons(geometry: Geometry, device: torch.device) -> torch.Tensor:
     """The numbers of `Comparisons` of every key, in the order of `KeyLists`: int32 (6, keys)."""
+    return resident(_key_comparisons, (geometry,), device).numbers
+
+
+@dataclass(frozen=True)
+class _KeyComparisons:
+    numbers: torch.Tensor
+
+
+def _key_comparisons(geometry: Geometry) -> _KeyComparisons:
     levels = [
         torch.stack(
             comparisons(
@@ -245,7 +260,7 @@ def key_comparisons(geometry: Geometry, device: torch.device) -> torch.Tensor:
         )
         for level in range(geometry.far_levels + 1)
     ]  # fmt: skip
-    return torch.cat(levels, dim=1).to(device)
+    return _KeyComparisons(torch.cat(levels, dim=1))
 
 
 def of_lists(geometry: Geometry) -> Geometry:
@@ -253,8 +268,8 @@ def of_lists(geometry: Geometry) -> Geometry:
     return geometry._replace(scale=1.0, text_length=0)
 
 
-def _tensors(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    return [torch.from_numpy(each.astype(np.int32)).to(device) for each in arrays]
+def _tensors(arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    return [torch.from_numpy(each.astype(np.int32)) for each in arrays]
 
 
 def executed_far_keys(window: Window, tiling: Tiling, step: int) -> tuple[float, float]:

@@ -41,6 +41,8 @@ class Usage:
         loop_spills: loads and stores of local memory inside loops, where they cost time.
         shared: bytes of shared memory of a program.
         wgmma: Hopper's warp-group products are used.
+        buffers: of every shape that loops copy ahead, such as 64x128xbf16, how many there are at a
+            time, in the loop that has fewest.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Usage:
     loop_spills: int
     shared: int
     wgmma: bool
+    buffers: dict[str, int]
 
 
 @contextmanager
@@ -89,7 +92,14 @@ def usage(kernel: Any) -> Usage:
         spills,
         kernel.metadata.shared,
         "wgmma.mma_async" in kernel.asm.get("ptx", ""),
+        _buffers(kernel.asm["ttgir"]),
     )
+
+
+def _buffers(code: str) -> dict[str, int]:
+    """Allocations without a first value in Triton's own code: their first size is a count."""
+    found = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x([^,]+),", code)
+    return {shape: min(int(n) for n, of in found if of == shape) for _, shape in found}
 
 
 def _tool(name: str, *arguments: str) -> str:

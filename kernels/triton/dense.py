@@ -20,12 +20,12 @@ def text_forward(
     value_batch, value_token, value_head,
     heads, head_dim, text_length, sequence, keys_per_split, blocks, planes, scale_log2,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    NEGATIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of text queries against one split of the keys.
 
     part_out: float32 (splits, batch, text, heads, head_dim); part_lse: float32 (splits, batch,
-    text, heads), in units of log2.
+    text, heads), in units of log2. NEGATIVE: the scale is that of the negated queries.
     """
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     plane, split = rest % planes, rest // planes
@@ -38,6 +38,8 @@ def text_forward(
         query + batch * query_batch + head * query_head, query_token, tokens, valid, head_dim,
         D, EVEN_D,
     )  # fmt: skip
+    if NEGATIVE:
+        q = -q
 
     row_max = tl.full([M], LOWEST, tl.float32)
     row_sum = tl.zeros([M], tl.float32)
@@ -45,8 +47,8 @@ def text_forward(
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, sequence)
     row_max, row_sum, acc = attend_run(
-        q, row_max, row_sum, acc, key, value, key_token, value_token, begin, end,
-        scale_log2, head_dim, None, 0, N, D, EVEN_D, False, False, STAGES,
+        q, row_max, row_sum, acc, key, value, key_token, value_token, batch, head, begin, end,
+        scale_log2, head_dim, None, 0, N, D, EVEN_D, False, False, False, STAGES,
     )  # fmt: skip
 
     row = (split.to(tl.int64) * (planes // heads) + batch) * text_length * heads + head

@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import NamedTuple, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD_DIM = 256
 # Where there is no GPU, Triton's interpreter runs, and any table serves it.
 INTERPRETER = "sm_80"
+# AMD's for which the tables do not spill.
+HIP_ARCHITECTURES = ("gfx942", "gfx950")
 # Several run at a time, and a few rounds of them even out the last one.
 PROGRAMS_PER_MULTIPROCESSOR = 8
+
+
+class NoEntryError(RuntimeError):
+    """A kernel of Triton does not work on this device, with any entry of the tables."""
+
+
+class Kernel(NamedTuple):
+    """What is trusted, and found wanting, as one.
+
+    Attributes:
+        name: one of trust.KERNELS.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    name: str
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Triton's {self.name} kernel on {self.device} ({dtype}, head_dim {self.head_dim})"
+
+
+def kernels_of(far: bool, pooled: bool, needs_grad: bool) -> tuple[str, ...]:
+    """Names of the kernels that attention runs, with far keys or else maybe pooled ones."""
+    if far:
+        return ("far", "pooling", "backward far") if needs_grad else ("far", "pooling")
+    forward = "pooled" if pooled else "forward"
+    return (forward, "backward") if needs_grad else (forward,)
 
 
 def why_not_triton(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> str | None:
@@ -25,10 +61,19 @@ def why_not_triton(query: torch.Tensor, needs_grad: bool, return_lse: bool) -> s
         return f"takes float16, bfloat16 or float32, got {query.dtype}"
     if not 1 <= query.shape[-1] <= LARGEST_HEAD_DIM:
         return f"takes a head_dim of 1 to {LARGEST_HEAD_DIM}, got {query.shape[-1]}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.version.hip is not None:
+        found = hip_architecture(query.device)
+        if found not in HIP_ARCHITECTURES:
+            return f"needs one of {', '.join(HIP_ARCHITECTURES)}, got {found}"
+    elif torch.cuda.get_device_capability(query.device) < (8, 0):
         found = ".".join(map(str, torch.cuda.get_device_capability(query.device)))
         return f"needs compute capability 8.0 (Ampere) or later, got {found}"
     return None
+
+
+def hip_architecture(device: torch.device) -> str:
+    """AMD's name of a device, such as gfx942."""
+    return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
 
 
 @functools.cache
@@ -43,9 +88,9 @@ def architecture(device: torch.device) -> str:
         return "sm_90"
     if major in (10, 11):
         return "sm_100"
-    if major == 8 and minor in (0, 6, 9):
-        return f"sm_8{minor}"
-    return "sm_86"  # 8.7 and 12.x: no more shared memory than this for sure
+    if major == 8:
+        return f"sm_8{minor}" if minor in (0, 6, 9) else "sm_86"
+    return "sm_120"  # later ones too: no more shared memory than this for sure
 
 
 @functools.cache
@@ -56,3 +101,34 @@ def programs(device: torch.device) -> int:
     return PROGRAMS_PER_MULTIPROCESSOR * (
         torch.cuda.get_device_properties(device).multi_processor_count
     )
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def run_apart(device: torch.device, run: Callable[[], Result]) -> Result:
+    """`run()` in a thread of its own, on the device's default stream.
+
+    Nothing of the caller's reaches it: no pool of a CUDA graph's warm-up (which is a thread's), no
+    fake tensors, autocast or gradients.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+                results.append(run())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="clear-dit apart")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -140,7 +140,8 @@ def far_forward(
     heads, head_dim, width, text_length, token_keys, total,
     query_start, query_stop, text_queries, tiles_x, tiles, scale_log2,
     R: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
-    D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr, NEGATIVE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per tile, head and batch item.
 
@@ -148,7 +149,7 @@ def far_forward(
     value: (batch, text_length + token_keys, heads, head_dim), with strides query_batch,
     query_token, query_head and so on; image_key, image_value: the same from the first image token
     on; bias: (total - token_keys, heads); pooled_key, pooled_value of as many, out, lse:
-    contiguous; the lists: see cell_lists.py.
+    contiguous; the lists: see cell_lists.py. NEGATIVE: the scale is that of the negated queries.
     """
     M: tl.constexpr = R * C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -162,13 +163,15 @@ def far_forward(
     value += batch * value_batch + head * value_head
     pooled = (batch * (total - token_keys) * heads + head) * head_dim
     q = load_rows(query, query_token, tokens, tl.full([M], True, tl.int1), head_dim, D, EVEN_D)
+    if NEGATIVE:
+        q = -q
 
     row_max = tl.full([M], LOWEST, tl.float32)
     row_sum = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     row_max, row_sum, acc = attend_run(
-        q, row_max, row_sum, acc, key, value, key_token, value_token, 0, text_length,
-        scale_log2, head_dim, None, 0, N, D, EVEN_D, EVEN_TEXT, False, STAGES,
+        q, row_max, row_sum, acc, key, value, key_token, value_token, batch, head, 0, text_length,
+        scale_log2, head_dim, None, 0, N, D, EVEN_D, EVEN_TEXT, False, False, STAGES,
     )  # fmt: skip
     image_key += batch * key_batch + head * key_head
     image_value += batch * value_batch + head * value_head

@@ -29,36 +29,57 @@ def attend_block(
 ):  # fmt: skip
     """Softmax attention of [M, D] queries over one more block of [N, D] keys.
 
-    bias: [N], added to the scores; mask: [M, N] or [1, N].
+    bias: [N], in units of log2, added to the scores; mask: [M, N] or [1, N]; scale_log2: above 0.
     """
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
     if BIAS:
-        scores += bias[None, :]
+        scores = scores * scale_log2 + bias[None, :]
+        scale_log2 = 1.0
     if MASKED:
         scores = tl.where(mask, scores, float("-inf"))
-    probability, factor, row_max, row_sum = online_softmax(scores, row_max, row_sum)
+    probability, factor, row_max, row_sum = online_softmax(scores, row_max, row_sum, scale_log2)
     acc = acc * factor[:, None]
     acc = tl.dot(probability.to(value.dtype), value, acc, input_precision="ieee")
     return row_max, row_sum, acc
 
 
 @triton.jit
+def load_run(
+    sequence, stride, batch, head, start, valid, head_dim,
+    N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """The tokens start..start + N of one head, [N, D].
+
+    sequence: a tensor descriptor of (batch, tokens, heads, head_dim), which reads others too where
+    not `valid`, or a pointer to token 0 of the head.
+    """
+    if DESCRIPTOR:
+        return tl.reshape(sequence.load([batch, start, head, 0]), [N, D])
+    else:
+        return load_rows(sequence, stride, start + tl.arange(0, N), valid, head_dim, D, EVEN_D)
+
+
+@triton.jit
 def attend_run(
-    query, row_max, row_sum, acc, key, value, key_stride, value_stride, begin, end,
+    query, row_max, row_sum, acc, key, value, key_stride, value_stride, batch, head, begin, end,
     scale_log2, head_dim, bias, bias_stride,
     N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention over the tokens begin..end of one head, all visible. EVEN: (end - begin) % N == 0.
 
-    key, value, and bias where BIAS: pointers to token 0 of the head.
+    key, value: see `load_run`; bias, where BIAS: a pointer to that of token 0 of the head.
     """
     lane = tl.arange(0, N)
     full = begin + (end - begin) // N * N
     everything = tl.full([N], True, tl.int1)
     for start in tl.range(begin, full, N, num_stages=STAGES):
-        k = load_rows(key, key_stride, start + lane, everything, head_dim, D, EVEN_D)
-        v = load_rows(value, value_stride, start + lane, everything, head_dim, D, EVEN_D)
+        k = load_run(
+            key, key_stride, batch, head, start, everything, head_dim, N, D, EVEN_D, DESCRIPTOR
+        )
+        v = load_run(
+            value, value_stride, batch, head, start, everything, head_dim, N, D, EVEN_D, DESCRIPTOR
+        )
         b = load_bias(bias, bias_stride, start + lane, everything, BIAS)
         row_max, row_sum, acc = attend_block(
             query, k, v, everything, b, row_max, row_sum, acc, scale_log2, False, BIAS
@@ -66,8 +87,12 @@ def attend_run(
     if not EVEN:
         for start in tl.range(full, end, N, num_stages=1):
             valid = start + lane < end
-            k = load_rows(key, key_stride, start + lane, valid, head_dim, D, EVEN_D)
-            v = load_rows(value, value_stride, start + lane, valid, head_dim, D, EVEN_D)
+            k = load_run(
+                key, key_stride, batch, head, start, valid, head_dim, N, D, EVEN_D, DESCRIPTOR
+            )
+            v = load_run(
+                value, value_stride, batch, head, start, valid, head_dim, N, D, EVEN_D, DESCRIPTOR
+            )
             b = load_bias(bias, bias_stride, start + lane, valid, BIAS)
             row_max, row_sum, acc = attend_block(
                 query, k, v, valid[None, :], b, row_max, row_sum, acc, scale_log2, True, BIAS
@@ -99,15 +124,15 @@ def load_tile(
 @triton.jit
 def attend_tiles(
     query, row_max, row_sum, acc, image_key, image_value, key_stride, value_stride,
-    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+    offsets, begin, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius,
     scale_log2, head_dim,
     M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
     MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention over the key tiles begin..end of the lists in `offsets`."""
     for step in tl.range(begin, end, num_stages=STAGES):
-        y = tile_y + tl.load(offsets + 2 * step)
-        x = tile_x + tl.load(offsets + 2 * step + 1)
+        y = tile_y + tl.load(offsets + 2 * step).to(tl.int32)
+        x = tile_x + tl.load(offsets + 2 * step + 1).to(tl.int32)
         k = load_tile(
             image_key, key_stride, batch, head, y, x, height, width, head_dim,
             R, C, D, EVEN_D, MASKED, DESCRIPTOR,
@@ -116,7 +141,7 @@ def attend_tiles(
             image_value, value_stride, batch, head, y, x, height, width, head_dim,
             R, C, D, EVEN_D, MASKED, DESCRIPTOR,
         )  # fmt: skip
-        mask = disc_mask(own_y, own_x, y, x, height, width, radius2, M, R, C)
+        mask = disc_mask(own_y, own_x, y, x, height, width, radius, M, R, C)
         row_max, row_sum, acc = attend_block(
             query, k, v, mask, None, row_max, row_sum, acc, scale_log2, MASKED, False
         )
@@ -130,18 +155,20 @@ def image_forward(
     query_batch, query_token, query_head, key_batch, key_token, key_head,
     value_batch, value_token, value_head, bias_token, bias_head,
     heads, head_dim, height, width, text_length, pooled_length,
-    query_start, query_stop, text_queries, tiles_x, tiles, column_classes, radius2, scale_log2,
+    query_start, query_stop, text_queries, tiles_x, tiles, column_classes, radius, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr,
-    POOLED: tl.constexpr, BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+    POOLED: tl.constexpr, BIAS: tl.constexpr, NEGATIVE: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per tile, head and batch item.
 
     query: (batch, text_queries + image rows query_start to query_stop, heads, head_dim), key and
     value: (batch, text + image, heads, head_dim), with strides query_batch, query_token, query_head
     and so on; pooled_key, pooled_value, out, lse: contiguous; bias, where BIAS: (pooled, heads).
-    image_key, image_value: tensor descriptors where DESCRIPTOR, else pointers to the first image
-    token. Rows are counted from the first that is given.
+    image_key, image_value: the image's part of key and value. These four are tensor descriptors
+    where DESCRIPTOR, else pointers to the first token. Rows are counted from the first that is
+    given. NEGATIVE: the scale is that of the negated queries.
     """
     M: tl.constexpr = R * C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -156,40 +183,43 @@ def image_forward(
 
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
     query += wide_batch * query_batch + wide_head * query_head
-    key += wide_batch * key_batch + wide_head * key_head
-    value += wide_batch * value_batch + wide_head * value_head
+    if not DESCRIPTOR:
+        key += wide_batch * key_batch + wide_head * key_head
+        value += wide_batch * value_batch + wide_head * value_head
+        image_key += wide_batch * key_batch + wide_head * key_head
+        image_value += wide_batch * value_batch + wide_head * value_head
+    # Long before they are needed: what is loaded by them waits for them.
+    row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
+    entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
+    begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     q = load_rows(query, query_token, tokens, everything, head_dim, D, EVEN_D)
+    if NEGATIVE:
+        q = -q
 
     row_max = tl.full([M], LOWEST, tl.float32)
     row_sum = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     row_max, row_sum, acc = attend_run(
-        q, row_max, row_sum, acc, key, value, key_token, value_token, 0, text_length,
-        scale_log2, head_dim, None, 0, N, D, EVEN_D, EVEN_TEXT, False, STAGES,
+        q, row_max, row_sum, acc, key, value, key_token, value_token, batch, head, 0, text_length,
+        scale_log2, head_dim, None, 0, N, D, EVEN_D, EVEN_TEXT, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
     if POOLED:
         plane_start = (wide_batch * pooled_length * heads + head) * head_dim
         row_max, row_sum, acc = attend_run(
             q, row_max, row_sum, acc, pooled_key + plane_start, pooled_value + plane_start,
-            heads * head_dim, heads * head_dim, 0, pooled_length,
+            heads * head_dim, heads * head_dim, batch, head, 0, pooled_length,
             scale_log2, head_dim, bias + wide_head * bias_head, bias_token,
-            N, D, EVEN_D, False, BIAS, STAGES,
+            N, D, EVEN_D, False, BIAS, False, STAGES,
         )  # fmt: skip
 
-    if not DESCRIPTOR:
-        image_key += wide_batch * key_batch + wide_head * key_head
-        image_value += wide_batch * value_batch + wide_head * value_head
-    row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
-    entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
-    begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     row_max, row_sum, acc = attend_tiles(
         q, row_max, row_sum, acc, image_key, image_value, key_token, value_token,
-        offsets, begin, border, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        offsets, begin, border, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius,
         scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
     row_max, row_sum, acc = attend_tiles(
         q, row_max, row_sum, acc, image_key, image_value, key_token, value_token,
-        offsets, border, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius2,
+        offsets, border, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius,
         scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
     )  # fmt: skip
 

@@ -9,7 +9,6 @@ exchanged, serve the gradients of key and value.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from ..window import Window
+from .resident import resident
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Visits:
-    """The lists of a grid, as int32 tensors on one device.
+    """The lists of a grid, as tensors on one device, int32 but for `offsets`.
 
     Attributes:
         offsets: (n, 2), rows and columns from the owner's first token to the visited tile's first.
+            int16, or int32 where they are larger: Triton copies numbers of 32 bits ahead in a stage
+            of their own, which leaves one less for the tiles.
         ranges: (row classes, column classes, 3), where a list begins, where its masked part begins
             and where it ends in `offsets`.
         row_class, column_class: class of every row, and every column, of owner tiles.
@@ -122,7 +124,6 @@ def _inner(
     return inside & (far < radius**2)
 
 
-@functools.lru_cache(maxsize=64)
 def visits(
     height: int,
     width: int,
@@ -135,8 +136,15 @@ def visits(
 
     owner_rows: (start, stop) of the rows that owners take up; all where None.
 
-    A pure function of its arguments; remembered, because a model asks once per layer and step.
+    A pure function of its arguments; kept on the device, because a model asks once per layer and
+    step.
     """
+    return resident(_visit_lists, (height, width, radius, tiling, owner_rows), device)
+
+
+def _visit_lists(
+    height: int, width: int, radius: int, tiling: Tiling, owner_rows: tuple[int, int] | None
+) -> Visits:
     row_reach = _reaches(height, tiling.rows, radius - 1, range(*(owner_rows or (0, height))))
     column_reach = _reaches(width, tiling.columns, radius - 1, range(width))
     row_classes, column_classes = list(dict.fromkeys(row_reach)), list(dict.fromkeys(column_reach))
@@ -144,18 +152,23 @@ def visits(
     lists, begin = [], 0
     for i, rows in enumerate(row_classes):
         for j, columns in enumerate(column_classes):
-            offsets = _visits(rows, columns, tiling, radius)
-            inner = _inner(offsets, rows, columns, tiling, radius)
-            lists += [offsets[inner], offsets[~inner]]
-            ranges[i, j] = begin, begin + inner.sum(), begin + len(offsets)
-            begin += len(offsets)
+            found = _visits(rows, columns, tiling, radius)
+            inner = _inner(found, rows, columns, tiling, radius)
+            lists += [found[inner], found[~inner]]
+            ranges[i, j] = begin, begin + inner.sum(), begin + len(found)
+            begin += len(found)
+    offsets = np.concatenate(lists)
+    narrow = np.abs(offsets).max(initial=0) <= np.iinfo(np.int16).max
     arrays = (
-        np.concatenate(lists),
         ranges,
         np.array([row_classes.index(reach) for reach in row_reach]),
         np.array([column_classes.index(reach) for reach in column_reach]),
     )
-    return Visits(*(torch.from_numpy(array.astype(np.int32)).to(device) for array in arrays))
+    typed = (
+        offsets.astype(np.int16 if narrow else np.int32),
+        *(array.astype(np.int32) for array in arrays),
+    )
+    return Visits(*(torch.from_numpy(array) for array in typed))
 
 
 def executed_keys(window: Window, tiling: Tiling, text_block: int = 64) -> float:

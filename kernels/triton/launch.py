@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -28,6 +30,14 @@ def channels(head_dim: int) -> dict[str, int | bool]:
     """The power of two that holds head_dim, and whether it is head_dim."""
     block = max(16, triton.next_power_of_2(head_dim))
     return {"D": block, "EVEN_D": block == head_dim}
+
+
+def scale_of(scale: float) -> dict[str, float | bool]:
+    """The scale as the forward kernels take it: for scores in units of log2, above 0, and its sign.
+
+    Instead of 0 comes a number that leaves nothing of any score, but -inf as it is.
+    """
+    return {"scale_log2": max(abs(scale) * math.log2(math.e), 1e-30), "NEGATIVE": scale < 0}
 
 
 def table_key(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, int, int]:
@@ -64,21 +74,23 @@ def image_attention(
     text_queries = queries - geometry.image_queries
     found = visits(height, width, radius, tiling, query.device, (start, stop))
     size = channels(head_dim)
-    image_key, image_value = key[:, text_length:], value[:, text_length:]
+    tokens: list[Any] = [key, value]
+    images: list[Any] = [x[:, text_length:] for x in tokens]
     if config.descriptor:
-        block = [1, tiling.step_rows, tiling.step_columns, 1, size["D"]]
-        image_key, image_value = (
-            TensorDescriptor.from_tensor(image.unflatten(1, (height, width)), block)
-            for image in (image_key, image_value)
-        )
+        run = [1, config.dense_keys, 1, size["D"]]
+        tile = [1, tiling.step_rows, tiling.step_columns, 1, size["D"]]
+        tokens = [TensorDescriptor.from_tensor(x, run) for x in tokens]
+        images = [
+            TensorDescriptor.from_tensor(x.unflatten(1, (height, width)), tile) for x in images
+        ]
     tiles_y, tiles_x = found.row_class.numel(), found.column_class.numel()
     image_forward[(tiles_y * tiles_x * heads * batch,)](
-        query, key, value, pooled_key, pooled_value, bias, image_key, image_value, out, lse,
+        query, *tokens, pooled_key, pooled_value, bias, *images, out, lse,
         found.offsets, found.ranges, found.row_class, found.column_class,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride(),
         heads, head_dim, height, width, text_length, pooled_key.shape[1],
         start, stop, text_queries,
-        tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius**2, scale * math.log2(math.e),
+        tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius, **scale_of(scale),
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
         N=config.dense_keys, **size, EVEN_TEXT=text_length % config.dense_keys == 0,
         POOLED=pooled_key.shape[1] > 0, BIAS=len(bias) > 0, DESCRIPTOR=config.descriptor,
@@ -112,12 +124,17 @@ def far_attention(
         bias, out, lse, lists.keys, lists.ranges, table,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias.stride(),
         heads, head_dim, width, text_length, key.shape[1] - text_length, table.shape[1],
-        start, stop, text_queries, tiles_x, tiles, scale * math.log2(math.e),
+        start, stop, text_queries, tiles_x, tiles, **scale_of(scale),
         R=tiling.rows, C=tiling.columns, N=config.dense_keys, STEP=config.far_keys,
         **channels(head_dim), EVEN_TEXT=text_length % config.dense_keys == 0,
         STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
+
+
+def attention_of(config: ForwardConfig, far: bool) -> Callable[..., None]:
+    """What launches an entry of the tables, with far keys or without: see `image_attention`."""
+    return far_attention if far else image_attention
 
 
 def text_attention(
@@ -148,8 +165,7 @@ def text_attention(
         query, key, value, part_out, part_lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         heads, head_dim, text_length, sequence, per_split, blocks, planes,
-        scale * math.log2(math.e),
-        M=config.block, N=config.step, **size, STAGES=config.num_stages,
+        **scale_of(scale), M=config.block, N=config.step, **size, STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
     rows = batch * text_length * heads

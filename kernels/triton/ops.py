@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from ..opaque import Geometry, Gradients, attention_op, channels_contiguous
 from . import tables
 from .backward import attention_backward
-from .device import programs
+from .device import Kernel, programs
+from .failures import without_choice
 from .far_backward import far_attention_backward
-from .launch import (
-    far_attention,
-    image_attention,
-    readable_by_descriptor,
-    table_key,
-    text_attention,
-)
-from .tuning import choose
+from .launch import attention_of, readable_by_descriptor, table_key, text_attention
+from .tuning import Kind, pinned, run_fastest, run_pinned, size_class
 
 
 def triton_dense_attention(
@@ -26,13 +19,13 @@ def triton_dense_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dense_attention` by the kernel of the text queries."""
     query, key, value = channels_contiguous(query, key, value)
-    entry_key = table_key(query.device, query.dtype, query.shape[-1])
+    kernel = Kernel(query.device, query.dtype, query.shape[-1], "text")
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    with torch.cuda.device_of(query):
+    with torch.cuda.device_of(query), without_choice(kernel):
         text_attention(
             query, key, value, out, lse, query.shape[1], scale,
-            tables.text_config(*entry_key), programs(query.device),
+            tables.text_config(*table_key(*kernel[:3])), programs(query.device),
         )  # fmt: skip
     return out, lse
 
@@ -48,27 +41,35 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = channels_contiguous(query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
-    entry_key = table_key(query.device, query.dtype, query.shape[-1])
+    far, pooled = geometry.far_levels > 0, pooled_key.shape[1] > 0
+    name = "far" if far else "pooled" if pooled else "forward"
+    kernel = Kernel(query.device, query.dtype, query.shape[-1], name)
+    entry_key = table_key(*kernel[:3])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    if query.shape[1] > geometry.image_queries:
-        with torch.cuda.device_of(query):
-            text_attention(
-                query, key, value, out, lse, geometry.text_length, geometry.scale,
-                tables.text_config(*entry_key), programs(query.device),
-            )  # fmt: skip
-    attention = far_attention if geometry.far_levels else image_attention
-    run = partial(attention, query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
-    entries = tables.forward_configs(*entry_key, far=geometry.far_levels > 0)
-    if not all(map(readable_by_descriptor, (key, value))):
-        entries = tuple(entry for entry in entries if not entry.descriptor)
-    kind = (
-        query.device, query.dtype, query.shape[-1],
-        geometry.radius, geometry.text_length > 0, pooled_key.shape[1] > 0,
-        geometry.far_levels > 0,
-    )  # fmt: skip
+
+    def run(entry: tables.ForwardConfig) -> None:
+        attention_of(entry, far)(
+            query, key, value, pooled_key, pooled_value, bias, out, lse, geometry, entry
+        )
+
+    readable = readable_by_descriptor(key) and readable_by_descriptor(value)
+    entries = tables.forward_configs(*entry_key, far=far)
+    chosen = pinned(entries, readable)
     with torch.cuda.device_of(query):
-        run(choose(entries, kind, run))
+        if query.shape[1] > geometry.image_queries:
+            with without_choice(kernel._replace(name="text")):
+                text_attention(
+                    query, key, value, out, lse, geometry.text_length, geometry.scale,
+                    tables.text_config(*entry_key), programs(query.device),
+                )  # fmt: skip
+        if chosen is not None:
+            run_pinned(chosen, kernel, run)
+        else:
+            usable = [entry for entry in entries if readable or not entry.descriptor]
+            size = size_class(query.shape[0] * geometry.image_queries * query.shape[2])
+            kind = Kind(kernel, geometry.radius, geometry.text_length > 0, size)
+            run_fastest(usable, kind, run)
     return out, lse
 
 
@@ -86,12 +87,16 @@ def _backward(
 ) -> Gradients:
     grad, query, key, value = channels_contiguous(grad, query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
-    entry_key = table_key(query.device, query.dtype, query.shape[-1])
-    backward = far_attention_backward if geometry.far_levels else attention_backward
-    with torch.cuda.device_of(query):
+    far = geometry.far_levels > 0
+    kernel = Kernel(
+        query.device, query.dtype, query.shape[-1], "backward far" if far else "backward"
+    )
+    backward = far_attention_backward if far else attention_backward
+    with torch.cuda.device_of(query), without_choice(kernel):
         return backward(
             grad, query, key, value, pooled_key, pooled_value, bias, out, lse, geometry,
-            config=tables.backward_config(*entry_key), programs=programs(query.device),
+            config=tables.backward_config(*table_key(*kernel[:3])),
+            programs=programs(query.device),
         )  # fmt: skip
 
 

@@ -54,49 +54,50 @@ def store_rows(
 def load_bias(bias, stride, tokens, valid, BIAS: tl.constexpr):
     """What is added to the scores of tokens of one head, in units of log2; 0 where not `valid`.
 
-    None without BIAS.
+    One 0 without BIAS: Triton 3.6 lets no function return None.
     """
     if BIAS:
         return tl.load(bias + tokens.to(tl.int64) * stride, mask=valid, other=0.0) * LOG2_E
     else:
-        return None
+        return 0.0
 
 
 @triton.jit
 def disc_mask(
-    own_y, own_x, y, x, height, width, radius2,
+    own_y, own_x, y, x, height, width, radius,
     M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, CLIP: tl.constexpr = True,
 ):  # fmt: skip
     """Which tokens of the R x C tile at (y, x) the owners' discs contain, bool [M, R * C].
 
     Rows and columns are squared apart, so that one comparison is left for each pair. What lies
-    beyond the border is as far away as can be; without CLIP the caller sees to the border.
+    beyond the border is put where no disc reaches; without CLIP the caller sees to the border.
     """
     visited_y = y + tl.arange(0, R)
     visited_x = x + tl.arange(0, C)
+    if CLIP:
+        visited_y = tl.where((visited_y >= 0) & (visited_y < height), visited_y, -radius)
+        visited_x = tl.where((visited_x >= 0) & (visited_x < width), visited_x, -radius)
     dy = own_y[:, None] - visited_y[None, :]  # [M, R]
     dx = own_x[:, None] - visited_x[None, :]  # [M, C]
-    room = radius2 - dy * dy
-    dx2 = dx * dx
-    if CLIP:
-        real_y = (visited_y >= 0) & (visited_y < height)
-        real_x = (visited_x >= 0) & (visited_x < width)
-        room = tl.where(real_y[None, :], room, 0)
-        dx2 = tl.where(real_x[None, :], dx2, radius2)
-    inside = dx2[:, None, :] < room[:, :, None]
+    room = radius * radius - dy * dy
+    inside = (dx * dx)[:, None, :] < room[:, :, None]
     return tl.reshape(inside, [M, R * C])
 
 
 @triton.jit
-def online_softmax(scores, row_max, row_sum):
+def online_softmax(scores, row_max, row_sum, scale_log2):
     """One step of softmax over keys that arrive block by block (arXiv 2205.14135, algorithm 1).
+
+    scores: [M, N], to be multiplied by `scale_log2`, which is above 0: the largest stays the
+    largest, and one multiply-add is left for each pair. Maxima are in units of log2: were they
+    scaled anew in every step, the roundings of many steps would add up in the factors.
 
     Returns the block's unnormalised probabilities, the factor for what was summed before, and the
     new maximum and sum of each row.
     """
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
     factor = tl.exp2(row_max - new_max)
-    probability = tl.exp2(scores - new_max[:, None])
+    probability = tl.exp2(scores * scale_log2 - new_max[:, None])
     return probability, factor, new_max, row_sum * factor + tl.sum(probability, 1)
 
 

@@ -1,61 +1,182 @@
-"""Which entry of a table runs: the pinned one, the one measured fastest, or the first."""
+"""Which entry of a table runs: the pinned one, the one measured fastest, or the first that works.
+
+An entry that fails where another works only costs a warning. What was measured is kept on disk, so
+that it is measured once for a machine, and by size: a small image's time is the host's.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import logging
 import os
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import triton
 
-from .tables import ForwardConfig
+from .device import Kernel, NoEntryError, capturing
+from .failures import failure, of_entry, record_failure
+from .geometry import Tiling
+from .trust import why_not_entry
 
 logger = logging.getLogger(__name__)
 
 # Names one entry, for the same tiles on every rank and run: q8x8-k8x8-d64-w4-s3-tma.
 PIN = "CLEAR_DIT_TRITON_FORWARD"
-# Entries that are tried; each costs some seconds of compilation on the first call of its kind.
-TRIED = 2
+# Entries that are measured; each costs some seconds of compilation on the first call of its kind.
+TRIED = 3
 REPEATS = 3
+# Below, the host bounds what is measured: the default runs.
+LEAST_MILLISECONDS = 1.0
 
-# What was measured. The key is a kind of problem, never a resolution, so a new size costs nothing.
-_fastest: dict[Hashable, ForwardConfig] = {}
+
+class Entry(Protocol):
+    """Of a table of forward kernels, see tables.py."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tiling(self) -> Tiling: ...
+    @property
+    def descriptor(self) -> bool: ...
 
 
-def choose(
-    entries: Sequence[ForwardConfig], kind: Hashable, run: Callable[[ForwardConfig], object]
-) -> ForwardConfig:
-    """The entry to use for a kind of problem.
+E = TypeVar("E", bound=Entry)
+
+
+class Kind(NamedTuple):
+    """What one measurement stands for.
+
+    Attributes:
+        kernel: which runs, on which device.
+        radius: in tokens.
+        text: whether there is text.
+        size: of the problem, see `size_class`.
+    """
+
+    kernel: Kernel
+    radius: int
+    text: bool
+    size: int
+
+
+def size_class(queries: int) -> int:
+    """The power of two that holds the query rows of all heads and batch items."""
+    return queries.bit_length()
+
+
+_fastest: dict[Kind, str] = {}
+
+
+def pinned(entries: Sequence[E], readable: bool) -> E | None:
+    """The entry that CLEAR_DIT_TRITON_FORWARD names, or its twin that reads by pointers.
 
     Args:
-        entries: that fit the device, the default first.
-        kind: everything the choice depends on, the resolution not among it.
+        entries: of the device, for this kind of problem.
+        readable: whether tensor descriptors can read the keys and values.
+
+    Returns:
+        None where nothing is pinned.
+
+    Raises:
+        ValueError: the pin names none of `entries`, or cannot read these keys and has no twin.
+    """
+    name = os.environ.get(PIN)
+    if not name:
+        return None
+    found = next((entry for entry in entries if entry.name == name), None)
+    if found is None:
+        names = ", ".join(entry.name for entry in entries)
+        raise ValueError(f"local_attention: {PIN} must be one of {names}; got {name!r}.")
+    if readable or not found.descriptor:
+        return found
+    for entry in entries:
+        if entry.tiling == found.tiling and not entry.descriptor:
+            return entry
+    raise ValueError(
+        f"local_attention: {PIN}={name} reads keys and values by tensor descriptor, which needs "
+        "strides of whole 16 bytes and an aligned start; give contiguous ones, or pin another."
+    )
+
+
+def run_pinned(entry: E, kernel: Kernel, run: Callable[[E], object]) -> None:
+    """`run` with a pinned entry, which nothing replaces.
+
+    Raises:
+        RuntimeError: it was found wrong on this device.
+    """
+    reason = why_not_entry(kernel, entry.name)
+    if reason is not None:
+        raise RuntimeError(f"local_attention: {PIN}={entry.name} cannot run: it {reason}.")
+    run(entry)
+
+
+def run_fastest(entries: Sequence[E], kind: Kind, run: Callable[[E], object]) -> None:
+    """`run` with the best entry for a kind of problem that works.
+
+    Args:
+        entries: that can take the problem, the default first.
+        kind: everything the choice depends on.
         run: launches the kernel with an entry, on the problem at hand.
 
     Raises:
-        ValueError: the pin names none of `entries`.
+        NoEntryError: all failed; errors that are no entry's fault are passed on.
     """
-    pinned = os.environ.get(PIN)
-    if pinned:
-        for entry in entries:
-            if entry.name == pinned:
-                return entry
-        names = ", ".join(entry.name for entry in entries)
-        raise ValueError(f"local_attention: {PIN} must be one of {names}; got {pinned!r}.")
-    measurable = torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
-    if len(entries) == 1 or not measurable:
-        return entries[0]
+    while left := [entry for entry in entries if failure(kind.kernel, entry.name) is None]:
+        entry = _choose(left, kind, run)
+        if entry is not None and _works(entry, kind, run):
+            return
+    reasons = "; ".join(f"{entry.name} {failure(kind.kernel, entry.name)}" for entry in entries)
+    raise NoEntryError(f"{kind.kernel}: no entry of the tables runs: {reasons or 'there is none'}.")
+
+
+def _choose(entries: Sequence[E], kind: Kind, run: Callable[[E], object]) -> E | None:
+    """The remembered or measured winner, or the default; None if one failed meanwhile."""
+    default = entries[0]
+    device = kind.kernel.device
+    if len(entries) == 1 or device.type != "cuda":
+        return default
     if kind not in _fastest:
-        seconds = {entry: _milliseconds(run, entry) for entry in entries[:TRIED]}
-        _fastest[kind] = min(seconds, key=seconds.__getitem__)
-        measured = ", ".join(f"{entry.name} {ms:.2f} ms" for entry, ms in seconds.items())
-        logger.info("triton attention uses %s; measured %s", _fastest[kind].name, measured)
-    return _fastest[kind]
+        _fastest[kind] = _kept().get(_key(kind), "")
+    known = {entry.name: entry for entry in entries}
+    if _fastest[kind] in known:
+        return known[_fastest[kind]]
+    if capturing(device):
+        return default
+    milliseconds = {}
+    for entry in entries[:TRIED]:
+        if not _works(entry, kind, run):
+            return None
+        milliseconds[entry.name] = _milliseconds(run, entry)
+        if milliseconds[default.name] < LEAST_MILLISECONDS:
+            _fastest[kind] = default.name  # in this process, and of this size
+            return default
+    winner = min(milliseconds, key=milliseconds.__getitem__)
+    _fastest[kind] = winner
+    _keep(_key(kind), winner)
+    measured = ", ".join(f"{name} {ms:.2f} ms" for name, ms in milliseconds.items())
+    logger.info("%s uses %s; measured %s", kind.kernel, winner, measured)
+    return known[winner]
 
 
-def _milliseconds(run: Callable[[ForwardConfig], object], entry: ForwardConfig) -> float:
-    run(entry)  # compiles
+def _works(entry: E, kind: Kind, run: Callable[[E], object]) -> bool:
+    if why_not_entry(kind.kernel, entry.name) is not None:
+        return False
+    try:
+        run(entry)
+    except Exception as error:
+        record_failure(kind.kernel, entry.name, of_entry(error))
+        return False
+    return True
+
+
+def _milliseconds(run: Callable[[E], object], entry: E) -> float:
+    """Median of runs of a compiled entry."""
     times = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -65,3 +186,52 @@ def _milliseconds(run: Callable[[ForwardConfig], object], entry: ForwardConfig) 
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def _path() -> Path:
+    return Path(triton.knobs.cache.dir) / "clear-dit-fastest.json"
+
+
+@functools.cache
+def _source() -> str:
+    """Of the kernels: what was measured is void once they change."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _key(kind: Kind) -> str:
+    kernel = kind.kernel
+    name = torch.cuda.get_device_name(kernel.device)
+    return json.dumps([
+        _source(), triton.__version__, name, str(kernel.dtype), kernel.head_dim, kernel.name,
+        kind.radius, kind.text, kind.size,
+    ])  # fmt: skip
+
+
+@functools.cache
+def _kept() -> dict[str, str]:
+    """What this machine measured before: the entry's name for every `_key`."""
+    return _read()
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _keep(key: str, winner: str) -> None:
+    """Write one more, beside what other processes wrote meanwhile; a cache that fails is none."""
+    _kept()[key] = winner
+    path = _path()
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(_read() | {key: winner}, indent=0))
+        part.replace(path)
+    except OSError as error:
+        logger.info("what was measured is not kept: %s", error)

@@ -16,6 +16,7 @@ from .oracle import attention_by_definition, relative_error
 # Wide enough for several tiles that read overlapping keys, and a last one over the border.
 WIDE = Window(20, 57, 7, 4, 2)
 TEXT_LENGTHS = (0, 1, 7, 64, 512)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 # Two levels whose cells are cut off at both borders, several tiles, and a ring with a hole.

@@ -5,9 +5,11 @@ plus two roundings (support/agreement.py).
 """
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from support.agreement import HALVES
 from support.oracle import mask_by_definition, relative_error
 from support.slow import slow, slow_but
 from support.triton_mode import interpreted
@@ -121,10 +123,19 @@ def test_gradients_are_those_of_the_definition(name):
     check(window, **shape)
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "whole tiles and blocks", "batch of three"))
-def test_gradients_in_half_precision_are_those_of_the_definition(name):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    slow_but(
+        product(CASES, HALVES),
+        ("whole tiles and blocks", torch.float16),
+        ("whole tiles and blocks", torch.bfloat16),
+        ("batch of three", torch.bfloat16),
+    ),
+    ids=str,
+)
+def test_gradients_in_half_precision_are_those_of_the_definition(name, dtype):
     window, shape = CASES[name]
-    check(window, dtype=torch.float16, **shape)
+    check(window, dtype=dtype, **shape)
 
 
 def test_strides():
@@ -186,6 +197,7 @@ def test_splits_cover_the_walk_and_none_is_empty(length, owners):
         # exp(-lse) is infinite, and must not meet the zeros beyond the border or the last key.
         (torch.float32, (30, -30, 1)),
         (torch.float16, (60, 60, 100)),
+        (torch.bfloat16, (60, 60, 100)),
     ],
 )
 def test_extreme_scores_and_gradients_stay_finite(dtype, factors):
@@ -200,5 +212,5 @@ def test_extreme_scores_and_gradients_stay_finite(dtype, factors):
     assert factors[1] > 0 or lse.max() < -100
     for found, exact in zip(ours(wanted, grad, out, lse, window, 0.25), truth, strict=True):
         assert found.isfinite().all()
-        # In float16 delta carries the rounding of `out`, which the truth here is smaller than.
-        assert dtype == torch.float16 or relative_error(found, exact) < 0.01
+        # In halves delta carries the rounding of `out`, which the truth here is smaller than.
+        assert dtype in HALVES or relative_error(found, exact) < 0.01

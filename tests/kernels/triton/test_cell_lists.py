@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clear_dit.kernels.cells import cell_count
 from clear_dit.kernels.opaque import Geometry
-from clear_dit.kernels.triton import cell_lists, tables
+from clear_dit.kernels.triton import cell_lists, resident, tables
 from clear_dit.kernels.triton.cell_lists import (
     executed_far_keys,
     key_comparisons,
@@ -107,8 +107,7 @@ def test_comparisons_are_in_the_order_of_the_lists():
 def test_a_large_image_is_listed_part_by_part(monkeypatch):
     geometry = of_lists(Geometry.of(Window(40, 33, 0, 3, far_levels=6), 1.0))
     whole = key_lists(geometry, 8, 8, STEP, CPU), query_lists(geometry, 1, TILINGS[0], CPU)
-    for function in (key_lists, query_lists):
-        function.cache_clear()
+    monkeypatch.setattr(resident, "_residents", resident.Residents())
     monkeypatch.setattr(cell_lists, "CANDIDATES", 5000)
     parts = key_lists(geometry, 8, 8, STEP, CPU), query_lists(geometry, 1, TILINGS[0], CPU)
     for one, other in zip(whole, parts, strict=True):

@@ -1,10 +1,11 @@
 """Triton's far keys in its interpreter, against the definition; parts of the keys, merged."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from support.agreement import check, inputs, problem
+from support.agreement import HALVES, check, inputs, problem
 from support.slow import slow_but
 from support.triton_mode import interpreted
 
@@ -57,11 +58,19 @@ def test_float32_is_the_definition(name):
     check(run(CASES[name]), case, torch.float32)
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "counts of pooled keys"))
-def test_half_precision_is_the_definition(name):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    slow_but(
+        product(CASES, HALVES),
+        ("counts of pooled keys", torch.float16),
+        ("more levels than the grid has", torch.bfloat16),
+    ),
+    ids=str,
+)
+def test_half_precision_is_the_definition(name, dtype):
     """Of means and counts alone: all heads then read one bias."""
     case = problem(CASES[name], batch=1, heads=2, head_dim=16, weighted=False)
-    check(run(CASES[name]), case, torch.float16)
+    check(run(CASES[name]), case, dtype)
 
 
 def parts_of(window, cuts):

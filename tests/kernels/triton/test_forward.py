@@ -1,8 +1,10 @@
 """Triton's CLEAR attention in its interpreter, against the definition: output and gradients."""
 
+from itertools import product
+
 import pytest
 import torch
-from support.agreement import check, inputs, problem
+from support.agreement import HALVES, check, forward_and_gradients, inputs, problem
 from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 
@@ -14,7 +16,7 @@ from clear_dit.kernels.window import Window
 if not interpreted:
     pytest.skip("needs Triton and its interpreter", allow_module_level=True)
 
-from clear_dit.kernels.triton import launch, ops, tables, tuning
+from clear_dit.kernels.triton import launch, ops, tables
 from clear_dit.kernels.triton.geometry import Tiling, visits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -50,11 +52,12 @@ CASES = {
 }
 
 
-# Of the two dtypes' quick cases together, each is there.
+# Of all dtypes' quick cases together, each is there.
 HALF = slow_but(
-    CASES, "partial tiles", "no text", "itself and the text", "less than a tile", "one token",
-    "inner tiles", "wide heads",
-)  # fmt: skip
+    product(CASES, HALVES),
+    *product(("partial tiles", "less than a tile", "inner tiles", "wide heads"), HALVES[1:]),
+    *product(("no text", "itself and the text", "one token"), HALVES[:1]),
+)
 FLOAT32 = slow_but(
     CASES, "pooled", "pooled, two blocks", "past the diagonal", "odd head_dim", "batch of three",
     "one token",
@@ -76,9 +79,9 @@ def test_inner_has_tiles_that_need_no_mask(entry, window, most):
     assert (end > border).any()
 
 
-@pytest.mark.parametrize("name", HALF)
-def test_half_precision_is_the_definition(name):
-    check(run(CASES[name]["window"]), CASES[name], torch.float16)
+@pytest.mark.parametrize(("name", "dtype"), HALF, ids=str)
+def test_half_precision_is_the_definition(name, dtype):
+    check(run(CASES[name]["window"]), CASES[name], dtype)
 
 
 @pytest.mark.usefixtures("hopper_tiles")
@@ -153,6 +156,50 @@ def test_text_is_the_same_for_any_number_of_splits(programs):
     assert out[:, 9:].isnan().all()
 
 
+SCALED = {
+    "pooled": Window(5, 9, 6, 3, 2, pooled_weight="count"),
+    "far": Window(7, 18, 5, 2, far_levels=3),
+    "no text": Window(9, 17, 0, 5),
+}
+
+
+@pytest.mark.usefixtures("hopper_tiles")
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("name", slow_but(SCALED, "pooled"))
+def test_scale_of_any_sign_or_zero(name, scale):
+    """Output, gradients and log-sum-exp; what is added to pooled and far keys is not scaled."""
+    window = SCALED[name]
+    tensors = inputs(**problem(window, batch=1, head_dim=16), dtype=torch.float32)
+
+    def run(attention, query, key, value, weight, offset):
+        return attention(
+            query, key, value, window, scale=scale, spatial_weight=weight, far_offset=offset
+        )
+
+    results = []
+    for attention, dtype in ((ops.triton_attention, None), (reference_attention, torch.float64)):
+        values = [None if x is None else x.to(dtype) for x in tensors]
+        grads = forward_and_gradients(lambda *x, of=attention: run(of, *x)[0], *values)
+        results.append([*grads, run(attention, *values[:5])[1]])
+    for found, truth in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+def test_scale_of_any_sign_or_zero_by_descriptor(scale):
+    window = Window(9, 10, 70, 4)
+    query, key, value, *_ = inputs(**problem(window, batch=1, heads=1), dtype=torch.float32)
+    out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+    pooled, geometry = query[:, :0], Geometry.of(window, scale)
+    launch.image_attention(
+        query, key, value, pooled, pooled, NO_BIAS, out, lse, geometry, tables.FORWARD["sm_90"][0]
+    )
+    exact = (x.double() for x in (query, key, value))
+    exact, exact_lse = reference_attention(*exact, window, scale=scale, return_lse=True)
+    torch.testing.assert_close(out[:, 70:].double(), exact[:, 70:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[:, 70:].double(), exact_lse[:, 70:], rtol=1e-5, atol=1e-5)
+
+
 def test_large_scores_stay_finite():
     window = Window(9, 9, 3, 3)
     query, key, value, *_ = inputs(**problem(window, batch=1), dtype=torch.float32)
@@ -168,31 +215,6 @@ def test_tables_serve_every_head_and_dtype(architecture):
             assert tables.forward_configs(architecture, channels, element_size)
             assert tables.text_config(architecture, channels, element_size)
             assert tables.backward_config(architecture, channels, element_size)
-
-
-def test_a_pin_decides_and_an_unknown_one_is_refused(monkeypatch):
-    entries = tables.FORWARD["sm_90"]
-    monkeypatch.setenv(tuning.PIN, entries[2].name)
-    assert tuning.choose(entries, "kind", None) is entries[2]
-    monkeypatch.setenv(tuning.PIN, "fast")
-    with pytest.raises(ValueError, match=r"CLEAR_DIT_TRITON_FORWARD must be one of q8x8.*'fast'"):
-        tuning.choose(entries, "kind", None)
-
-
-def test_measuring_happens_once_for_a_kind(monkeypatch):
-    entries, tried = tables.FORWARD["sm_90"], []
-
-    def milliseconds(run, entry):
-        tried.append(entry)
-        return -len(tried)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    monkeypatch.setattr(tuning, "_fastest", {})
-    for _ in range(2):
-        assert tuning.choose(entries, "kind", None) is entries[tuning.TRIED - 1]
-    assert tried == list(entries[: tuning.TRIED])
 
 
 @pytest.mark.parametrize(

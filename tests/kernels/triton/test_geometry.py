@@ -75,6 +75,19 @@ def test_executed_over_exact_at_8192_px(radius, most):
     assert executed_keys(window, Tiling(8, 8, 8, 8)) / exact_keys(window) <= most
 
 
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(20000, torch.int16), (32767, torch.int16), (40000, torch.int32)]
+)
+def test_offsets_have_16_bits_where_they_fit(width, dtype):
+    wide = Tiling(1, 2048, 1, 2048)
+    found = visits(1, width, 60000, wide, CPU)
+    assert found.offsets.dtype == dtype
+    # The first tile sees all tokens, the last tile of them farthest off.
+    begin, _, end = found.ranges[0, found.column_class[0]].tolist()
+    assert found.offsets[begin:end, 1].tolist() == list(range(0, width, 2048))
+    assert found.ranges.dtype == found.row_class.dtype == torch.int32
+
+
 def test_executed_keys_counts_what_the_lists_say():
     window, tiling = Window(21, 30, 70, 6), TILINGS[0]
     steps = sum(len(steps) for _, steps in lists(21, 30, 6, tiling))

@@ -30,8 +30,8 @@ SOURCE = Path(original.__file__).parent
 MUTANTS = {
     "disc with its rim": (
         "triton/primitives.py",
-        "dx2[:, None, :] < room[:, :, None]",
-        "dx2[:, None, :] <= room[:, :, None]",
+        "(dx * dx)[:, None, :] < room[:, :, None]",
+        "(dx * dx)[:, None, :] <= room[:, :, None]",
     ),
     "window one column to the right": (
         "triton/primitives.py",
@@ -45,28 +45,33 @@ MUTANTS = {
     ),
     "keys beyond the right border": (
         "triton/primitives.py",
-        "real_x = (visited_x >= 0) & (visited_x < width)",
-        "real_x = visited_x >= 0",
+        "tl.where((visited_x >= 0) & (visited_x < width), visited_x, -radius)",
+        "tl.where(visited_x >= 0, visited_x, -radius)",
     ),
     "keys beyond the lower border": (
         "triton/primitives.py",
-        "real_y = (visited_y >= 0) & (visited_y < height)",
-        "real_y = visited_y >= 0",
+        "tl.where((visited_y >= 0) & (visited_y < height), visited_y, -radius)",
+        "tl.where(visited_y >= 0, visited_y, -radius)",
     ),
     "keys beyond the upper border": (
         "triton/primitives.py",
-        "real_y = (visited_y >= 0) & (visited_y < height)",
-        "real_y = visited_y < height",
+        "tl.where((visited_y >= 0) & (visited_y < height), visited_y, -radius)",
+        "tl.where(visited_y < height, visited_y, -radius)",
+    ),
+    "what lies beyond the border is near": (
+        "triton/primitives.py",
+        "(visited_y < height), visited_y, -radius)",
+        "(visited_y < height), visited_y, 1 - radius)",
     ),
     "last tile of a list dropped": (
         "triton/geometry.py",
-        "ranges[i, j] = begin, begin + inner.sum(), begin + len(offsets)",
-        "ranges[i, j] = begin, begin + inner.sum(), begin + len(offsets) - 1",
+        "ranges[i, j] = begin, begin + inner.sum(), begin + len(found)",
+        "ranges[i, j] = begin, begin + inner.sum(), begin + len(found) - 1",
     ),
     "first tile of a list dropped": (
         "triton/geometry.py",
-        "ranges[i, j] = begin, begin + inner.sum(), begin + len(offsets)",
-        "ranges[i, j] = begin + 1, begin + max(1, inner.sum()), begin + len(offsets)",
+        "ranges[i, j] = begin, begin + inner.sum(), begin + len(found)",
+        "ranges[i, j] = begin + 1, begin + max(1, inner.sum()), begin + len(found)",
     ),
     "tiles of the rim without a mask": (
         "triton/geometry.py",
@@ -97,6 +102,21 @@ MUTANTS = {
         "triton/primitives.py",
         "tl.log2(row_sum)) * LN_2",
         "tl.log2(row_sum))",
+    ),
+    "scores not scaled": (
+        "triton/primitives.py",
+        "tl.exp2(scores * scale_log2 - new_max[:, None])",
+        "tl.exp2(scores - new_max[:, None])",
+    ),
+    "text rows zeroed": (
+        "triton/dense.py",
+        "target, valid, acc / row_sum[:, None], head_dim",
+        "target, valid, acc * 0.0, head_dim",
+    ),
+    "wide: one tile of a radius of 32 dropped": (
+        "triton/geometry.py",
+        "ranges[i, j] = begin, begin + inner.sum(), begin + len(found)",
+        "ranges[i, j] = begin, begin + inner.sum(), begin + len(found) - 1",
     ),
     "last split of the text queries dropped": (
         "triton/dense.py",
@@ -242,6 +262,8 @@ QUICK = (
 WINDOWS = (original.Window(5, 9, 5, 6, 3), original.Window(9, 6, 16, 5, 1))
 # Text keys end within a step; a ring of the second level has a hole.
 FAR_WINDOWS = (original.Window(7, 18, 5, 2, far_levels=3),)
+# What a query sees is many tiles.
+WIDE_WINDOW = original.Window(17, 41, 1, 32)
 
 
 def battery(
@@ -251,7 +273,9 @@ def battery(
     if part == "pooling":
         yield from pooling_battery(pooling)
         return
-    config = tables.ForwardConfig(geometry.Tiling(4, 4, 4, 4), 16, 4, 1, far_keys=16)
+    wide = part == "wide"
+    side = 8 if wide else 4
+    config = tables.ForwardConfig(geometry.Tiling(*(side,) * 4), 16, 4, 1, far_keys=16)
     run = tables.RunConfig(16, 16, 4, 1)
     tile = tables.TileConfig(geometry.Tiling(4, 8, 4, 8) if far else config.tiling, 4, 1)
     gradients = tables.BackwardConfig(tile, tile, tile, tile, run, run)
@@ -259,7 +283,7 @@ def battery(
     if far:
         image_attention = launch.far_attention
         attention_backward = far_backward.far_attention_backward
-    for window in FAR_WINDOWS if far else WINDOWS:
+    for window in (WIDE_WINDOW,) if wide else FAR_WINDOWS if far else WINDOWS:
         text = window.text_length
         numbers = Geometry.of(window, 0.25)
         torch.manual_seed(0)
@@ -273,7 +297,7 @@ def battery(
         truth = by_definition(tensors, window)
         tensors = [x.detach().float() for x in tensors]
         out, lse = torch.full(shape, float("nan")), torch.full(shape[:3], float("nan"))
-        if part == "forward":
+        if part != "backward":
             image_attention(*tensors, out, lse, numbers, config)
             launch.text_attention(*tensors[:3], out, lse, text, 0.25, run, 8)
             yield from map(error_of, (out, lse), truth)
@@ -348,8 +372,13 @@ def load(tmp_path: Path, name: str, monkeypatch, mutant=None):
     return modules
 
 
-@pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize("part", slow_but(["pooling", "forward", "backward"], "pooling", "forward"))
+PARTS = (
+    ("pooling", False), ("forward", False), ("forward", True), ("wide", False),
+    ("backward", False), ("backward", True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "far"), slow_but(PARTS, *PARTS[:3]))
 def test_the_battery_passes_without_a_fault(part, far, tmp_path, monkeypatch):
     modules = load(tmp_path, f"unchanged_{part}_{far}", monkeypatch)
     assert max(battery(*modules, part, far)) < 1e-5
@@ -358,7 +387,7 @@ def test_the_battery_passes_without_a_fault(part, far, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", slow_but(MUTANTS, *QUICK))
 def test_a_fault_is_noticed(fault, tmp_path, monkeypatch):
     name = "mutant_" + "".join(c if c.isalnum() else "_" for c in fault)
-    part = {"gradients": "backward", "pooling": "pooling"}.get(
+    part = {"gradients": "backward", "pooling": "pooling", "wide": "wide"}.get(
         re.split("[ :]", fault)[0], "forward"
     )
     modules = load(tmp_path, name, monkeypatch, MUTANTS[fault])

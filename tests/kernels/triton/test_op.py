@@ -99,6 +99,22 @@ def test_what_runs_on_a_gpu_and_why_not(monkeypatch, query, capability, reason):
     assert device.why_not_triton(query, False, False) == reason
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gfx942:sramecc+:xnack-", None),
+        ("gfx950", None),
+        ("gfx1100", "needs one of gfx942, gfx950, got gfx1100"),
+        ("gfx90a:sramecc+", "needs one of gfx942, gfx950, got gfx90a"),
+    ],
+)
+def test_amds_devices_that_no_table_fits_are_refused(monkeypatch, name, reason):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert device.why_not_triton(on_gpu(), False, False) == reason
+
+
 def test_triton_missing_is_named(monkeypatch):
     monkeypatch.setattr(device, "find_spec", lambda name: None)
     reason = device.why_not_triton(on_gpu(), False, False)
@@ -108,7 +124,8 @@ def test_triton_missing_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "name"),
     [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_86"), ((8, 9), "sm_89"),
-     ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_86")],
+     ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((11, 0), "sm_100"), ((12, 0), "sm_120"),
+     ((12, 1), "sm_120")],
 )  # fmt: skip
 def test_every_gpu_has_a_table(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
