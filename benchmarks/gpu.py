@@ -35,7 +35,7 @@ test of this program and no measurement. (Triton 3.6's interpreter needs numpy b
 Where the kernels' compilation should cost no time on the device, make a cache beforehand, with the
 device's own versions of Python and Triton, and carry it (gpu_precompile.py says what is in it):
 
-    python3.12 benchmarks/gpu_precompile.py --cache .triton-cache
+    PYTHONPATH=. python3.12 benchmarks/gpu_precompile.py --cache .triton-cache
     PYTHONPATH=. python3 benchmarks/gpu.py --out DIR --cache .triton-cache
 
 Without `--cache` the same is compiled beside the parts, without the GPU. PyTorch with Triton

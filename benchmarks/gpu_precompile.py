@@ -1,11 +1,11 @@
 """Compile what gpu.py launches on an H200 into a cache of Triton, without a GPU.
 
-    python3.12 benchmarks/gpu_precompile.py --cache .triton-cache
+    PYTHONPATH=. python3.12 benchmarks/gpu_precompile.py --cache .triton-cache
 
 The cache is found on the device if Python, Triton and the kernels are those that made it: for
 PyTorch 2.11 Python 3.12 and triton 3.6.0, in an environment of their own. It is to be carried along
 (git ignores `.triton-cache`) and given to gpu.py as `--cache`. By default it holds what
-`production`, `sweep`, `counters` and `layers` launch (two minutes of one core, 6 MB); with
+`production`, `sweep`, `counters` and `layers` launch (one to two minutes of one core, 6 MB); with
 `--checks` those of `checks` too, which compile themselves in 12 processes on the device.
 """
 
@@ -29,7 +29,7 @@ ARCHITECTURE, MULTIPROCESSORS = "sm_90", 132
 @contextmanager
 def answering_as(architecture: str, multiprocessors: int) -> Iterator[None]:
     """The kernels' modules take tensors on a CPU for a device's, and ask nothing of a driver."""
-    from clear_dit.kernels.triton import device
+    from clear_dit.kernels.triton import device, norm_rope
 
     programs = device.PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
     answers = {"architecture": architecture, "programs": programs}
@@ -43,6 +43,7 @@ def answering_as(architecture: str, multiprocessors: int) -> Iterator[None]:
                         sys.modules[room], name, lambda device, answer=answer: answer
                     )
                     stack.enter_context(answers_so)
+        stack.enter_context(mock.patch.object(norm_rope, "_check"))  # that it is a device's
         yield
 
 
