@@ -39,7 +39,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ SHARED_MEMORY, SHARED_RESERVED = 233472, 1024  # bytes; of every program
 # Public micro-benchmarks of an H200: bytes/s of all multiprocessors, cycles of a load from L2.
 L2 = 9.7e12
 LATENCY = 600
+# Groups of a Gluon program that compute; a producer's warps copy for them.
+CONSUMERS = 2
 # Loads of a program that wait for each other: the first tile; offsets and tile of either list.
 DEPENDENT_LOADS = 5
 
@@ -123,16 +125,20 @@ class Visits:
 
 
 def cost_of(loop: dict[str, Any], copied: float) -> Cost:
-    """Of a tile; `copied` tiles of keys and values come from L2 for it."""
+    """Of a tile, of which a turn of the loop may compute several.
+
+    copied: how many tiles of keys and values come from L2 for it.
+    """
     multiply_adds = sum(
         count * math.prod(map(int, shape.split("x"))) for shape, count in loop["products"].items()
     )
+    tiles = multiply_adds / (2 * ROWS * KEYS * HEAD_DIM)
     keys = 2 * KEYS * HEAD_DIM * ELEMENT_SIZE
     read = keys + ROWS * HEAD_DIM * ELEMENT_SIZE
     return Cost(
-        tensor=multiply_adds / MULTIPLY_ADDS,
-        issue=loop["instructions"],
-        mufu=loop["classes"]["mufu"] * MUFU_CYCLES,
+        tensor=multiply_adds / tiles / MULTIPLY_ADDS,
+        issue=loop["instructions"] / tiles,
+        mufu=loop["classes"]["mufu"] / tiles * MUFU_CYCLES,
         shared=(read + copied * keys) / SHARED_BYTES,
         l2=copied * keys / (L2 / MULTIPROCESSORS / CLOCK),
     )
@@ -173,25 +179,19 @@ def listed(radius: int, tiling: Any) -> tuple[float, float]:
 
 
 def visits_of(kernel: Kernel, radius: int, tiling: Any) -> Visits:
-    """Of an entry with query tiles and key tiles of `tiling`.
+    """Of an entry, whose `tiling` is the table's.
 
-    Groups of a plain program share one list; where they overlap softmax each has the list of its
-    own part of the query tile, and what is copied is the program's list.
+    Groups of a plain program share its list. Where softmax is overlapped the tiling is that of one
+    group, which has a list of its own; what is copied is the list of the groups side by side.
     """
-    from clear_dit.kernels.triton.geometry import Tiling
-
     text = TEXT_LENGTH / KEYS
     whole, border = listed(radius, tiling)
-    if not kernel.overlapped:
-        return Visits({"text": text, "whole": whole, "border": border}, 1 / kernel.groups)
-    copied = text + whole + border
-    part = Tiling(
-        tiling.rows, tiling.columns // kernel.groups, tiling.step_rows, tiling.step_columns
-    )
-    whole, border = listed(radius, part)
-    own = text + whole + border
     tiles = {"text": text, "whole": whole, "border": border}
-    return Visits(tiles, copied / (own * kernel.groups))
+    if not kernel.overlapped:
+        return Visits(tiles, 1 / kernel.groups)
+    together = replace(tiling, columns=kernel.groups * tiling.columns)
+    copied = text + sum(listed(radius, together))
+    return Visits(tiles, copied / (sum(tiles.values()) * kernel.groups))
 
 
 def image_seconds(kernel: Kernel, visits: Visits, dependent_loads: int) -> float:
@@ -234,14 +234,16 @@ def useful_flop(radius: int) -> float:
     return 4 * HEAD_DIM * HEADS * (window.disc_pairs() + text)
 
 
-def named_loops(loops: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def named_loops(loops: list[dict[str, Any]], overlapped: bool) -> dict[str, dict[str, Any]]:
     """The loops with products of a kernel without pooled keys and what is left of a run.
 
-    Three are of text, whole tiles and border tiles; of two the first serves text and whole tiles.
+    Text, whole tiles and border tiles. Gluon has code for each group, and one loop for all tiles of
+    the image, whose mask is skipped in whole tiles but counted here.
     """
     found = [loop for loop in loops if loop["products"]]
-    if len(found) == 2:
-        found.insert(0, found[0])
+    if overlapped:
+        found = found[: len(found) // CONSUMERS]
+        found += found[1:]
     assert len(found) == 3, f"{len(found)} loops with products"
     return dict(zip(("text", "whole", "border"), found, strict=True))
 
@@ -272,11 +274,11 @@ def predict(entries: dict[str, Any], dependent_loads: int) -> list[dict[str, Any
     rows = []
     for entry in tables.forward_configs("sm_90", HEAD_DIM, ELEMENT_SIZE):
         kernel, used = entries[entry.name]
-        tiling = entry.tiling
+        tiling, overlapped = entry.tiling, entry.name.startswith("gluon-")
         image = Kernel(
-            entry.name, named_loops(used["loops"]), tiling.rows * tiling.columns // ROWS,
-            programs_of(used["registers"], used["shared"], kernel.metadata.num_warps),
-            overlapped=entry.name.startswith("gluon-"),
+            entry.name, named_loops(used["loops"], overlapped),
+            CONSUMERS if overlapped else tiling.rows * tiling.columns // ROWS,
+            programs_of(used["registers"], used["shared"], kernel.metadata.num_warps), overlapped,
         )  # fmt: skip
         for radius in RADII:
             visits = visits_of(image, radius, tiling)

@@ -17,7 +17,7 @@ from model_sm90 import Cost, Kernel
 
 from clear_dit.kernels.triton.geometry import Tiling
 
-SQUARE, WIDE = Tiling(8, 8, 8, 8), Tiling(8, 16, 8, 8)
+SQUARE = Tiling(8, 8, 8, 8)
 
 
 def loop(instructions, mufu=34):
@@ -39,7 +39,7 @@ FIRST = kernel(457, 382, 624)
 def rate(image, radius, dependent_loads=5, text=403):
     """Useful TFLOP/s of a layer; text: instructions of the text queries' loop."""
     seconds = sum(model_sm90.text_seconds(Kernel("text", {"text": loop(text)}, 2, 1), 128))
-    visits = model_sm90.visits_of(image, radius, SQUARE if image.groups == 1 else WIDE)
+    visits = model_sm90.visits_of(image, radius, SQUARE)
     seconds += model_sm90.image_seconds(image, visits, dependent_loads)
     return model_sm90.useful_flop(radius) / seconds / 1e12
 
@@ -90,7 +90,7 @@ def test_visits_are_those_of_the_lists(radius, tiles, shared):
     )
     assert visits.copied == 1
     # Two groups with lists of their own, and one copy of what either needs.
-    both = model_sm90.visits_of(kernel(1, 1, 1, 2, 1, overlapped=True), radius, WIDE)
+    both = model_sm90.visits_of(kernel(1, 1, 1, 2, 1, overlapped=True), radius, SQUARE)
     assert both.tiles == visits.tiles
     assert both.copied == pytest.approx(shared, abs=0.01)
 
@@ -125,7 +125,20 @@ def test_what_was_measured_is_kept(tmp_path):
 
 
 def test_loops_have_names():
-    found = [loop(1), loop(2) | {"products": {}}, loop(3)]
-    assert [one["instructions"] for one in model_sm90.named_loops(found).values()] == [1, 1, 3]
+    waits = loop(2) | {"products": {}}
+
+    def names(found, overlapped):
+        named = model_sm90.named_loops(found, overlapped)
+        return {name: one["instructions"] for name, one in named.items()}
+
+    assert names([loop(1), waits, loop(3), loop(4)], False) == {"text": 1, "whole": 3, "border": 4}
+    groups = [waits, loop(1), loop(3), waits, loop(5), loop(6), waits]
+    assert names(groups, True) == {"text": 1, "whole": 3, "border": 3}
     with pytest.raises(AssertionError, match="4 loops with products"):
-        model_sm90.named_loops([loop(1)] * 4)
+        names([loop(1)] * 4, False)
+
+
+def test_a_turn_of_two_tiles():
+    both = {name: 2 * count for name, count in loop(0)["products"].items()}
+    twice = loop(670, mufu=68) | {"products": both}
+    assert model_sm90.cost_of(twice, 1.0) == model_sm90.cost_of(loop(335), 1.0)
