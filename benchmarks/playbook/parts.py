@@ -10,7 +10,8 @@ class Part:
     """A module of this package with `tasks(setting)`.
 
     Attributes:
-        seconds: its share of the whole time; what it leaves goes to those after it.
+        seconds: its share of the whole time, in which its processes start too; what it leaves goes
+            to those after it.
         task_seconds: after which a task is given up.
         processes: side by side, where most of the time is compilation.
         quiet: of its rows only what is wrong is printed.
@@ -26,11 +27,11 @@ class Part:
 
 
 PARTS = {
-    "ceilings": Part(15, 15),
-    "production": Part(55, 45),
+    "ceilings": Part(30, 15),
+    "production": Part(60, 45),
     "sweep": Part(60, 25),
     "counters": Part(60, 50),
-    "checks": Part(140, 90, processes=12, quiet=True, ahead="layers"),
+    "checks": Part(130, 90, processes=12, quiet=True, ahead="layers"),
     "layers": Part(140, 75),
     "blocks": Part(60, 40),
 }

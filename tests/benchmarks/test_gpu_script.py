@@ -91,7 +91,7 @@ def command(monkeypatch, *arguments):
 @slow
 def test_every_part_runs(tmp_path):
     folder = tmp_path / "results"
-    done = dry_run("--out", folder, "--seconds", 800)
+    done = dry_run("--out", folder, "--seconds", 3000)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert last(done) == json.loads((folder / "summary.json").read_text())
     assert last(done)["complete"] is True
@@ -152,7 +152,8 @@ def test_a_process_that_is_killed_loses_no_other_rows(tmp_path):
     folder = tmp_path / "results"
     how = "os.kill(os.getpid(), signal.SIGKILL)"
     path = sabotage(tmp_path / "path", "clear_dit.bench.attention", ENDS.format(how=how))
-    done = dry_run("--out", folder, "--parts", "ceilings,production,sweep", path=path)
+    parts = ("--parts", "ceilings,production,sweep", "--seconds", 3000)
+    done = dry_run("--out", folder, *parts, path=path)
     assert done.returncode == 1
     found = read(folder)
     assert found["ceilings"].all_is_right
@@ -167,7 +168,7 @@ def test_a_process_that_is_killed_loses_no_other_rows(tmp_path):
 def test_a_wrong_kernel_is_not_timed(tmp_path):
     folder = tmp_path / "results"
     path = sabotage(tmp_path / "path", "clear_dit.kernels.triton.ops", NO_TEXT)
-    done = dry_run("--out", folder, "--seconds", 800, path=path)
+    done = dry_run("--out", folder, "--seconds", 3000, path=path)
     assert done.returncode == 1
     found = read(folder)
     assert found["ceilings"].all_is_right
@@ -195,7 +196,7 @@ def test_without_diffusers_only_blocks_is_skipped(tmp_path):
     path.mkdir()
     hidden = "import sys\nsys.modules.update(diffusers=None, transformers=None, typer=None)\n"
     (path / "sitecustomize.py").write_text(hidden)
-    done = dry_run("--out", folder, "--seconds", 800, path=path)
+    done = dry_run("--out", folder, "--seconds", 3000, path=path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (reason,) = (why for task, why in last(done)["skipped"].items() if "blocks" in task)
     assert reason.startswith("needs the package diffusers, which is not installed")
