@@ -1,4 +1,4 @@
-"""Everything this project claims about one GPU, in fifteen minutes at most.
+"""Everything this project claims about one GPU, in nine minutes at most.
 
     PYTHONPATH=. python benchmarks/gpu.py --out DIR
 
