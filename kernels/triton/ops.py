@@ -53,7 +53,8 @@ def _forward(
             query, key, value, pooled_key, pooled_value, bias, out, lse, geometry, entry
         )
 
-    readable = all(map(readable_by_descriptor, (key, value, pooled_key, pooled_value)))
+    # Far keys, and what is beside them, are gathered by pointers.
+    readable = far or all(map(readable_by_descriptor, (key, value, pooled_key, pooled_value)))
     entries = tables.forward_configs(*entry_key, far=far)
     chosen = pinned(entries, readable)
     with torch.cuda.device_of(query):

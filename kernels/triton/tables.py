@@ -7,6 +7,7 @@ The first of a list is the default, the second is tried against it on a GPU (tun
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from .geometry import Tiling
@@ -246,19 +247,25 @@ FLOAT32_BACKWARD = BackwardConfig(
 # Below, `channels` is head_dim rounded up to a power of two, `element_size` the bytes of a number.
 
 
+@functools.cache
 def forward_configs(
     architecture: str, channels: int, element_size: int, far: bool = False
 ) -> tuple[AnyForwardConfig, ...]:
     """Entries for the image queries' kernel that fit into shared memory, the default first.
 
-    far: with far keys.
+    far: with far keys, which are gathered by pointers: one entry for each shape of tiles.
     """
     wide = WIDE_FAR_FORWARD if far else WIDE_FORWARD
-    entries = FORWARD[architecture] if channels <= 128 else wide
+    entries: tuple[AnyForwardConfig, ...] = FORWARD[architecture] if channels <= 128 else wide
     if element_size == 4:
         entries = FLOAT32_FORWARD
     elif 64 <= channels <= 128 and not far:
         entries = (*entries[:1], *GLUON.get(architecture, ()), *entries[1:])
+    if far:
+        firsts: dict[Tiling, AnyForwardConfig] = {}
+        for entry in entries:
+            firsts.setdefault(entry.tiling, entry)
+        entries = tuple(firsts.values())
     limit = SHARED_MEMORY[architecture]
     kept = tuple(entry for entry in entries if entry.shared_memory(channels, element_size) <= limit)
     assert kept, f"no entry of {architecture} fits {channels} channels of {element_size} bytes"

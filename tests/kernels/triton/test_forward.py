@@ -217,6 +217,9 @@ def test_tables_serve_every_head_and_dtype(architecture):
             assert tables.forward_configs(architecture, channels, element_size)
             assert tables.text_config(architecture, channels, element_size)
             assert tables.backward_config(architecture, channels, element_size)
+            far = tables.forward_configs(architecture, channels, element_size, far=True)
+            assert len({entry.tiling for entry in far}) == len(far) > 0
+            assert not any(isinstance(entry, tables.GluonConfig) for entry in far)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_every_gpu_has_a_table(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     device.architecture.cache_clear()
     assert device.architecture(torch.device("cuda")) == name
+    assert name in tables.SHARED_MEMORY
     device.architecture.cache_clear()
 
 
