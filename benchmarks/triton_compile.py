@@ -35,6 +35,7 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     from clear_dit.kernels.opaque import Geometry
     from clear_dit.kernels.triton import launch, tables
     from clear_dit.kernels.triton.backward import attention_backward
+    from clear_dit.kernels.triton.entry import attention_of
     from clear_dit.kernels.triton.far_backward import far_attention_backward
     from clear_dit.kernels.triton.norm_rope import run_backward, run_forward, streams
     from clear_dit.kernels.triton.pooling import pool_cells
@@ -55,7 +56,7 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     for entry in entries:
         yield (
             entry.name,
-            lambda entry=entry: launch.attention_of(entry, far=False)(
+            lambda entry=entry: attention_of(entry, far=False)(
                 query, key, value, none, none, no_bias, out, lse, geometry, entry
             ),
         )
@@ -63,7 +64,7 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
         if entry is entries[0] or isinstance(entry, tables.GluonConfig):
             yield (
                 f"{entry.name} pooled",
-                lambda entry=entry: launch.attention_of(entry, far=False)(
+                lambda entry=entry: attention_of(entry, far=False)(
                     query, key, value, pooled, pooled, no_bias, out, lse, geometry, entry
                 ),
             )

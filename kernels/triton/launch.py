@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from .device import architecture
 from .far import far_forward
 from .forward import image_forward
 from .geometry import visits
-from .tables import AnyForwardConfig, ForwardConfig, GluonConfig, RunConfig
+from .tables import ForwardConfig, RunConfig
 
 # More parts than this cost more memory and merging than they gain in even load.
 MOST_SPLITS = 32
@@ -136,15 +135,6 @@ def far_attention(
         STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
-
-
-def attention_of(entry: AnyForwardConfig, far: bool) -> Callable[..., None]:
-    """What launches an entry of the tables, with far keys or without: see `image_attention`."""
-    if isinstance(entry, GluonConfig):
-        from .gluon.launch import gluon_attention
-
-        return gluon_attention
-    return far_attention if far else image_attention
 
 
 def text_attention(

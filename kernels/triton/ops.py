@@ -8,9 +8,10 @@ from ..opaque import Geometry, Gradients, attention_op, channels_contiguous
 from . import tables
 from .backward import attention_backward
 from .device import Kernel, programs
+from .entry import attention_of
 from .failures import without_choice
 from .far_backward import far_attention_backward
-from .launch import attention_of, readable_by_descriptor, table_key, text_attention
+from .launch import readable_by_descriptor, table_key, text_attention
 from .tuning import Kind, pinned, run_fastest, run_pinned, size_class
 
 

@@ -29,9 +29,10 @@ from ..window import Window
 from . import on_disk, tables
 from .backward import attention_backward
 from .device import CaptureError, Kernel, capturing, programs, run_apart
+from .entry import attention_of
 from .failures import ONLY, blame, failure, record_failure
 from .far_backward import far_attention_backward
-from .launch import attention_of, table_key, text_attention
+from .launch import table_key, text_attention
 from .norm_rope import norm_rope, norm_rope_backward
 from .pooling import pool_cells
 
