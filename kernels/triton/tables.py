@@ -2,7 +2,7 @@
 
 Chosen by what the compiler says of them (benchmarks/results/triton-compile.json: registers, spills,
 shared memory) and by the work beyond the window's that they do (`executed_keys`), not by a clock.
-The first of a list is the default, the second is tried against it on a GPU (tuning.py).
+The first of a list is the default; the first three are measured on a GPU (tuning.py).
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ FORWARD = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
-# float16 and bfloat16, head_dim of 33 to 128, no far keys; after the default of FORWARD.
+# float16 and bfloat16, head_dim of 40 to 128, no far keys; after the default of FORWARD. From
+# Triton 3.6 on: before, Gluon had other names.
 GLUON = {"sm_90": (GluonConfig(6),)}
 TEXT = {
     "sm_80": RunConfig(64, 32, 4, 2),
@@ -259,7 +260,7 @@ def forward_configs(
     entries: tuple[AnyForwardConfig, ...] = FORWARD[architecture] if channels <= 128 else wide
     if element_size == 4:
         entries = FLOAT32_FORWARD
-    elif 64 <= channels <= 128 and not far:
+    elif 64 <= channels <= 128 and not far and _triton() >= (3, 6):
         entries = (*entries[:1], *GLUON.get(architecture, ()), *entries[1:])
     if far:
         firsts: dict[Tiling, AnyForwardConfig] = {}
@@ -270,6 +271,15 @@ def forward_configs(
     kept = tuple(entry for entry in entries if entry.shared_memory(channels, element_size) <= limit)
     assert kept, f"no entry of {architecture} fits {channels} channels of {element_size} bytes"
     return kept
+
+
+def _triton() -> tuple[int, ...]:
+    """The version of Triton; (0,) without it, where the tables only serve to count."""
+    try:
+        from triton import __version__
+    except ImportError:
+        return (0,)
+    return tuple(map(int, __version__.split(".")[:2]))
 
 
 def text_config(architecture: str, channels: int, element_size: int) -> RunConfig:

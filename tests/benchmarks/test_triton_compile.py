@@ -30,6 +30,7 @@ KERNELS = {
 }  # fmt: skip
 
 
+@slow
 def test_every_kernel_compiles_for_one_gpu(monkeypatch):
     """Of few channels, which compile soonest; all else is the same."""
     # Triton decides at its import whether it interprets: a process of its own.

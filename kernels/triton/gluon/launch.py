@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...opaque import Geometry
-from ..launch import OPTIONS, channels
+from ..launch import OPTIONS, channels, scale_of
 from ..tables import GluonConfig
 from .kernel import image_forward
 from .lists import SIDE, paired_visits
@@ -40,9 +38,10 @@ def gluon_attention(
     size = channels(head_dim)
     found = paired_visits(height, width, radius, query.device, (start, stop))
     pooled = pooled_key.shape[1] > 0
-    # Without pooled keys nothing reads theirs.
-    runs = (key, value, pooled_key if pooled else key, pooled_value if pooled else value)
+    runs = (key, value, pooled_key, pooled_value) if pooled else (key, value)
     dense = [_descriptor(x, [1, SIDE * SIDE, 1, size["D"]]) for x in runs]
+    if not pooled:
+        dense *= 2  # nothing reads the second pair
     image = [
         _descriptor(x[:, text_length:].unflatten(1, (height, width)), [1, SIDE, SIDE, 1, size["D"]])
         for x in (key, value)
@@ -55,7 +54,7 @@ def gluon_attention(
         heads, head_dim, height, width, text_length, pooled_key.shape[1], start, stop,
         queries - geometry.image_queries,
         tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius**2,
-        abs(scale) * math.log2(math.e) or 1.0, float((scale > 0) - (scale < 0)),
+        scale_of(scale)["scale_log2"], float((scale > 0) - (scale < 0)),
         **size, POOLED=pooled, BIAS=len(bias) > 0, STAGES=config.num_stages,
         LAYOUT=gl.NVMMASharedLayout.get_default_for(
             [SIDE * SIDE, size["D"]], DTYPES[query.dtype]

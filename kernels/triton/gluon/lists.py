@@ -115,7 +115,7 @@ def _paired_visits(
                 ranges[i, j, 2 + 2 * group : 4 + 2 * group] = part, part + len(places)
                 part += len(places)
     items = np.concatenate(parts)
-    if items.max(initial=0) > LARGEST:
+    if np.abs(items).max(initial=0) > LARGEST:
         raise ValueError(f"{height} x {width} tokens at radius {radius}: numbers beyond 16 bits")
     lists = np.ascontiguousarray(items.astype(np.int16)).view(np.int64)[:, 0]
     arrays = (np.concatenate(unions).astype(np.int16), lists, ranges, row_class, column_class)

@@ -26,7 +26,7 @@ from clear_dit.kernels.triton.launch import image_attention, text_attention
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 # As the product's, small enough for the interpreter.
 SMALL = trust.Problems(
-    (Window(9, 11, 5, 6), Window(8, 8, 16, 3)),
+    (Window(9, 11, 5, 6), Window(8, 8, 16, 3), Window(8, 8, 0, 2)),
     (Window(9, 11, 5, 4, 4, pooled_weight="count"), Window(8, 8, 16, 3, 2)),
     (Window(9, 13, 5, 2, far_levels=3),),
     (Window(7, 9, 5, 4, 2),),
@@ -70,6 +70,8 @@ def test_the_products_problems_are_of_both_binaries_with_whole_tiles_within():
         for other in more:
             sizes = (other.height, other.width, other.text_length)
             assert not any(size % 16 for size in sizes)
+    texts = {-(-window.text_length // 64) for window in problems.forward}
+    assert texts == {0, 3, 4}
     first = problems.forward[0]
     ranges = visits(first.height, first.width, first.radius, Tiling(8, 8, 8, 8), CPU).ranges
     assert (ranges[..., 1] > ranges[..., 0]).any()
