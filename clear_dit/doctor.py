@@ -116,6 +116,9 @@ def _triton_rows(device: torch.device) -> Iterator[dict[str, Any]]:
                 name = f"triton {found.kernel.name} {found.entry}"
                 error = max(found.errors.values(), default=None)
                 yield _row(device, name, dtype, head_dim, error, found.seconds, found.wrong)
+        except torch.OutOfMemoryError as error:
+            wrong = f"had no room: {first_line(error)}"
+            yield _row(device, "triton", dtype, head_dim, None, 0.0, wrong)
         except RuntimeError as error:  # the device is lost: nothing runs on it any more
             wrong = f"ended with {first_line(error)} {' '.join(getattr(error, '__notes__', ()))}"
             yield _row(device, "triton", dtype, head_dim, None, 0.0, wrong)
@@ -167,11 +170,17 @@ def report_checks(rows: list[dict[str, Any]]) -> str:
     """`check` as text for a terminal."""
     shown = [
         {name: value for name, value in row.items() if name != "wrong"}
-        | {"verdict": "right" if row["wrong"] is None else "WRONG"}
+        | {"verdict": _verdict(row["wrong"])}
         for row in rows
     ]
     wrong = [f"{row['device']}, {row['kernel']}: it {row['wrong']}" for row in rows if row["wrong"]]
     return "\n".join([table(shown), *wrong])
+
+
+def _verdict(wrong: str | None) -> str:
+    if wrong is None:
+        return "right"
+    return "not tried" if wrong.startswith("could not be tried") else "WRONG"
 
 
 def _version(package: str) -> str | None:

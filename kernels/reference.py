@@ -1,4 +1,4 @@
-"""The oracle: CLEAR attention as a dense mask and a softmax. Nothing faster imports this file."""
+"""The oracle: CLEAR attention as a dense mask and a softmax. No fast path runs it."""
 
 from __future__ import annotations
 

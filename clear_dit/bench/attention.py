@@ -22,6 +22,7 @@ from ..kernels.attention import local_attention
 from ..kernels.choice import IMPLS, why_not
 from ..kernels.pooling import pooled_bias, pooled_keys
 from ..kernels.tiled import bands
+from ..kernels.triton.device import kernels_of
 from ..kernels.window import Window
 from ..memory import peak_mb, reset_peak
 from .peers import PEERS, Peer, Sees, raster_pairs, sees_window, triton_pairs
@@ -184,7 +185,8 @@ def _find_peer(impl: str, query: torch.Tensor, window: Window) -> tuple[str, Pee
     if impl not in IMPLS:
         known = ", ".join(dict.fromkeys((DENSE, *IMPLS, *PEERS)))
         raise RequestError(f"--impls must be of {known}; got {impl!r}.")
-    name = find_impl(impl, query.dtype, query.device)
+    kernels = kernels_of(window.far_levels > 0, window.down_factor > 1, needs_grad=False)
+    name = find_impl(impl, query.dtype, query.device, query.shape[-1], kernels)
     return name, _local_peer(name)
 
 

@@ -53,9 +53,9 @@ def bench_denoise(
 
     # Correct first: past the diagonal, local attention is full attention.
     small = step_inputs(pipe, CHECK_ROWS, CHECK_COLUMNS, text_tokens)
-    apply_clear(pipe, radius=CHECK_ROWS + CHECK_COLUMNS, far=far, impl=name)
+    apply_clear(pipe, radius=CHECK_ROWS + CHECK_COLUMNS, far=far, impl=impl)
     wide = step(transformer.attn_processors, small)
-    apply_clear(pipe, radius=radius, far=far, impl=name)
+    apply_clear(pipe, radius=radius, far=far, impl=impl)
     local = transformer.attn_processors
     full = step(stock, small)
     error = relative_error(wide, full)

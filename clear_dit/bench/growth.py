@@ -12,6 +12,7 @@ import torch
 from ..errors import RequestError
 from ..generation.checks import find_impl
 from ..kernels.attention import local_attention
+from ..kernels.triton.device import kernels_of
 from ..memory import peak_mb, reset_peak
 from .attention import Problem, errors_of, local_lse, sampled_errors
 from .timing import table, time_in_turn
@@ -36,7 +37,9 @@ def bench_growth(problems: Sequence[Problem], impl: str, repeats: int) -> dict[s
         raise RequestError("--sizes must be two or more growing sizes in pixels.")
     rows: list[dict[str, Any]] = []
     for problem, tokens in zip(problems, lengths, strict=True):
-        name = find_impl(impl, problem.dtype, problem.device)
+        far, pooled = problem.window.far_levels > 0, problem.window.down_factor > 1
+        kernels = kernels_of(far, pooled, needs_grad=False)
+        name = find_impl(impl, problem.dtype, problem.device, problem.head_dim, kernels)
         query, key, value = tensors = problem.tensors()
         run = partial(local_attention, query, key, value, problem.window, impl=name)
         out = run()

@@ -49,7 +49,7 @@ def measure(
     device = ranks.device
     name = find_impl(impl, dtype, device)
     pipe = load_pipeline(model, dtype, device, text_encoders=False)
-    apply_clear(pipe, radius=radius, far=far, impl=name)
+    apply_clear(pipe, radius=radius, far=far, impl=impl)
     rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
     inputs = step_inputs(pipe, rows, columns, text_length(pipe))
 

@@ -67,6 +67,16 @@ def attention_layers(model: Any) -> dict[str, Any]:
     return family_of(model).layers(model)
 
 
+def head_dim_of(model: Any) -> int:
+    """Channels of a head of a model's attention, by its configuration; 64 if that does not say."""
+    config = model.config
+    if "attention_head_dim" in config:
+        return int(config["attention_head_dim"])
+    if "dim" in config and "n_heads" in config:
+        return int(config["dim"]) // int(config["n_heads"])
+    return 64
+
+
 def _known_class(model: Any) -> str | None:
     """The name of a model's class. Wrappers that make a subclass of it (FSDP) do not hide it."""
     for cls in type(model).__mro__:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import RequestError, first_line, is_out_of_memory
+from ..families.table import head_dim_of
 from ..files import check_writable
 from ..kernels.triton.device import kernels_of
 from ..memory import peak_mb, reset_peak
@@ -188,7 +189,7 @@ class PipelineRunner:
                 request.impl,
                 self.pipe.dtype,
                 self.pipe.device,
-                self.pipe.transformer.config.get("attention_head_dim", 64),
+                head_dim_of(self.pipe.transformer),
                 kernels_of(found.far, request.down_factor > 1, needs_grad=False),
             )
             wanted = (request.radius, request.down_factor, *found, request.impl)

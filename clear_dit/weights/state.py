@@ -19,7 +19,7 @@ from ..attention.ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
 from ..attention.processor import LEARNED, CLEARProcessor, FluxAttnProcessor
 from ..attention.text_padding import valid_text
 from ..attention.tracker import WindowTracker
-from ..families.table import attention_layers, family_of
+from ..families.table import attention_layers, family_of, head_dim_of
 from ..kernels.choice import select_impl
 from ..kernels.triton.device import kernels_of
 from .format import parameters_by_key, refuse_unsuitable
@@ -190,8 +190,7 @@ class ClearState:
         if impl != "auto":
             return impl
         assert self.tracker is not None
-        config: Any = model.config
-        query = like.new_empty(1, 1, 1, config.get("attention_head_dim", 64))
+        query = like.new_empty(1, 1, 1, head_dim_of(model))
         needs_grad = torch.is_grad_enabled()
         far, pooled = self.tracker.far_levels > 0, self.tracker.down_factor > 1
         kernels = kernels_of(far, pooled, needs_grad)

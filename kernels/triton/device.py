@@ -56,7 +56,7 @@ class Kernel(NamedTuple):
 def kernels_of(far: bool, pooled: bool, needs_grad: bool) -> tuple[str, ...]:
     """Names of the kernels that attention runs, with far keys or else maybe pooled ones."""
     if far:
-        return ("text", "far", "pooling", *(("backward far",) if needs_grad else ()))
+        return ("text", "far", *(("backward far",) if needs_grad else ()))
     forward = "pooled" if pooled else "forward"
     return ("text", forward, *(("backward",) if needs_grad else ()))
 
@@ -92,7 +92,7 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return INTERPRETER
     if torch.version.hip is not None:
-        return "gfx942"
+        return hip_architecture(device)
     major, minor = torch.cuda.get_device_capability(device)
     if major == 9:
         return "sm_90"

@@ -40,8 +40,10 @@ def blame(error: Exception, device: torch.device) -> str:
     Those are a lack of memory, a capture, and a device on which nothing runs any more.
     """
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    own = isinstance(error, (CaptureError, torch.OutOfMemoryError)) or "out of memory" in text
-    if own or capturing(device):
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in text for words in ("out of memory", "can't allocate memory")
+    )
+    if memory or isinstance(error, CaptureError) or capturing(device):
         raise error
     if device.type == "cuda":
         try:

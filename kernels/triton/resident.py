@@ -18,6 +18,8 @@ import torch
 from .device import CaptureError, capturing, run_apart
 
 Lists = TypeVar("Lists")
+# What made them, of which arguments, on which device.
+_Name = tuple[Callable[..., Any], tuple[Hashable, ...], torch.device]
 
 # Of what is kept and no graph reads. The lists of far keys take 64 MB at 8192 px.
 MOST_BYTES, MOST_LISTS = 2**30, 256
@@ -33,8 +35,8 @@ class Residents:
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
-        self._replayed: dict[Hashable, Any] = {}
+        self._kept: OrderedDict[_Name, Any] = OrderedDict()
+        self._replayed: dict[_Name, Any] = {}
         self._lock = threading.Lock()
 
     def get(
@@ -58,10 +60,10 @@ class Residents:
             found = run_apart(device, lambda: _on_device(make(*arguments), device))
             with self._lock:
                 found = self._kept.setdefault(name, found)
-                self._drop(device)
+                self._drop()
         return found
 
-    def _found(self, name: Hashable, in_capture: bool) -> Any:
+    def _found(self, name: _Name, in_capture: bool) -> Any:
         found = self._replayed.get(name)
         if found is None and name in self._kept:
             found = self._kept[name]
@@ -71,7 +73,7 @@ class Residents:
                 self._kept.move_to_end(name)
         return found
 
-    def _drop(self, device: torch.device) -> None:
+    def _drop(self) -> None:
         """Forget the least recently used until what is kept is little enough, but for the last."""
         sizes = [_bytes(lists) for lists in self._kept.values()]
         total, first = sum(sizes), 0
@@ -80,10 +82,11 @@ class Residents:
         ):
             total -= sizes[first]
             first += 1
-        if first and device.type == "cuda":
+        dropped = list(self._kept)[:first]
+        for device in {device for *_, device in dropped if device.type == "cuda"}:
             torch.cuda.synchronize(device)  # kernels of any stream may still read them
-        for _ in range(first):
-            self._kept.popitem(last=False)
+        for name in dropped:
+            del self._kept[name]
 
 
 def _tensors(lists: Any) -> dict[str, torch.Tensor]:

@@ -38,6 +38,8 @@ from .pooling import pool_cells
 
 SWITCH = "CLEAR_DIT_SELF_CHECK"
 BATCH, HEADS = 2, 2
+# What begins the finding of a kernel of which nothing is known.
+UNTRIED = "could not be tried"
 # A process that looks at one kernel may take, its start and compilation included.
 SECONDS = 120
 # Largest relative error of a row of a result, of a log-sum-exp in absolute terms. Rounding costs
@@ -200,14 +202,17 @@ def may_hang(kernel: Kernel, entry: str) -> bool:
     )
 
 
-def look_in_a_process(kernel: Kernel, entry: str) -> Finding:
+def look_in_a_process(kernel: Kernel, entry: str, anew: bool = False) -> Finding:
     """`look_at` where a kernel that never ends ends with its process, after `SECONDS` at most.
 
     What it finds is kept on disk: a process takes seconds to start. That it did not end is kept
     the second time: a crowded machine may be slow.
+
+    Args:
+        anew: look whatever is kept.
     """
     begin, name = time.perf_counter(), _name_on_disk(kernel, entry)
-    kept = _findings.get(name)
+    kept = None if anew else _findings.get(name)
     if kept is None or kept.get("tries") == 1:
         asked = [str(kernel.device), str(kernel.dtype).removeprefix("torch."), kernel.head_dim]
         told = _ask([*asked, kernel.name, entry])
@@ -234,10 +239,12 @@ def _ask(asked: Sequence[Any]) -> dict[str, Any] | None:
         return _untried(str(error))
     try:
         out, err = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:
         os.killpg(process.pid, signal.SIGKILL)  # the compiler that it may have started too
         process.communicate()
-        return None
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
     try:
         told = json.loads(out.splitlines()[-1])
         return {"errors": told["errors"], "wrong": told["wrong"]}
@@ -248,7 +255,7 @@ def _ask(asked: Sequence[Any]) -> dict[str, Any] | None:
 
 def _untried(why: str) -> dict[str, Any]:
     """There may have been no room on the device: the next process tries again."""
-    return {"errors": {}, "wrong": f"could not be tried: {why}", "keep": False}
+    return {"errors": {}, "wrong": f"{UNTRIED}: {why}", "keep": False}
 
 
 def _name_on_disk(kernel: Kernel, entry: str) -> str:
@@ -257,7 +264,8 @@ def _name_on_disk(kernel: Kernel, entry: str) -> str:
 
 
 def main(asked: str) -> None:
-    """Print a finding as a line of JSON."""
+    """Print a finding as a line of JSON; ends itself should nobody be left to do so."""
+    signal.alarm(int(SECONDS) + 1)
     device, dtype, head_dim, name, entry = json.loads(asked)
     kernel = Kernel(torch.device(device), getattr(torch, dtype), head_dim, name)
     torch.empty(1, device=kernel.device)  # a device that cannot be had is no kernel's fault
@@ -270,7 +278,10 @@ def look_at_all(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iter
     for name in KERNELS:
         kernel = Kernel(device, dtype, head_dim, name)
         for entry in entries_of(kernel):
-            yield (look_in_a_process if may_hang(kernel, entry) else look_at)(kernel, entry)
+            if may_hang(kernel, entry):
+                yield look_in_a_process(kernel, entry, anew=True)
+            else:
+                yield look_at(kernel, entry)
 
 
 def _entries(kernel: Kernel) -> tuple[tables.AnyForwardConfig, ...]:
@@ -366,7 +377,7 @@ def _look_at_backward(kernel: Kernel, entry: str, window: Window) -> Results:
     names = ("query", "key", "value", "pooled key", "pooled value")
     return [
         (f"gradient of {name}", one, other)
-        for name, one, other in zip(names, found, exact, strict=False)
+        for name, one, other in zip(names, found[: len(names)], exact, strict=True)
         if other.numel()
     ]
 

@@ -56,6 +56,19 @@ def test_a_number_of_lists_is_a_limit_too(monkeypatch):
     assert [lists() is not None for lists in alive] == [False, False, True, True]
 
 
+def test_what_is_dropped_is_no_longer_read(monkeypatch):
+    """Lists of one device may be dropped by those of another."""
+    awaited = []
+    monkeypatch.setattr(resident, "MOST_LISTS", 1)
+    monkeypatch.setattr(resident, "run_apart", lambda device, run: make(3))
+    monkeypatch.setattr(resident, "capturing", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", awaited.append)
+    kept = resident.Residents()
+    for place in (torch.device("cuda", 1), CPU, torch.device("cuda", 0)):
+        kept.get(make, (3,), place)
+    assert awaited == [torch.device("cuda", 1)]
+
+
 def test_what_is_larger_than_the_limit_is_kept_while_it_is_the_last():
     kept = resident.Residents(most_bytes=1)
     assert kept.get(make, (5,), CPU) is kept.get(make, (5,), CPU)

@@ -185,7 +185,7 @@ def test_a_capture_does_not_begin_with_a_look(monkeypatch):
 def test_which_kernels_attention_runs():
     assert kernels_of(False, False, False) == ("text", "forward")
     assert kernels_of(False, True, True) == ("text", "pooled", "backward")
-    assert kernels_of(True, False, True) == ("text", "far", "pooling", "backward far")
+    assert kernels_of(True, False, True) == ("text", "far", "backward far")
     assert {name for far in (True, False) for name in kernels_of(far, not far, True)} <= set(
         trust.KERNELS
     )
