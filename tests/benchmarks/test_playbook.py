@@ -1,11 +1,13 @@
 """The pieces of benchmarks/gpu.py: files of parts, processes and their limits, checks, headline."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,15 +20,28 @@ if not interpreted:
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plot_gpu
-from playbook import checks, counters, layers, production, summary, supervise
+from playbook import (
+    blocks,
+    checks,
+    counters,
+    entries,
+    layers,
+    production,
+    summary,
+    supervise,
+    sweep,
+    worker,
+)  # fmt: skip
 from playbook.cache import prune, relocate
 from playbook.gradients import sampled_gradient_errors
 from playbook.kernel_times import kernel_times
 from playbook.part_file import PartFile
-from playbook.parts import Part
-from playbook.setting import FULL, SMOKE
+from playbook.parts import PARTS, Part
+from playbook.setting import FULL, SMOKE, Task
 
+import clear_dit.bench.attention as attention_bench
 from clear_dit.kernels.attention import local_attention
+from clear_dit.kernels.triton import tuning
 from clear_dit.kernels.window import Window
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -38,8 +53,12 @@ def tasks_line(*labels):
     return {"event": "tasks", "labels": labels, "environment": ENVIRONMENT}
 
 
-def begin(task, shard=0, at=0.0):
-    return {"event": "begin", "task": task, "shard": shard, "at": at}
+def begin(task, shard=0, at=0.0, alone=False):
+    return {"event": "begin", "task": task, "shard": shard, "at": at, "alone": alone}
+
+
+def failed(task, problem="killed by SIGKILL", lost=True):
+    return {"event": "failed", "task": task, "problem": problem, "lost": lost}
 
 
 def end(task):
@@ -60,7 +79,7 @@ def test_what_a_part_s_file_says(tmp_path):
         begin("a"), {"task": "a", "ms": 1.0}, end("a"),
         begin("b", 1), {"task": "b", "problem": "wrong"}, end("b"),
         begin("c"), {"task": "c", "ms": 2.0},
-        {"event": "failed", "task": "c", "problem": "killed by SIGKILL"},
+        failed("c"),
         begin("d", 1, 5.0), {"task": "d", "ms": 3.0},
         begin("e"), {"task": "e", "skipped": "is not installed"}, end("e"),
     )  # fmt: skip
@@ -81,6 +100,9 @@ def test_what_a_part_s_file_says(tmp_path):
     # What was skipped may be possible by now.
     assert [row["task"] for row in kept.rows] == ["a"]
     assert kept.missing == ["b", "c", "d", "e", "f"]
+    assert kept.failed_before == {"c"}
+    file.keep_done()
+    assert file.read().failed_before == {"c"}
 
 
 # A worker without PyTorch. It goes on where another one ended.
@@ -93,7 +115,9 @@ tried = file.read().ended | file.read().failed.keys()
 file.append({"event": "tasks", "labels": ["a", "slow", "ends", "z"], "environment": {}})
 for task in ("a", "slow", "ends", "z"):
     if task not in tried:
-        file.append({"event": "begin", "task": task, "shard": 0, "at": time.time()})
+        file.append(
+            {"event": "begin", "task": task, "shard": 0, "at": time.time(), "alone": True}
+        )
         file.append({"task": task, "ms": 1.0})
         if task == "slow":
             time.sleep(60)
@@ -111,6 +135,8 @@ def test_a_task_that_hangs_or_ends_its_process_is_named_and_the_next_one_runs(tm
     assert record.ended == {"a", "z"}
     assert record.failed == {"slow": "took longer than 1 s", "ends": "exit status 1: the reason"}
     assert [row["task"] for row in record.rows] == ["a", "slow", "ends", "z"]
+    assert record.lost == {"slow", "ends"}
+    assert worker.lost_alone(tmp_path).startswith("sweep: ")
 
 
 def test_a_part_ends_with_its_time(tmp_path):
@@ -121,6 +147,174 @@ def test_a_part_ends_with_its_time(tmp_path):
     record = file.read()
     assert record.failed["slow"].startswith("no time")
     assert record.missing == ["ends", "z"]
+    assert record.lost == set()
+
+
+def test_a_process_that_does_not_end_is_named_and_left(monkeypatch, capsys):
+    monkeypatch.setattr(supervise, "END_SECONDS", 0.1)
+    kill = supervise.os.killpg
+    monkeypatch.setattr(supervise.os, "killpg", lambda *_: None)
+    with supervise.process(["-c", "import time; time.sleep(60)"]) as running:
+        pass
+    assert "was killed and does not end" in capsys.readouterr().out
+    kill(running.pid, supervise.signal.SIGKILL)
+    running.wait()
+
+
+def part_of(monkeypatch, *tasks):
+    """A part of these tasks, (label, alone, what happens), as `worker.work` finds it."""
+
+    def rows(happens):
+        happens()
+        yield {"ms": 1.0}
+
+    made = [Task(label, partial(rows, happens), alone) for label, alone, happens in tasks]
+    monkeypatch.setattr(worker, "import_module", lambda *_: SimpleNamespace(tasks=lambda _: made))
+    monkeypatch.setattr(worker, "environment", lambda _: ENVIRONMENT)
+
+
+def nothing():
+    pass
+
+
+def illegal_access():
+    raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+
+def test_what_may_hang_has_a_process_of_its_own(monkeypatch, tmp_path):
+    tasks = ("a", False), ("g1", True), ("g2", True), ("z", False)
+    part_of(monkeypatch, *((*task, nothing) for task in tasks))
+    work = partial(worker.work, "sweep", tmp_path, True, 0, 1)
+    done = []
+    for status in (1, 1, 0):
+        assert work() == status
+        done.append(len(PartFile(tmp_path, "sweep").read().ended))
+    assert done == [1, 3, 4]
+
+
+def test_one_that_may_hang_and_is_lost_stands_for_the_others(monkeypatch, tmp_path, capsys):
+    part_of(
+        monkeypatch,
+        ("g1", True, illegal_access), ("g2", True, nothing), ("z", False, nothing),
+    )  # fmt: skip
+    for status in (1, 0):
+        assert worker.work("sweep", tmp_path, True, 0, 1) == status
+    record = PartFile(tmp_path, "sweep").read()
+    assert record.lost == {"g1"}
+    assert record.failed["g2"].startswith("not tried: sweep: g1: RuntimeError: Triton Error [CUDA]")
+    assert record.ended == {"z"}
+    # In a later part too.
+    assert worker.work("checks", tmp_path, True, 0, 1) == 0
+    assert PartFile(tmp_path, "checks").read().failed.keys() == {"g1", "g2"}
+    assert "checks: g1: FAILED: not tried: sweep: g1" in capsys.readouterr().out
+
+
+def test_what_failed_before_is_tried_last(monkeypatch, tmp_path):
+    file = written(tmp_path, "sweep", tasks_line("a", "b"), begin("a"), failed("a"))
+    file.keep_done()
+    part_of(monkeypatch, ("a", False, nothing), ("b", False, nothing))
+    assert worker.work("sweep", tmp_path, True, 0, 1) == 0
+    assert [row["task"] for row in file.read().rows] == ["b", "a"]
+
+
+GLUON = "gluon-q8x16-k8x8-s6"
+HOPPER = "q8x8-k8x8-d64-w4-s3-tma", "q8x16-k8x8-d64-w8-s2-tma"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(entries, "table_key", lambda *_: ("sm_90", 128, 2))
+    monkeypatch.setattr(checks.launch, "table_key", lambda *_: ("sm_90", 128, 2))
+
+
+def test_gluon_is_tried_last_and_then_the_fastest(hopper, tmp_path):
+    tasks = sweep.tasks(FULL(folder=tmp_path, device=CPU))
+    of_gluon = [f"{GLUON} r={radius}" for radius in (8, 16, 32)]
+    assert [task.label for task in tasks if task.alone] == of_gluon
+    assert [task.label for task in tasks[-6:-3]] == of_gluon
+    assert [task.label for task in tasks[-3:]] == [f"as chosen r={r}" for r in (8, 16, 32)]
+    tasks = checks.tasks(FULL(folder=tmp_path, device=CPU))
+    assert [task.alone for task in tasks[-4:]] == [False, True, True, True]
+    groups = checks.waiting_checks(CPU)
+    assert {check.entry for group in groups for check in group} == {GLUON}
+    assert {check.head_dim for check in groups[0]} == {64, 128}
+    everything = [check for group in checks.checks(CPU, tiny=False) for check in group]
+    assert GLUON not in {check.entry for check in everything}
+
+
+def test_what_runs_is_the_fastest_that_was_right_everywhere(hopper, tmp_path):
+    setting = FULL(folder=tmp_path, device=CPU)
+    assert entries.chosen_entry(setting, 8) == HOPPER[0]
+    rows = [
+        {"task": f"{entry} r={radius}", "entry": entry, "radius": radius, "far": False, "ms": ms}
+        for radius in (8, 16)
+        for entry, ms in ((HOPPER[0], 3.0), (HOPPER[1], 2.0), (GLUON, 1.0))
+    ]
+    file = written(tmp_path, "sweep", *rows[:3])
+    assert entries.chosen_entry(setting, 8) == GLUON
+    assert entries.entry_of(setting, "triton", 8) == GLUON
+    assert entries.entry_of(setting, "flex", 8) is None
+    written(tmp_path, "sweep", *rows[3:5], failed(rows[5]["task"]))
+    assert entries.chosen_entry(setting, 8) == HOPPER[1]
+    file.append(rows[4] | {"radius": 32, "problem": "wrong"})
+    assert entries.chosen_entry(setting, 8) == HOPPER[0]
+
+
+@pytest.mark.parametrize(
+    ("breaks", "problem"),
+    [
+        (None, None),
+        ("again", "wrong: other bits when it ran again"),
+        ("a row", "wrong: other tiles give other results"),
+        ("nowhere sampled", "wrong: some results are not written"),
+    ],
+)
+def test_what_a_sample_does_not_see(monkeypatch, tmp_path, breaks, problem):
+    calls, right = [], production.triton_attention
+    monkeypatch.setattr(attention_bench, "CHECKED_QUERIES", 0)
+    window = SMOKE(folder=tmp_path).window(64, 2)
+    sampled = set(attention_bench._sampled_queries(window).tolist())
+    place = next(at for at in range(window.sequence_length) if at not in sampled)
+
+    def attention(*inputs, **options):
+        out, lse = right(*inputs, **options)
+        calls.append(os.environ[tuning.PIN])
+        if breaks == "again" and len(calls) > 4:
+            out[0, 0, 0, 0] += 1e-3
+        if breaks == "a row" and len(calls) == 1:
+            out[:, place] *= 1.1
+        if breaks == "nowhere sampled" and len(calls) == 1:
+            out[:, place] = float("nan")
+        return out, lse
+
+    monkeypatch.setattr(production, "triton_attention", attention)
+    setting = SMOKE(folder=tmp_path)
+    default, other = (entry.name for entry in entries.entries(setting, far=False))
+    (row,) = production.measure(setting, 64, 2, False, other)
+    assert row.get("problem", "").startswith(problem or "")
+    assert ("ms" in row) == (problem is None)
+    assert calls[0] == other
+    assert set(calls) <= {default, other}
+
+
+def test_the_backward_pass_is_not_timed_before_its_gradients_were_right(tmp_path):
+    setting = SMOKE(folder=tmp_path)
+    (row,) = layers._layer(setting, "tiled", 64, 2, True, repeats=1)
+    assert row["problem"] == "not timed: 'gradients 64 px r=2' is not right, or was not looked at"
+    assert "ms" not in row
+    label = layers.gradients_label(64, 2)
+    written(tmp_path, "layers", tasks_line(label), begin(label), end(label))
+    (row,) = layers._layer(setting, "tiled", 64, 2, True, repeats=1)
+    assert row["backward_ms"] is not None
+
+
+def test_blocks_are_not_timed_where_attention_is_wrong(monkeypatch, tmp_path):
+    setting = SMOKE(folder=tmp_path)
+    assert blocks.why_wrong(setting, 64, 2) is None
+    right = blocks.local_attention
+    monkeypatch.setattr(blocks, "local_attention", lambda *x, **options: right(*x, **options) * 1.1)
+    (row,) = blocks._time(None, setting, 64, 2, True)
+    assert row["problem"].startswith("not timed, for a check failed: wrong: text rows")
 
 
 def test_a_process_that_never_comes_to_a_task_is_not_started_again(tmp_path):
@@ -169,13 +363,13 @@ def test_the_checks_of_a_gpu_cover_what_they_should():
         assert torch.equal(moved, x)
         assert not moved.is_contiguous()
         assert moved.stride(-1) == 1
-    assert len({task.label for task in checks.tasks(SMOKE(folder=Path()))}) == 1
+    assert len({task.label for task in checks.tasks(SMOKE(folder=Path()))}) == 2
 
 
 def test_the_production_shape_is_that_of_flux():
     setting = FULL(folder=Path(), device=CPU)
     labels = [task.label for task in production.tasks(setting)]
-    assert labels == ["r=8", "r=16", "r=32", "far r=4", "far r=8"]
+    assert labels == ["r=8", "r=16", "r=32", "far r=4", "far r=8", "copy", "L2", "product"]
     assert setting.window(8192, 8).sequence_length == 512 + 512 * 512
     assert (setting.heads, setting.head_dim, setting.dtype) == (24, 128, torch.bfloat16)
 
@@ -233,13 +427,43 @@ def test_sampled_gradients(broken):
 def test_what_nsight_compute_prints():
     printed = (
         '==PROF== Connected\n==PROF== Disconnected\n"ID","Kernel Name","sm__cycles.avg","x"\n'
-        '"","","cycle",""\n"0","image_forward","1,234","5"\n"1","other","7","8"\n'
+        '"","","cycle",""\n"0","text_forward","1,234","5"\n"1","image_forward","7","8"\n'
+        "==PROF== Done\n"
     )
     assert counters.read_ncu(printed) == {
-        "ID": "0", "Kernel Name": "image_forward", "sm__cycles.avg [cycle]": "1,234", "x": "5"
+        "text_forward": {
+            "ID": "0", "Kernel Name": "text_forward", "sm__cycles.avg [cycle]": "1,234", "x": "5"
+        },
+        "image_forward": {
+            "ID": "1", "Kernel Name": "image_forward", "sm__cycles.avg [cycle]": "7", "x": "8"
+        },
     }  # fmt: skip
-    assert counters.read_ncu("==ERROR== ERR_NVGPUCTRPERM") is None
-    assert counters.read_ncu('==PROF==\n"ID"\n') is None
+    assert counters.read_ncu("==ERROR== ERR_NVGPUCTRPERM") == {}
+    assert counters.read_ncu('==PROF==\n"ID"\n') == {}
+
+
+# Nsight Compute that does not end, nor what it watches.
+HANGING_NCU = """#!/bin/sh
+sleep 60 &
+echo $! > {pid}
+wait
+"""
+
+
+def test_what_nsight_compute_watches_ends_with_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert counters.find_ncu(tmp_path) is None
+    for version in ("2024.3.2", "2025.1.0"):
+        tool = tmp_path / "opt/nvidia/nsight-compute" / version / "ncu"
+        tool.parent.mkdir(parents=True)
+        tool.write_text(HANGING_NCU.format(pid=tmp_path / "pid"))
+        tool.chmod(0o755)
+    assert counters.find_ncu(tmp_path) == str(tool)
+    monkeypatch.setattr(counters, "find_ncu", lambda _: str(tool))
+    monkeypatch.setattr(counters, "NCU_SECONDS", 1)
+    assert counters._by_ncu(8, "entry") == (None, "took longer than 1 s")
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
 def test_a_carried_cache_is_found_where_it_lies(tmp_path):
@@ -294,18 +518,36 @@ def layer(impl, size, radius, ms, **more):
 
 
 PRODUCTION = [
-    layer("", 8192, 8, 10.0, useful_tflops=210.0, far=False, kernels_ms={"image_forward": 9.0}),
+    layer("", 8192, 8, 12.0, useful_tflops=190.0, far=False, compiled=2,
+          kernels_ms={"image_forward": 9.0}),
     layer("", 8192, 16, 9.0, far=False, kernels_ms={}) | {"problem": "wrong"},
-    layer("", 8192, 4, 9.0, far=True, kernels_ms={}),
-]
+    layer("", 8192, 4, 9.0, far=True, kernels_ms={}, compiled=1),
+    {"task": "copy", "bytes": 1, "copy_gb_s": 4000.0},
+]  # fmt: skip
+SWEEP = [
+    {"task": task, "entry": entry, "far": False, "size": 8192, "radius": 8, "ms": ms,
+     "useful_tflops": rate, "image_tflops": rate}
+    for task, entry, ms, rate in (("a r=8", "a", 9.9, 212.0), ("as chosen r=8", "a", 10.0, 210.0))
+]  # fmt: skip
+COUNTERS = [
+    {"task": "r=8", "kernel": "image_forward", "by": "ncu",
+     "counters": {"a.pct_of_peak_sustained_elapsed [%]": "70", "b": "1"}}
+]  # fmt: skip
 LAYERS = [
-    layer("triton", 1024, 8, 1.0, useful_tflops=100.0),
+    layer("triton", 1024, 8, 1.0, useful_tflops=100.0, backward_ms=9.0),
     layer("sdpa-cudnn", 1024, None, 2.0, dense_tflops=500.0),
     layer("sdpa-cudnn", 8192, None, 900.0, dense_tflops=600.0),
     layer("sdpa-flash", 1024, None, 3.0, dense_tflops=400.0),
     layer("flex", 8192, 8, 50.0),
     layer("triton", 8192, 8, 10.0, useful_tflops=211.0, backward_ms=31.0),
-    {"task": "replay", "impl": "triton", "size": 1024, "radius": 8, "replay_ms": 0.5},
+    {
+        "task": "replay",
+        "impl": "triton",
+        "size": 1024,
+        "radius": 8,
+        "called_ms": 1.0,
+        "replay_ms": 0.5,
+    },
     {"task": "norm_rope", "impl": "norm_rope", "size": 8192, "fused_ms": 0.5},
 ]
 BLOCKS = [
@@ -319,7 +561,11 @@ BLOCKS = [
 
 
 def results(folder):
-    for name, rows in (("production", PRODUCTION), ("layers", LAYERS), ("blocks", BLOCKS)):
+    parts = {
+        "production": PRODUCTION, "sweep": SWEEP, "counters": COUNTERS, "layers": LAYERS,
+        "blocks": BLOCKS,
+    }  # fmt: skip
+    for name, rows in parts.items():
         ends = [end(row["task"]) for row in rows]
         written(folder, name, tasks_line(*(row["task"] for row in rows)), *rows, *ends)
     return folder
@@ -335,10 +581,18 @@ def test_headline(tmp_path):
         "time of attention over the fastest full attention at 1024 px, r=8": (0.5, True),
         "time of a step over full attention's at 1024 px, r=8": (1.1, False),
         "times faster a step at 8192 px, r=8": (12.5, True),
-        "backward over forward, at most": (3.1, False),
+        "backward over forward at 8192 px, at most": (3.1, True),
     }
+    assert result["headline"]["useful TFLOP/s at 8192 px, r=8"]["predicted"] == 380
+    small = "time of attention over the fastest full attention at 1024 px, r=8"
+    assert result["headline"][small]["replayed"] == 0.25
+    assert result["compiled"] == 3
+    assert result["sweep"]["a r=8"]["ms"] == 9.9
+    assert result["replay"] == {"replay": {"called_ms": 1.0, "replay_ms": 0.5}}
+    assert result["counters"] == {"image_forward": {"a.pct_of_peak_sustained_elapsed [%]": "70"}}
+    assert result["ceilings"] == {"copy_gb_s": 4000.0}
     assert result["wrong"] == {"production": {" 8192 16": "wrong"}}
-    assert set(result["missing"]) == {"ceilings", "sweep", "counters", "checks"}
+    assert set(result["missing"]) == {"checks"}
     assert result["kernels_ms"][" 8192 8"] == {"image_forward": 9.0}
     assert result["complete"] is False
     assert result["hardware"] == "none"
@@ -351,7 +605,7 @@ def test_plot(monkeypatch, tmp_path, capsys):
     assert plot_gpu.main() == 1
     assert "nothing was measured" in capsys.readouterr().err
     results(tmp_path)
-    records = {name: PartFile(tmp_path, name).read() for name in ("production", "layers", "blocks")}
+    records = {name: PartFile(tmp_path, name).read() for name in PARTS}
     drawn = plot_gpu.panels(summary.layer_rows(records), summary.steps_of(records["blocks"]))
     assert drawn[0].curves["CLEAR, r=8"] == [(1024, 1.0), (8192, 10.0)]
     assert drawn[1].curves["CLEAR, r=8"] == [(1024, 1100.0), (8192, 4000.0)]
