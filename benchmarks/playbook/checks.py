@@ -26,6 +26,7 @@ from clear_dit.kernels.triton.pooling import pool_cells
 from clear_dit.kernels.window import Window
 
 from .entries import waits
+from .part_file import lost_alone
 from .pin import pinned
 from .setting import Setting, Task
 
@@ -521,12 +522,15 @@ def tasks(setting: Setting) -> list[Task]:
             Task(f"{number}: {_subjects(group)}", partial(run_group, group, device), alone)
             for number, (group, alone) in enumerate(groups)
         ),
-        Task("as users get them", partial(_as_users_get_them, setting, tiny), alone=True),
+        Task("as users get them", partial(_as_users_get_them, setting, tiny)),
     ]
 
 
 def _as_users_get_them(setting: Setting, tiny: bool) -> Iterator[dict[str, Any]]:
     """The kernels' own checks, with the seconds that they take; if `tiny`, the first."""
+    if reason := lost_alone(setting.folder):
+        yield {"skipped": f"waits for one that may hang: {reason}"}
+        return
     found = trust.look_at_all(setting.device, setting.dtype, setting.head_dim)
     for each in itertools.islice(found, 1 if tiny else None):
         row = {"subject": f"{each.kernel.name} {each.entry}", "what": "as users get it"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from clear_dit.kernels.triton import tables
 from clear_dit.kernels.triton.launch import table_key
 
-from .part_file import PROBLEM, PartFile
+from .part_file import PROBLEM, PartFile, lost_alone
 from .setting import Setting
 
 
@@ -31,11 +31,14 @@ def waits(entry: tables.AnyForwardConfig) -> bool:
 def chosen_entry(setting: Setting, radius: int) -> str:
     """Name of the entry that the sweep found fastest without far keys, or else of the default.
 
-    An entry that failed or was wrong anywhere in the sweep is out.
+    An entry that failed or was wrong anywhere is out; and all that may hang, if one did.
     """
-    record = PartFile(setting.folder, "sweep").read()
+    record, checks = (PartFile(setting.folder, name).read() for name in ("sweep", "checks"))
     out = {label.partition(" ")[0] for label in record.failed}
     out |= {row["entry"] for row in record.rows if PROBLEM in row}
+    out |= {row["subject"].removeprefix("forward ") for row in checks.rows if PROBLEM in row}
+    if lost_alone(setting.folder):
+        out |= {entry.name for entry in entries(setting, far=False) if waits(entry)}
     right = [
         row
         for row in record.good_rows

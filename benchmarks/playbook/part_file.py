@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .parts import CHOSEN, PARTS
+
 # What a row has that was not found right, or could not be measured; and what was not tried.
 PROBLEM, SKIPPED = "problem", "skipped"
 
@@ -57,7 +59,10 @@ class Record:
     @property
     def done(self) -> set[str]:
         """Of these, tasks that were not skipped: what another run need not try."""
-        return self.complete - {row["task"] for row in self.rows if SKIPPED in row}
+        done = self.complete - {row["task"] for row in self.rows if SKIPPED in row}
+        if done == set(self.labels):
+            return done
+        return {task for task in done if not task.startswith(CHOSEN)}  # it may be another then
 
     @property
     def missing(self) -> list[str]:
@@ -82,6 +87,15 @@ class Record:
     def all_is_right(self) -> bool:
         """Whether every task ended and found nothing wrong."""
         return bool(self.labels) and self.complete == set(self.labels)
+
+
+def lost_alone(folder: Path) -> str | None:
+    """Which task, that was to run alone, was lost with its process, and why; None if none was."""
+    for name in PARTS:
+        record = PartFile(folder, name).read()
+        for task in sorted(record.alone & record.lost):
+            return f"{name}: {task}: {record.failed[task]}"
+    return None
 
 
 class PartFile:

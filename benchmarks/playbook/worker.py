@@ -16,8 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .part_file import PROBLEM, PartFile
-from .parts import PARTS
+from .part_file import PROBLEM, PartFile, lost_alone
+from .parts import CHOSEN, PARTS
 
 # After them the next task needs a fresh process.
 DEVICE_ERRORS = (
@@ -67,7 +67,8 @@ def work(
         file.append({"event": "tasks", "labels": labels, "environment": environment(interpret)})
     tried = record.ended | record.failed.keys()
     left = [task for task in tasks[shard::shards] if task.label not in tried]
-    left.sort(key=lambda task: task.label in record.failed_before)  # else they cost it all again
+    # What failed before may cost as much again.
+    left.sort(key=lambda task: (task.label.startswith(CHOSEN), task.label in record.failed_before))
     alone = None  # whether what this process has done was
     for task in left:
         if task.alone and (reason := lost_alone(folder)):
@@ -93,15 +94,6 @@ def work(
         if not interpret:
             torch.cuda.empty_cache()
     return 0
-
-
-def lost_alone(folder: Path) -> str | None:
-    """Which task, that was to run alone, was lost with its process, and why; None if none was."""
-    for name in PARTS:
-        record = PartFile(folder, name).read()
-        for task in record.alone & record.lost:
-            return f"{name}: {task}: {record.failed[task]}"
-    return None
 
 
 def _fail(file: PartFile, task: str, problem: str, lost: bool = False) -> None:

@@ -35,7 +35,7 @@ from playbook import (
 from playbook.cache import prune, relocate
 from playbook.gradients import sampled_gradient_errors
 from playbook.kernel_times import kernel_times
-from playbook.part_file import PartFile
+from playbook.part_file import PartFile, lost_alone
 from playbook.parts import PARTS, Part
 from playbook.setting import FULL, SMOKE, Task
 
@@ -136,7 +136,7 @@ def test_a_task_that_hangs_or_ends_its_process_is_named_and_the_next_one_runs(tm
     assert record.failed == {"slow": "took longer than 1 s", "ends": "exit status 1: the reason"}
     assert [row["task"] for row in record.rows] == ["a", "slow", "ends", "z"]
     assert record.lost == {"slow", "ends"}
-    assert worker.lost_alone(tmp_path).startswith("sweep: ")
+    assert lost_alone(tmp_path).startswith("sweep: ")
 
 
 def test_a_part_ends_with_its_time(tmp_path):
@@ -217,6 +217,17 @@ def test_what_failed_before_is_tried_last(monkeypatch, tmp_path):
     assert [row["task"] for row in file.read().rows] == ["b", "a"]
 
 
+def test_what_is_chosen_is_measured_again_after_what_was_missing(monkeypatch, tmp_path):
+    labels = "a", "as chosen"
+    lines = [line for task in labels for line in (begin(task), {"task": task}, end(task))]
+    assert written(tmp_path, "sweep", tasks_line(*labels), *lines).read().done == set(labels)
+    file = written(tmp_path, "checks", tasks_line("g", *labels), begin("g"), failed("g"), *lines)
+    file.keep_done()
+    part_of(monkeypatch, *((label, False, nothing) for label in ("g", *labels)))
+    assert worker.work("checks", tmp_path, True, 0, 1) == 0
+    assert [row["task"] for row in file.read().rows] == ["a", "g", "as chosen"]
+
+
 GLUON = "gluon-q8x16-k8x8-s6"
 HOPPER = "q8x8-k8x8-d64-w4-s3-tma", "q8x16-k8x8-d64-w8-s2-tma"
 
@@ -234,7 +245,7 @@ def test_gluon_is_tried_last_and_then_the_fastest(hopper, tmp_path):
     assert [task.label for task in tasks[-6:-3]] == of_gluon
     assert [task.label for task in tasks[-3:]] == [f"as chosen r={r}" for r in (8, 16, 32)]
     tasks = checks.tasks(FULL(folder=tmp_path, device=CPU))
-    assert [task.alone for task in tasks[-4:]] == [False, True, True, True]
+    assert [task.alone for task in tasks[-4:]] == [False, True, True, False]
     groups = checks.waiting_checks(CPU)
     assert {check.entry for group in groups for check in group} == {GLUON}
     assert {check.head_dim for check in groups[0]} == {64, 128}
@@ -252,6 +263,12 @@ def test_what_runs_is_the_fastest_that_was_right_everywhere(hopper, tmp_path):
     ]
     file = written(tmp_path, "sweep", *rows[:3])
     assert entries.chosen_entry(setting, 8) == GLUON
+    checked = written(tmp_path, "checks", {"subject": f"forward {GLUON}", "problem": "wrong"})
+    assert entries.chosen_entry(setting, 8) == HOPPER[1]
+    checked.path.unlink()
+    written(tmp_path, "checks", begin("a", alone=True), failed("a"))
+    assert entries.chosen_entry(setting, 8) == HOPPER[1]
+    checked.path.unlink()
     assert entries.entry_of(setting, "triton", 8) == GLUON
     assert entries.entry_of(setting, "flex", 8) is None
     written(tmp_path, "sweep", *rows[3:5], failed(rows[5]["task"]))
