@@ -100,11 +100,12 @@ def compile_layers() -> None:
 def compile_checks() -> None:
     """What the checks launch, kind by kind."""
     import torch
-    from playbook.checks import checks, launch_only
+    from playbook.checks import checks, launch_only, waiting_checks
 
-    for group in checks(torch.device("cpu"), tiny=False):
+    device = torch.device("cpu")
+    for group in (*checks(device, tiny=False), *waiting_checks(device)):
         for check in group:
-            launch_only(check, torch.device("cpu"))
+            launch_only(check, device)
 
 
 def main() -> int:
