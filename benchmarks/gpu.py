@@ -4,12 +4,14 @@
 
 Parts, in the order in which they are worth the time; `--parts a,b` takes some of them:
 
-ceilings    a copy, a bfloat16 product, reading L2; clocks and versions
 production  one attention layer of FLUX.1-dev (24 heads x 128, 512 text tokens, bfloat16) at 8192
-            px, r=8/16/32, and with far keys r=4/8: as a model calls it, and kernel by kernel
-sweep       the same with every entry of the tables for this device
-counters    Nsight Compute's (PyTorch's profiler where it may not read them) of three kernels
-checks      every kernel in bfloat16, float16 and float32 on awkward shapes
+            px, r=8/16/32, and with far keys r=4/8, by the tables' default entry: the layer, and
+            kernel by kernel; then a copy, a bfloat16 product, reading L2, clocks and versions
+sweep       the same with every entry of the tables for this device, Gluon's last, in a process of
+            their own: if one hangs or crashes, the others are not tried. Then once more with the
+            fastest that is right, which all later parts run with
+counters    Nsight Compute's (PyTorch's profiler where it may not read them) of two kernels, r=8
+checks      every kernel in bfloat16, float16 and float32 on awkward shapes; the kernels' own checks
 layers      1K to 8K: full attention by cuDNN and FlashAttention, FlexAttention on raster-order
             tokens, on tokens in tiles and by FlashAttention's kernels, NATTEN and xFormers where
             they are installed; replayed from a graph; gradients and backward; QK-norm and rotation
@@ -24,8 +26,10 @@ medians, with the host running ahead. FLOPs of a useful rate are those the metho
 A part runs in processes of its own: one that is killed, crashes or finds something wrong loses no
 other rows. What it finds goes to DIR/PART.jsonl as it comes, and what failed is named there with
 its reason; DIR/summary.json, written after each part, has the headline numbers beside their
-targets, and is the last line printed. `--resume DIR` does what is missing, failed, wrong or was
-skipped there, and nothing else: a second command for what the first had no time for. `--seconds`
+targets, and is the last line printed: 7 files, so that a log has a place among 8. `--resume DIR`
+does what is missing, failed, wrong or was skipped there, what failed last, and nothing else: a
+second command for what the first had no time for. A machine that was given back (30 s idle are
+enough) comes again bare: copy the results back in, with the cache, then `--resume`. `--seconds`
 is the time for all parts: what one leaves goes to those after it. The exit status is 0 if all was
 right and all was done, 1 if not, 2 without a CUDA device.
 
@@ -38,13 +42,17 @@ device's own versions of Python and Triton, and carry it (gpu_precompile.py says
     PYTHONPATH=. python3.12 benchmarks/gpu_precompile.py --cache .triton-cache
     PYTHONPATH=. python3 benchmarks/gpu.py --out DIR --cache .triton-cache
 
+`compiled` in the summary tells how many kernels of `production` it lacked: with a cache, none.
+
 Without `--cache` the same is compiled beside the parts, without the GPU. PyTorch with Triton
 is enough for all parts but `blocks`, which needs these wheels (pure Python, 7 MB), transformers
-and accelerate:
+and accelerate; httpx and idna are for a huggingface_hub that lacks them. Import it first, which
+takes seconds to tell what is missing:
 
     python3 -m pip download --no-deps --only-binary=:all: -d .whl diffusers==0.42.1 \\
-        importlib_metadata==10.2.0 lazy-importer==0.1.0 zipp==4.1.2
+        importlib_metadata==10.2.0 lazy-importer==0.1.0 zipp==4.1.2 httpx idna
     python3 -m pip install --no-index --no-deps --target /tmp/site .whl/*.whl
+    PYTHONPATH=/tmp/site python3 -c "from diffusers import FluxTransformer2DModel"
     PYTHONPATH=.:/tmp/site python3 benchmarks/gpu.py --out DIR
 """
 

@@ -53,6 +53,7 @@ def compile_layers() -> None:
     from playbook.pin import pinned
     from playbook.setting import FULL
 
+    from clear_dit.bench.attention import small_window
     from clear_dit.kernels.triton import tables
     from clear_dit.kernels.triton.launch import table_key
     from clear_dit.kernels.triton.norm_rope import norm_rope
@@ -86,16 +87,25 @@ def compile_layers() -> None:
             norm_rope(image, text, weight, weight, table, table, 1e-6)
         if not far:
             torch.autograd.grad(out, tokens, torch.empty_like(out))
+    # The grid on which gradients are checked.
+    window = small_window(setting.window(setting.sizes[-1], setting.radii[0]))
+    shape = (1, window.sequence_length, 2, setting.head_dim)
+    tokens = [torch.empty(shape, dtype=setting.dtype, requires_grad=True) for _ in range(3)]
+    for entry in tables.forward_configs(*key):
+        with pinned(entry.name):
+            out, _ = triton_attention(*tokens, window, scale=setting.head_dim**-0.5)
+    torch.autograd.grad(out, tokens, torch.empty_like(out))
 
 
 def compile_checks() -> None:
     """What the checks launch, kind by kind."""
     import torch
-    from playbook.checks import checks, launch_only
+    from playbook.checks import checks, launch_only, waiting_checks
 
-    for group in checks(torch.device("cpu"), tiny=False):
+    device = torch.device("cpu")
+    for group in (*checks(device, tiny=False), *waiting_checks(device)):
         for check in group:
-            launch_only(check, torch.device("cpu"))
+            launch_only(check, device)
 
 
 def main() -> int:

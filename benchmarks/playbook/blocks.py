@@ -1,7 +1,8 @@
 """A double and a single FLUX block with random weights, full attention against CLEAR, and the step
 of the whole model that follows: 19 double blocks and 38 single ones.
 
-The only part that needs diffusers.
+The only part that needs diffusers. CLEAR's attention was right at the same size and radius first,
+in the same process: within a block nothing tells.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from typing import Any
 
 import torch
 
+from clear_dit.bench.attention import local_lse, sampled_errors
 from clear_dit.bench.step import TOLERANCE
 from clear_dit.bench.timing import time_in_turn
+from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.window import Window
 from clear_dit.memory import peak_mb, reset_peak
 
+from .checks import poisoned
+from .entries import entry_of
 from .part_file import PartFile
+from .pin import pinned
 from .setting import Setting, Task
 
 
@@ -124,7 +130,8 @@ class Blocks:
 
 def _check(both: Blocks, setting: Setting) -> Iterator[dict[str, Any]]:
     for fused in (True, False):
-        error = both.error(fused)
+        with pinned(entry_of(setting, setting.impl, setting.radii[0])):
+            error = both.error(fused)
         row = {"fused": fused, "error": error}
         yield row if error <= TOLERANCE[setting.dtype] else row | {"problem": "wrong"}
 
@@ -136,15 +143,31 @@ def _time(
     wrong = PartFile(setting.folder, "blocks").read().problems.get("past the diagonal")
     if radius is not None and wrong is None:
         wrong = PartFile(setting.folder, "production").read().problems.get(f"r={radius}")
-    if wrong is not None:
-        yield {"size": size, "radius": radius, "problem": f"not timed, for a check failed: {wrong}"}
-    else:
-        yield _block_row(make(), size, radius, fused)
+    entry = entry_of(setting, setting.impl, radius)
+    row = {"size": size, "radius": radius, "entry": entry}
+    with pinned(entry):
+        if radius is not None and wrong is None:
+            wrong = why_wrong(setting, size, radius)
+        if wrong is not None:
+            yield row | {"problem": f"not timed, for a check failed: {wrong}"}
+        else:
+            yield row | _block_row(make(), size, radius, fused)
+
+
+def why_wrong(setting: Setting, size: int, radius: int) -> str | None:
+    """How far CLEAR's attention is off on a sample of queries, if too far."""
+    window = setting.window(size, radius)
+    tensors = setting.problem(window).tensors()
+    with poisoned():
+        out = local_attention(*tensors, window, impl=setting.impl)
+        assert isinstance(out, torch.Tensor)
+        errors = sampled_errors(out, tensors, window, lse=local_lse(setting.impl, *tensors, window))
+    return None if errors.right(setting.dtype) else f"wrong: {errors}"
 
 
 def _block_row(both: Blocks, size: int, radius: int | None, fused: bool) -> dict[str, Any]:
     setting = both.setting
-    row: dict[str, Any] = {"size": size, "radius": radius, "fused": fused}
+    row: dict[str, Any] = {"fused": fused}
     if radius is None:
         row["fused"] = None
     inputs = both.inputs(setting.window(size, radius or 1))

@@ -15,12 +15,12 @@ NEEDED = (".cubin", ".json")
 def relocate(cache: Path) -> int:
     """Make the entries of a cache findable where it lies now, and tell how many there are.
 
-    Triton keeps absolute paths in them, and passes over entries whose files are not there.
+    Triton keeps absolute paths in them, and passes over entries of which a file is not there.
     """
     groups = list(cache.glob("*/__grp__*.json"))
     for group in groups:
-        names = json.loads(group.read_text())["child_paths"]
-        paths = {name: str(group.parent.resolve() / name) for name in names}
+        files = (group.parent / name for name in json.loads(group.read_text())["child_paths"])
+        paths = {file.name: str(file.resolve()) for file in files if file.exists()}
         group.write_text(json.dumps({"child_paths": paths}))
     return len(groups)
 

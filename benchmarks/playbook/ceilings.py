@@ -17,9 +17,9 @@ from clear_dit.bench.timing import time_in_turn
 from .setting import Setting, Task
 
 CLOCKS = (
-    "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,power.limit,temperature.gpu,"
-    "driver_version,clocks_event_reasons.active"
-)
+    "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.draw", "power.limit",
+    "temperature.gpu", "driver_version", "clocks_event_reasons.active",
+)  # fmt: skip
 BLOCK = 8192
 
 
@@ -36,7 +36,7 @@ def read_blocks(source, sums, blocks, BLOCK: tl.constexpr):
 
 
 def tasks(setting: Setting) -> list[Task]:
-    """Clocks are read right after the product, which heats the device."""
+    """Of `production`. Clocks are read right after the product, which heats the device."""
     small = setting.device.type != "cuda"
     return [
         Task("copy", partial(_copy, setting, 2**16 if small else 2**31)),
@@ -71,20 +71,20 @@ def _l2(setting: Setting, programs: int, blocks: int) -> Iterator[dict[str, Any]
 def _product(setting: Setting, side: int) -> Iterator[dict[str, Any]]:
     a, b = (torch.randn(side, side, device=setting.device).bfloat16() for _ in range(2))
     (seconds,) = time_in_turn({"": lambda: a @ b}, 5, setting.device).values()
-    yield {"side": side, "bf16_product_tflops": 2 * side**3 / seconds / 1e12, **_clocks()}
+    yield {"side": side, "bf16_product_tflops": 2 * side**3 / seconds / 1e12, **clocks()}
 
 
-def _clocks() -> dict[str, Any]:
+def clocks(names: tuple[str, ...] = CLOCKS) -> dict[str, Any]:
+    """What the driver says of the device."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {"clocks": "no nvidia-smi"}
-    asked = [tool, f"--query-gpu={CLOCKS}", "--format=csv,noheader", "-i", "0"]
+    asked = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "-i", "0"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
     except subprocess.TimeoutExpired:
         return {"clocks": "nvidia-smi did not answer"}
     values = done.stdout.strip().split(", ")
-    names = CLOCKS.split(",")
     if done.returncode or len(values) != len(names):
         return {"clocks": done.stdout.strip()[:200]}
     return {"clocks": dict(zip(names, values, strict=True))}

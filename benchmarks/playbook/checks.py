@@ -6,6 +6,7 @@ the same dtype, plus two roundings; text and image rows apart.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +18,15 @@ import torch
 
 import clear_dit.kernels.choice  # noqa: F401 - by which Triton pools for a model, and here
 from clear_dit.kernels.pooling import pool_cells_by_operators, pooled_bias, pooled_keys
-from clear_dit.kernels.triton import launch, tables
+from clear_dit.kernels.triton import launch, tables, trust
 from clear_dit.kernels.triton.device import programs
 from clear_dit.kernels.triton.norm_rope import norm_rope
 from clear_dit.kernels.triton.ops import triton_attention
 from clear_dit.kernels.triton.pooling import pool_cells
 from clear_dit.kernels.window import Window
 
+from .entries import waits
+from .part_file import lost_alone
 from .pin import pinned
 from .setting import Setting, Task
 
@@ -31,6 +34,8 @@ Tensors = Sequence[torch.Tensor]
 HEADS = 2
 # Largest error of a log-sum-exp, which is float32 whatever the inputs.
 LSE_TOLERANCE = 1e-3
+# Some milliseconds, in which the host launches all that a check does.
+LATER_CYCLES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ AWKWARD = (
     (Window(13, 18, 5, 4, 4, pooled_weight="count"), "heads first"),
 )
 
+OF_ENTRIES = (Window(13, 19, 33, 6, 2), Window(40, 56, 64, 16))
+
 
 def checks(device: torch.device, tiny: bool) -> list[list[Check]]:
     """What to check, in groups for a process each; the timed dtype first.
@@ -110,11 +117,7 @@ def checks(device: torch.device, tiny: bool) -> list[list[Check]]:
             groups += [cases[i : i + 2] for i in range(0, len(cases), 2)]
         groups += [
             list(_of_entries(device, dtype, 128, window))
-            for window in (
-                Window(13, 19, 33, 6, 2),
-                Window(40, 56, 64, 16),
-                Window(37, 51, 64, 4, far_levels=10),
-            )
+            for window in (*OF_ENTRIES, Window(37, 51, 64, 4, far_levels=10))
         ]
         groups.append(list(_norm_rope(dtype)))
         groups.append(list(_pooling(dtype)))
@@ -126,17 +129,33 @@ def checks(device: torch.device, tiny: bool) -> list[list[Check]]:
     return [*groups, [*_norm_rope(torch.float32), *_pooling(torch.float32)]]
 
 
+def waiting_checks(device: torch.device) -> list[list[Check]]:
+    """Of the entries that may hang, a group for a dtype."""
+    groups = [
+        [
+            Check(f"forward {entry.name}", "forward", window, dtype, head_dim, entry=entry.name)
+            for head_dim in (128, 64)
+            for entry in tables.forward_configs(*launch.table_key(device, dtype, head_dim))
+            if waits(entry)
+            for window in OF_ENTRIES
+        ]
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    return [group for group in groups if group]
+
+
 def _of_entries(
     device: torch.device, dtype: torch.dtype, head_dim: int, window: Window, few: bool = False
 ) -> Iterator[Check]:
-    """Every entry of the forward table for this device, the text's by several splits; or a `few`.
+    """Entries of the forward table that cannot hang, the text's by several splits; or a `few`.
 
     Of the gradients there is one entry, which "attention" checks.
     """
     key = launch.table_key(device, dtype, head_dim)
     make = partial(Check, window=window, dtype=dtype, head_dim=head_dim, batch=1 if few else 2)
     far = window.far_levels > 0
-    for entry in tables.forward_configs(*key, far=far)[: 1 if few else None]:
+    entries = [entry for entry in tables.forward_configs(*key, far=far) if not waits(entry)]
+    for entry in entries[: 1 if few else None]:
         yield make(f"forward {entry.name}", "forward", entry=entry.name)
     for count in (5,) if few else (1, 5, programs(device)):
         yield make("text", "text", entry=tables.text_config(*key), programs=count)
@@ -262,18 +281,24 @@ def _relative(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def _check_gradients(check: Check, device: torch.device) -> list[dict[str, Any]]:
-    """The op as a model calls it: output, all gradients, and the same bits again."""
+    """The op by the default entry: output, all gradients; the same on another stream, which starts
+    later, and of an expanded gradient.
+    """
     (*tokens, grad), learned = _inputs(check, device)
     inputs = [*tokens, *learned]
 
+    options = {"scale": check.head_dim**-0.5}
+
     def run(query, key, value, weight, offset):
-        options = {
-            "scale": query.shape[-1] ** -0.5, "spatial_weight": weight, "far_offset": offset
-        }  # fmt: skip
-        return triton_attention(query, key, value, check.window, **options)[0]
+        learned = {"spatial_weight": weight, "far_offset": offset}
+        return triton_attention(query, key, value, check.window, **options, **learned)[0]
 
     plain = partial(plain_attention, window=check.window)
-    ours = _gradients(run, inputs, grad)
+    ones = grad.new_ones(check.head_dim).expand(grad.shape)
+    with pinned(_default_entry(check, device)):
+        ours = _gradients(run, inputs, grad)
+        elsewhere = _on_another_stream(partial(_gradients, run), inputs, grad)
+        expanded, whole = (_gradients(run, inputs, x)[1:] for x in (ones, ones.contiguous()))
     names = ["output", "query", "key", "value", "spatial_weight", "far_offset"][: len(ours)]
     yardstick = _gradients(plain, inputs, grad)
     exact = _gradients(plain, _double(inputs), grad.double())
@@ -283,8 +308,38 @@ def _check_gradients(check: Check, device: torch.device) -> list[dict[str, Any]]
         if exact[0][:, part].numel():
             outputs = ([found[0][:, part]] for found in (ours, yardstick, exact))
             rows += _compare([what], *outputs, check.dtype)
-    same = all(map(torch.equal, ours, _gradients(run, inputs, grad)))
-    return [*rows, {"what": "the same bits again", "ok": same}]
+    expanded_names = [f"{name}, of an expanded gradient" for name in names[1:]]
+    rows += _compare(expanded_names, expanded, whole, [x.double() for x in whole], check.dtype)
+    same = all(map(torch.equal, ours, elsewhere))
+    return [*rows, {"what": "the same bits on another stream", "ok": same}]
+
+
+def _default_entry(check: Check, device: torch.device) -> str:
+    key = launch.table_key(device, check.dtype, check.head_dim)
+    return tables.forward_configs(*key, far=check.window.far_levels > 0)[0].name
+
+
+def _on_another_stream(
+    run: Callable[..., list[torch.Tensor]],
+    inputs: Sequence[torch.Tensor | None],
+    grad: torch.Tensor,
+) -> list[torch.Tensor]:
+    """`run` on copies that are not there yet when it is called; on a CPU once more."""
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        return empty.copy_(x)
+
+    device = grad.device
+    if device.type != "cuda":
+        return run(inputs, grad)
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LATER_CYCLES)
+        found = run([None if x is None else copied(x) for x in inputs], copied(grad))
+    current.wait_stream(stream)
+    return found
 
 
 def _check_forward(check: Check, device: torch.device) -> list[dict[str, Any]]:
@@ -405,7 +460,7 @@ def launch_only(check: Check, device: torch.device) -> None:
             options = {"scale": scale, "spatial_weight": weight, "far_offset": offset}
             return triton_attention(query, key, value, window, **options)[0]
 
-        with pinned(check.entry):
+        with pinned(check.entry or _default_entry(check, device)):
             if check.kind == "gradients":
                 _gradients(run, [*tokens, *learned], grad)
             else:
@@ -455,9 +510,29 @@ def _subjects(group: Sequence[Check]) -> str:
 
 
 def tasks(setting: Setting) -> list[Task]:
-    """Groups of checks; a fault on the device takes no more than its group along."""
-    groups = checks(setting.device, tiny=setting.device.type != "cuda")
+    """Groups of checks; a fault on the device takes no more than its group along.
+
+    What may hang comes last.
+    """
+    device, tiny = setting.device, setting.device.type != "cuda"
+    groups = [(group, False) for group in checks(device, tiny)]
+    groups += [(group, True) for group in waiting_checks(device)]
     return [
-        Task(f"{number}: {_subjects(group)}", partial(run_group, group, setting.device))
-        for number, group in enumerate(groups)
+        *(
+            Task(f"{number}: {_subjects(group)}", partial(run_group, group, device), alone)
+            for number, (group, alone) in enumerate(groups)
+        ),
+        Task("as users get them", partial(_as_users_get_them, setting, tiny)),
     ]
+
+
+def _as_users_get_them(setting: Setting, tiny: bool) -> Iterator[dict[str, Any]]:
+    """The kernels' own checks, with the seconds that they take; if `tiny`, the first."""
+    if reason := lost_alone(setting.folder):
+        yield {"skipped": f"waits for one that may hang: {reason}"}
+        return
+    found = trust.look_at_all(setting.device, setting.dtype, setting.head_dim)
+    for each in itertools.islice(found, 1 if tiny else None):
+        row = {"subject": f"{each.kernel.name} {each.entry}", "what": "as users get it"}
+        row |= {"error": max(each.errors.values(), default=None), "seconds": each.seconds}
+        yield row if each.wrong is None else row | {"problem": each.wrong}

@@ -1,4 +1,4 @@
-"""Counters of three kernels: the text's, and the image's at the smallest and the largest radius.
+"""Counters of the image's and of the text's kernel at the smallest radius.
 
 By Nsight Compute where it is there and may read them, else what PyTorch's profiler knows: time,
 registers, shared memory and occupancy.
@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,101 +23,108 @@ from torch.profiler import ProfilerActivity, profile
 
 from clear_dit.kernels.triton.ops import triton_attention
 
-from .kernel_times import kernel_times
+from .entries import chosen_entry
 from .part_file import PartFile
 from .pin import pinned
-from .production import TEXT_KERNELS
+from .right import checked
 from .setting import FULL, Setting, Task
-from .sweep import fastest_entry
 
 SECTIONS = (
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats",
     "WarpStateStats", "Occupancy", "LaunchStats",
 )  # fmt: skip
 NCU_SECONDS = 40
+# Where its package puts it, if not on PATH.
+NCU = "opt/nvidia/nsight-compute/*/ncu"
+# The kernel of the image has this name in Triton and in Gluon.
+KERNELS = ("image_forward", "text_forward")
 # One call at the production shape, in a process of its own.
 LAUNCH = "from playbook.counters import launch; launch({radius}, {entry!r})"
 
 
 def tasks(setting: Setting) -> list[Task]:
-    """Kernel by kernel."""
-    first, last = setting.radii[0], setting.radii[-1]
-    return [
-        Task(f"image r={first}", partial(_count, setting, first, False)),
-        Task(f"text r={first}", partial(_count, setting, first, True)),
-        Task(f"image r={last}", partial(_count, setting, last, False)),
-    ]
+    """Both kernels at once: a process that Nsight Compute watches takes long to start."""
+    radius = setting.radii[0]
+    return [Task(f"r={radius}", partial(_count, setting, radius))]
 
 
-def _count(setting: Setting, radius: int, text: bool) -> Iterator[dict[str, Any]]:
-    wrong = PartFile(setting.folder, "production").read().problems.get(f"r={radius}")
-    if wrong is not None:
-        yield {"radius": radius, "problem": f"not looked at, for a check failed: {wrong}"}
-        return
-    entry = fastest_entry(setting, radius)
+def _count(setting: Setting, radius: int) -> Iterator[dict[str, Any]]:
+    entry = chosen_entry(setting, radius)
+    row: dict[str, Any] = {"radius": radius, "entry": entry}
     with pinned(entry):
-        run = _layer(setting, radius)
-        # The kernel that takes longest, of the text's or of the others.
-        times = {
-            name: ms
-            for name, ms in kernel_times(run, 1, setting.device).items()
-            if name.startswith(TEXT_KERNELS) == text
-        }
-        kernel = max(times, key=times.__getitem__)
-        row = {"radius": radius, "entry": entry, "kernel": kernel}
-        counters, reason = _by_ncu(radius, entry, kernel)
-        if counters is not None:
-            yield row | {"by": "ncu", "counters": counters}
-        else:
-            yield row | {"by": "torch.profiler", "ncu": reason, "counters": _by_torch(run, kernel)}
-
-
-def _layer(setting: Setting, radius: int) -> Callable[[], object]:
-    window = setting.window(setting.sizes[-1], radius)
-    tensors = setting.problem(window).tensors()
-    return partial(triton_attention, *tensors, window, scale=setting.head_dim**-0.5)
+        wrong = PartFile(setting.folder, "production").read().problems.get(f"r={radius}")
+        window = setting.window(setting.sizes[-1], radius)
+        tensors = setting.problem(window).tensors()
+        run = partial(triton_attention, *tensors, window, scale=setting.head_dim**-0.5)
+        if wrong is None:
+            *_, wrong = checked(run, tensors, window)
+        if wrong is not None:
+            yield row | {"problem": f"not looked at, for a check failed: {wrong}"}
+            return
+        found, reason = _by_ncu(radius, entry)
+        for kernel in KERNELS:
+            if found is not None and kernel in found:
+                yield row | {"kernel": kernel, "by": "ncu", "counters": found[kernel]}
+            else:
+                known = {"by": "torch.profiler", "ncu": reason, "counters": _by_torch(run, kernel)}
+                yield row | {"kernel": kernel} | known
 
 
 def launch(radius: int, entry: str) -> None:
     """What Nsight Compute looks at: one call at the production shape."""
+    signal.alarm(NCU_SECONDS)  # ends this process, whoever else has ended
+    setting = FULL(folder=Path())
+    window = setting.window(setting.sizes[-1], radius)
     with pinned(entry):
-        _layer(FULL(folder=Path()), radius)()
+        triton_attention(*setting.problem(window).tensors(), window, scale=setting.head_dim**-0.5)
 
 
-def _by_ncu(radius: int, entry: str, kernel: str) -> tuple[dict[str, str] | None, str | None]:
-    """(counters by name and unit, None), or (None, why not)."""
-    tool = shutil.which("ncu")
+def _by_ncu(radius: int, entry: str) -> tuple[dict[str, dict[str, str]] | None, str | None]:
+    """(counters by kernel, then by name and unit, None), or (None, why not)."""
+    tool = find_ncu(Path("/"))
     if tool is None:
         return None, "is not installed"
     sections = [word for name in SECTIONS for word in ("--section", name)]
     # The clocks are left as they are.
     asked = [
-        tool, "--clock-control", "none", "--kernel-name", f"regex:^{kernel}", "--launch-count", "1",
-        "--csv", "--page", "raw", *sections,
+        tool, "--clock-control", "none", "--kernel-name", f"regex:^({'|'.join(KERNELS)})",
+        "--launch-count", str(len(KERNELS)), "--csv", "--page", "raw", *sections,
         sys.executable, "-c", LAUNCH.format(radius=radius, entry=entry),
     ]  # fmt: skip
+    process = subprocess.Popen(
+        asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(
-            asked, capture_output=True, text=True, timeout=NCU_SECONDS, env=dict(os.environ)
-        )
+        out, err = process.communicate(timeout=NCU_SECONDS)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what it watches is on the device
+        process.communicate()
         return None, f"took longer than {NCU_SECONDS} s"
-    counters = read_ncu(done.stdout)
-    if counters is None:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        return None, f"exit status {done.returncode}: {said[-1][:300] if said else 'said nothing'}"
+    counters = read_ncu(out)
+    if not counters:
+        said = [line for line in (out + err).splitlines() if line.strip()]
+        return None, f"exit status {process.returncode}: {said[-1][:300] if said else 'no word'}"
     return counters, None
 
 
-def read_ncu(printed: str) -> dict[str, str] | None:
-    """Values by "name [unit]" of the first kernel in `--csv --page raw`; None if there is none."""
+def find_ncu(root: Path) -> str | None:
+    """Nsight Compute on PATH, or the newest under `root`."""
+    return shutil.which("ncu") or max(map(str, root.glob(NCU)), default=None)
+
+
+def read_ncu(printed: str) -> dict[str, dict[str, str]]:
+    """Of `--csv --page raw`: by kernel, values by "name [unit]"; empty if there are none."""
     lines = printed.splitlines()
-    start = next((at for at, line in enumerate(lines) if line.startswith('"ID"')), None)
-    rows = [] if start is None else list(csv.reader(lines[start : start + 3]))
-    if len(rows) < 3:
-        return None
-    named = zip(*rows, strict=True)
-    return {f"{name} [{unit}]" if unit else name: value for name, unit, value in named}
+    start = next((at for at, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    names, units, *rows = [*csv.reader(lines[start:]), [], []]
+    named = [f"{name} [{unit}]" if unit else name for name, unit in zip(names, units, strict=False)]
+    found = [dict(zip(named, row, strict=True)) for row in rows if len(row) == len(named)]
+    return {
+        kernel: row
+        for row in found
+        for kernel in KERNELS
+        if row.get("Kernel Name", "").startswith(kernel)
+    }
 
 
 def _by_torch(run: Callable[[], object], kernel: str) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 A line is a row, {"task": ..., what was found}, or tells what became of a task, {"event": ...}:
 
     tasks    labels: of all the part's tasks, and the hardware and software they run on
-    begin    task, shard, at: seconds since the epoch
+    begin    task, shard, at: seconds since the epoch, alone: see `Task`
     end      task
-    failed   task, problem; or, of the whole part, problem alone
+    failed   task, problem, lost: whether its process is; or, of the whole part, problem alone
+    before   tasks: that failed in earlier commands
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .parts import CHOSEN, PARTS
 
 # What a row has that was not found right, or could not be measured; and what was not tried.
 PROBLEM, SKIPPED = "problem", "skipped"
@@ -31,6 +34,8 @@ class Record:
         ended: tasks that ran to their end.
         failed: tasks that did not, and why.
         running: (task, since when) by shard.
+        alone, lost: tasks that began alone, and that took their process along.
+        failed_before: tasks that failed in an earlier command.
         problem: why the part as a whole failed.
     """
 
@@ -40,6 +45,9 @@ class Record:
     ended: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     running: dict[int, tuple[str, float]] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+    failed_before: set[str] = field(default_factory=set)
     problem: str | None = None
 
     @property
@@ -51,7 +59,10 @@ class Record:
     @property
     def done(self) -> set[str]:
         """Of these, tasks that were not skipped: what another run need not try."""
-        return self.complete - {row["task"] for row in self.rows if SKIPPED in row}
+        done = self.complete - {row["task"] for row in self.rows if SKIPPED in row}
+        if done == set(self.labels):
+            return done
+        return {task for task in done if not task.startswith(CHOSEN)}  # it may be another then
 
     @property
     def missing(self) -> list[str]:
@@ -76,6 +87,15 @@ class Record:
     def all_is_right(self) -> bool:
         """Whether every task ended and found nothing wrong."""
         return bool(self.labels) and self.complete == set(self.labels)
+
+
+def lost_alone(folder: Path) -> str | None:
+    """Which task, that was to run alone, was lost with its process, and why; None if none was."""
+    for name in PARTS:
+        record = PartFile(folder, name).read()
+        for task in sorted(record.alone & record.lost):
+            return f"{name}: {task}: {record.failed[task]}"
+    return None
 
 
 class PartFile:
@@ -104,6 +124,10 @@ class PartFile:
                 record.environment = line["environment"]
             elif event == "begin":
                 record.running[line["shard"]] = line["task"], line["at"]
+                if line["alone"]:
+                    record.alone.add(line["task"])
+            elif event == "before":
+                record.failed_before = set(line["tasks"])
             else:
                 task = line.get("task")
                 record.running = {k: v for k, v in record.running.items() if v[0] != task}
@@ -113,17 +137,21 @@ class PartFile:
                     record.problem = line[PROBLEM]
                 else:
                     record.failed[task] = line[PROBLEM]
+                    if line["lost"]:
+                        record.lost.add(task)
         return record
 
     def keep_done(self) -> None:
-        """Leave out all that another run should try again."""
-        done = self.read().done
+        """Leave out all that another run should try again, but for what failed."""
+        record = self.read()
         kept = [
-            json.dumps(line) + "\n"
+            line
             for line in self._lines()
-            if line.get("event") == "tasks" or line.get("task") in done
+            if line.get("event") == "tasks" or line.get("task") in record.done
         ]
-        self.path.write_text("".join(kept))
+        if failed := sorted((record.failed.keys() | record.failed_before) - record.done):
+            kept.append({"event": "before", "tasks": failed})
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Begins the labels of the sweep's tasks that take the entry which it found right and fastest.
+CHOSEN = "as chosen"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -27,12 +30,11 @@ class Part:
 
 
 PARTS = {
-    "ceilings": Part(30, 15),
-    "production": Part(60, 45),
-    "sweep": Part(60, 25),
+    "production": Part(100, 45),
+    "sweep": Part(80, 25),
     "counters": Part(60, 50),
-    "checks": Part(130, 90, processes=12, quiet=True, ahead="layers"),
-    "layers": Part(140, 75),
-    "blocks": Part(60, 40),
+    "checks": Part(110, 90, processes=12, quiet=True, ahead="layers"),
+    "layers": Part(135, 75),
+    "blocks": Part(55, 40),
 }
 SECONDS = sum(part.seconds for part in PARTS.values())

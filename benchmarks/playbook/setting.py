@@ -24,10 +24,13 @@ class Task:
     Attributes:
         run: yields rows; one that is not right has `problem` and no times, one that was not tried
             has `skipped`, and says why.
+        alone: it may hang, or write where it should not: in a process that does nothing else, and
+            where one of its kind is lost with its process, the others are not tried.
     """
 
     label: str
     run: Callable[[], Iterator[dict[str, Any]]]
+    alone: bool = False
 
 
 @dataclass(frozen=True)

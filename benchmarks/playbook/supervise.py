@@ -18,6 +18,9 @@ from .part_file import PROBLEM, PartFile, Record
 from .parts import Part
 
 POLL_SECONDS = 0.1
+# A process that was killed may take to end: the device's driver may hold it.
+END_SECONDS = 15
+NO_TIME = "no time: stopped when the part's time was up"
 BENCHMARKS = Path(__file__).parents[1]
 
 
@@ -38,7 +41,10 @@ def process(
     finally:
         with suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
+        try:
+            running.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"process {running.pid} was killed and does not end; going on", flush=True)
 
 
 def worker_arguments(name: str, folder: Path, interpret: bool) -> list[str]:
@@ -78,7 +84,8 @@ def _run_shard(
             return
         task = file.read().running.get(shard)
         if task is not None:
-            file.append({"event": "failed", "task": task[0], PROBLEM: problem})
+            lost = problem != NO_TIME
+            file.append({"event": "failed", "task": task[0], PROBLEM: problem, "lost": lost})
             print(f"{file.path.stem}: {task[0]}: FAILED: {problem}", flush=True)
         elif _settled(file.read()) == before:  # it never came to a task
             file.append({"event": "failed", PROBLEM: problem})
@@ -98,7 +105,7 @@ def _wait(
     while running.poll() is None:
         time.sleep(POLL_SECONDS)
         if time.monotonic() > deadline:
-            return "no time: stopped when the part's time was up"
+            return NO_TIME
         size = file.path.stat().st_size if file.path.exists() else 0
         if size != read:
             read, record = size, file.read()

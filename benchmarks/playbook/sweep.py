@@ -1,39 +1,41 @@
-"""Every entry of the forward tables for this device, at the production shape."""
+"""Every entry of the forward tables for this device, at the production shape; then the fastest."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
-from clear_dit.kernels.triton import tables
-from clear_dit.kernels.triton.launch import table_key
-
-from .part_file import PartFile
+from .entries import chosen_entry, entries, waits
+from .parts import CHOSEN
 from .production import measure
 from .setting import Setting, Task
 
 
 def tasks(setting: Setting) -> list[Task]:
-    """Radius by radius, so that entries can be compared early; then the smallest far window."""
-    key = table_key(setting.device, setting.dtype, setting.head_dim)
+    """Radius by radius, so that entries can be compared early; then the smallest far window.
+
+    What may hang comes after all else, in a process of its own; then the fastest of what is right.
+    """
+    size = setting.sizes[-1]
     problems = [(radius, False) for radius in setting.radii] + [(setting.far_radii[0], True)]
-    return [
+    tried = [
         Task(
             f"{entry.name} {'far ' * far}r={radius}",
-            partial(measure, setting, setting.sizes[-1], radius, far, entry.name),
+            partial(measure, setting, size, radius, far, entry.name),
+            alone=waits(entry),
         )
         for radius, far in problems
-        for entry in tables.forward_configs(*key, far=far)
+        for entry in entries(setting, far)
     ]
+    tried.sort(key=lambda task: task.alone)
+    chosen = [
+        Task(f"{CHOSEN} r={radius}", partial(_measure_chosen, setting, radius))
+        for radius in setting.radii
+    ]
+    return [*tried, *chosen]
 
 
-def fastest_entry(setting: Setting, radius: int) -> str:
-    """Name of the entry that the sweep found fastest without far keys, or else of the default."""
-    rows = [
-        row
-        for row in PartFile(setting.folder, "sweep").read().good_rows
-        if row["radius"] == radius and not row["far"]
-    ]
-    if rows:
-        return min(rows, key=lambda row: row["ms"])["entry"]
-    key = table_key(setting.device, setting.dtype, setting.head_dim)
-    return tables.forward_configs(*key)[0].name
+def _measure_chosen(setting: Setting, radius: int) -> Iterator[dict[str, Any]]:
+    """Once more: of several, the fastest was fast by chance too."""
+    yield from measure(setting, setting.sizes[-1], radius, False, chosen_entry(setting, radius))

@@ -16,11 +16,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .part_file import PROBLEM, PartFile
-from .parts import PARTS
+from .part_file import PROBLEM, PartFile, lost_alone
+from .parts import CHOSEN, PARTS
 
 # After them the next task needs a fresh process.
-DEVICE_ERRORS = ("CUDA error", "HIP error", "illegal memory access", "device-side assert")
+DEVICE_ERRORS = (
+    "CUDA error", "Triton Error [CUDA]", "HIP error", "illegal memory access", "device-side assert",
+)  # fmt: skip
 
 
 def environment(interpreted: bool) -> dict[str, Any]:
@@ -44,7 +46,10 @@ def environment(interpreted: bool) -> dict[str, Any]:
 def work(
     part: str, folder: Path, interpret: bool, shard: int, shards: int, ahead: bool = False
 ) -> int:
-    """Every `shards`-th task, or what the part compiles ahead; the exit status."""
+    """Every `shards`-th task, or what the part compiles ahead; the exit status.
+
+    It is not 0 where what is left needs another process.
+    """
     import torch
 
     from .setting import FULL, SMOKE
@@ -61,27 +66,39 @@ def work(
     if labels != record.labels:
         file.append({"event": "tasks", "labels": labels, "environment": environment(interpret)})
     tried = record.ended | record.failed.keys()
-    for task in tasks[shard::shards]:
-        if task.label in tried:
+    left = [task for task in tasks[shard::shards] if task.label not in tried]
+    # What failed before may cost as much again.
+    left.sort(key=lambda task: (task.label.startswith(CHOSEN), task.label in record.failed_before))
+    alone = None  # whether what this process has done was
+    for task in left:
+        if task.alone and (reason := lost_alone(folder)):
+            _fail(file, task.label, f"not tried: {reason}")
             continue
+        if alone not in (None, task.alone):
+            return 1
+        alone = task.alone
         begin = {"event": "begin", "task": task.label, "shard": shard, "at": time.time()}
-        file.append(begin)
+        file.append(begin | {"alone": alone})
         try:
             for row in task.run():
                 file.append({"task": task.label, **row})
                 if PROBLEM in row or not PARTS[part].quiet:
                     print(_line(part, task.label, row), flush=True)
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"[:1000]
-            file.append({"event": "failed", "task": task.label, PROBLEM: problem})
-            print(f"{part}: {task.label}: FAILED: {problem}", flush=True)
-            if any(sign in str(error) for sign in DEVICE_ERRORS):
+            lost = any(sign in str(error) for sign in DEVICE_ERRORS)
+            _fail(file, task.label, f"{type(error).__name__}: {error}"[:1000], lost)
+            if lost:
                 return 1
         else:
             file.append({"event": "end", "task": task.label})
         if not interpret:
             torch.cuda.empty_cache()
     return 0
+
+
+def _fail(file: PartFile, task: str, problem: str, lost: bool = False) -> None:
+    file.append({"event": "failed", "task": task, PROBLEM: problem, "lost": lost})
+    print(f"{file.path.stem}: {task}: FAILED: {problem}", flush=True)
 
 
 def _line(part: str, label: str, row: dict[str, Any]) -> str:

@@ -300,10 +300,15 @@ def gradient_error(peer: Peer, problem: Problem) -> float:
     Against dense masked attention in float32, on the same rounded inputs. The kind of problem is
     looked at once.
     """
-    window, (rows, columns) = problem.window, SMALL_GRID
-    down_factor, levels = 2 if window.down_factor > 1 else 1, window.far_levels
-    small = Window(rows, columns, 20, 5, down_factor, far_levels=levels)
+    small = small_window(problem.window)
     return _gradient_error(peer, small, problem.head_dim, problem.dtype, problem.device)
+
+
+def small_window(window: Window) -> Window:
+    """On the grid on which gradients are checked, of the same kind."""
+    rows, columns = SMALL_GRID
+    down_factor, levels = 2 if window.down_factor > 1 else 1, window.far_levels
+    return Window(rows, columns, 20, 5, down_factor, far_levels=levels)
 
 
 @functools.cache

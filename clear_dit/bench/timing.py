@@ -13,6 +13,9 @@ import torch
 
 # Seconds that one measurement on a CUDA device should take at least.
 MEASURED = 0.01
+# Half a millisecond or so: a CUDA device begins that much after the host, for which it then need
+# not wait at the first launch.
+HEAD_START_CYCLES = 1_000_000
 
 
 def time_in_turn(
@@ -43,6 +46,8 @@ def _seconds(run: Callable[[], object], calls: int, device: torch.device) -> flo
         return (time.perf_counter() - begin) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    with torch.cuda.device(device):
+        torch.cuda._sleep(HEAD_START_CYCLES)
     start.record()
     for _ in range(calls):
         run()

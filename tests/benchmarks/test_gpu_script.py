@@ -100,17 +100,29 @@ def test_every_part_runs(tmp_path):
     # What a device machine gives back is 8 files at most.
     files = {path.name for path in folder.iterdir()}
     assert files == {"summary.json", *(f"{name}.jsonl" for name in PARTS)}
-    assert len(files) <= 8
+    assert len(files) < 8  # and a log
     found = read(folder)
-    for row in found["production"].rows:
+    production = [row for row in found["production"].rows if "kernels_ms" in row]
+    for row in production:
         assert set(row["kernels_ms"]) >= {"text_forward", "text_merge"}
         assert len(row["kernels_ms"]) >= 3
         assert max(row["text_error"], row["image_error"]) < 2e-3
         assert row["lse_error"] < 1e-3
-    assert [row["far"] for row in found["production"].rows] == [False, False, True]
-    assert len({row["entry"] for row in found["sweep"].rows}) > 1
+        assert row["entry"] == "q8x8-k8x8-d64-w4-s2"
+    assert [row["far"] for row in production] == [False, False, True]
+    assert last(done)["ceilings"]["copy_gb_s"] > 0
+    sweep = found["sweep"].rows
+    assert len({row["entry"] for row in sweep}) > 1
+    assert all("row_difference" in row for row in sweep if row["entry"] != production[0]["entry"])
+    assert [row["task"] for row in sweep[-2:]] == ["as chosen r=2", "as chosen r=3"]
+    chosen = {row["radius"]: row["entry"] for row in sweep[-2:]}
+    for radius, entry in chosen.items():
+        rows = [row for row in sweep[:-2] if row["radius"] == radius and not row["far"]]
+        assert entry == min(rows, key=lambda row: row["ms"])["entry"]
     subjects = {row["subject"].split()[0] for row in found["checks"].rows}
     assert subjects == {"attention", "forward", "text", "norm_rope", "pooling"}
+    (own,) = [row for row in found["checks"].rows if row["task"] == "as users get them"]
+    assert own["seconds"] > 0
     assert {row["what"] for row in found["checks"].rows} >= {"text rows", "image rows", "key"}
     layers = found["layers"].rows
     assert {row["impl"] for row in layers} == {
@@ -118,6 +130,7 @@ def test_every_part_runs(tmp_path):
     }
     assert all("skipped" in row for row in layers if row["impl"] == "natten")
     assert all(row["dense_tflops"] > 0 for row in layers if row["impl"] == "sdpa")
+    assert all(row["entry"] == chosen[row["radius"]] for row in layers if row["impl"] == "triton")
     steps = [row for row in found["blocks"].rows if "step_s" in row]
     assert [(row["size"], row["radius"], row["fused"]) for row in steps] == [
         (size, *variant)
@@ -134,14 +147,15 @@ def test_a_process_that_crashes_loses_one_task_and_resume_does_it(tmp_path):
     done = dry_run("--out", folder, "--parts", "production", path=path)
     assert done.returncode == 1
     record = read(folder)["production"]
-    assert [row["task"] for row in record.rows] == ["r=2", "far r=2"]
+    assert [row["task"] for row in record.rows] == ["r=2", "far r=2", "copy", "L2", "product"]
     assert record.failed["r=3"].startswith("killed by SIGABRT")
     assert "production: r=3: FAILED: killed by SIGABRT" in done.stdout
     assert set(last(done)["wrong"]["production"]) == {"r=3"}
     again = dry_run("--resume", folder, "--parts", "production")
     assert again.returncode == 0
     record = read(folder)["production"]
-    assert sorted(row["task"] for row in record.rows) == ["far r=2", "r=2", "r=3"]
+    assert len(record.rows) == 6
+    assert record.rows[-1]["task"] == "r=3"
     assert record.failed == {}
     # Nothing else was done again.
     assert [line.split(": ")[1] for line in again.stdout.splitlines()[:-2]] == ["r=3"]
@@ -152,13 +166,12 @@ def test_a_process_that_is_killed_loses_no_other_rows(tmp_path):
     folder = tmp_path / "results"
     how = "os.kill(os.getpid(), signal.SIGKILL)"
     path = sabotage(tmp_path / "path", "clear_dit.bench.attention", ENDS.format(how=how))
-    parts = ("--parts", "ceilings,production,sweep", "--seconds", 3000)
+    parts = ("--parts", "production,sweep", "--seconds", 3000)
     done = dry_run("--out", folder, *parts, path=path)
     assert done.returncode == 1
     found = read(folder)
-    assert found["ceilings"].all_is_right
     assert found["production"].failed == {"r=3": "killed by SIGKILL"}
-    assert len(found["production"].rows) == 2
+    assert len(found["production"].rows) == 5
     lost = [label for label in found["sweep"].labels if label.endswith(" r=3")]
     assert found["sweep"].failed == dict.fromkeys(lost, "killed by SIGKILL")
     assert len(found["sweep"].rows) == len(found["sweep"].labels) - len(lost)
@@ -171,10 +184,9 @@ def test_a_wrong_kernel_is_not_timed(tmp_path):
     done = dry_run("--out", folder, "--seconds", 3000, path=path)
     assert done.returncode == 1
     found = read(folder)
-    assert found["ceilings"].all_is_right
     for name in ("production", "sweep"):
         assert found[name].ended == set(found[name].labels)
-        for row in found[name].rows:
+        for row in (row for row in found[name].rows if "far" in row):
             assert row["problem"].startswith("wrong: text rows 1.")
             assert "ms" not in row
     assert all("counters" not in row for row in found["counters"].rows)
@@ -220,7 +232,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--out", "new", "--parts", "speed"), "--parts must be of ceilings, production, "),
+        (("--out", "new", "--parts", "speed"), "--parts must be of production, sweep, "),
         (("--out", "old"), "has results; complete them with --resume"),
         (("--resume", "none"), "there is no folder"),
         (("--out", "new", "--cache", "none"), "--cache: there is no folder"),

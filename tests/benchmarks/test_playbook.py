@@ -1,9 +1,8 @@
-"""The pieces of benchmarks/gpu.py: files of parts, processes and their limits, checks, headline."""
+"""The pieces of benchmarks/gpu.py: checks, counters, the carried cache, the headline, the plot."""
 
 import json
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -18,116 +17,20 @@ if not interpreted:
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plot_gpu
-from playbook import checks, counters, layers, production, summary, supervise
+from playbook import checks, counters, layers, production, summary
 from playbook.cache import prune, relocate
 from playbook.gradients import sampled_gradient_errors
 from playbook.kernel_times import kernel_times
 from playbook.part_file import PartFile
-from playbook.parts import Part
+from playbook.parts import PARTS
 from playbook.setting import FULL, SMOKE
+from support.part_lines import end, tasks_line, written
 
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.window import Window
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
-ENVIRONMENT = {"hardware": "none", "torch": "0", "triton": "0"}
-
-
-def tasks_line(*labels):
-    return {"event": "tasks", "labels": labels, "environment": ENVIRONMENT}
-
-
-def begin(task, shard=0, at=0.0):
-    return {"event": "begin", "task": task, "shard": shard, "at": at}
-
-
-def end(task):
-    return {"event": "end", "task": task}
-
-
-def written(folder, name, *lines):
-    file = PartFile(folder, name)
-    for line in lines:
-        file.append(line)
-    return file
-
-
-def test_what_a_part_s_file_says(tmp_path):
-    file = written(
-        tmp_path, "sweep",
-        tasks_line("a", "b", "c", "d", "e", "f"),
-        begin("a"), {"task": "a", "ms": 1.0}, end("a"),
-        begin("b", 1), {"task": "b", "problem": "wrong"}, end("b"),
-        begin("c"), {"task": "c", "ms": 2.0},
-        {"event": "failed", "task": "c", "problem": "killed by SIGKILL"},
-        begin("d", 1, 5.0), {"task": "d", "ms": 3.0},
-        begin("e"), {"task": "e", "skipped": "is not installed"}, end("e"),
-    )  # fmt: skip
-    with file.path.open("a") as cut_short:
-        cut_short.write('{"task": "d", "m')
-    record = file.read()
-    assert record.complete == {"a", "e"}
-    assert record.problems == {"b": "wrong", "c": "killed by SIGKILL"}
-    assert record.missing == ["d", "f"]
-    assert record.running == {1: ("d", 5.0)}
-    # Rows so far of what did not end are there.
-    assert [row["ms"] for row in record.good_rows] == [1.0, 2.0, 3.0]
-    assert not record.all_is_right
-    file.keep_done()
-    kept = file.read()
-    assert kept.labels == record.labels
-    assert kept.environment == ENVIRONMENT
-    # What was skipped may be possible by now.
-    assert [row["task"] for row in kept.rows] == ["a"]
-    assert kept.missing == ["b", "c", "d", "e", "f"]
-
-
-# A worker without PyTorch. It goes on where another one ended.
-WORKER = """
-import os, sys, time
-from pathlib import Path
-from playbook.part_file import PartFile
-file = PartFile(Path(sys.argv[1]), "sweep")
-tried = file.read().ended | file.read().failed.keys()
-file.append({"event": "tasks", "labels": ["a", "slow", "ends", "z"], "environment": {}})
-for task in ("a", "slow", "ends", "z"):
-    if task not in tried:
-        file.append({"event": "begin", "task": task, "shard": 0, "at": time.time()})
-        file.append({"task": task, "ms": 1.0})
-        if task == "slow":
-            time.sleep(60)
-        if task == "ends":
-            sys.exit("the reason")
-        file.append({"event": "end", "task": task})
-"""
-
-
-def test_a_task_that_hangs_or_ends_its_process_is_named_and_the_next_one_runs(tmp_path):
-    part, deadline = Part(30, 1), time.monotonic() + 30
-    file = PartFile(tmp_path, "sweep")
-    supervise._run_shard(file, part, 0, ["-c", WORKER, str(tmp_path)], deadline)
-    record = file.read()
-    assert record.ended == {"a", "z"}
-    assert record.failed == {"slow": "took longer than 1 s", "ends": "exit status 1: the reason"}
-    assert [row["task"] for row in record.rows] == ["a", "slow", "ends", "z"]
-
-
-def test_a_part_ends_with_its_time(tmp_path):
-    begin, file = time.monotonic(), PartFile(tmp_path, "sweep")
-    arguments = ["-c", WORKER, str(tmp_path)]
-    supervise._run_shard(file, Part(30, 100), 0, arguments, begin + 2)
-    assert time.monotonic() < begin + 10
-    record = file.read()
-    assert record.failed["slow"].startswith("no time")
-    assert record.missing == ["ends", "z"]
-
-
-def test_a_process_that_never_comes_to_a_task_is_not_started_again(tmp_path):
-    file = PartFile(tmp_path, "sweep")
-    arguments = ["-c", "raise ImportError('no such thing')"]
-    supervise._run_shard(file, Part(30, 30), 0, arguments, time.monotonic() + 30)
-    assert file.read().problems == {"all": "exit status 1: ImportError: no such thing"}
 
 
 def test_a_fault_on_the_device_fails_its_group_and_says_so(monkeypatch):
@@ -169,13 +72,13 @@ def test_the_checks_of_a_gpu_cover_what_they_should():
         assert torch.equal(moved, x)
         assert not moved.is_contiguous()
         assert moved.stride(-1) == 1
-    assert len({task.label for task in checks.tasks(SMOKE(folder=Path()))}) == 1
+    assert len({task.label for task in checks.tasks(SMOKE(folder=Path()))}) == 2
 
 
 def test_the_production_shape_is_that_of_flux():
     setting = FULL(folder=Path(), device=CPU)
     labels = [task.label for task in production.tasks(setting)]
-    assert labels == ["r=8", "r=16", "r=32", "far r=4", "far r=8"]
+    assert labels == ["r=8", "r=16", "r=32", "far r=4", "far r=8", "copy", "L2", "product"]
     assert setting.window(8192, 8).sequence_length == 512 + 512 * 512
     assert (setting.heads, setting.head_dim, setting.dtype) == (24, 128, torch.bfloat16)
 
@@ -233,13 +136,43 @@ def test_sampled_gradients(broken):
 def test_what_nsight_compute_prints():
     printed = (
         '==PROF== Connected\n==PROF== Disconnected\n"ID","Kernel Name","sm__cycles.avg","x"\n'
-        '"","","cycle",""\n"0","image_forward","1,234","5"\n"1","other","7","8"\n'
+        '"","","cycle",""\n"0","text_forward","1,234","5"\n"1","image_forward","7","8"\n'
+        "==PROF== Done\n"
     )
     assert counters.read_ncu(printed) == {
-        "ID": "0", "Kernel Name": "image_forward", "sm__cycles.avg [cycle]": "1,234", "x": "5"
+        "text_forward": {
+            "ID": "0", "Kernel Name": "text_forward", "sm__cycles.avg [cycle]": "1,234", "x": "5"
+        },
+        "image_forward": {
+            "ID": "1", "Kernel Name": "image_forward", "sm__cycles.avg [cycle]": "7", "x": "8"
+        },
     }  # fmt: skip
-    assert counters.read_ncu("==ERROR== ERR_NVGPUCTRPERM") is None
-    assert counters.read_ncu('==PROF==\n"ID"\n') is None
+    assert counters.read_ncu("==ERROR== ERR_NVGPUCTRPERM") == {}
+    assert counters.read_ncu('==PROF==\n"ID"\n') == {}
+
+
+# Nsight Compute that does not end, nor what it watches.
+HANGING_NCU = """#!/bin/sh
+sleep 60 &
+echo $! > {pid}
+wait
+"""
+
+
+def test_what_nsight_compute_watches_ends_with_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert counters.find_ncu(tmp_path) is None
+    for version in ("2024.3.2", "2025.1.0"):
+        tool = tmp_path / "opt/nvidia/nsight-compute" / version / "ncu"
+        tool.parent.mkdir(parents=True)
+        tool.write_text(HANGING_NCU.format(pid=tmp_path / "pid"))
+        tool.chmod(0o755)
+    assert counters.find_ncu(tmp_path) == str(tool)
+    monkeypatch.setattr(counters, "find_ncu", lambda _: str(tool))
+    monkeypatch.setattr(counters, "NCU_SECONDS", 1)
+    assert counters._by_ncu(8, "entry") == (None, "took longer than 1 s")
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
 def test_a_carried_cache_is_found_where_it_lies(tmp_path):
@@ -255,6 +188,7 @@ def test_a_carried_cache_is_found_where_it_lies(tmp_path):
     assert relocate(carried) == 1
     found = json.loads((carried / "KEY" / "__grp__k.json").read_text())["child_paths"]
     assert Path(found["k.cubin"]).read_text() == "k.cubin"
+    assert found.keys() == {"k.cubin", "k.json"}  # newer versions of Triton want all that is named
 
 
 # As on a device, but for running: of one size only, which is enough to tell keys apart.
@@ -294,18 +228,36 @@ def layer(impl, size, radius, ms, **more):
 
 
 PRODUCTION = [
-    layer("", 8192, 8, 10.0, useful_tflops=210.0, far=False, kernels_ms={"image_forward": 9.0}),
+    layer("", 8192, 8, 12.0, useful_tflops=190.0, far=False, compiled=2,
+          kernels_ms={"image_forward": 9.0}),
     layer("", 8192, 16, 9.0, far=False, kernels_ms={}) | {"problem": "wrong"},
-    layer("", 8192, 4, 9.0, far=True, kernels_ms={}),
-]
+    layer("", 8192, 4, 9.0, far=True, kernels_ms={}, compiled=1),
+    {"task": "copy", "bytes": 1, "copy_gb_s": 4000.0},
+]  # fmt: skip
+SWEEP = [
+    {"task": task, "entry": entry, "far": False, "size": 8192, "radius": 8, "ms": ms,
+     "useful_tflops": rate, "image_tflops": rate}
+    for task, entry, ms, rate in (("a r=8", "a", 9.9, 212.0), ("as chosen r=8", "a", 10.0, 210.0))
+]  # fmt: skip
+COUNTERS = [
+    {"task": "r=8", "kernel": "image_forward", "by": "ncu",
+     "counters": {"a.pct_of_peak_sustained_elapsed [%]": "70", "b": "1"}}
+]  # fmt: skip
 LAYERS = [
-    layer("triton", 1024, 8, 1.0, useful_tflops=100.0),
+    layer("triton", 1024, 8, 1.0, useful_tflops=100.0, backward_ms=9.0),
     layer("sdpa-cudnn", 1024, None, 2.0, dense_tflops=500.0),
     layer("sdpa-cudnn", 8192, None, 900.0, dense_tflops=600.0),
     layer("sdpa-flash", 1024, None, 3.0, dense_tflops=400.0),
     layer("flex", 8192, 8, 50.0),
     layer("triton", 8192, 8, 10.0, useful_tflops=211.0, backward_ms=31.0),
-    {"task": "replay", "impl": "triton", "size": 1024, "radius": 8, "replay_ms": 0.5},
+    {
+        "task": "replay",
+        "impl": "triton",
+        "size": 1024,
+        "radius": 8,
+        "called_ms": 1.0,
+        "replay_ms": 0.5,
+    },
     {"task": "norm_rope", "impl": "norm_rope", "size": 8192, "fused_ms": 0.5},
 ]
 BLOCKS = [
@@ -319,7 +271,11 @@ BLOCKS = [
 
 
 def results(folder):
-    for name, rows in (("production", PRODUCTION), ("layers", LAYERS), ("blocks", BLOCKS)):
+    parts = {
+        "production": PRODUCTION, "sweep": SWEEP, "counters": COUNTERS, "layers": LAYERS,
+        "blocks": BLOCKS,
+    }  # fmt: skip
+    for name, rows in parts.items():
         ends = [end(row["task"]) for row in rows]
         written(folder, name, tasks_line(*(row["task"] for row in rows)), *rows, *ends)
     return folder
@@ -335,10 +291,18 @@ def test_headline(tmp_path):
         "time of attention over the fastest full attention at 1024 px, r=8": (0.5, True),
         "time of a step over full attention's at 1024 px, r=8": (1.1, False),
         "times faster a step at 8192 px, r=8": (12.5, True),
-        "backward over forward, at most": (3.1, False),
+        "backward over forward at 8192 px, at most": (3.1, True),
     }
+    assert result["headline"]["useful TFLOP/s at 8192 px, r=8"]["predicted"] == 380
+    small = "time of attention over the fastest full attention at 1024 px, r=8"
+    assert result["headline"][small]["replayed"] == 0.25
+    assert result["compiled"] == 3
+    assert result["sweep"]["a r=8"]["ms"] == 9.9
+    assert result["replay"] == {"replay": {"called_ms": 1.0, "replay_ms": 0.5}}
+    assert result["counters"] == {"image_forward": {"a.pct_of_peak_sustained_elapsed [%]": "70"}}
+    assert result["ceilings"] == {"copy_gb_s": 4000.0}
     assert result["wrong"] == {"production": {" 8192 16": "wrong"}}
-    assert set(result["missing"]) == {"ceilings", "sweep", "counters", "checks"}
+    assert set(result["missing"]) == {"checks"}
     assert result["kernels_ms"][" 8192 8"] == {"image_forward": 9.0}
     assert result["complete"] is False
     assert result["hardware"] == "none"
@@ -351,7 +315,7 @@ def test_plot(monkeypatch, tmp_path, capsys):
     assert plot_gpu.main() == 1
     assert "nothing was measured" in capsys.readouterr().err
     results(tmp_path)
-    records = {name: PartFile(tmp_path, name).read() for name in ("production", "layers", "blocks")}
+    records = {name: PartFile(tmp_path, name).read() for name in PARTS}
     drawn = plot_gpu.panels(summary.layer_rows(records), summary.steps_of(records["blocks"]))
     assert drawn[0].curves["CLEAR, r=8"] == [(1024, 1.0), (8192, 10.0)]
     assert drawn[1].curves["CLEAR, r=8"] == [(1024, 1100.0), (8192, 4000.0)]
