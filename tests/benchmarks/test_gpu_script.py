@@ -141,6 +141,7 @@ def test_every_part_runs(tmp_path):
         assert row["step_s"] == pytest.approx(19e-3 * row["double_ms"] + 38e-3 * row["single_ms"])
 
 
+@slow
 def test_a_process_that_crashes_loses_one_task_and_resume_does_it(tmp_path):
     folder = tmp_path / "results"
     path = sabotage(tmp_path / "path", "clear_dit.bench.attention", ENDS.format(how="os.abort()"))
