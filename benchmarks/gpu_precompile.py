@@ -100,7 +100,8 @@ def compile_layers() -> None:
 def compile_checks() -> None:
     """What the checks launch, kind by kind."""
     import torch
-    from playbook.checks import checks, launch_only, waiting_checks
+    from playbook.check_kinds import launch_only
+    from playbook.checks import checks, waiting_checks
 
     device = torch.device("cpu")
     for group in (*checks(device, tiny=False), *waiting_checks(device)):

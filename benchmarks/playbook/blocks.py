@@ -23,7 +23,7 @@ from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.window import Window
 from clear_dit.memory import peak_mb, reset_peak
 
-from .checks import poisoned
+from .check_kinds import poisoned
 from .entries import entry_of
 from .part_file import PartFile
 from .pin import pinned

@@ -20,7 +20,7 @@ from clear_dit.errors import RequestError
 from clear_dit.kernels.triton.norm_rope import norm_rope
 from clear_dit.kernels.triton.ops import triton_attention
 
-from .checks import plain_norm_rope, poisoned
+from .check_kinds import plain_norm_rope, poisoned
 from .entries import chosen_entry, entry_of
 from .gradients import sampled_gradient_errors
 from .part_file import PartFile

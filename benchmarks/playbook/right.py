@@ -9,7 +9,7 @@ import torch
 from clear_dit.bench.attention import LSE_TOLERANCE, TOLERANCE, SampledErrors, sampled_errors
 from clear_dit.kernels.window import Window
 
-from .checks import poisoned
+from .check_kinds import poisoned
 
 Run = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 # Either of two results may be off by the tolerance.

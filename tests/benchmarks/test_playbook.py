@@ -17,7 +17,7 @@ if not interpreted:
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plot_gpu
-from playbook import checks, counters, layers, production, summary
+from playbook import check_kinds, checks, counters, layers, production, summary
 from playbook.cache import prune, relocate
 from playbook.gradients import sampled_gradient_errors
 from playbook.kernel_times import kernel_times
@@ -68,7 +68,7 @@ def test_the_checks_of_a_gpu_cover_what_they_should():
     assert {check.head_dim for check in attention} == {64, 128}
     for layout in {check.layout for check in attention} - {"contiguous"}:
         x = torch.randn(2, 5, 3, 16)
-        moved = checks._laid_out(x, layout)
+        moved = check_kinds._laid_out(x, layout)
         assert torch.equal(moved, x)
         assert not moved.is_contiguous()
         assert moved.stride(-1) == 1
