@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -376,8 +377,13 @@ def test_cuda_times_are_of_many_calls_in_a_row(monkeypatch):
         calls[name] += 1
         clock[0] += milliseconds
 
+    def head_start(cycles):
+        clock[0] += 100.0
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", head_start)
     runs = {"short": lambda: run("short", 0.5), "long": lambda: run("long", 2000)}
     seconds = time_in_turn(runs, 3, torch.device("cuda"))
     assert seconds == {"short": pytest.approx(5e-4), "long": pytest.approx(2)}

@@ -40,6 +40,7 @@ def forgetful(monkeypatch):
     """Nothing is known of any kernel, and nothing that is found out stays."""
     monkeypatch.setattr(failures, "_failed", {})
     trust._why_wrong.cache_clear()
+    trust._truth.cache_clear()
     yield
     trust._why_wrong.cache_clear()
 
