@@ -26,10 +26,9 @@ medians, with the host running ahead. FLOPs of a useful rate are those the metho
 A part runs in processes of its own: one that is killed, crashes or finds something wrong loses no
 other rows. What it finds goes to DIR/PART.jsonl as it comes, and what failed is named there with
 its reason; DIR/summary.json, written after each part, has the headline numbers beside their
-targets, and is the last line printed: 7 files, so that a log has a place among 8. `--resume DIR`
-does what is missing, failed, wrong or was skipped there, what failed last, and nothing else: a
-second command for what the first had no time for. A machine that was given back (30 s idle are
-enough) comes again bare: copy the results back in, with the cache, then `--resume`. `--seconds`
+targets, and is the last line printed. `--resume DIR` does what is missing, failed, wrong or was
+skipped there, what failed last, and nothing else: a second command for what the first had no time
+for. Where the machine is a new one, copy the results to it first, and the cache. `--seconds`
 is the time for all parts: what one leaves goes to those after it. The exit status is 0 if all was
 right and all was done, 1 if not, 2 without a CUDA device.
 
