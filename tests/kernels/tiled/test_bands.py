@@ -9,7 +9,7 @@ import torch
 from support.agreement import FAR
 from support.compiled import needs_compiler, switch_off
 from support.operators import check_operator
-from support.slow import slow_but
+from support.slow import slow, slow_but
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -199,6 +199,7 @@ print(measure(256), measure(512))
 """
 
 
+@slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_memory_is_linear():
     """Four times the tokens, four times the memory on top of the inputs (a mask: 64 GiB)."""

@@ -9,7 +9,7 @@ import torch
 from support.gluon_emulator import DeadlockError, FaultError, Kernel
 from support.gluon_sass import compiled, under_way
 from support.oracle import attention_by_definition, relative_error
-from support.slow import slow
+from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.opaque import Geometry
@@ -112,18 +112,31 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# The rest say the same of other sizes.
+QUICK = (
+    "several programs",
+    "no text",
+    "radius 16: tiles seen whole",
+    "one column of the second group",
+    "some rows",
+    "a scale below zero",
+    "bfloat16",
+    "pooled with counts",
+)
+
+
+@pytest.mark.parametrize("name", slow_but(CASES, *QUICK))
 def test_is_the_definition(name, monkeypatch):
     check(monkeypatch, **CASES[name], seed=1)
 
 
 @pytest.mark.parametrize("stages", [FEWEST_STAGES, 4, 6])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", slow_but(range(3), 0))
 def test_is_the_definition_whoever_is_late(stages, seed, monkeypatch):
     check(monkeypatch, Window(12, 35, 130, 5), stages=stages, seed=seed)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", slow_but(range(8), 0))
 def test_random_problems(seed, monkeypatch):
     chance = random.Random(seed)
     height = chance.randrange(1, 25)
@@ -245,7 +258,18 @@ def test_nothing_is_noticed_without_a_fault(monkeypatch):
     assert not is_noticed(monkeypatch)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+QUICK_FAULTS = (
+    "a tile passed over is not given back",
+    "loads wait by the other parity",
+    "a sum is read before it is there",
+    "queries without a fence",
+    "a group's last tile dropped",
+    "the disc with its rim",
+    "the bias of another key",
+)
+
+
+@pytest.mark.parametrize("name", slow_but(FAULTS, *QUICK_FAULTS))
 def test_fault_is_noticed(name, monkeypatch):
     assert is_noticed(monkeypatch, faults=(FAULTS[name],))
 
@@ -263,10 +287,8 @@ def test_tiles_of_one_group_must_take_turns(monkeypatch):
         check(monkeypatch, Window(17, 43, 70, 9))
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "pooled"),
-    [(64, 0), pytest.param(128, 0, marks=slow), pytest.param(128, 70, marks=slow)],
-)
+@slow
+@pytest.mark.parametrize(("head_dim", "pooled"), [(64, 0), (128, 0), (128, 70)])
 def test_compiled_softmax_stands_between_products(head_dim, pooled, monkeypatch, tmp_path):
     # Triton decides at its import whether it interprets: a process of its own.
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -52,7 +52,7 @@ def kernel(name, dtype=torch.float16, device=CPU):
 @pytest.mark.parametrize(
     "dtype", slow_but([torch.float16, torch.bfloat16], torch.bfloat16), ids=str
 )
-@pytest.mark.parametrize("name", trust.KERNELS)
+@pytest.mark.parametrize("name", slow_but(trust.KERNELS, "text", "far", "backward"))
 def test_right_kernels_are_found_right(name, dtype):
     asked = kernel(name, dtype)
     found = trust.look_at(asked, trust.entries_of(asked)[0], SMALL)
