@@ -32,8 +32,9 @@ class Innermost:
         if hasattr(module, "_old_forward"):  # accelerate's
             places.append((module, "_old_forward"))
         places.append((module, "forward"))
+        # Where a stranger has wrapped the innermost itself, the outermost is all there is.
         self._holder, self._name = next(
-            place for place in places if not hasattr(getattr(*place), "__wrapped__")
+            (place for place in places if not hasattr(getattr(*place), "__wrapped__")), places[-1]
         )
 
     @property

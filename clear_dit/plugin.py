@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +122,9 @@ def apply_clear(
         return tuple(install(model, settings) for model in models)
     transformer = transformer_of(pipe_or_model, "apply_clear(weights=...)")
     path = find_weights(weights, settings.radius, settings.down_factor, settings.far)
-    with open_checked(transformer, path, settings) as file:
+    with open_checked(transformer, path, settings) as file, ExitStack() as stack:
+        for model in models:
+            stack.enter_context(ClearState.attach(model).access.exclusive())
         for model in models:
             _install(model, settings)
         load_checked(transformer, file)
@@ -132,7 +135,8 @@ def remove_clear(pipe_or_model: Any) -> bool:
     """Put the processors back that were there before CLEAR, and the weights bit for bit.
 
     Layers whose processor somebody else replaced since are left alone. IP-adapters that were loaded
-    or unloaded since stay so.
+    or unloaded since stay so. It waits for forwards of the model that are under way in other
+    threads, as `apply_clear` and `load_clear_weights` do.
 
     Args:
         pipe_or_model: what `apply_clear` or `set_attn_processor` was called on.
@@ -140,25 +144,29 @@ def remove_clear(pipe_or_model: Any) -> bool:
     Returns:
         Whether there was anything to remove.
     """
-    removed = [_remove(model) for model in models_of(pipe_or_model, "remove_clear")]
+    models = models_of(pipe_or_model, "remove_clear")
+    with ExitStack() as stack:
+        for state in filter(None, map(ClearState.on, models)):
+            stack.enter_context(state.access.exclusive())
+        removed = [_remove(model) for model in models]
     logger.info("CLEAR %s", "removed" if any(removed) else "was not applied: nothing to remove")
     return any(removed)
 
 
 def _remove(model: nn.Module) -> bool:
-    state = ClearState.on(model)
-    if state is not None:
+    state, originals = ClearState.on(model), dict[str, Any]()
+    removed = state is not None and state.is_applied
+    if state is not None and removed:
         state.reconcile(model)
         state.restore_weights(model)
-        state.detach()
+        originals = state.processors
+        state.detach(model)
         if family_of(model).chunked:
             chunk_feed_forward(model, None)
-    removed = state is not None
     for name, attn in attention_layers(model).items():
         if isinstance(attn.processor, CLEARProcessor):
             attn.processor.decide_far(None)  # somebody may set it again
-            original = state.processors.get(name) if state is not None else None
-            attn.set_processor(original if original is not None else FluxAttnProcessor())
+            attn.set_processor(originals.get(name) or FluxAttnProcessor())
             removed = True
     return removed
 
@@ -206,13 +214,14 @@ def install(model: nn.Module, settings: CLEARProcessor) -> Applied:
     Pooling weights the model already has stay, where the new down_factor equals the old; what was
     learned of far keys, where there still are far keys.
     """
-    _install(model, settings)
+    with ClearState.attach(model).access.exclusive():
+        _install(model, settings)
     return _report(model)
 
 
 def _install(model: nn.Module, settings: CLEARProcessor) -> None:
     family = family_of(model)
-    state = ClearState.on(model) or ClearState.attach(model)
+    state = ClearState.attach(model)
     state.reconcile(model)
     state.tracker = settings.new_tracker(state.weights_far)
     for name, attn in family.layers(model).items():

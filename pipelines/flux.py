@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from clear_dit.attention.processor import CLEARProcessor
 from clear_dit.families.table import transformer_of
 from clear_dit.plugin import install
 from clear_dit.weights.load import load_clear_weights
+from clear_dit.weights.state import ClearState
 
 from .cascade.given_image import enlarged_size, pixels_from
 from .cascade.resolution import Resolution
@@ -112,10 +114,14 @@ class CLEARFluxPipeline(FluxPipeline):
                     f"{native_size}."
                 )
             self.default_sample_size = native_size // self.vae_scale_factor
-        self._stage: Stage | None = None
         self._patch_parallel: PatchParallel | None = None
-        self._stages: tuple[Stage, ...] = ()
         self._interrupt = False
+        # Of a call's own copy: what it is of, and where it is.
+        self._original: CLEARFluxPipeline | None = None
+        self._stage: Stage | None = None
+        self._stages: tuple[Stage, ...] = ()
+        # The copies whose calls are under way.
+        self._calls: list[CLEARFluxPipeline] = []
 
     @property
     def native_size(self) -> int:
@@ -124,13 +130,41 @@ class CLEARFluxPipeline(FluxPipeline):
 
     @property
     def stage(self) -> Stage | None:
-        """The stage that is being generated, for callbacks; None outside of `__call__`."""
-        return self._stage
+        """The stage that is being generated; None outside of `__call__`.
+
+        A callback's pipeline tells of the callback's call, another one of the latest call.
+        """
+        return self._latest._stage
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The plan that `stage` is of, for callbacks; empty outside of `__call__`."""
-        return self._stages
+        """The plan that `stage` is of; empty outside of `__call__`."""
+        return self._latest._stages
+
+    @property
+    def _latest(self) -> CLEARFluxPipeline:
+        return next(reversed(tuple(self._calls)), self)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call shall end after the step that is under way."""
+        return self._interrupt or (self._original is not None and self._original._interrupt)
+
+    @contextmanager
+    def _call(self) -> Iterator[CLEARFluxPipeline]:
+        """A copy of the pipeline for one call, with the same models and a scheduler of its own.
+
+        `FluxPipeline.__call__` keeps its guidance, its step and more on the pipeline, and the noise
+        levels on the scheduler.
+        """
+        call = copy.copy(self)
+        call._original, call._calls = self, []
+        call.scheduler = copy.deepcopy(self.scheduler)
+        self._calls.append(call)
+        try:
+            yield call
+        finally:
+            self._calls.remove(call)
 
     @property
     def patch_parallel(self) -> PatchParallel | None:
@@ -181,9 +215,14 @@ class CLEARFluxPipeline(FluxPipeline):
 
         `num_inference_steps` is that of a whole schedule, of which a stage that enlarges takes its
         share; `sigmas` and `latents` are those of a first stage without an image. Noise is drawn
-        on the generator's device. While `callback_on_step_end` runs, `pipe.stage` is the stage;
-        `pipe._interrupt = True` ends the work after the step, and the image that is returned
-        has the size of that stage.
+        on the generator's device. The pipeline that `callback_on_step_end` is given is the call's
+        own copy, with the same models: `pipe.stage` is the stage; `pipe._interrupt = True` ends the
+        work after the step, and the image that is returned has the size of that stage. Set on the
+        pipeline itself it ends every call that is under way.
+
+        Threads may call one pipeline at the same time, or several with the same models and
+        scheduler. A stage of full attention has the transformer for itself where CLEAR weights are
+        loaded, a forward with extended positions for its duration: others wait.
 
         Returns:
             `FluxPipelineOutput`, or a tuple; images as `output_type` says: "pil", "np", "pt", or
@@ -262,15 +301,18 @@ class CLEARFluxPipeline(FluxPipeline):
         )
         self._interrupt = False
         with ExitStack() as stack:
+            call = stack.enter_context(self._call())
+            call._stages = stages
             files = None
             if stages_dir is not None:
                 kept = StageFiles(Path(stages_dir), stages, request_identity(self, request))
                 files = stack.enter_context(kept.opened())
             if self._patch_parallel is not None:
+                stack.enter_context(ClearState.attach(model).access.exclusive())
                 check_agreement(self, request, self._patch_parallel.groups)
                 own = stack.enter_context(self._patch_parallel.one_pass(common))
                 request = replace(request, options=own)
-            latents, last = run_stages(self, request, files)
+            latents, last = run_stages(call, request, files)
         images = self._finish(latents, last, options["output_type"])
         self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=images) if options["return_dict"] else (images,)

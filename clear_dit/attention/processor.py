@@ -269,20 +269,14 @@ class CLEARProcessor(nn.Module):
             )
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
-        share, whole_rotary = self.tracker.share, rotary
+        whole_rotary, window, share = rotary, None, None
+        if torch.compiler.is_compiling():
+            layout, window = self.tracker.compiled()
+            valid_text = None
+        else:
+            layout, valid_text, share = self._find_forward(sequence, text_length, rotary)
         if share is not None:
             sequence += share.elsewhere
-        window, valid_text = None, None
-        if torch.compiler.is_compiling():
-            if share is not None:
-                raise RuntimeError(
-                    "CLEARProcessor: torch.compile does not work with patch parallelism; leave the "
-                    "model uncompiled."
-                )
-            layout, window = self.tracker.compiled()
-        else:
-            layout, valid_text = self._find_forward(sequence, text_length, rotary)
-        if share is not None:
             layout, rotary = share.layout, share.own_rotary(rotary)
         stream = layout if text_length is None else layout.image_only
         hidden_states = stream.to_local(hidden_states)
@@ -411,7 +405,8 @@ class CLEARProcessor(nn.Module):
         rotary: Rotary | None,
     ) -> Forward:
         self.tracker.say_far()
-        if self.grid is not None:
+        forward = self.tracker.current
+        if self.grid is not None and forward is None:
             text = sequence - self.grid[0] * self.grid[1]
             if text < 0 or text_length not in (None, text):
                 raise ValueError(
@@ -420,12 +415,15 @@ class CLEARProcessor(nn.Module):
                     "grid, or leave it out: it is found."
                 )
             return Forward(Layout(text, *self.grid))
-        if rotary is None:
+        if rotary is not None:
+            forward = self.tracker.find(rotary, text_length, self.references == "local")
+        if forward is None:
             raise ValueError(
                 "CLEARProcessor: without image_rotary_emb the token grid cannot be found; pass "
                 "CLEARProcessor(grid=(rows, columns))."
             )
-        forward = self.tracker.find(rotary, text_length, self.references == "local")
+        if forward.share is not None:
+            sequence += forward.share.elsewhere
         layout = forward.layout
         if layout.sequence_length != sequence or text_length not in (None, layout.text_length):
             raise ValueError(

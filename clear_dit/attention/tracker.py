@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -30,27 +35,38 @@ WINDOWS_KEPT = 8
 
 
 class Forward(NamedTuple):
-    """What the layers of one forward share: where the tokens are, and which of them are padding."""
+    """What the layers of one forward share.
+
+    Attributes:
+        layout: where the tokens are.
+        valid_text: which of the text's are no padding.
+        share: where several processes share the image, a `pipelines.parallel.SharedImage`.
+    """
 
     layout: Layout
     valid_text: ValidText | None = None
+    share: Any = None
+
+
+# The forward under way in this thread, and the tracker of the layers it is for.
+_UNDER_WAY: ContextVar[tuple[WindowTracker, Forward] | None] = ContextVar(
+    "clear_dit_forward", default=None
+)
 
 
 class WindowTracker:
-    """The layout of the forward pass under way, shared by the layers it concerns, and its window.
+    """The windows of a model's layers, and which of them the forward under way has.
 
-    It learns the layout either from whoever sees the position ids (`announce`), or from the rotary
-    table that every layer of one forward receives. Windows are remembered, so that what an
-    implementation keeps on a `Window` serves all layers and steps; rotary tables are held by weak
-    reference only.
+    A forward is told by whoever sees its arguments (`under_way`), for its duration and its thread
+    alone; or it is found from the rotary table that every layer of it receives. Windows are
+    remembered, so that what an implementation keeps on a `Window` serves all layers and steps;
+    rotary tables are held by weak reference only.
 
     Args:
         radius, down_factor, far_levels, pooled_weight: of the windows, see `Window`.
 
     Attributes:
         far_by_default: whether far keys are on because neither a setting nor weights say otherwise.
-        share: where several processes share the image of the forward under way, a
-            `pipelines.patch_attention.SharedImage`; else None.
     """
 
     def __init__(
@@ -65,10 +81,9 @@ class WindowTracker:
 
     def _reset(self) -> None:
         self.announced: Forward | None = None
-        self.share: Any = None
         self.impl = "auto"
         self._far_is_news = True
-        self._is_news = False
+        self._lock = threading.Lock()  # of what is remembered
         self._windows: OrderedDict[Layout, Window] = OrderedDict()
         self._by_rotary = WeakTensorKeyDictionary()
 
@@ -83,8 +98,9 @@ class WindowTracker:
     def take_far(self, far_levels: int, by_default: bool) -> None:
         """Make windows with so many levels of far keys from now on."""
         if far_levels != self.far_levels:
-            self.far_levels = far_levels
-            self._windows.clear()
+            with self._lock:
+                self.far_levels = far_levels
+                self._windows.clear()
         self.far_by_default = by_default
 
     def say_far(self) -> None:
@@ -101,24 +117,47 @@ class WindowTracker:
         if torch.compiler.is_compiling() and self.impl in CUSTOM_OPS:
             # To look it up would make constants of numbers that are symbolic, see `compiled`.
             return self._window(layout)
-        if layout not in self._windows:
-            self._windows[layout] = self._window(layout)
-        self._windows.move_to_end(layout)
-        while len(self._windows) > WINDOWS_KEPT:
-            self._windows.popitem(last=False)
-        return self._windows[layout]
+        with self._lock:
+            if layout not in self._windows:
+                self._windows[layout] = self._window(layout)
+            self._windows.move_to_end(layout)
+            while len(self._windows) > WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+            return self._windows[layout]
 
-    def announce(self, layout: Layout, impl: str, valid_text: ValidText | None = None) -> None:
-        """Tell the layout of the forward that begins now, and which implementation will run it."""
-        self.announced = Forward(layout, valid_text)
-        self.impl = impl
-        self._is_news = True
+    @property
+    def current(self) -> Forward | None:
+        """The forward under way in this thread, where it was told."""
+        found = _UNDER_WAY.get()
+        return None if found is None or found[0] is not self else found[1]
+
+    @contextmanager
+    def under_way(self, forward: Forward) -> Iterator[None]:
+        """Within it, in this thread, this forward of the model is under way."""
+        token = _UNDER_WAY.set((self, forward))
+        try:
+            yield
+        finally:
+            _UNDER_WAY.reset(token)
+
+    @contextmanager
+    def announced_to_compiled(self, forward: Forward, impl: str) -> Iterator[None]:
+        """Within it compiled layers know this forward, and which implementation runs it.
+
+        What torch.compile traces can read no context: the forward must have the model for itself.
+        """
+        layout = forward.layout
+        self.announced, self.impl = forward, impl
         self._announced_window = self.window(layout)
         sizes = [layout.text_length, layout.rows, layout.columns, layout.reference_length]
         sizes += chain(*layout.local_references)
         self._sizes = [
             torch.empty(0, _apart(place) + size, device="meta") for place, size in enumerate(sizes)
         ]
+        try:
+            yield
+        finally:
+            self.announced = None
 
     def compiled(self) -> tuple[Layout, Window]:
         """Layout and window of the forward under way, for code that torch.compile traces.
@@ -136,6 +175,11 @@ class WindowTracker:
             raise ValueError(
                 "CLEAR: prompts of different lengths in one batch do not work under torch.compile; "
                 "run them one by one."
+            )
+        if self.announced.share is not None:
+            raise RuntimeError(
+                "CLEARProcessor: torch.compile does not work with patch parallelism; leave the "
+                "model uncompiled."
             )
         layout = self.announced.layout
         if self.impl not in CUSTOM_OPS:
@@ -162,15 +206,11 @@ class WindowTracker:
             rotary: cos, sin, ...; see `layout_from_rotary` for these and the others.
         """
         cos, sin = rotary[:2]
-        forward = self._by_rotary.get(cos)
+        forward = self.current or self._seen(cos)
         if forward is None:
-            if self._is_news and self.announced is not None:
-                forward = self.announced
-                self._is_news = False
-            else:
-                layout = layout_from_rotary(cos, sin, text_length, local_references)
-                forward = Forward(layout)
-            self._by_rotary[cos] = forward
+            layout = layout_from_rotary(cos, sin, text_length, local_references)
+            forward = Forward(layout)
+        self._remember(cos, forward)
         return forward
 
     def told(self, key: torch.Tensor | None) -> Forward:
@@ -181,19 +221,56 @@ class WindowTracker:
                 there is none. It does for gradient checkpointing what the rotary table does above.
 
         Raises:
-            ValueError: nobody has announced one.
+            ValueError: none is.
         """
-        forward = None if key is None else self._by_rotary.get(key)
+        forward = self.current
+        if forward is None and key is not None:
+            forward = self._seen(key)
         if forward is None:
-            if self.announced is None:
-                raise ValueError(
-                    "CLEAR: the token grid is not known in this layer; call apply_clear on the "
-                    "model or pipeline instead of setting processors."
-                )
-            forward = self.announced
-            if key is not None:
-                self._by_rotary[key] = forward
+            raise ValueError(
+                "CLEAR: the token grid is not known in this layer, which was called outside of a "
+                "forward of its model, or got its processor without apply_clear; call apply_clear "
+                "on the model or pipeline, and the model as a whole."
+            )
+        if key is not None:
+            self._remember(key, forward)
         return forward
+
+    def _seen(self, key: torch.Tensor) -> Forward | None:
+        with self._lock:
+            return self._by_rotary.get(key)
+
+    def _remember(self, key: torch.Tensor, forward: Forward) -> None:
+        with self._lock:
+            self._by_rotary[key] = forward
+
+
+class CarryingCheckpoint:
+    """Gradient checkpointing of a diffusers model that takes the forward under way along.
+
+    The layers run again in the backward pass, when their forward is over and another may have gone
+    by, maybe in another thread.
+
+    Args:
+        stock: the model's own `_gradient_checkpointing_func`.
+    """
+
+    def __init__(self, stock: Callable[..., Any]) -> None:
+        self.stock = stock
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        under_way = _UNDER_WAY.get()
+        if under_way is None:
+            return self.stock(function, *args)
+        return self.stock(functools.partial(_again, under_way, function), *args)
+
+
+def _again(
+    under_way: tuple[WindowTracker, Forward], function: Callable[..., Any], *args: Any
+) -> Any:
+    tracker, forward = under_way
+    with tracker.under_way(forward):
+        return function(*args)
 
 
 def _apart(place: int) -> int:

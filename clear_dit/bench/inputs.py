@@ -6,6 +6,8 @@ padded text are left out, so that all of the text counts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from ..attention.layout import Layout
 from ..attention.processor import CLEARProcessor
+from ..attention.tracker import Forward
 from ..kernels.window import Window
 from ..plugin import install
 from ..weights.state import ClearState
@@ -23,16 +26,19 @@ from .fake import IMPL, flux_inputs, quiet
 Z_IMAGE_MULTIPLE = 32
 
 
-def apply_announced(model: nn.Module, window: Window) -> None:
-    """CLEAR in every attention layer over the image, which is told where its tokens are."""
+@contextmanager
+def clear_applied(model: nn.Module, window: Window) -> Iterator[None]:
+    """Within it every attention layer over the image has CLEAR, and knows where its tokens are."""
     with quiet():
         far = window.far_levels > 0
         install(model, CLEARProcessor(window.radius, window.down_factor, IMPL, far=far))
     state = ClearState.on(model)
     assert state is not None
-    assert state.tracker is not None
-    state.detach()
-    state.tracker.announce(layout_of(model, window), IMPL)
+    tracker = state.tracker
+    assert tracker is not None
+    state.detach(model)
+    with tracker.under_way(Forward(layout_of(model, window))):
+        yield
 
 
 def layout_of(model: nn.Module, window: Window) -> Layout:

@@ -21,7 +21,7 @@ from ..kernels.window import Window
 from .configurations import find_configuration
 from .executed import tile_choices
 from .fake import build, defaults, quiet
-from .inputs import apply_announced, model_inputs
+from .inputs import clear_applied, model_inputs
 from .plan_memory import check_memory_options, plan_memory
 from .timing import table
 
@@ -118,11 +118,11 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     layers = family.layers(model).values()
     attn = next(iter(layers))
     linear, full = _count_products(model, inputs)
-    apply_announced(model, window)
-    if family.chunked:
-        with quiet():
-            chunk_feed_forward(model, None)  # whole: the same products in fewer operators
-    same, local = _count_products(model, inputs)
+    with clear_applied(model, window):
+        if family.chunked:
+            with quiet():
+                chunk_feed_forward(model, None)  # whole: the same products in fewer operators
+        same, local = _count_products(model, inputs)
     assert linear == same
     # Not attention, but a weighted sum of keys and of values that PyTorch counts as a product.
     if window.down_factor > 1:

@@ -25,7 +25,7 @@ from ..generation.models import TOKEN_PIXELS, quiet_libraries
 from ..kernels.window import Window
 from .eight_bit import DTYPES, use_eight_bit_linears
 from .fake import Memory, build, defaults, measure, quiet, tensor_bytes
-from .inputs import apply_announced, model_inputs
+from .inputs import clear_applied, model_inputs
 from .published import Configuration
 
 OFFLOADS = ("none", "model", "group")
@@ -169,12 +169,12 @@ class TransformerMemory:
 
     def activations(self, window: Window) -> int:
         """The most that is alive in a step besides the weights, in bytes."""
-        apply_announced(self._model, window)
-        if self._chunked:
-            with quiet():
-                chunk_feed_forward(self._model, self._chunk_tokens)
         inputs = model_inputs(self._model, window, self._dtype, TRANSFORMER_DEVICE)
-        return measure(self._model, lambda: self._model(**inputs)).activations
+        with clear_applied(self._model, window):
+            if self._chunked:
+                with quiet():
+                    chunk_feed_forward(self._model, self._chunk_tokens)
+            return measure(self._model, lambda: self._model(**inputs)).activations
 
 
 def _measure_encoder(config: dict[str, Any], text_length: int, dtype: torch.dtype) -> Memory:

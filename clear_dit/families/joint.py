@@ -53,8 +53,8 @@ class JointProcessor(CLEARProcessor):
         if torch.compiler.is_compiling():
             layout, window = self.tracker.compiled()
             return layout, None, window
-        layout, valid_text = self.tracker.told(key)
-        return layout, valid_text, None
+        forward = self.tracker.told(key)
+        return forward.layout, forward.valid_text, None
 
     def attend_streams(
         self, image: Projected, text: Projected | None = None, key: torch.Tensor | None = None

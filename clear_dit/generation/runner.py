@@ -279,7 +279,7 @@ class PipelineRunner:
                 )
             except ValueError as error:
                 raise RequestError(str(error)) from error
-        if pipe.interrupt:
+        if watch.stopped:
             raise Stopped
         return latents
 
@@ -364,6 +364,7 @@ class _Watch:
         self, on_step: Callable[[Step], None] | None, should_stop: Callable[[], bool] | None
     ) -> None:
         self._on_step, self._should_stop = on_step, should_stop
+        self.stopped = False
 
     def after_step(
         self, pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
@@ -383,7 +384,7 @@ class _Watch:
                 )
             )
         if self._should_stop is not None and self._should_stop():
-            pipe._interrupt = True
+            pipe._interrupt = self.stopped = True
         return {}
 
     def each(self, strips: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

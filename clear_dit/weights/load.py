@@ -297,8 +297,8 @@ def open_checked(model: nn.Module, path: Path, settings: CLEARProcessor) -> Iter
 
 def load_checked(model: nn.Module, file: Any) -> None:
     """Copy the tensors of an `open_checked` file into the model, keeping what they replace."""
-    state = ClearState.on(model) or ClearState.attach(model)
-    with torch.no_grad():
+    state = ClearState.attach(model)
+    with state.access.exclusive(), torch.no_grad():
         for key, parameter in parameters_by_key(model).items():
             if key not in state.weights:
                 state.weights[key] = parameter.detach().to("cpu", copy=True)

@@ -1,28 +1,24 @@
-"""What CLEAR remembers about a model it was applied to.
-
-It lives in one forward pre-hook on the model. That is PyTorch's own kind of hook and not diffusers'
-`ModelHook`, which replaces `module.forward`: a copy of a model hooked that way runs the original's
-weights, and removing the hook also drops what accelerate wrapped around `forward` later.
-"""
+"""What CLEAR remembers about a model it was applied to."""
 
 from __future__ import annotations
 
-import inspect
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from ..access import Access
 from ..attention.ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
 from ..attention.processor import LEARNED, CLEARProcessor, FluxAttnProcessor
 from ..attention.text_padding import valid_text
-from ..attention.tracker import WindowTracker
+from ..attention.tracker import Forward, WindowTracker
 from ..families.table import attention_layers, family_of, head_dim_of
 from ..kernels.choice import select_impl
 from ..kernels.triton.device import kernels_of
 from .format import parameters_by_key, refuse_unsuitable
+from .forward import STATE, parameter_names, put_under, take_away
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +39,29 @@ WITHOUT_LEARNED = (
 )
 
 
-class ClearState:
-    """What CLEAR remembers about one model; as a forward pre-hook it also reads the forward.
+class Call(NamedTuple):
+    """What the arguments of a forward say.
 
     Attributes:
+        tracker: of the layers that run it.
+        forward: what they share.
+        impl: the implementation that runs it.
+        changes: arguments that the forward gets in place of those given.
+    """
+
+    tracker: WindowTracker
+    forward: Forward
+    impl: str
+    changes: Mapping[str, Any]
+
+
+class ClearState:
+    """What CLEAR remembers about one model.
+
+    Attributes:
+        access: who uses the model, and who changes it.
+        sharing: of a `PatchParallel`, what the ranks that share images do around a forward; else
+            None.
         tracker: shared by the processors of all layers; None while only weights were loaded.
         processors: those that were there before CLEAR, by layer name.
         installed: those of CLEAR, by layer name.
@@ -55,34 +70,47 @@ class ClearState:
         learned: what they learned of far keys, on the CPU, by its name in a file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.access = Access()
+        self.sharing: Any = None
         self.tracker: WindowTracker | None = None
         self.processors: dict[str, Any] = {}
         self.installed: dict[str, CLEARProcessor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.weights_far: bool | None = None
         self.learned: dict[str, torch.Tensor] = {}
-        self._handle: RemovableHandle | None = None
-        self._warned = False
+        self._names = names
         self._said_of_far: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"sharing": None}  # a copy of the model is not shared
 
     @classmethod
     def on(cls, model: nn.Module) -> ClearState | None:
         """The state of a model, None if it has none."""
-        return next((hook for hook in model._forward_pre_hooks.values() if type(hook) is cls), None)
+        return vars(model).get(STATE)
 
     @classmethod
     def attach(cls, model: nn.Module) -> ClearState:
-        """A new state on a model that has none."""
-        state = cls()
-        # First of all hooks: others may take a part of the tokens away (patch parallelism).
-        state._handle = model.register_forward_pre_hook(state, with_kwargs=True, prepend=True)
+        """The state of a model, a new one if it has none."""
+        state = cls.on(model)
+        if state is None:
+            state = cls(parameter_names(model))
+            setattr(model, STATE, state)
+            put_under(model)
         return state
 
-    def detach(self) -> None:
-        """Stop being the model's hook."""
-        if self._handle is not None:
-            self._handle.remove()
+    @property
+    def is_applied(self) -> bool:
+        """Whether there is anything of CLEAR's on the model."""
+        return self.tracker is not None or bool(self.weights)
+
+    def detach(self, model: nn.Module) -> None:
+        """Forget everything; and leave the model, unless it is shared by ranks."""
+        self.tracker, self.processors, self.installed = None, {}, {}
+        if self.sharing is None:
+            take_away(model)
+            delattr(model, STATE)
 
     def restore_weights(self, model: nn.Module) -> None:
         """Copy the saved parameters back."""
@@ -147,24 +175,34 @@ class ClearState:
         self.installed[name] = new
         self.processors[name] = FluxAttnProcessor() if adapter is None else adapter
 
-    def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.decide_far(model)  # processors set since then were not told
-        if self.tracker is None:
-            return None
-        return self._before_forward(model, args, kwargs)
+    @torch.compiler.disable
+    def prepare(self, model: nn.Module) -> None:
+        """Before a forward: the layers as they ought to be."""
+        with self.access.shared():
+            self.decide_far(model)  # processors set since then were not told
+            as_installed = self._is_as_installed(model)
+        if not as_installed:
+            with self.access.exclusive():
+                self.reconcile(model)
+
+    def _is_as_installed(self, model: nn.Module) -> bool:
+        if not self.installed:
+            return True
+        layers = attention_layers(model)
+        return all(attn.processor is self.installed[name] for name, attn in layers.items())
 
     @torch.compiler.disable
-    def _before_forward(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.reconcile(model)
-        if not self._runs(model):
+    def read(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Call | None:
+        """What a forward's arguments say; None where no layer of the model runs CLEAR in it.
+
+        Raises:
+            ValueError: a size that the family cannot have, or arguments without names.
+        """
+        if self.tracker is None or not self._runs(model):
             return None
-        assert self.tracker is not None
-        signature = inspect.signature(type(model).forward)
-        given = signature.bind_partial(model, *args, **kwargs).arguments
+        given = self.by_name(args, kwargs)
         settings, family = next(iter(self.installed.values())), family_of(model)
         reading = family.read(model, given, settings.grid)
         if reading is None:
@@ -174,12 +212,23 @@ class ClearState:
             grids = family.reference_grids(given, layout)
             layout = layout._replace(local_references=grids)
         impl = self._chosen_impl(model, reading.like)
-        self.tracker.announce(layout, impl, valid_text(reading.text_mask))
-        if not reading.changes:
-            return None
-        bound = signature.bind(model, *args, **kwargs)
-        bound.arguments.update(reading.changes)
-        return bound.args[1:], bound.kwargs
+        forward = Forward(layout, valid_text(reading.text_mask))
+        return Call(self.tracker, forward, impl, reading.changes)
+
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A forward's arguments by name.
+
+        Raises:
+            ValueError: some have none, since a stranger's forward stands in the place of the
+                class's.
+        """
+        if len(args) > len(self._names):
+            raise ValueError(
+                f"CLEAR: the forward got {len(args)} arguments by position, of which "
+                f"{len(self._names)} have a name: the class's forward was replaced by one whose "
+                "signature does not say (functools.wraps keeps it). Pass them by name."
+            )
+        return dict(zip(self._names, args, strict=False)) | dict(kwargs)
 
     def _chosen_impl(self, model: nn.Module, like: torch.Tensor) -> str:
         """The implementation that will run, also chosen (and logged) here for compiled blocks.
@@ -197,22 +246,6 @@ class ClearState:
         return select_impl(impl, query, needs_grad=needs_grad, kernels=kernels)
 
     def _runs(self, model: nn.Module) -> bool:
-        """Whether CLEAR still runs in the model; reports layers that somebody else took over."""
+        """Whether a layer of the model runs CLEAR in the forward that begins."""
         layers = attention_layers(model)
-        others = {
-            name: attn.processor
-            for name, attn in layers.items()
-            if attn.processor is not self.installed[name]
-        }
-        if 0 < len(others) < len(layers) and not self._warned:
-            self._warned = True
-            name, current = next(iter(others.items()))
-            logger.warning(
-                "%d of %d attention layers no longer have the CLEAR processor that apply_clear put "
-                "there (%s has %s)",
-                len(others),
-                len(layers),
-                name,
-                type(current).__name__,
-            )
-        return len(others) < len(layers)
+        return any(attn.processor is self.installed[name] for name, attn in layers.items())

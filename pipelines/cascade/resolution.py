@@ -71,17 +71,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import nn
 
 from clear_dit.attention.processor import CLEARProcessor
 from clear_dit.compat import names_from
 from clear_dit.families.table import attention_layers, transformer_of
+from clear_dit.weights.forward import Change, changed_in_forwards
+from clear_dit.weights.state import ClearState
 
 from .positions import MARGIN, ExtendedPosEmbed, check_method
 from .schedule import static_scheduler
-from .two_position_processor import two_positions_in_full_attention
+from .two_position_processor import TwoPositionsInFullAttention
 
 (FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
 
@@ -186,6 +191,9 @@ def settings_for(
 def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
     """Within it a pipeline generates with these settings; afterwards, or after an error, as before.
 
+    The transformer is changed for each forward in this thread, and no longer: others that share it
+    do not notice. The pipeline has another scheduler.
+
     Proportional attention comes by way of the position table, so that it holds whatever computes
     attention: CLEAR, the stock processors, any backend. A `proportional_base` that CLEAR's
     processors have is suspended where the resolution names one: it is the same thing.
@@ -200,36 +208,59 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
             by what cannot be extended. Nothing is changed then.
     """
     model = transformer_of(pipe, "applied", "cascade")
-    scheduler, positions = pipe.scheduler, model.pos_embed
-    new_scheduler = scheduler
+    scheduler = new_scheduler = pipe.scheduler
     if resolution.shift is not None:
         new_scheduler = static_scheduler(scheduler, resolution.shift)
-    new_positions = _extended(positions, resolution)
-    clear = {
+    changes: list[Change] = []
+    if resolution.rope == "two":
+        two = TwoPositionsInFullAttention(max(1, round(NEAR * resolution.trained_side)))
+        two.check(model)
+        changes.append(two)
+    if resolution.rope != "none" or resolution.proportional_base is not None:
+        extended = _extended(model.pos_embed, resolution)
+        changes.append(partial(_with_positions, extended))
+    if resolution.proportional_base is not None:
+        changes.append(_without_proportional_base)
+    with ExitStack() as stack:
+        if changes:
+            ClearState.attach(model)
+        for change in changes:
+            stack.enter_context(changed_in_forwards(model, change))
+        pipe.scheduler = new_scheduler
+        try:
+            yield
+        finally:
+            pipe.scheduler = scheduler
+
+
+@contextmanager
+def _with_positions(positions: ExtendedPosEmbed, model: Any) -> Iterator[None]:
+    before = model.pos_embed
+    model.pos_embed = positions
+    try:
+        yield
+    finally:
+        model.pos_embed = before
+
+
+@contextmanager
+def _without_proportional_base(model: nn.Module) -> Iterator[None]:
+    before = {
         attn.processor: attn.processor.proportional_base
         for attn in attention_layers(model).values()
         if isinstance(attn.processor, CLEARProcessor)
     }
-    two: AbstractContextManager[None] = nullcontext()
-    if resolution.rope == "two":
-        two = two_positions_in_full_attention(model, max(1, round(NEAR * resolution.trained_side)))
-    with two:
-        try:
-            pipe.scheduler, model.pos_embed = new_scheduler, new_positions
-            if resolution.proportional_base is not None:
-                for processor in clear:
-                    processor.proportional_base = None
-            yield
-        finally:
-            pipe.scheduler, model.pos_embed = scheduler, positions
-            for processor, base in clear.items():
-                processor.proportional_base = base
+    try:
+        for processor in before:
+            processor.proportional_base = None
+        yield
+    finally:
+        for processor, base in before.items():
+            processor.proportional_base = base
 
 
-def _extended(positions: Any, resolution: Resolution) -> Any:
+def _extended(positions: Any, resolution: Resolution) -> ExtendedPosEmbed:
     """The position embedding of a resolution, with the model's theta and axes."""
-    if resolution.rope == "none" and resolution.proportional_base is None:
-        return positions
     if not isinstance(positions, (FluxPosEmbed, ExtendedPosEmbed)):
         raise ValueError(
             "CLEAR: only FluxPosEmbed can be extended, but the transformer's pos_embed is a "

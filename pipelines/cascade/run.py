@@ -19,12 +19,13 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import interpolate
 
 from clear_dit.families.table import transformer_of
+from clear_dit.weights.state import ClearState
 
 from ..decoding.autoencoder import decode, encode
 from .low_resolution_guidance import DEFAULT_WEIGHT, GUIDED_ABOVE, LowResolutionGuidance
 from .resolution import applied
 from .schedule import given_sigmas, sigmas_for
-from .stage_attention import full_attention, runs_clear
+from .stage_attention import full_attention, keeps_between_forwards, runs_clear
 from .stage_files import StageFiles
 from .stages import Stage
 
@@ -107,11 +108,13 @@ def run_stages(pipe: Any, request: Request, files: StageFiles | None) -> tuple[t
 
 @contextmanager
 def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None]:
-    """The pipeline as a stage needs it."""
+    """The pipeline, a call's own, as a stage needs it."""
     # diffusers sets it when somebody first asks for a bar.
     stage, bar = stages[index], getattr(pipe, "_progress_bar_config", {})
     model = transformer_of(pipe, "CLEARFluxPipeline")
     with ExitStack() as stack:
+        if keeps_between_forwards(model):
+            stack.enter_context(ClearState.attach(model).access.exclusive())
         if stage.attention == "full" and runs_clear(model):
             stack.enter_context(full_attention(model))
         # After it: positions may need processors of their own.
@@ -119,11 +122,11 @@ def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None
         if len(stages) > 1:
             description = f"stage {index + 1} of {len(stages)}, {stage.name}"
             pipe._progress_bar_config = bar | {"desc": description}
-        pipe._stage, pipe._stages = stage, stages
+        pipe._stage = stage
         try:
             yield
         finally:
-            pipe._progress_bar_config, pipe._stage, pipe._stages = bar, None, ()
+            pipe._progress_bar_config, pipe._stage = bar, None
 
 
 def images_from(pipe: Any, latents: torch.Tensor, stage: Stage) -> Iterator[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from clear_dit.attention.processor import CLEARProcessor, FluxAttnProcessor
 from clear_dit.families.table import attention_layers
 from clear_dit.weights.format import parameters_by_key, refuse_unsuitable
+from clear_dit.weights.forward import changed_in_forwards
 from clear_dit.weights.state import ClearState
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,16 @@ def pools_keys(model: nn.Module) -> bool:
     return any(isinstance(one, CLEARProcessor) and one.down_factor > 1 for one in processors)
 
 
+def keeps_between_forwards(model: nn.Module) -> bool:
+    """Whether a model keeps what belongs to one image from forward to forward.
+
+    diffusers' caches do, and ranks that share images: no other image may come between.
+    """
+    state = ClearState.on(model)
+    shared = state is not None and state.sharing is not None
+    return shared or bool(getattr(model, "is_cache_enabled", False))
+
+
 def can_run_full(model: nn.Module) -> bool:
     """Whether `full_attention` can put the stock weights back, where CLEAR weights are loaded."""
     state = ClearState.on(model)
@@ -44,27 +55,48 @@ def can_run_full(model: nn.Module) -> bool:
 
 @contextmanager
 def full_attention(model: nn.Module) -> Iterator[None]:
-    """Within it the processors and weights are those from before `apply_clear`.
+    """Within it forwards in this thread have the processors and weights from before `apply_clear`.
 
-    Afterwards they are what they were, bit for bit. CLEAR weights wait on the CPU meanwhile.
+    Where CLEAR weights are loaded, other threads' forwards wait until the end: the weights are
+    swapped for all of it, and CLEAR's wait on the CPU. Afterwards they are what they were, bit for
+    bit.
     """
-    layers, state = attention_layers(model), ClearState.on(model)
-    if state is not None:
-        state.reconcile(model)
-    processors = {name: attn.processor for name, attn in layers.items()}
-    stock = {} if state is None else state.processors
-    weights = {} if state is None else state.weights
-    parameters = parameters_by_key(model) if weights else {}
-    tuned = {key: parameters[key].detach().to("cpu", copy=True) for key in weights}
+    state = ClearState.attach(model)
+    state.prepare(model)
+    with ExitStack() as stack:
+        if state.weights:
+            stack.enter_context(state.access.exclusive())
+            stack.enter_context(_stock_weights(model, state))
+        stack.enter_context(changed_in_forwards(model, _stock_processors))
+        yield
+
+
+@contextmanager
+def _stock_processors(model: nn.Module) -> Iterator[None]:
+    state = ClearState.attach(model)
+    before = {
+        attn: attn.processor
+        for attn in attention_layers(model).values()
+        if isinstance(attn.processor, CLEARProcessor)
+    }
     try:
-        _copy_into(parameters, weights)
-        for name, attn in layers.items():
-            if isinstance(attn.processor, CLEARProcessor):
-                attn.set_processor(stock.get(name) or FluxAttnProcessor())
+        for name, attn in attention_layers(model).items():
+            if attn in before:
+                attn.set_processor(state.processors.get(name) or FluxAttnProcessor())
         yield
     finally:
-        for name, attn in layers.items():
-            attn.set_processor(processors[name])
+        for attn, processor in before.items():
+            attn.set_processor(processor)
+
+
+@contextmanager
+def _stock_weights(model: nn.Module, state: ClearState) -> Iterator[None]:
+    parameters = parameters_by_key(model)
+    tuned = {key: parameters[key].detach().to("cpu", copy=True) for key in state.weights}
+    try:
+        _copy_into(parameters, state.weights)
+        yield
+    finally:
         _copy_into(parameters, tuned)
 
 

@@ -35,35 +35,50 @@ class FullTwoPositionProcessor(LayerProcessor):
         return full_two_position_attention((query, key), scaled.far(), value, window, scale=scale)
 
 
-@contextmanager
-def two_positions_in_full_attention(model: nn.Module, radius: int) -> Iterator[None]:
-    """Within it stock processors understand the position table of "two"; CLEAR's do anyway.
+class TwoPositionsInFullAttention:
+    """A change of a model: stock processors understand the position table of "two".
+
+    CLEAR's do anyway.
 
     Args:
-        model: a FLUX transformer.
         radius: in tokens, see `full_two_position_attention`.
-
-    Raises:
-        ValueError: a layer has a processor that is neither stock nor CLEAR's.
     """
-    settings, tracker = CLEARProcessor(radius), WindowTracker(radius, 1)
-    layers = attention_layers(model)
-    before = {
-        name: attn.processor
-        for name, attn in layers.items()
-        if not isinstance(attn.processor, CLEARProcessor)
-    }
-    for name, processor in before.items():
-        if type(processor) not in (FluxAttnProcessor, FluxIPAdapterAttnProcessor):
-            raise ValueError(
-                f'CLEAR: rope "two" is for stock processors and CLEAR\'s, but {name} has '
-                f'{type(processor).__name__}; use "yarn".'
-            )
-    try:
-        for name, processor in before.items():
-            adapter = None if type(processor) is FluxAttnProcessor else processor
-            layers[name].set_processor(FullTwoPositionProcessor(settings, tracker, adapter))
-        yield
-    finally:
-        for name, processor in before.items():
-            layers[name].set_processor(processor)
+
+    def __init__(self, radius: int) -> None:
+        self._settings, self._tracker = CLEARProcessor(radius), WindowTracker(radius, 1)
+        # Of each stock processor: always the same, or compiled layers would be compiled anew.
+        self._made: dict[Any, FullTwoPositionProcessor] = {}
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a layer whose processor is neither stock nor CLEAR's, with a ValueError."""
+        for name, attn in attention_layers(model).items():
+            stock = (FluxAttnProcessor, FluxIPAdapterAttnProcessor)
+            if not isinstance(attn.processor, CLEARProcessor) and type(attn.processor) not in stock:
+                raise ValueError(
+                    f'CLEAR: rope "two" is for stock processors and CLEAR\'s, but {name} has '
+                    f'{type(attn.processor).__name__}; use "yarn".'
+                )
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[None]:
+        """Within it the model has such processors."""
+        self.check(model)
+        before = {
+            attn: attn.processor
+            for attn in attention_layers(model).values()
+            if not isinstance(attn.processor, CLEARProcessor)
+        }
+        try:
+            for attn, processor in before.items():
+                attn.set_processor(self._of(processor))
+            yield
+        finally:
+            for attn, processor in before.items():
+                attn.set_processor(processor)
+
+    def _of(self, stock: Any) -> FullTwoPositionProcessor:
+        if stock not in self._made:
+            adapter = None if type(stock) is FluxAttnProcessor else stock
+            made = FullTwoPositionProcessor(self._settings, self._tracker, adapter)
+            self._made[stock] = made
+        return self._made[stock]

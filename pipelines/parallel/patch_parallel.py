@@ -20,7 +20,6 @@ Stages with full attention (the first of a cascade, at the native size) run whol
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +33,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from clear_dit.attention.layout import Layout
 from clear_dit.attention.processor import CLEARProcessor
 from clear_dit.families.table import attention_layers, transformer_of
-from clear_dit.weights.state import ClearState
+from clear_dit.weights.state import Call, ClearState
 
-from ..cascade.stage_attention import runs_clear
 from .attention import SharedImage
 from .bands import Bands
 from .caches import SharedDecisions
@@ -91,7 +89,7 @@ def parallelize(
 
 
 class PatchParallel:
-    """The ranks that share images, as one of them sees it; hooks on the transformer's forward.
+    """The ranks that share images, as one of them sees it; `ClearState.sharing` of a transformer.
 
     Args:
         mesh: of dimensions "patch" and, optionally, "guidance" of size 1 or 2: its first half
@@ -131,9 +129,7 @@ class PatchParallel:
         self._guidance_scale: float | None = None
         self._decisions = SharedDecisions(self.group)
         self._shares: dict[tuple[Layout, int, int, int], SharedImage] = {}
-        self._share: SharedImage | None = None
         self._steps = _Steps()
-        self._handles: list[Any] = []
 
     @property
     def groups(self) -> list[ProcessGroup]:
@@ -146,21 +142,27 @@ class PatchParallel:
         return self.group.size()
 
     def attach(self, model: nn.Module) -> None:
-        """Share what a transformer generates from now on."""
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
-        ]
-        self._model = model
+        """Share what a transformer generates from now on.
+
+        Raises:
+            ValueError: it is shared already.
+        """
+        state = ClearState.attach(model)
+        if state.sharing is not None:
+            raise ValueError(
+                f"{WHO}: the transformer's images are shared already; call remove() on what "
+                "parallelize returned, or disable_patch_parallel(), first."
+            )
+        state.sharing, self._model = self, model
 
     def remove(self) -> None:
         """Share nothing any more."""
-        for handle in self._handles:
-            handle.remove()
         self._decisions.remove(self._model)
-        clear = ClearState.on(self._model)
-        if clear is not None and clear.tracker is not None:
-            clear.tracker.share = None
+        state = ClearState.on(self._model)
+        if state is not None and state.sharing is self:
+            state.sharing = None
+            if not state.is_applied:
+                state.detach(self._model)
 
     def check(self, rows: int) -> None:
         """Refuse an image of fewer rows of tokens than ranks, with a ValueError."""
@@ -198,39 +200,37 @@ class PatchParallel:
             self._guidance_scale = None
 
     @torch.compiler.disable
-    def _before(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Take this rank's band of the transformer's inputs."""
-        signature = inspect.signature(type(model).forward)
-        given = signature.bind_partial(model, *args, **kwargs).arguments
-        clear = ClearState.on(model)
-        self._share = None
-        if clear is not None and clear.tracker is not None:
-            if runs_clear(model):
-                _refuse_other_processors(model)
-                self._share = self._shared(clear)
-                self._announce_step(given["timestep"])
-            clear.tracker.share = self._share
-        share = self._share
+    def before(
+        self, model: nn.Module, call: Call | None, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], SharedImage | None]:
+        """This rank's band of the transformer's inputs, and the image that they are of.
+
+        Args:
+            call: what the arguments say; None where CLEAR does not run.
+            given: the arguments, by name.
+
+        Raises:
+            ValueError: what cannot be shared.
+        """
+        share = None
+        if call is not None:
+            _refuse_other_processors(model)
+            share = self._shared(call)
+            self._announce_step(share, given["timestep"])
         if share is not None and torch.is_grad_enabled():
             raise ValueError(f"{WHO} has no backward pass; use torch.no_grad().")
         self._decisions.follow(model, None if share is None else share.layout.image_length)
         if share is None:
             _announce_whole()
-            return None
+            return given, None
         changed: dict[str, Any] = {"hidden_states": share.own_part(given["hidden_states"])}
         for name in CONTROL:
             if given.get(name) is not None:
                 changed[name] = [share.own_part(sample) for sample in given[name]]
-        del given["self"]
-        return (), given | changed
+        return given | changed, share
 
-    def _shared(self, clear: ClearState) -> SharedImage:
-        tracker = clear.tracker
-        assert tracker is not None
-        assert tracker.announced is not None  # ClearState's hook came first
-        layout = tracker.announced.layout
+    def _shared(self, call: Call) -> SharedImage:
+        tracker, layout = call.tracker, call.forward.layout
         if layout.local_references:
             raise ValueError(
                 f"{WHO} does not share reference images that are local within themselves; call "
@@ -254,23 +254,22 @@ class PatchParallel:
             )
         return self._shares[key]
 
-    def _announce_step(self, timestep: torch.Tensor) -> None:
+    def _announce_step(self, image: SharedImage, timestep: torch.Tensor) -> None:
         if self.stale_halos_after is None:
             return
-        assert self._share is not None
         if self._steps.count(float(timestep.flatten()[0])):
             for share in self._shares.values():
                 share.forget_halos()
-        self._share.forward_pass = self._steps.forward_pass
-        self._share.stale = self._steps.step >= self.stale_halos_after
+        image.forward_pass = self._steps.forward_pass
+        image.stale = self._steps.step >= self.stale_halos_after
 
     @torch.compiler.disable
-    def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
-        """Give every rank the whole output, of both passes where ranks share those."""
+    def after(self, image: SharedImage | None, output: Any) -> Any:
+        """The whole output on every rank, of both passes where ranks share those."""
         is_tuple = isinstance(output, tuple)
         sample = output[0] if is_tuple else output.sample
-        if self._share is not None:
-            sample = self._share.whole_image(sample)
+        if image is not None:
+            sample = image.whole_image(sample)
         if self._guidance_scale is not None:
             assert self.guidance_group is not None
             both = Gathered(sample, self.guidance_group, self.traffic, "guidance").wait()

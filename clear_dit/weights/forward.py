@@ -1,0 +1,168 @@
+"""A model's forward under CLEAR: what belongs to the call is found here, and ends with it.
+
+It stands below all hooks (see `Innermost`), in the place of the class's `forward`: whoever calls
+the model, or its `forward` directly as PEFT does, comes by here, and everything is given up again
+whatever ends the call. A copy of the model has one of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..attention.tracker import CarryingCheckpoint
+from ..families.table import family_of
+from ..hooks import Innermost
+
+if TYPE_CHECKING:
+    from .state import ClearState
+
+# Attribute of a model that holds its `ClearState`.
+STATE = "_clear_state"
+
+# A context manager within which a model is otherwise.
+Change = Callable[[nn.Module], AbstractContextManager[None]]
+
+# What the calls of this thread change about models, for each forward and no longer.
+_CHANGES: ContextVar[tuple[tuple[nn.Module, Change], ...]] = ContextVar(
+    "clear_dit_changes", default=()
+)
+
+
+@contextmanager
+def changed_in_forwards(model: nn.Module, change: Change) -> Iterator[None]:
+    """Within it every forward of a model in this thread, and no other, finds it changed.
+
+    Between forwards the model is as it was, and during one no other thread uses it.
+
+    Args:
+        model: has a `ClearState`.
+        change: what is entered around each forward, later ones within earlier ones.
+    """
+    token = _CHANGES.set((*_CHANGES.get(), (model, change)))
+    try:
+        yield
+    finally:
+        _CHANGES.reset(token)
+
+
+class ClearForward:
+    """The forward of one model.
+
+    Args:
+        model: a transformer or ControlNet of a family.
+        replaced: a forward of the instance's own that it takes the place of; None for the class's.
+    """
+
+    def __init__(self, model: nn.Module, replaced: Callable[..., Any] | None) -> None:
+        self.model = model
+        self.replaced = replaced
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.stock)
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        """The forward it stands for."""
+        return self.replaced or type(self.model).forward.__get__(self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(torch.compiler.is_compiling(), args, kwargs)
+
+    # What it calls may be compiled, but not this: it decides anew in every call.
+    @torch.compiler.disable(recursive=False)
+    def _run(self, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model, stock = self.model, self.stock
+        state: ClearState | None = vars(model).get(STATE)
+        if state is None:
+            return stock(*args, **kwargs)
+        changes = [change for other, change in _CHANGES.get() if other is model]
+        compiled = compiled or _has_compiled_blocks(model)
+        state.prepare(model)
+        with ExitStack() as stack:
+            alone = changes or compiled or state.sharing is not None or _scales_adapters(kwargs)
+            stack.enter_context(state.access.exclusive() if alone else state.access.shared())
+            for change in changes:
+                stack.enter_context(change(model))
+            return self._call(state, compiled, args, kwargs)
+
+    def _call(
+        self, state: ClearState, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        model = self.model
+        call = state.read(model, args, kwargs)
+        sharing = state.sharing
+        if call is None and sharing is None:
+            return self.stock(*args, **kwargs)
+        given, share = state.by_name(args, kwargs), None
+        if call is not None:
+            given |= call.changes
+        if sharing is not None:
+            given, share = sharing.before(model, call, given)
+        with ExitStack() as stack:
+            if call is not None:
+                forward = call.forward._replace(share=share)
+                stack.enter_context(call.tracker.under_way(forward))
+                _carry_into_checkpoints(model)
+                if compiled:
+                    told = call.tracker.announced_to_compiled(forward, call.impl)
+                    stack.enter_context(told)
+            output = self.stock(**given)
+        return output if sharing is None else sharing.after(share, output)
+
+
+def parameter_names(model: nn.Module) -> tuple[str, ...]:
+    """Of what a model's forward takes by position; empty where its signature does not say."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(one.name for one in parameters if one.kind in kinds)
+
+
+def _has_compiled_blocks(model: nn.Module) -> bool:
+    """Whether torch.compile traces a block of the model."""
+    blocks = (
+        block for stack in family_of(model).stacks for block in getattr(model, stack, None) or ()
+    )
+    return any(
+        block._compiled_call_impl is not None or hasattr(block, "_orig_mod") for block in blocks
+    )
+
+
+def _scales_adapters(given: Mapping[str, Any]) -> bool:
+    """Whether diffusers scales the model's LoRAs for this forward, in place."""
+    names = ("joint_attention_kwargs", "attention_kwargs")
+    return any("scale" in (given.get(name) or ()) for name in names)
+
+
+def _carry_into_checkpoints(model: nn.Module) -> None:
+    """Let the layers find their forward when gradient checkpointing runs them again."""
+    if not (torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False)):
+        return
+    stock: Any = model._gradient_checkpointing_func
+    if not isinstance(stock, CarryingCheckpoint):
+        model._gradient_checkpointing_func = CarryingCheckpoint(stock)  # type: ignore[assignment]
+
+
+def put_under(model: nn.Module) -> None:
+    """Put a `ClearForward` into a model's innermost forward."""
+    place = Innermost(model)
+    own = place.forward
+    of_class = getattr(own, "__func__", None) is type(model).forward
+    place.forward = ClearForward(model, None if of_class else own)
+
+
+def take_away(model: nn.Module) -> None:
+    """Take it out again. Where somebody has wrapped it since, it stays, and does nothing."""
+    place = Innermost(model)
+    if isinstance(place.forward, ClearForward):
+        place.forward = place.forward.stock
+    checkpointing = getattr(model, "_gradient_checkpointing_func", None)
+    if isinstance(checkpointing, CarryingCheckpoint):
+        model._gradient_checkpointing_func = checkpointing.stock  # type: ignore[assignment]
