@@ -23,7 +23,7 @@ from .families.table import (
 )
 from .weights.learned import give_learned, settle
 from .weights.load import find_weights, load_checked, open_checked
-from .weights.state import ClearState
+from .weights.state import ClearState, fused_layers
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +234,7 @@ def _install(model: nn.Module, settings: CLEARProcessor) -> None:
             give_learned(name, attn, state.learned, old)
         settle(attn, old)
         state.installed[name] = new
+    state.given_up, state.fused = {}, fused_layers(model)
     if family.chunked and not is_chunked(model):
         chunk_feed_forward(model)
 

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,7 +305,9 @@ class CLEARFluxPipeline(FluxPipeline):
             call._stages = stages
             files = None
             if stages_dir is not None:
-                kept = StageFiles(Path(stages_dir), stages, request_identity(self, request))
+                with ClearState.attach(model).access.shared():
+                    identity = request_identity(self, request)
+                kept = StageFiles(Path(stages_dir), stages, identity)
                 files = stack.enter_context(kept.opened())
             if self._patch_parallel is not None:
                 stack.enter_context(ClearState.attach(model).access.exclusive())
@@ -349,7 +351,12 @@ class CLEARFluxPipeline(FluxPipeline):
             return
         if isinstance(processor, dict):
             processor = dict(processor)  # diffusers empties it
-        self.transformer.set_attn_processor(processor)
+        model = transformer_of(self, "set_attn_processor")
+        state = ClearState.on(model)
+        with nullcontext() if state is None else state.access.exclusive():
+            self.transformer.set_attn_processor(processor)
+            if state is not None:
+                state.give_up(model)
 
     def enable_patch_parallel(self, mesh: DeviceMesh, stale_halos_after: int | None = None) -> None:
         """Share every image among the ranks of a mesh; see `pipelines/parallel`.

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "clear_dit"
 # A room imports from those before it. A line of several has no imports among them.
 ROOMS = (
     "compat errors memory process_group versions",
-    "files hooks kernels options",
+    "access files hooks kernels options",
     "attention",
     "families",
     "weights chunking",

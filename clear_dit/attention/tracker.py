@@ -258,19 +258,22 @@ class CarryingCheckpoint:
     def __init__(self, stock: Callable[..., Any]) -> None:
         self.stock = stock
 
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         under_way = _UNDER_WAY.get()
-        if under_way is None:
-            return self.stock(function, *args)
-        return self.stock(functools.partial(_again, under_way, function), *args)
+        if under_way is not None:
+            function = functools.partial(_again, under_way, function)
+        return self.stock(function, *args, **kwargs)
 
 
 def _again(
-    under_way: tuple[WindowTracker, Forward], function: Callable[..., Any], *args: Any
+    under_way: tuple[WindowTracker, Forward],
+    function: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     tracker, forward = under_way
     with tracker.under_way(forward):
-        return function(*args)
+        return function(*args, **kwargs)
 
 
 def _apart(place: int) -> int:

@@ -44,6 +44,9 @@ class Family:
         stacks: attributes of the model that hold its blocks; a block's attention layers are its
             children with `set_processor`.
         processors: class name of a stock processor to CLEAR's that takes its place.
+        adapters: those of them that hold an IP-adapter.
+        was_undone: whether a model shows that diffusers has taken an IP-adapter away again, or
+            fused projections, and put stock processors there.
         read: (model, the forward's arguments by name, explicit grid) to what they say; None where
             arguments are missing, of which the model itself complains.
         reference_grids: (the forward's arguments by name, their layout) to rows and columns of
@@ -74,6 +77,8 @@ class Family:
     reference_grids: Callable[[Mapping[str, Any], Layout], tuple[tuple[int, int], ...]] | None = (
         None
     )
+    adapters: tuple[str, ...] = ()
+    was_undone: Callable[[Any], bool] = lambda model: False
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     kept: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)

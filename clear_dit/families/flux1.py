@@ -44,6 +44,7 @@ FAMILY = Family(
         "FluxAttnProcessor": LayerProcessor,
         "FluxIPAdapterAttnProcessor": LayerProcessor,
     },
+    adapters=("FluxIPAdapterAttnProcessor",),
     read=read_ids,
     reference_grids=grids_from_ids,
     order="text, image, references",

@@ -26,12 +26,19 @@ class JointProcessor(CLEARProcessor):
     Args:
         settings: the processor whose settings this one takes.
         tracker: that of all layers of a model.
+        adapter: None: IP-adapters are FLUX.1's.
     """
 
+    adapter = None
+
     def __init__(
-        self, settings: CLEARProcessor | None = None, tracker: WindowTracker | None = None
+        self,
+        settings: CLEARProcessor | None = None,
+        tracker: WindowTracker | None = None,
+        adapter: None = None,
     ) -> None:
         super().__init__(**({} if settings is None else settings.settings))
+        self.blank = settings is None  # made again by diffusers, see `ClearState.reconcile`
         if tracker is not None:
             self.tracker = tracker
 

@@ -17,7 +17,11 @@ from .joint import JointProcessor
 
 
 class SD3Processor(JointProcessor):
-    """In the place of `JointAttnProcessor2_0`, of `attn` and of `attn2`."""
+    """In the place of `JointAttnProcessor2_0`, of `attn` and of `attn2`.
+
+    Fused projections are copies that diffusers keeps beside the others, which are taken here:
+    adapters act on those.
+    """
 
     def __call__(  # type: ignore[override]
         self,
@@ -70,12 +74,26 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     return Reading(Layout(text.shape[1], rows, columns, image_first=True), latents)
 
 
+def _was_undone(model: Any) -> bool:
+    """`Family.was_undone`.
+
+    Loading an IP-adapter makes image_proj a submodule, unloading leaves None in its place. Fusing
+    keeps the processors in a dict, which is empty when unfusing has set them again.
+    """
+    unloaded = model._modules.get("image_proj", model) is None
+    return unloaded or getattr(model, "original_attn_processors", None) == {}
+
+
 FAMILY = Family(
     name="sd3",
     title="Stable Diffusion 3, 3.5",
     transformer="SD3Transformer2DModel",
     stacks=("transformer_blocks",),
-    processors={"JointAttnProcessor2_0": SD3Processor},
+    processors={
+        "JointAttnProcessor2_0": SD3Processor,
+        "FusedJointAttnProcessor2_0": SD3Processor,
+    },
+    was_undone=_was_undone,
     read=_read,
     order="image, text",
     grid_from="the latents' shape",

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,6 @@ from torch import nn
 from ..attention.tracker import CarryingCheckpoint
 from ..families.table import family_of
 from ..hooks import Innermost
-
-if TYPE_CHECKING:
-    from .state import ClearState
 
 # Attribute of a model that holds its `ClearState`.
 STATE = "_clear_state"
@@ -52,6 +49,26 @@ def changed_in_forwards(model: nn.Module, change: Change) -> Iterator[None]:
         _CHANGES.reset(token)
 
 
+@contextmanager
+def other_attributes(name: str, values: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Within it an attribute of modules has other values.
+
+    These stand before submodules of that name, which stay: other threads may be looking through
+    the modules of the model.
+    """
+    before = {module: vars(module)[name] for module in values if name in vars(module)}
+    try:
+        for module, value in values.items():
+            vars(module)[name] = value
+        yield
+    finally:
+        for module in values:
+            if module in before:
+                vars(module)[name] = before[module]
+            else:
+                vars(module).pop(name, None)
+
+
 class ClearForward:
     """The forward of one model.
 
@@ -80,7 +97,7 @@ class ClearForward:
     @torch.compiler.disable(recursive=False)
     def _run(self, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model, stock = self.model, self.stock
-        state: ClearState | None = vars(model).get(STATE)
+        state = vars(model).get(STATE)
         if state is None:
             return stock(*args, **kwargs)
         changes = [change for other, change in _CHANGES.get() if other is model]
@@ -94,7 +111,7 @@ class ClearForward:
             return self._call(state, compiled, args, kwargs)
 
     def _call(
-        self, state: ClearState, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, state: Any, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         model = self.model
         call = state.read(model, args, kwargs)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..access import Access
-from ..attention.ip_adapter import FluxIPAdapterAttnProcessor, LayerProcessor
 from ..attention.processor import LEARNED, CLEARProcessor, FluxAttnProcessor
 from ..attention.text_padding import valid_text
 from ..attention.tracker import Forward, WindowTracker
@@ -65,6 +64,8 @@ class ClearState:
         tracker: shared by the processors of all layers; None while only weights were loaded.
         processors: those that were there before CLEAR, by layer name.
         installed: those of CLEAR, by layer name.
+        given_up: those that somebody set since then by this package's own means, by layer name.
+        fused: names of layers whose projections were fused when that was last looked at.
         weights: parameters as they were before CLEAR weights were loaded, on the CPU, by name.
         weights_far: whether those CLEAR weights were made for far keys; None where there are none.
         learned: what they learned of far keys, on the CPU, by its name in a file.
@@ -76,6 +77,8 @@ class ClearState:
         self.tracker: WindowTracker | None = None
         self.processors: dict[str, Any] = {}
         self.installed: dict[str, CLEARProcessor] = {}
+        self.given_up: dict[str, Any] = {}
+        self.fused: frozenset[str] = frozenset()
         self.weights: dict[str, torch.Tensor] = {}
         self.weights_far: bool | None = None
         self.learned: dict[str, torch.Tensor] = {}
@@ -107,7 +110,7 @@ class ClearState:
 
     def detach(self, model: nn.Module) -> None:
         """Forget everything; and leave the model, unless it is shared by ranks."""
-        self.tracker, self.processors, self.installed = None, {}, {}
+        self.tracker, self.processors, self.installed, self.given_up = None, {}, {}, {}
         if self.sharing is None:
             take_away(model)
             delattr(model, STATE)
@@ -144,52 +147,101 @@ class ClearState:
             logger.warning(message)
         self._said_of_far = message
 
-    def reconcile(self, model: nn.Module) -> None:
-        """Follow diffusers where it loaded or unloaded an IP-adapter since CLEAR was applied.
+    def reconcile(self, model: nn.Module) -> list[str]:
+        """Put CLEAR's processors back where diffusers took them away as a matter of course.
 
-        Loading gives the double blocks stock processors that hold the IP-adapter; both loading and
-        unloading make CLEAR's processors again without their settings. Where no layer has one of
-        CLEAR's any more, that was somebody's choice, and is left alone.
+        It does so when it fuses projections, and when it loads or unloads an IP-adapter: a layer
+        then has a stock processor, maybe with the adapter, or one of CLEAR's made again without
+        its settings.
+
+        Returns:
+            The names of layers that have another processor for no such reason.
         """
-        layers = attention_layers(model)
-        ours = any(isinstance(attn.processor, LayerProcessor) for attn in layers.values())
-        if not (self.installed and ours):
-            return
+        if not self.installed:
+            return []
+        layers, others = attention_layers(model), []
+        family = family_of(model)
+        undone = family.was_undone(model) or any(
+            getattr(attn.processor, "blank", False) for attn in layers.values()
+        )
         for name, attn in layers.items():
-            current, installed = attn.processor, self.installed[name]
-            if isinstance(current, FluxIPAdapterAttnProcessor):
-                self._install_again(name, attn, current)
-            elif isinstance(current, LayerProcessor) and current.blank:
-                if getattr(installed, "adapter", None) is None:
-                    attn.set_processor(installed)
-                else:
-                    self._install_again(name, attn, None)
+            current, kind = attn.processor, type(attn.processor).__name__
+            is_fused = getattr(attn, "fused_projections", False)
+            if current in (self.installed[name], self.given_up.get(name)):
+                continue
+            if hasattr(type(current), "for_layer"):
+                # Of an earlier apply_clear, which unfusing puts back; or made without settings.
+                self._put_back(name, attn, current.adapter if not current.blank else None)
+            elif isinstance(current, CLEARProcessor):
+                continue  # somebody's own
+            elif kind in family.processors and (
+                undone or is_fused != (name in self.fused) or kind != next(iter(family.processors))
+            ):
+                self._put_back(name, attn, current if kind in family.adapters else None)
+            else:
+                others.append(name)
+        self.fused = fused_layers(model)
+        return others
 
-    def _install_again(self, name: str, attn: Any, adapter: Any) -> None:
-        """The layer's processor with another IP-adapter, or with none."""
-        old = self.installed[name]
-        new = LayerProcessor(old, self.tracker, adapter)
-        for learned in LEARNED:
-            setattr(new, learned, getattr(old, learned))
-        attn.set_processor(new)
-        self.installed[name] = new
-        self.processors[name] = FluxAttnProcessor() if adapter is None else adapter
+    def _put_back(self, name: str, attn: Any, adapter: Any) -> None:
+        """A layer's processor, with this IP-adapter or none."""
+        installed: Any = self.installed[name]
+        if installed.adapter is not adapter:
+            new = type(installed)(installed, self.tracker, adapter)
+            for learned in LEARNED:
+                setattr(new, learned, getattr(installed, learned))
+            self.processors[name] = FluxAttnProcessor() if adapter is None else adapter
+            installed = self.installed[name] = new
+        attn.set_processor(installed)
+
+    def give_up(self, model: nn.Module) -> None:
+        """The processors that layers have now in the place of CLEAR's are what somebody wants."""
+        layers = attention_layers(model).items()
+        self.given_up = {
+            name: attn.processor
+            for name, attn in layers
+            if name in self.installed and not isinstance(attn.processor, CLEARProcessor)
+        }
+        if self.given_up:
+            name, processor = next(iter(self.given_up.items()))
+            logger.warning(
+                "%d of %d attention layers no longer run CLEAR (%s has %s); remove_clear puts "
+                "weights back too, apply_clear puts CLEAR back",
+                len(self.given_up),
+                len(layers),
+                name,
+                type(processor).__name__,
+            )
 
     @torch.compiler.disable
     def prepare(self, model: nn.Module) -> None:
-        """Before a forward: the layers as they ought to be."""
+        """Before a forward: the layers as they ought to be.
+
+        Raises:
+            ValueError: a layer that ought to run CLEAR does not.
+        """
         with self.access.shared():
             self.decide_far(model)  # processors set since then were not told
-            as_installed = self._is_as_installed(model)
-        if not as_installed:
-            with self.access.exclusive():
-                self.reconcile(model)
+            if self._is_as_it_ought_to_be(model):
+                return
+        with self.access.exclusive():
+            others = self.reconcile(model)
+        if others:
+            layers = attention_layers(model)
+            kind = type(layers[others[0]].processor)
+            raise ValueError(
+                f"CLEAR: {len(others)} of {len(layers)} attention layers no longer have the "
+                f"processor that apply_clear put there ({others[0]} has {kind.__module__}."
+                f"{kind.__name__}); call remove_clear for full attention, or apply_clear again."
+            )
 
-    def _is_as_installed(self, model: nn.Module) -> bool:
+    def _is_as_it_ought_to_be(self, model: nn.Module) -> bool:
         if not self.installed:
             return True
-        layers = attention_layers(model)
-        return all(attn.processor is self.installed[name] for name, attn in layers.items())
+        return all(
+            attn.processor in (self.installed[name], self.given_up.get(name))
+            for name, attn in attention_layers(model).items()
+        )
 
     @torch.compiler.disable
     def read(
@@ -249,3 +301,9 @@ class ClearState:
         """Whether a layer of the model runs CLEAR in the forward that begins."""
         layers = attention_layers(model)
         return any(attn.processor is self.installed[name] for name, attn in layers.items())
+
+
+def fused_layers(model: nn.Module) -> frozenset[str]:
+    """Names of the attention layers whose projections are fused."""
+    layers = attention_layers(model)
+    return frozenset(name for name in layers if getattr(layers[name], "fused_projections", False))

@@ -81,7 +81,7 @@ from torch import nn
 from clear_dit.attention.processor import CLEARProcessor
 from clear_dit.compat import names_from
 from clear_dit.families.table import attention_layers, transformer_of
-from clear_dit.weights.forward import Change, changed_in_forwards
+from clear_dit.weights.forward import Change, changed_in_forwards, other_attributes
 from clear_dit.weights.state import ClearState
 
 from .positions import MARGIN, ExtendedPosEmbed, check_method
@@ -212,18 +212,16 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
     if resolution.shift is not None:
         new_scheduler = static_scheduler(scheduler, resolution.shift)
     changes: list[Change] = []
-    if resolution.rope == "two":
-        two = TwoPositionsInFullAttention(max(1, round(NEAR * resolution.trained_side)))
-        two.check(model)
-        changes.append(two)
-    if resolution.rope != "none" or resolution.proportional_base is not None:
-        extended = _extended(model.pos_embed, resolution)
-        changes.append(partial(_with_positions, extended))
-    if resolution.proportional_base is not None:
-        changes.append(_without_proportional_base)
+    with ClearState.attach(model).access.shared():  # as the model is between forwards
+        if resolution.rope == "two":
+            two = TwoPositionsInFullAttention(max(1, round(NEAR * resolution.trained_side)))
+            two.check(model)
+            changes.append(two)
+        if resolution.rope != "none" or resolution.proportional_base is not None:
+            changes.append(partial(_with_positions, _extended(model.pos_embed, resolution)))
+        if resolution.proportional_base is not None:
+            changes.append(_without_proportional_base)
     with ExitStack() as stack:
-        if changes:
-            ClearState.attach(model)
         for change in changes:
             stack.enter_context(changed_in_forwards(model, change))
         pipe.scheduler = new_scheduler
@@ -235,12 +233,8 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
 
 @contextmanager
 def _with_positions(positions: ExtendedPosEmbed, model: Any) -> Iterator[None]:
-    before = model.pos_embed
-    model.pos_embed = positions
-    try:
+    with other_attributes("pos_embed", {model: positions}):
         yield
-    finally:
-        model.pos_embed = before
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 from clear_dit.attention.processor import CLEARProcessor, FluxAttnProcessor
 from clear_dit.families.table import attention_layers
 from clear_dit.weights.format import parameters_by_key, refuse_unsuitable
-from clear_dit.weights.forward import changed_in_forwards
+from clear_dit.weights.forward import changed_in_forwards, other_attributes
 from clear_dit.weights.state import ClearState
 
 logger = logging.getLogger(__name__)
@@ -20,14 +20,19 @@ logger = logging.getLogger(__name__)
 
 def runs_clear(model: nn.Module) -> bool:
     """Whether any attention layer of a FLUX transformer has local attention."""
-    processors = [attn.processor for attn in attention_layers(model).values()]
-    return any(isinstance(one, CLEARProcessor) and one.local for one in processors)
+    return any(one.local for one in _clear_processors(model))
 
 
 def pools_keys(model: nn.Module) -> bool:
     """Whether any attention layer of a FLUX transformer has the pooled keys of down_factor."""
-    processors = [attn.processor for attn in attention_layers(model).values()]
-    return any(isinstance(one, CLEARProcessor) and one.down_factor > 1 for one in processors)
+    return any(one.down_factor > 1 for one in _clear_processors(model))
+
+
+def _clear_processors(model: nn.Module) -> list[CLEARProcessor]:
+    # Not while another thread's forward has others for a moment.
+    with ClearState.attach(model).access.shared():
+        processors = [attn.processor for attn in attention_layers(model).values()]
+    return [processor for processor in processors if isinstance(processor, CLEARProcessor)]
 
 
 def keeps_between_forwards(model: nn.Module) -> bool:
@@ -74,19 +79,13 @@ def full_attention(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _stock_processors(model: nn.Module) -> Iterator[None]:
     state = ClearState.attach(model)
-    before = {
-        attn: attn.processor
-        for attn in attention_layers(model).values()
+    stock = {
+        attn: state.processors.get(name) or FluxAttnProcessor()
+        for name, attn in attention_layers(model).items()
         if isinstance(attn.processor, CLEARProcessor)
     }
-    try:
-        for name, attn in attention_layers(model).items():
-            if attn in before:
-                attn.set_processor(state.processors.get(name) or FluxAttnProcessor())
+    with other_attributes("processor", stock):
         yield
-    finally:
-        for attn, processor in before.items():
-            attn.set_processor(processor)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from clear_dit.attention.tracker import WindowTracker
 from clear_dit.families.table import attention_layers
 from clear_dit.kernels.two_positions import Scaled, full_two_position_attention
 from clear_dit.kernels.window import Window
+from clear_dit.weights.forward import other_attributes
 
 
 class FullTwoPositionProcessor(LayerProcessor):
@@ -63,18 +64,13 @@ class TwoPositionsInFullAttention:
     def __call__(self, model: nn.Module) -> Iterator[None]:
         """Within it the model has such processors."""
         self.check(model)
-        before = {
-            attn: attn.processor
+        others = {
+            attn: self._of(attn.processor)
             for attn in attention_layers(model).values()
             if not isinstance(attn.processor, CLEARProcessor)
         }
-        try:
-            for attn, processor in before.items():
-                attn.set_processor(self._of(processor))
+        with other_attributes("processor", others):
             yield
-        finally:
-            for attn, processor in before.items():
-                attn.set_processor(processor)
 
     def _of(self, stock: Any) -> FullTwoPositionProcessor:
         if stock not in self._made:

@@ -5,7 +5,7 @@ import torch
 from support.families.models import make_inputs, make_model, run
 from support.families.oracle import expected
 
-from clear_dit import CLEARProcessor, apply_clear
+from clear_dit import apply_clear
 
 
 def assert_same(value, other):
@@ -57,15 +57,19 @@ def test_sd3_of_either_kind():
 
 def test_fused_sd3():
     model = make_model("sd3")
+    given, local = make_inputs("sd3", 4, 6), expected("sd3", 4, 6, 2)
     with torch.no_grad():
         model.fuse_qkv_projections()
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn has FusedJointAttnProcessor2_0; in Sta"):
-        apply_clear(model)
-    assert not any(isinstance(p, CLEARProcessor) for p in model.attn_processors.values())
-    model.unfuse_qkv_projections()
     apply_clear(model, radius=2, far=False)
-    given = make_inputs("sd3", 4, 6)
-    assert_same(run(model, given), expected("sd3", 4, 6, 2))
+    assert_same(run(model, given), local)
+    model.unfuse_qkv_projections()
+    assert_same(run(model, given), local)
+    with torch.no_grad():  # and after apply_clear
+        model.fuse_qkv_projections()
+    assert_same(run(model, given), local)
+    apply_clear(model, radius=3, far=False)
+    model.unfuse_qkv_projections()  # puts back the processors of radius 2
+    assert_same(run(model, given), expected("sd3", 4, 6, 3))
 
 
 def test_z_images_of_two_kinds():

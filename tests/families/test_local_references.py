@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clear_dit import CLEARProcessor, apply_clear
 from clear_dit.attention.grid import reference_grids
 from clear_dit.attention.layout import Layout
-from clear_dit.attention.tracker import WindowTracker
+from clear_dit.attention.tracker import Forward, WindowTracker
 from clear_dit.families.table import all_families, family_of
 from clear_dit.kernels.cells import FAR_LEVELS
 from clear_dit.pipelines.cascade.positions import ExtendedPosEmbed
@@ -177,8 +177,8 @@ def test_another_size_compiles_nothing(far):
 def test_many_large_references_are_announced():
     tracker = WindowTracker(radius=8, down_factor=1)
     layout = Layout(512, 512, 512, 8 * 256 * 256, local_references=((256, 256),) * 8)
-    tracker.announce(layout, "tiled")
-    assert tracker.compiled() == (layout, layout.window(8, 1))
+    with tracker.announced_to_compiled(Forward(layout), "tiled"):
+        assert tracker.compiled() == (layout, layout.window(8, 1))
 
 
 @pytest.mark.parametrize(

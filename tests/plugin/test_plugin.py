@@ -170,14 +170,18 @@ def test_settings_survive_processors_made_again(tiny_transformer, tiny_inputs):
     assert torch.equal(run(model, inputs), expected)
 
 
-def test_layers_taken_over_by_others(tiny_transformer, tiny_inputs, caplog):
+def test_layers_taken_over_by_others(tiny_transformer, tiny_inputs):
     model, inputs = tiny_transformer(), tiny_inputs(4, 6)
     apply_clear(model, radius=2)
     foreign = FluxAttnProcessor()
     model.transformer_blocks[0].attn.set_processor(foreign)
     for _ in range(2):
-        run(model, inputs)
-    assert caplog.text.count("1 of 4 attention layers no longer have the CLEAR processor") == 1
+        with pytest.raises(
+            ValueError,
+            match=r"1 of 4 attention layers .*\(transformer_blocks.0.attn has diffusers.*"
+            r"FluxAttnProcessor\); call remove_clear for full attention, or apply_clear again",
+        ):
+            run(model, inputs)
     remove_clear(model)
     assert model.transformer_blocks[0].attn.processor is foreign
     # One processor for all layers is what the user asked for.

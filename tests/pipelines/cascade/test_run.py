@@ -291,12 +291,13 @@ def test_clear_above_the_native_size_only(pipe, tmp_path):
     assert torch.equal(generate(pipe, strength=0.0), expected)
     processors = []
 
-    def callback(pipe, step, timestep, tensors):
+    def look(*_):
         kinds = {type(p) for p in pipe.transformer.attn_processors.values()}
         processors.append((pipe.stage.attention, *kinds))
-        return tensors
 
-    local = generate(pipe, callback_on_step_end=callback)
+    handle = pipe.transformer.transformer_blocks[0].norm1.register_forward_pre_hook(look)
+    local = generate(pipe)
+    handle.remove()
     full = FullTwoPositionProcessor  # the first stage is no square
     assert set(processors) == {("full", full), ("clear", LayerProcessor)}
     assert pipe.transformer.attn_processors == installed

@@ -159,7 +159,7 @@ def test_what_is_refused(fake_ranks, tiny_pipeline, tiny_transformer, tiny_input
     # A layer that would see a part of the image only.
     stock = tiny_transformer().transformer_blocks[0].attn.processor
     model.transformer_blocks[0].attn.set_processor(stock)
-    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn has a FluxAttnProcessor"):
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn has .*FluxAttnProcessor"):
         model(**inputs)
     apply_clear(model, radius=2)
     with pytest.raises(ValueError, match=r"patch parallel has no backward pass; use torch.no_grad"):
