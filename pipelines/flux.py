@@ -48,7 +48,7 @@ from .checks import check_options, check_shared, check_stages
 from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
 from .parallel.patch_parallel import PatchParallel
-from .text import encode_prompts
+from .text import count_prompts, encode_prompts
 
 WHO = "CLEARFluxPipeline"
 # What `FluxPipeline.__call__` takes and the same in every stage.
@@ -269,9 +269,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 "set_attn_processor(CLEARProcessor()) first",
                 stages[-1].name,
             )
-        prompts = options["prompt"] if embeds is None else embeds
-        batch = 1 if isinstance(prompts, str) else len(prompts)
-        batch *= options["num_images_per_prompt"]
+        batch = count_prompts(options) * options["num_images_per_prompt"]
         if pixels and len(pixels) not in (1, batch):
             raise ValueError(f"{WHO}: image: {len(pixels)} images for {batch}; give one or all.")
         if isinstance(options["generator"], list) and len(options["generator"]) != batch:

@@ -312,7 +312,7 @@ class CLEARProcessor(nn.Module):
         else:
             out = share.attend(
                 halo,
-                (query, key, value),
+                _autocast((query, key, value)),
                 scaled,
                 key_value=functools.partial(_key_value, attn),
                 rotary=whole_rotary,
@@ -346,6 +346,7 @@ class CLEARProcessor(nn.Module):
             window: of the layout, where torch.compile traces it; else the tracker's.
             scaled: query and key again, rotated by scaled positions, where tokens have two.
         """
+        tensors = _autocast(tensors)
         query = tensors[0]
         if valid_text is not None:
             if scaled is not None:
@@ -452,6 +453,15 @@ class CLEARProcessor(nn.Module):
             )
 
 
+def _autocast(tensors: tuple[torch.Tensor, ...]) -> Any:
+    """Query, key (and value) as `scaled_dot_product_attention` takes them under torch.autocast."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def _scaled(
     attn: Any,
     projected: Rotated,
@@ -480,10 +490,13 @@ def _rotate(
     """Query and key, (batch, text + image, heads, head_dim) each; see `norm_and_rotate`."""
     query, key = projected
     text_query, text_key = of_text
-    return (
-        norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0]),
-        norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1]),
+    rotated: Rotated = _autocast(
+        (
+            norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0]),
+            norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1]),
+        )
     )
+    return rotated
 
 
 def _key_value(

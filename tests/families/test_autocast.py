@@ -1,0 +1,70 @@
+"""float32 weights under torch.autocast: what stock computes, but for bfloat16's rounding."""
+
+import pytest
+import torch
+from support.families.models import FAMILIES, make_inputs, make_model
+
+from clear_dit import apply_clear
+from clear_dit.attention.layout import Layout
+
+# Of PyTorch's norms, once a process; stock's too.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
+# The settings of a disc that is past the diagonal, of which stock attention is the oracle.
+PAST = {"local": {"far": False}, "far keys": {"far": True}}
+
+
+def output(model, inputs, dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype):
+        out = model(**inputs, return_dict=False)[0]
+    return (torch.stack(list(out)) if isinstance(out, (list, tuple)) else out).float()
+
+
+def gradient(model, inputs):
+    output(model, inputs).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if name.endswith("to_v.weight")}
+
+
+def relative(value, other):
+    return ((value - other).norm() / other.norm()).item()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("keys", PAST)
+def test_as_stock(name, keys):
+    stock, model, inputs = make_model(name), make_model(name), make_inputs(name, 4, 6)
+    apply_clear(model, radius=16, **PAST[keys])
+    assert relative(output(model, inputs), output(stock, inputs)) < 0.02
+    expected = gradient(stock, inputs)
+    for key, value in gradient(model, inputs).items():
+        assert value.dtype == torch.float32
+        assert relative(value, expected[key]) < 0.05, key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("down_factor", [1, 2])
+def test_local_is_as_without_autocast(name, down_factor):
+    model, inputs = make_model(name), make_inputs(name, 4, 6)
+    apply_clear(model, radius=2, down_factor=down_factor, far=False)
+    exact = model(**inputs, return_dict=False)[0]
+    exact = torch.stack(list(exact)) if isinstance(exact, (list, tuple)) else exact
+    assert relative(output(model, inputs), exact) < 0.05
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "z-image", "hunyuan-image"])
+def test_padded_text(name):
+    stock, model = make_model(name), make_model(name)
+    inputs = make_inputs(name, 4, 6, batch=2, padded=True)
+    apply_clear(model, radius=16, far=False)
+    assert relative(output(model, inputs), output(stock, inputs)) < 0.02
+
+
+def test_float64_stays(tiny_transformer, tiny_inputs):
+    """Autocast leaves float64 alone, as it does everywhere."""
+    model = tiny_transformer()
+    apply_clear(model, radius=2, far=False)
+    query = torch.randn(1, 27, 2, 16, dtype=torch.float64)
+    layer = model.transformer_blocks[0].attn.processor
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer._local((query,) * 3, Layout(3, 4, 6))
+    assert out.dtype == torch.float64
