@@ -409,6 +409,8 @@ class CLEARFluxPipeline(FluxPipeline):
     def _prepare_latent_image_ids(
         batch_size: int, height: int, width: int, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
-        return FluxPipeline._prepare_latent_image_ids(
-            batch_size, height, width, device, torch.float32
-        )
+        # Not by FluxPipeline's, which makes them in the default dtype.
+        ids = torch.zeros(height, width, 3, dtype=torch.float32, device=device)
+        ids[..., 1] = torch.arange(height, device=device)[:, None]
+        ids[..., 2] = torch.arange(width, device=device)
+        return ids.flatten(0, 1)

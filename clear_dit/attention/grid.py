@@ -43,25 +43,27 @@ def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
 def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
     """Position ids in float32, where a half-precision dtype has merged neighbours.
 
-    Stock pipelines cast the ids to the prompt's dtype; bfloat16 cannot tell integers above 256
-    apart, which is a side of 4096 pixels. Only ids that are exactly the rounded raster of `layout`
+    Stock pipelines make the ids in the default dtype and cast them to the prompt's; bfloat16 cannot
+    tell integers above 256 apart, which is a side of 4096 pixels. Only ids that are exactly the
+    rounded raster of `layout`
     are replaced; those of reference images stay as they are.
 
     Returns:
         (image, 3 or 4), float32; None where nothing was lost, or the ids are not that raster.
     """
-    if img_ids.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    exact = torch.zeros(layout.rows, layout.columns, img_ids.shape[-1], device=img_ids.device)
+    size = layout.rows, layout.columns, img_ids.shape[-1]
+    exact = torch.zeros(size, dtype=torch.float32, device=img_ids.device)
     exact[..., 1] = torch.arange(layout.rows, device=img_ids.device)[:, None]
     exact[..., 2] = torch.arange(layout.columns, device=img_ids.device)
     exact = exact.flatten(0, 1)
-    rounded = exact.to(img_ids.dtype)
-    received = img_ids[0] if img_ids.ndim == 3 else img_ids
+    received = (img_ids[0] if img_ids.ndim == 3 else img_ids).float()
     received, references = received[: len(exact)], received[len(exact) :]
-    if torch.equal(rounded.float(), exact) or not torch.equal(rounded, received):
+    if torch.equal(received, exact):
         return None
-    return torch.cat([exact, references.float()])
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(received, exact.to(dtype).float()):
+            return torch.cat([exact, references])
+    return None
 
 
 def layout_from_rotary(

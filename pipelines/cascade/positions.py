@@ -112,8 +112,8 @@ class ExtendedPosEmbed(nn.Module):
         starts = [0.0 if factor == 1 else MARGIN for factor in self.factors]
         tables, of_image = [self._table(ids)], _of_image(ids)
         for factors in self._octaves():
-            scaled = ids / torch.tensor(factors, device=ids.device)
-            scaled += torch.tensor(starts, device=ids.device)
+            scaled = ids / ids.new_tensor(factors)
+            scaled += ids.new_tensor(starts)
             tables.append(self._table(torch.where(of_image, scaled, ids)))
         return tuple(chain.from_iterable(tables))
 
