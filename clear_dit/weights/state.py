@@ -22,7 +22,8 @@ from ..attention.tracker import WindowTracker
 from ..families.table import attention_layers, family_of, head_dim_of
 from ..kernels.choice import select_impl
 from ..kernels.triton.device import kernels_of
-from .format import parameters_by_key, refuse_unsuitable
+from .originals import Originals
+from .saved import marked
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class ClearState:
         tracker: shared by the processors of all layers; None while only weights were loaded.
         processors: those that were there before CLEAR, by layer name.
         installed: those of CLEAR, by layer name.
-        weights: parameters as they were before CLEAR weights were loaded, on the CPU, by name.
+        originals: parameters as they were before CLEAR weights were loaded.
         weights_far: whether those CLEAR weights were made for far keys; None where there are none.
         learned: what they learned of far keys, on the CPU, by its name in a file.
     """
@@ -59,7 +60,7 @@ class ClearState:
         self.tracker: WindowTracker | None = None
         self.processors: dict[str, Any] = {}
         self.installed: dict[str, CLEARProcessor] = {}
-        self.weights: dict[str, torch.Tensor] = {}
+        self.originals = Originals()
         self.weights_far: bool | None = None
         self.learned: dict[str, torch.Tensor] = {}
         self._handle: RemovableHandle | None = None
@@ -75,6 +76,9 @@ class ClearState:
     def attach(cls, model: nn.Module) -> ClearState:
         """A new state on a model that has none."""
         state = cls()
+        entry = marked(model)
+        if entry is not None:  # it came with CLEAR weights
+            state.originals, state.weights_far = originals_of(model), entry["far"]
         # First of all hooks: others may take a part of the tokens away (patch parallelism).
         state._handle = model.register_forward_pre_hook(state, with_kwargs=True, prepend=True)
         return state
@@ -85,14 +89,8 @@ class ClearState:
             self._handle.remove()
 
     def restore_weights(self, model: nn.Module) -> None:
-        """Copy the saved parameters back."""
-        if self.weights:
-            refuse_unsuitable(model, "remove_clear")
-        parameters = parameters_by_key(model)
-        with torch.no_grad():
-            for key, original in self.weights.items():
-                parameters[key].copy_(original)
-        self.weights.clear()
+        """Put the original parameters back; see `Originals.put_back`."""
+        self.originals.put_back(model, "remove_clear")
         self.learned.clear()
         self.weights_far = None
 
@@ -216,3 +214,9 @@ class ClearState:
                 type(current).__name__,
             )
         return len(others) < len(layers)
+
+
+def originals_of(model: nn.Module) -> Originals:
+    """What CLEAR weights replaced in a model; empty where it has none."""
+    state = ClearState.on(model)
+    return Originals(lost=marked(model) is not None) if state is None else state.originals

@@ -6,15 +6,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from clear_dit.attention.processor import CLEARProcessor, FluxAttnProcessor
 from clear_dit.families.table import attention_layers
-from clear_dit.weights.format import parameters_by_key, refuse_unsuitable
-from clear_dit.weights.state import ClearState
+from clear_dit.weights.format import refuse_unsuitable
+from clear_dit.weights.state import ClearState, originals_of
 
 logger = logging.getLogger(__name__)
+
+WHO = "CLEARFluxPipeline: full attention at the native size"
 
 
 def runs_clear(model: nn.Module) -> bool:
@@ -30,15 +31,21 @@ def pools_keys(model: nn.Module) -> bool:
 
 
 def can_run_full(model: nn.Module) -> bool:
-    """Whether `full_attention` can put the stock weights back, where CLEAR weights are loaded."""
-    state = ClearState.on(model)
-    if state is None or not state.weights:
+    """Whether `full_attention` can put the stock weights back, where CLEAR weights are loaded.
+
+    Raises:
+        ValueError: it cannot, as somebody changed the model's weights since.
+    """
+    originals = originals_of(model)
+    if not originals:
         return True
     try:
-        refuse_unsuitable(model, "full attention at the native size")
+        refuse_unsuitable(model, WHO, merged_lora=True)
+        originals.refuse_lost(WHO)
     except ValueError as error:
         logger.info("CLEAR runs in every stage of the cascade: %s", error)
         return False
+    originals.check(model, WHO)
     return True
 
 
@@ -53,22 +60,12 @@ def full_attention(model: nn.Module) -> Iterator[None]:
         state.reconcile(model)
     processors = {name: attn.processor for name, attn in layers.items()}
     stock = {} if state is None else state.processors
-    weights = {} if state is None else state.weights
-    parameters = parameters_by_key(model) if weights else {}
-    tuned = {key: parameters[key].detach().to("cpu", copy=True) for key in weights}
-    try:
-        _copy_into(parameters, weights)
-        for name, attn in layers.items():
-            if isinstance(attn.processor, CLEARProcessor):
-                attn.set_processor(stock.get(name) or FluxAttnProcessor())
-        yield
-    finally:
-        for name, attn in layers.items():
-            attn.set_processor(processors[name])
-        _copy_into(parameters, tuned)
-
-
-@torch.no_grad()
-def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
-    for key, value in values.items():
-        parameters[key].copy_(value)
+    with originals_of(model).back(model, WHO):
+        try:
+            for name, attn in layers.items():
+                if isinstance(attn.processor, CLEARProcessor):
+                    attn.set_processor(stock.get(name) or FluxAttnProcessor())
+            yield
+        finally:
+            for name, attn in layers.items():
+                attn.set_processor(processors[name])
