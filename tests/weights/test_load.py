@@ -263,7 +263,7 @@ def test_wrong_files_change_nothing(tiny_transformer, tensors, tmp_path, name):
     with pytest.raises(ValueError, match=message):
         load_clear_weights(model, path)
     assert_unchanged(model, before)
-    assert not ClearState.on(model).weights
+    assert not ClearState.on(model).originals
 
 
 def test_values_that_overflow_the_model_s_dtype(tiny_transformer, tensors, tmp_path):
