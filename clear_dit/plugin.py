@@ -23,7 +23,8 @@ from .families.table import (
 )
 from .weights.learned import give_learned, settle
 from .weights.load import find_weights, load_checked, open_checked
-from .weights.state import ClearState, fused_layers
+from .weights.saved import marked
+from .weights.state import ClearState, fused_layers, originals_of
 
 logger = logging.getLogger(__name__)
 
@@ -127,12 +128,15 @@ def apply_clear(
             stack.enter_context(ClearState.attach(model).access.exclusive())
         for model in models:
             _install(model, settings)
-        load_checked(transformer, file)
+        load_checked(transformer, file, path)
     return tuple(_report(model) for model in models)
 
 
 def remove_clear(pipe_or_model: Any) -> bool:
     """Put the processors back that were there before CLEAR, and the weights bit for bit.
+
+    A LoRA that was fused since stays, on the original weights. Nothing is changed if anything is
+    refused.
 
     Layers whose processor somebody else replaced since are left alone. IP-adapters that were loaded
     or unloaded since stay so. It waits for forwards of the model that are under way in other
@@ -143,6 +147,10 @@ def remove_clear(pipe_or_model: Any) -> bool:
 
     Returns:
         Whether there was anything to remove.
+
+    Raises:
+        ValueError: the original weights cannot be put back: CLEAR weights were trained or replaced
+            since, quantised, sharded or offloaded, or came with the model (`save_pretrained`).
     """
     models = models_of(pipe_or_model, "remove_clear")
     with ExitStack() as stack:
@@ -155,6 +163,7 @@ def remove_clear(pipe_or_model: Any) -> bool:
 
 def _remove(model: nn.Module) -> bool:
     state, originals = ClearState.on(model), dict[str, Any]()
+    originals_of(model).refuse_lost("remove_clear")
     removed = state is not None and state.is_applied
     if state is not None and removed:
         state.reconcile(model)
@@ -213,10 +222,29 @@ def install(model: nn.Module, settings: CLEARProcessor) -> Applied:
 
     Pooling weights the model already has stay, where the new down_factor equals the old; what was
     learned of far keys, where there still are far keys.
+
+    Raises:
+        ValueError: the model's weights go with weights of pooling, which it came without.
     """
+    _refuse_lost_pooling(model, settings)
     with ClearState.attach(model).access.exclusive():
         _install(model, settings)
     return _report(model)
+
+
+def _refuse_lost_pooling(model: nn.Module, settings: CLEARProcessor) -> None:
+    """Refuse weights without the pooling they were trained with: `from_pretrained` leaves it out.
+
+    Raises:
+        ValueError: they are.
+    """
+    entry, came_so = marked(model), not originals_of(model).loaded_here
+    uses = settings.down_factor > 1 or settings.far is not False
+    if entry is not None and entry["learned"] and came_so and uses:
+        raise ValueError(
+            f"apply_clear: the model was saved with CLEAR weights ({entry['file']}) whose learned "
+            "pooling from_pretrained leaves out; give weights=, a file of save_clear_weights."
+        )
 
 
 def _install(model: nn.Module, settings: CLEARProcessor) -> None:

@@ -51,6 +51,8 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
     Returns:
         (image, 3 or 4), float32; None where nothing was lost, or the ids are not that raster.
     """
+    if img_ids.is_meta or max(layout.rows, layout.columns) <= 256:  # bfloat16 has all of these
+        return None
     size = layout.rows, layout.columns, img_ids.shape[-1]
     exact = torch.zeros(size, dtype=torch.float32, device=img_ids.device)
     exact[..., 1] = torch.arange(layout.rows, device=img_ids.device)[:, None]

@@ -195,7 +195,7 @@ class PipelineRunner:
             wanted = (request.radius, request.down_factor, *found, request.impl)
         if wanted != self._attention:
             if self._attention is not None:
-                remove_clear(self.pipe)
+                self._remove_clear()
             self._attention = None
             if wanted is not None:
                 # Where it is interrupted, the next request removes what was done.
@@ -203,6 +203,12 @@ class PipelineRunner:
                 self._apply_clear(request, found)
             self._attention = wanted
         return found, impl
+
+    def _remove_clear(self) -> None:
+        try:
+            remove_clear(self.pipe)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
 
     def _apply_clear(self, request: GenerateRequest, found: Settled) -> None:
         try:

@@ -87,8 +87,11 @@ def _without_lora(module: nn.Module) -> nn.Module:
     return module
 
 
-def refuse_unsuitable(model: nn.Module, who: str) -> None:
+def refuse_unsuitable(model: nn.Module, who: str, merged_lora: bool = False) -> None:
     """Refuse models whose projections cannot be read and written as they are.
+
+    Args:
+        merged_lora: whether a LoRA may be merged into them.
 
     Raises:
         ValueError: fused projections, merged LoRA, quantised, sharded or absent parameters.
@@ -100,7 +103,7 @@ def refuse_unsuitable(model: nn.Module, who: str) -> None:
                 f"{who}: {name} has fused projections; call unfuse_qkv_projections() first."
             )
         for projection in family.tuned_names(attn):
-            if getattr(attn.get_submodule(projection), "merged", False):
+            if not merged_lora and getattr(attn.get_submodule(projection), "merged", False):
                 raise ValueError(
                     f"{who}: a LoRA is merged into {name}.{projection}; call unfuse_lora() first."
                 )
@@ -134,8 +137,8 @@ def check_header(
     missing, unexpected = shapes.keys() - keys, keys - shapes.keys()
     if missing or unexpected:
         raise ValueError(
-            f"{who} holds weights for another model: {_listed(missing)} missing, "
-            f"{_listed(unexpected)} unexpected."
+            f"{who} holds weights for another model: {listed(missing)} missing, "
+            f"{listed(unexpected)} unexpected."
         )
     wrong = {key for key in keys if tuple(file.get_slice(key).get_shape()) != shapes[key]}
     if wrong:
@@ -182,7 +185,7 @@ def check_header(
         )
 
 
-def _listed(keys: Collection[str]) -> str:
+def listed(keys: Collection[str]) -> str:
     """How many, and the first three."""
     if not keys:
         return "0 tensors"

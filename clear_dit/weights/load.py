@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from .format import (
     refuse_unsuitable,
 )
 from .learned import give_learned, refuse_shared, settle
-from .state import ClearState
+from .saved import mark
+from .state import ClearState, originals_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,9 @@ def load_clear_weights(
 
     Values are copied into the model's own parameters and take their dtype and device. The
     parameters they replace are kept on the CPU until `remove_clear` puts them back (3.6 GB for
-    FLUX.1-dev in bfloat16). Everything is checked before the first parameter changes.
+    FLUX.1-dev in bfloat16). Everything is checked before the first parameter changes. LoRAs that
+    were fused since other CLEAR weights were loaded stay; `save_pretrained` writes into the model's
+    configuration that its weights are CLEAR's.
 
     Processors whose `far` is None follow the weights: they take far keys if the weights were made
     for them, which their metadata says. Where a setting contradicts it, that is warned about.
@@ -105,7 +108,8 @@ def load_clear_weights(
         revision, token, cache_dir, local_files_only: for the hub, as everywhere in diffusers.
 
     Raises:
-        ValueError: the model cannot take weights, or the file is not safetensors, truncated, for
+        ValueError: the model cannot take weights, its weights were trained or replaced since CLEAR
+            weights were loaded, or the file is not safetensors, truncated, for
             another model or down_factor, or has names, shapes, dtypes or values that do not belong.
         OSError: the file cannot be found or fetched.
     """
@@ -125,7 +129,7 @@ def load_clear_weights(
     with open_checked(model, path, settings) as file:
         if learned_of_far(file) and settings.far is not False:
             refuse_shared(model, f"load_clear_weights: {path.name} learned of far keys, for which")
-        load_checked(model, file)
+        load_checked(model, file, path)
 
 
 def save_clear_weights(
@@ -274,7 +278,11 @@ def open_checked(model: nn.Module, path: Path, settings: CLEARProcessor) -> Iter
         ValueError: anything that does not fit, by name.
     """
     who = f"load_clear_weights: {path.name}"
-    refuse_unsuitable(model, "load_clear_weights")
+    originals, state = originals_of(model), ClearState.on(model)
+    refuse_unsuitable(model, "load_clear_weights", merged_lora=bool(originals))
+    # Not while another thread's stage has swapped the weights.
+    with nullcontext() if state is None else state.access.shared():
+        originals.check(model, "load_clear_weights")
     try:
         handle = safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
@@ -287,22 +295,23 @@ def open_checked(model: nn.Module, path: Path, settings: CLEARProcessor) -> Iter
         check_header(who, file, shapes, settings)
         for key in shapes:
             tensor = file.get_tensor(key)
-            # A finite value can overflow in a narrower dtype.
-            if key in parameters:
-                tensor = tensor.to(parameters[key].dtype)
-            if not tensor.isfinite().all():
+            # A finite value can overflow in a narrower dtype; float8 would hide it.
+            dtype = parameters[key].dtype if key in parameters else tensor.dtype
+            if not (tensor.float().abs() <= torch.finfo(dtype).max).all():
                 raise ValueError(f"{who}: {key} has values that are not finite.")
         yield file
 
 
-def load_checked(model: nn.Module, file: Any) -> None:
-    """Copy the tensors of an `open_checked` file into the model, keeping what they replace."""
+def load_checked(model: nn.Module, file: Any, path: Path) -> None:
+    """Copy the tensors of an `open_checked` file into the model, keeping what they replace.
+
+    Args:
+        path: the file's.
+    """
     state = ClearState.attach(model)
     with state.access.exclusive(), torch.no_grad():
-        for key, parameter in parameters_by_key(model).items():
-            if key not in state.weights:
-                state.weights[key] = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(file.get_tensor(key))
+        now = state.originals.check(model, "load_clear_weights")
+        state.originals.load(model, file, path, now)
         state.weights_far = made_for_far(file)
         state.learned = {key: file.get_tensor(key) for key in keys_of_far(file)}
         for name, attn in attention_layers(model).items():
@@ -314,6 +323,16 @@ def load_checked(model: nn.Module, file: Any) -> None:
                 settle(attn)
         for key, parameter in pooling_by_key(model).items():
             parameter.copy_(file.get_tensor(key))
+    settings = next(iter(attention_layers(model).values())).processor
+    mark(
+        model,
+        radius=settings.radius,
+        down_factor=settings.down_factor,
+        far=state.weights_far,
+        file=path.name,
+        learned=bool(pooling_by_key(model)),
+        fingerprints=state.originals.digests(),
+    )
     made_for = "far keys" if state.weights_far else "local attention"
     logger.info("CLEAR weights loaded: %d tensors, made for %s", len(file.keys()), made_for)
     state.decide_far(model)

@@ -16,8 +16,9 @@ from ..attention.tracker import Forward, WindowTracker
 from ..families.table import attention_layers, family_of, head_dim_of
 from ..kernels.choice import select_impl
 from ..kernels.triton.device import kernels_of
-from .format import parameters_by_key, refuse_unsuitable
 from .forward import STATE, parameter_names, put_under, take_away
+from .originals import Originals
+from .saved import marked
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class ClearState:
         installed: those of CLEAR, by layer name.
         given_up: those that somebody set since then by this package's own means, by layer name.
         fused: names of layers whose projections were fused when that was last looked at.
-        weights: parameters as they were before CLEAR weights were loaded, on the CPU, by name.
+        originals: parameters as they were before CLEAR weights were loaded.
         weights_far: whether those CLEAR weights were made for far keys; None where there are none.
         learned: what they learned of far keys, on the CPU, by its name in a file.
     """
@@ -79,7 +80,7 @@ class ClearState:
         self.installed: dict[str, CLEARProcessor] = {}
         self.given_up: dict[str, Any] = {}
         self.fused: frozenset[str] = frozenset()
-        self.weights: dict[str, torch.Tensor] = {}
+        self.originals = Originals()
         self.weights_far: bool | None = None
         self.learned: dict[str, torch.Tensor] = {}
         self._names = names
@@ -99,6 +100,9 @@ class ClearState:
         state = cls.on(model)
         if state is None:
             state = cls(parameter_names(model))
+            entry = marked(model)
+            if entry is not None:  # it came with CLEAR weights
+                state.originals, state.weights_far = originals_of(model), entry["far"]
             setattr(model, STATE, state)
             put_under(model)
         return state
@@ -106,7 +110,7 @@ class ClearState:
     @property
     def is_applied(self) -> bool:
         """Whether there is anything of CLEAR's on the model."""
-        return self.tracker is not None or bool(self.weights)
+        return self.tracker is not None or self.originals.loaded_here
 
     def detach(self, model: nn.Module) -> None:
         """Forget everything; and leave the model, unless it is shared by ranks."""
@@ -116,14 +120,8 @@ class ClearState:
             delattr(model, STATE)
 
     def restore_weights(self, model: nn.Module) -> None:
-        """Copy the saved parameters back."""
-        if self.weights:
-            refuse_unsuitable(model, "remove_clear")
-        parameters = parameters_by_key(model)
-        with torch.no_grad():
-            for key, original in self.weights.items():
-                parameters[key].copy_(original)
-        self.weights.clear()
+        """Put the original parameters back; see `Originals.put_back`."""
+        self.originals.put_back(model, "remove_clear")
         self.learned.clear()
         self.weights_far = None
 
@@ -307,3 +305,9 @@ def fused_layers(model: nn.Module) -> frozenset[str]:
     """Names of the attention layers whose projections are fused."""
     layers = attention_layers(model)
     return frozenset(name for name in layers if getattr(layers[name], "fused_projections", False))
+
+
+def originals_of(model: nn.Module) -> Originals:
+    """What CLEAR weights replaced in a model; empty where it has none."""
+    state = ClearState.on(model)
+    return Originals(lost=marked(model) is not None) if state is None else state.originals

@@ -6,16 +6,17 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import nn
 
 from clear_dit.attention.processor import CLEARProcessor, FluxAttnProcessor
 from clear_dit.families.table import attention_layers
-from clear_dit.weights.format import parameters_by_key, refuse_unsuitable
+from clear_dit.weights.format import refuse_unsuitable
 from clear_dit.weights.forward import changed_in_forwards, other_attributes
-from clear_dit.weights.state import ClearState
+from clear_dit.weights.state import ClearState, originals_of
 
 logger = logging.getLogger(__name__)
+
+WHO = "CLEARFluxPipeline: full attention at the native size"
 
 
 def runs_clear(model: nn.Module) -> bool:
@@ -46,15 +47,23 @@ def keeps_between_forwards(model: nn.Module) -> bool:
 
 
 def can_run_full(model: nn.Module) -> bool:
-    """Whether `full_attention` can put the stock weights back, where CLEAR weights are loaded."""
-    state = ClearState.on(model)
-    if state is None or not state.weights:
+    """Whether `full_attention` can put the stock weights back, where CLEAR weights are loaded.
+
+    Raises:
+        ValueError: it cannot, as somebody changed the model's weights since.
+    """
+    originals = originals_of(model)
+    if not originals:
         return True
     try:
-        refuse_unsuitable(model, "full attention at the native size")
+        refuse_unsuitable(model, WHO, merged_lora=True)
+        originals.refuse_lost(WHO)
     except ValueError as error:
         logger.info("CLEAR runs in every stage of the cascade: %s", error)
         return False
+    # Not while another thread's stage has swapped them.
+    with ClearState.attach(model).access.shared():
+        originals.check(model, WHO)
     return True
 
 
@@ -69,9 +78,9 @@ def full_attention(model: nn.Module) -> Iterator[None]:
     state = ClearState.attach(model)
     state.prepare(model)
     with ExitStack() as stack:
-        if state.weights:
+        if state.originals:
             stack.enter_context(state.access.exclusive())
-            stack.enter_context(_stock_weights(model, state))
+            stack.enter_context(state.originals.back(model, WHO))
         stack.enter_context(changed_in_forwards(model, _stock_processors))
         yield
 
@@ -86,20 +95,3 @@ def _stock_processors(model: nn.Module) -> Iterator[None]:
     }
     with other_attributes("processor", stock):
         yield
-
-
-@contextmanager
-def _stock_weights(model: nn.Module, state: ClearState) -> Iterator[None]:
-    parameters = parameters_by_key(model)
-    tuned = {key: parameters[key].detach().to("cpu", copy=True) for key in state.weights}
-    try:
-        _copy_into(parameters, state.weights)
-        yield
-    finally:
-        _copy_into(parameters, tuned)
-
-
-@torch.no_grad()
-def _copy_into(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
-    for key, value in values.items():
-        parameters[key].copy_(value)

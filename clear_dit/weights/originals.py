@@ -1,0 +1,290 @@
+"""The parameters that CLEAR weights replaced: kept, and put back.
+
+Meanwhile others may have changed the model. A LoRA that was fused into the CLEAR weights is one
+matrix more on every weight; it stays, on whatever weights come next. Whatever else changed a
+parameter belongs to it as a whole, and is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .format import listed, parameters_by_key, refuse_unsuitable
+from .saved import marked, unmark
+from .values import difference, digest, fingerprint, is_lora, precision_of, same_values
+
+# What a parameter is now.
+LOADED, ORIGINAL, LORA = "as loaded", "the original", "as loaded, with a LoRA"
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What tells whether a parameter is still what was loaded into it.
+
+    Attributes:
+        dtype: the parameter's, at the time.
+        prints: fingerprints of the values in that dtype, and as `model.to` may cast them.
+        version: PyTorch's count of writes. Merging goes past it (`weight.data`), optimizers and
+            `load_state_dict` do not. None in a copy of the model, whose counts start again.
+        with_lora: the fingerprint of a change that was found to be a LoRA's: not looked at again.
+    """
+
+    dtype: torch.dtype
+    prints: dict[torch.dtype, int]
+    version: int | None
+    with_lora: int | None = None
+
+
+class Originals:
+    """Parameters as they were before CLEAR weights, on the CPU, and what became of those since.
+
+    Attributes:
+        lost: whether the model came with CLEAR weights (`save_pretrained`), without the originals.
+    """
+
+    def __init__(self, lost: bool = False) -> None:
+        self.lost = lost
+        self._values: dict[str, torch.Tensor] = {}
+        self._loaded: dict[str, _Loaded] = {}
+        self._path: Path | None = None
+
+    def __bool__(self) -> bool:
+        """Whether the model has CLEAR weights."""
+        return self.lost or bool(self._loaded)
+
+    @property
+    def loaded_here(self) -> bool:
+        """Whether they come from a file that was loaded into this model."""
+        return bool(self._loaded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model."""
+        loaded = {key: replace(one, version=None) for key, one in self._loaded.items()}
+        return self.__dict__ | {"_loaded": loaded}
+
+    def refuse_lost(self, who: str) -> None:
+        """Refuse a model that came without its originals.
+
+        Raises:
+            ValueError: it did.
+        """
+        if self.lost:
+            raise ValueError(
+                f"{who}: the model was saved by save_pretrained with CLEAR weights, and its "
+                "original weights are not there; load the original model with from_pretrained."
+            )
+
+    def check(self, model: nn.Module, who: str) -> dict[str, str]:
+        """What the parameters are now, by name: `LOADED`, `ORIGINAL` or `LORA`.
+
+        Raises:
+            ValueError: parameters that cannot be read, or that were changed by anything but a LoRA.
+        """
+        if not self:
+            return {}
+        refuse_unsuitable(model, who, merged_lora=True)
+        parameters = parameters_by_key(model)
+        if not self._loaded:
+            return dict.fromkeys(self._as_saved(model, parameters, who), LOADED)
+        found: dict[str, str] = {}
+        strange = []
+        for key in self._loaded:
+            now = self._state(key, parameters.get(key), found, who)
+            if now is None:
+                strange.append(key)
+            else:
+                found[key] = now
+        if strange:
+            raise ValueError(
+                f"{who}: {listed(strange)} changed since CLEAR weights were loaded, and not by a "
+                "LoRA that was fused: training or other weights, for which the originals that are "
+                "kept do not stand. Make the model anew with from_pretrained."
+            )
+        return found
+
+    @torch.no_grad()
+    def load(self, model: nn.Module, file: Any, path: Path, now: dict[str, str]) -> None:
+        """Copy the tensors of a file into the model, keeping what they replace.
+
+        Args:
+            file: safetensors, opened; it holds all parameters.
+            now: from `check`; fused LoRAs stay.
+        """
+        loaded = {}
+        for key, parameter in parameters_by_key(model).items():
+            if not self.lost:
+                self._values.setdefault(key, parameter.detach().to("cpu", copy=True))
+            value = file.get_tensor(key).to(parameter)
+            parameter.copy_(self._with_changes(key, parameter, value, now.get(key, ORIGINAL)))
+            dtypes = {parameter.dtype, torch.bfloat16, torch.float16}
+            prints = {dtype: fingerprint(value.to(dtype)) for dtype in dtypes}
+            loaded[key] = _Loaded(parameter.dtype, prints, _version(parameter))
+        self._loaded, self._path = loaded, path.absolute()
+
+    def digests(self) -> dict[str, str]:
+        """One for each dtype: what is loaded, as `model.to` may cast it."""
+        prints = [one.prints for one in self._loaded.values()]
+        dtypes = set.intersection(*map(set, prints))
+        return {
+            str(dtype): digest(one[dtype] for one in prints) for dtype in sorted(dtypes, key=str)
+        }
+
+    def put_back(self, model: nn.Module, who: str) -> None:
+        """Bring the original parameters back for good, bit for bit; fused LoRAs stay on them.
+
+        Raises:
+            ValueError: as `check`, or there are none; nothing is changed then.
+        """
+        if self:
+            self._write(model, who)
+            unmark(model)
+        self._values, self._loaded = {}, {}
+
+    @contextmanager
+    def back(self, model: nn.Module, who: str) -> Iterator[None]:
+        """Within it the parameters are those of `put_back`; afterwards as before, bit for bit.
+
+        Raises:
+            ValueError: as `put_back`.
+        """
+        parameters = parameters_by_key(model) if self else {}
+        tuned = {key: parameters[key].detach().to("cpu", copy=True) for key in self._loaded}
+        versions = {key: _version(parameters[key]) for key in tuned}
+        try:
+            if self:
+                self._write(model, who)
+            yield
+        finally:
+            with torch.no_grad():
+                for key, value in tuned.items():
+                    # Ours were no changes; somebody's before us still count.
+                    ours = _version(parameters[key]) != versions[key]
+                    if ours:
+                        parameters[key].copy_(value)
+                    if ours and self._loaded[key].version == versions[key]:
+                        version = _version(parameters[key])
+                        self._loaded[key] = replace(self._loaded[key], version=version)
+
+    @torch.no_grad()
+    def _write(self, model: nn.Module, who: str) -> None:
+        self.refuse_lost(who)
+        now = self.check(model, who)
+        for key, parameter in parameters_by_key(model).items():
+            if now[key] != ORIGINAL:
+                value = self._values[key].to(parameter.device)
+                parameter.copy_(self._with_changes(key, parameter, value, now[key]))
+
+    def _state(
+        self, key: str, parameter: nn.Parameter | None, found: dict[str, str], who: str
+    ) -> str | None:
+        """What a parameter is now, None for anything else.
+
+        Args:
+            found: of the keys before; a weight comes before its bias.
+        """
+        loaded, original = self._loaded[key], self._values.get(key)
+        if parameter is None:
+            return None
+        value = parameter.detach()
+        current = fingerprint(value)
+        if current in loaded.prints.values():
+            return LOADED
+        if current == loaded.with_lora:
+            return LORA
+        if (
+            original is not None
+            and value.shape == original.shape
+            and any(
+                same_values(value, original.to(dtype))
+                for dtype in (value.dtype, precision_of(value))
+            )
+        ):
+            return ORIGINAL
+        if loaded.version not in (None, _version(parameter)):
+            return None
+        before = self._read(key, who).to(value.device)
+        if before.shape != value.shape:
+            return None
+        before = _cast(before, value)
+        if same_values(value, before):
+            return LOADED
+        if key.endswith(".bias"):  # a LoRA may have one, but never that alone
+            merged = found.get(key.removesuffix("bias") + "weight") == LORA
+        else:
+            merged = is_lora(value, before)
+        if merged:
+            self._loaded[key] = replace(loaded, with_lora=current)
+        return LORA if merged else None
+
+    def _with_changes(
+        self, key: str, parameter: nn.Parameter, value: torch.Tensor, now: str
+    ) -> torch.Tensor:
+        """What takes the place of a parameter: with its LoRA, and cast as it was cast since.
+
+        Args:
+            value: without both.
+            now: what the parameter is.
+        """
+        current = parameter.detach()
+        if now == ORIGINAL:
+            return value
+        loaded = self._loaded.get(key)
+        if now == LOADED:
+            as_it_was = loaded is None or fingerprint(current) == loaded.prints[loaded.dtype]
+            return value if as_it_was else _cast(value, current)
+        before = self._read(key, "CLEAR weights").to(current.device)
+        change = difference(current, _cast(before, current))
+        return _cast(_cast(value, current).to(change) + change, current)
+
+    def _read(self, key: str, who: str) -> torch.Tensor:
+        """What was loaded, from its file, in the dtype of the time."""
+        loaded = self._loaded[key]
+        try:
+            assert self._path is not None
+            with safe_open(self._path, framework="pt", device="cpu") as file:
+                value = file.get_tensor(key).to(loaded.dtype)
+            if fingerprint(value) == loaded.prints[loaded.dtype]:
+                return value
+            happened = "is another file now"
+        except (OSError, SafetensorError):
+            happened = "cannot be read any more"
+        raise ValueError(
+            f"{who}: {key} changed since CLEAR weights were loaded, and what it was cannot be "
+            f"told: {str(self._path)!r} {happened}; put it back there."
+        )
+
+    def _as_saved(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], who: str
+    ) -> list[str]:
+        """The names of parameters that came with the model.
+
+        Raises:
+            ValueError: they are not what was loaded before the model was saved.
+        """
+        entry = marked(model)
+        assert entry is not None
+        current = digest(fingerprint(parameter) for parameter in parameters.values())
+        if current not in entry["fingerprints"].values():
+            raise ValueError(
+                f"{who}: the model was saved with CLEAR weights ({entry['file']}) that a LoRA or "
+                "training had changed, which other weights would drop; start from the original "
+                "model, load CLEAR weights, then the LoRA."
+            )
+        return list(parameters)
+
+
+def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """In the dtype of another tensor, rounded as far as that one's values are."""
+    return value.to(precision_of(like)).to(like.dtype)
+
+
+def _version(parameter: nn.Parameter) -> int | None:
+    return None if parameter.is_inference() else parameter._version
