@@ -456,7 +456,7 @@ class CLEARProcessor(nn.Module):
 def _autocast(tensors: tuple[torch.Tensor, ...]) -> Any:
     """Query, key (and value) as `scaled_dot_product_attention` takes them under torch.autocast."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
