@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..generation.checks import find_impl, find_window
 from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
 from ..plugin import apply_clear
+from ..weights.forward import changed_in_forwards, other_attributes
 from .step import relative_error, step_inputs, step_report, verdict
 from .timing import time_in_turn
 
@@ -48,8 +49,10 @@ def bench_denoise(
 
     @torch.no_grad()
     def step(processors: dict[str, Any], inputs: dict[str, Any]) -> torch.Tensor:
-        transformer.set_attn_processor(dict(processors))
-        return transformer(**inputs, return_dict=False)[0]
+        layers = {transformer.get_submodule(name.rpartition(".")[0]): name for name in processors}
+        own = {attn: processors[name] for attn, name in layers.items()}
+        with changed_in_forwards(transformer, lambda model: other_attributes("processor", own)):
+            return transformer(**inputs, return_dict=False)[0]
 
     # Correct first: past the diagonal, local attention is full attention.
     small = step_inputs(pipe, CHECK_ROWS, CHECK_COLUMNS, text_tokens)

@@ -8,7 +8,7 @@ since the base layers below the LoRA are the teacher's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import nn
 
 from ..attention.processor import FluxAttnProcessor, Rotary
 from ..families.table import family_of
+from ..weights.forward import changed_in_forwards, other_attributes
+from ..weights.state import ClearState
 
 # The name under which an attention layer keeps its frozen copies, so that they move, and are
 # sharded, with it.
@@ -77,23 +79,22 @@ class Teacher:
         family = family_of(model)
         family.require("distil", "Teacher")
         stock = FluxAttnProcessor() if stock is None else stock
-        self.layers = family.layers(model)
-        self.students = {name: attn.processor for name, attn in self.layers.items()}
+        ClearState.attach(model)
+        self._model, self.layers = model, family.layers(model)
         self.processors = {
             name: TeacherProcessor(_projections(attn), stock) for name, attn in self.layers.items()
         }
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """Inside, the model is the teacher, without gradients; after, the student again."""
-        for name, attn in self.layers.items():
-            attn.set_processor(self.processors[name])
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for name, attn in self.layers.items():
-                attn.set_processor(self.students[name])
+        """Inside, forwards of the model are the teacher's, without gradients."""
+        with changed_in_forwards(self._model, self._change), torch.no_grad():
+            yield
+
+    def _change(self, model: nn.Module) -> AbstractContextManager[None]:
+        return other_attributes(
+            "processor", {attn: self.processors[name] for name, attn in self.layers.items()}
+        )
 
     def detach(self) -> None:
         """Remove the frozen copies."""
