@@ -134,15 +134,16 @@ class CLEARFluxPipeline(FluxPipeline):
 
         A callback's pipeline tells of the callback's call, another one of the latest call.
         """
-        return self._latest._stage
+        return self.latest_call._stage
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The plan that `stage` is of; empty outside of `__call__`."""
-        return self._latest._stages
+        return self.latest_call._stages
 
     @property
-    def _latest(self) -> CLEARFluxPipeline:
+    def latest_call(self) -> CLEARFluxPipeline:
+        """The copy whose call is under way, the latest of several; the pipeline itself if none."""
         return next(reversed(tuple(self._calls)), self)
 
     @property

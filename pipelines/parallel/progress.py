@@ -18,7 +18,8 @@ _USUAL_FROM = 8
 class Followed(Protocol):
     """A pipeline whose work can be followed, such as `CLEARFluxPipeline`."""
 
-    scheduler: Any
+    @property
+    def latest_call(self) -> Any: ...
 
     @property
     def stage(self) -> Stage | None: ...
@@ -65,7 +66,8 @@ class GenerationProgress:
 
     def where(self) -> str:
         """The step and the stage, such as "step 3 of 20 of 2048x2048"."""
-        stage, scheduler = self._pipe.stage, self._pipe.scheduler
+        call = self._pipe.latest_call
+        stage, scheduler = call.stage, call.scheduler
         if stage is None:
             return "the work before or after its steps"
         steps = len(scheduler.timesteps)
