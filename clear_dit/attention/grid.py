@@ -45,8 +45,7 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
 
     Stock pipelines make the ids in the default dtype and cast them to the prompt's; bfloat16 cannot
     tell integers above 256 apart, which is a side of 4096 pixels. Only ids that are exactly the
-    rounded raster of `layout`
-    are replaced; those of reference images stay as they are.
+    rounded raster of `layout` are replaced; those of reference images stay as they are.
 
     Returns:
         (image, 3 or 4), float32; None where nothing was lost, or the ids are not that raster.

@@ -276,7 +276,6 @@ class CLEARProcessor(nn.Module):
         else:
             layout, valid_text, share = self._find_forward(sequence, text_length, rotary)
         if share is not None:
-            sequence += share.elsewhere
             layout, rotary = share.layout, share.own_rotary(rotary)
         stream = layout if text_length is None else layout.image_only
         hidden_states = stream.to_local(hidden_states)
@@ -316,7 +315,7 @@ class CLEARProcessor(nn.Module):
                 scaled,
                 key_value=functools.partial(_key_value, attn),
                 rotary=whole_rotary,
-                scale=self._scale(sequence, query.shape[-1]),
+                scale=self._scale(share.whole.sequence_length, query.shape[-1]),
                 impl=self.impl,
                 **self._learned(query.device),
             )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..families.table import attention_layers
 from ..generation.checks import find_impl, find_window
 from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
 from ..plugin import apply_clear
@@ -49,8 +50,8 @@ def bench_denoise(
 
     @torch.no_grad()
     def step(processors: dict[str, Any], inputs: dict[str, Any]) -> torch.Tensor:
-        layers = {transformer.get_submodule(name.rpartition(".")[0]): name for name in processors}
-        own = {attn: processors[name] for attn, name in layers.items()}
+        layers = attention_layers(transformer).items()
+        own = {attn: processors[f"{name}.processor"] for name, attn in layers}
         with changed_in_forwards(transformer, lambda model: other_attributes("processor", own)):
             return transformer(**inputs, return_dict=False)[0]
 

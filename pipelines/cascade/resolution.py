@@ -239,18 +239,10 @@ def _with_positions(positions: ExtendedPosEmbed, model: Any) -> Iterator[None]:
 
 @contextmanager
 def _without_proportional_base(model: nn.Module) -> Iterator[None]:
-    before = {
-        attn.processor: attn.processor.proportional_base
-        for attn in attention_layers(model).values()
-        if isinstance(attn.processor, CLEARProcessor)
-    }
-    try:
-        for processor in before:
-            processor.proportional_base = None
+    processors = [attn.processor for attn in attention_layers(model).values()]
+    clear = [one for one in processors if isinstance(one, CLEARProcessor)]
+    with other_attributes("proportional_base", dict.fromkeys(clear)):
         yield
-    finally:
-        for processor, base in before.items():
-            processor.proportional_base = base
 
 
 def _extended(positions: Any, resolution: Resolution) -> ExtendedPosEmbed:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.families.models import FAMILIES, make_inputs, make_model
+from support.families.models import FAMILIES, make_inputs, make_model, prediction, run
 
 from clear_dit import apply_clear
 from clear_dit.attention.layout import Layout
@@ -16,8 +16,7 @@ PAST = {"local": {"far": False}, "far keys": {"far": True}}
 
 def output(model, inputs, dtype=torch.bfloat16):
     with torch.autocast("cpu", dtype):
-        out = model(**inputs, return_dict=False)[0]
-    return (torch.stack(list(out)) if isinstance(out, (list, tuple)) else out).float()
+        return prediction(model, inputs).float()
 
 
 def gradient(model, inputs):
@@ -46,8 +45,7 @@ def test_as_stock(name, keys):
 def test_local_is_as_without_autocast(name, down_factor):
     model, inputs = make_model(name), make_inputs(name, 4, 6)
     apply_clear(model, radius=2, down_factor=down_factor, far=False)
-    exact = model(**inputs, return_dict=False)[0]
-    exact = torch.stack(list(exact)) if isinstance(exact, (list, tuple)) else exact
+    exact = run(model, inputs)
     assert relative(output(model, inputs), exact) < 0.05
 
 

@@ -102,8 +102,17 @@ def make_inputs(
 @torch.no_grad()
 def run(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The model's prediction, (batch, ...)."""
-    out = model(**inputs, return_dict=False)[0]
-    return torch.stack(out) if isinstance(out, list) else out
+    return prediction(model, inputs)
+
+
+def prediction(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """`run`, with gradients where they are enabled."""
+    return stacked(model(**inputs, return_dict=False)[0])
+
+
+def stacked(out: Any) -> torch.Tensor:
+    """Images, (batch, ...), of which Z-Image returns a list."""
+    return torch.stack(list(out)) if isinstance(out, (list, tuple)) else out
 
 
 def text_mask(batch: int, text: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
