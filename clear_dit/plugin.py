@@ -25,6 +25,7 @@ from .weights.learned import give_learned, settle
 from .weights.load import find_weights, load_checked, open_checked
 from .weights.saved import marked
 from .weights.state import ClearState, fused_layers, originals_of
+from .wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,20 @@ def _refuse_layers(model: nn.Module) -> None:
         ValueError: the layer, what it has and what is known.
     """
     family = family_of(model)
-    for name, attn in family.layers(model).items():
+    layers = family.layers(model)
+    blocks = {
+        f"{name}.{n}": unwrapped(block)
+        for name in family.stacks
+        for n, block in enumerate(getattr(model, name, ()))
+    }
+    strange = [name for name in blocks if not any(layer.startswith(f"{name}.") for layer in layers)]
+    if strange or not blocks:
+        got = f"{strange[0]}, {_class(blocks[strange[0]])}" if blocks else "no blocks"
+        raise ValueError(
+            f"apply_clear: every block in {' and '.join(family.stacks)} of {type(model).__name__} "
+            f"must be diffusers' own, which has an attention layer with a processor; got {got}."
+        )
+    for name, attn in layers.items():
         if getattr(attn, "fused_projections", False) and not family.serves_fused:
             raise ValueError(
                 f"apply_clear: {name} has fused projections, which CLEAR does not serve in "
@@ -197,9 +211,13 @@ def _refuse_layers(model: nn.Module) -> None:
         if isinstance(attn.processor, CLEARProcessor) or processor in family.processors:
             continue
         raise ValueError(
-            f"apply_clear: {name} has {processor}; in {family.title} CLEAR takes the place of "
-            f"{' or '.join(family.processors)}. Put that back first."
+            f"apply_clear: {name} has {_class(attn.processor)}; in {family.title} CLEAR takes "
+            f"the place of {' or '.join(family.processors)}. Put that back first."
         )
+
+
+def _class(thing: object) -> str:
+    return f"{type(thing).__name__} of {type(thing).__module__}"
 
 
 def _refuse_references(model: nn.Module, settings: CLEARProcessor) -> None:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from clear_dit.process_group import RankGroup
 from clear_dit.versions import versions
 from clear_dit.weights.state import ClearState
+from clear_dit.wrappers import unwrapped
 
 from .cascade.run import Request
 from .cascade.stage_files import digest
@@ -72,18 +73,19 @@ def pipeline_digest(pipe: Any) -> str:
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
-    state = ClearState.on(pipe.transformer)
+    transformer = unwrapped(pipe.transformer)
+    state = ClearState.on(transformer)
     if state is not None:
-        state.decide_far(pipe.transformer)  # which is in what processors say of themselves
-    processors = pipe.transformer.attn_processors
+        state.decide_far(transformer)  # which is in what processors say of themselves
+    processors = transformer.attn_processors
     return {
         "attention": {
             name: repr(processor).split(" at 0x")[0] for name, processor in processors.items()
         },
         "scheduler": {name: str(value) for name, value in pipe.scheduler.config.items()},
-        "strength of adapters": _scales(pipe.transformer),
-        "transformer weights or adapter": _model(pipe.transformer),
-        "autoencoder": _model(pipe.vae),
+        "strength of adapters": _scales(transformer),
+        "transformer weights or adapter": _model(transformer),
+        "autoencoder": _model(unwrapped(pipe.vae)),
     }
 
 

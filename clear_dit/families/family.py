@@ -11,6 +11,7 @@ from torch import nn
 
 from ..attention.layout import Layout
 from ..attention.processor import CLEARProcessor
+from ..wrappers import unwrapped
 
 # What a family may support besides attention itself.
 FEATURES = ("distil", "evaluate", "cascade", "patch-parallel")
@@ -92,15 +93,15 @@ class Family:
             f"{stack}.{index}.{name}": child
             for stack in self.stacks
             for index, block in enumerate(getattr(model, stack, ()))
-            for name, child in block.named_children()
+            for name, child in unwrapped(block).named_children()
             if hasattr(child, "set_processor")
         }
 
     def kept_layers(self, model: nn.Module) -> dict[str, list[str]]:
         """Names of the attention layers that stay as they are, by why."""
-        ours, found = self.layers(model), dict[str, list[str]]()
+        ours, found = list(self.layers(model).values()), dict[str, list[str]]()
         for name, module in model.named_modules():
-            if hasattr(module, "set_processor") and name not in ours:
+            if hasattr(module, "set_processor") and module not in ours:
                 prefix = name.partition(".")[0]
                 why = self.kept.get(prefix, "is not attention over the image")
                 found.setdefault(why, []).append(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..wrappers import unwrapped
 from .family import Family
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _load(file: str) -> Family:
 
 
 def transformer_of(pipe_or_model: Any, who: str, feature: str | None = None) -> nn.Module:
-    """The transformer of a pipeline, or the model itself, without torch.compile's wrapper.
+    """The transformer of a pipeline, or the model itself, without wrappers (`unwrapped`).
 
     Args:
         who: asks, for messages.
@@ -99,7 +100,7 @@ def transformer_of(pipe_or_model: Any, who: str, feature: str | None = None) -> 
     Raises:
         ValueError: the class, or the feature for its family, is not supported.
     """
-    model = _unwrapped(getattr(pipe_or_model, "transformer", pipe_or_model))
+    model = unwrapped(getattr(pipe_or_model, "transformer", pipe_or_model))
     if not is_transformer(model):
         raise _unsupported(model, who, known_models(controlnets=False))
     if feature is not None:
@@ -114,18 +115,15 @@ def models_of(pipe_or_model: Any, who: str) -> list[nn.Module]:
         found.append(transformer_of(pipe_or_model, who))
         pipe_or_model = getattr(pipe_or_model, "controlnet", None)
     for model in getattr(pipe_or_model, "nets", [pipe_or_model]):  # several ControlNets
-        model = _unwrapped(model)
+        model = unwrapped(model)
         if model is not None and find_family(model) is None:
             raise _unsupported(model, who, known_models())
         found += [] if model is None else [model]
     return found
 
 
-def _unwrapped(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)
-
-
 def _unsupported(model: Any, who: str, known: str) -> ValueError:
     return ValueError(
-        f"{who}: supported models are {known}, alone or in a pipeline; got {type(model).__name__}."
+        f"{who}: supported models are {known} of diffusers, alone or in a pipeline; got "
+        f"{type(model).__name__} of {type(model).__module__}."
     )

@@ -21,6 +21,7 @@ from torch import nn
 
 from clear_dit.kernels.tiled.bands import tiled_attention
 from clear_dit.kernels.window import Window
+from clear_dit.wrappers import unwrapped
 
 from .tiles import Segment
 
@@ -44,16 +45,17 @@ def decoder_stages(vae: Any, height: int, width: int) -> list[list[Segment]]:
     Raises:
         ValueError: another autoencoder, or one with a layer that is not known here.
     """
+    vae = unwrapped(vae)
     check_autoencoder(vae)
     scale, shift = latent_scaling(vae)
     first = [Segment(lambda x: x / scale + shift)]
     if isinstance(vae, AutoencoderTiny):
         first.append(Segment(lambda x: torch.tanh(x / 3) * 3))
-        first += map(_layer, vae.decoder.layers)
+        first += map(_layer, unwrapped(vae.decoder).layers)
         return [[*first, Segment(lambda x: x.mul(2).sub(1))]]
     if vae.post_quant_conv is not None:
         first.append(_layer(vae.post_quant_conv))
-    decoder = vae.decoder
+    decoder = unwrapped(vae.decoder)
     first += [_layer(decoder.conv_in), *_mid_block(decoder.mid_block, height, width)]
     last: list[Segment] = []
     for block in decoder.up_blocks:
@@ -77,12 +79,14 @@ def encoder_stages(vae: Any, height: int, width: int) -> list[list[Segment]]:
     Raises:
         ValueError: another autoencoder, or one with a layer that is not known here.
     """
+    vae = unwrapped(vae)
     check_autoencoder(vae)
     scale, shift = latent_scaling(vae)
     scaled = Segment(lambda x: (x - shift) * scale)
     if isinstance(vae, AutoencoderTiny):
-        return [[Segment(lambda x: x.add(1).div(2)), *map(_layer, vae.encoder.layers), scaled]]
-    encoder = vae.encoder
+        layers = unwrapped(vae.encoder).layers
+        return [[Segment(lambda x: x.add(1).div(2)), *map(_layer, layers), scaled]]
+    encoder = unwrapped(vae.encoder)
     layers = [encoder.conv_in]
     for block in encoder.down_blocks:
         _check_type(block, DownEncoderBlock2D)
@@ -104,6 +108,7 @@ def check_autoencoder(vae: Any) -> None:
     Raises:
         ValueError: it is something else, or normalises by spatial norms.
     """
+    vae = unwrapped(vae)
     if isinstance(vae, AutoencoderTiny):
         return
     if not isinstance(vae, AutoencoderKL):
@@ -111,8 +116,8 @@ def check_autoencoder(vae: Any) -> None:
             "autoencoder: must be diffusers' AutoencoderKL or AutoencoderTiny, got "
             f"{type(vae).__name__}."
         )
-    _check_type(vae.encoder, Encoder)
-    _check_type(vae.decoder, Decoder)
+    _check_type(unwrapped(vae.encoder), Encoder)
+    _check_type(unwrapped(vae.decoder), Decoder)
 
 
 def side_factor(vae: Any) -> int:

@@ -47,7 +47,9 @@ def test_unknown_processors(name):
     model = make_model(name)
     layer = model.transformer_blocks[1].attn
     layer.set_processor(AttnProcessor2_0())
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn has AttnProcessor2_0; in .* takes"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.attn has AttnProcessor2_0 of diffusers.*; in .* takes"
+    ):
         apply_clear(model)
     assert not isinstance(model.transformer_blocks[0].attn.processor, CLEARProcessor)
 
