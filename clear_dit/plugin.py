@@ -24,7 +24,7 @@ from .families.table import (
 from .weights.learned import give_learned, settle
 from .weights.load import find_weights, load_checked, open_checked
 from .weights.saved import marked
-from .weights.state import ClearState, fused_layers, originals_of
+from .weights.state import ClearState, originals_of
 from .wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def _refuse_layers(model: nn.Module) -> None:
             f"must be diffusers' own, which has an attention layer with a processor; got {got}."
         )
     for name, attn in layers.items():
-        if getattr(attn, "fused_projections", False) and not family.serves_fused:
+        if family.is_fused(attn) and not family.serves_fused:
             raise ValueError(
                 f"apply_clear: {name} has fused projections, which CLEAR does not serve in "
                 f"{family.title}; call unfuse_qkv_projections() first."
@@ -280,7 +280,7 @@ def _install(model: nn.Module, settings: CLEARProcessor) -> None:
             give_learned(name, attn, state.learned, old)
         settle(attn, old)
         state.installed[name] = new
-    state.given_up, state.fused = {}, fused_layers(model)
+    state.given_up = frozenset()
     if family.chunked and not is_chunked(model):
         chunk_feed_forward(model)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..compat import names_from
 from .norm_rope import Rotary
-from .processor import CLEARProcessor
+from .processor import CLEARProcessor, FluxAttnProcessor
 from .tracker import WindowTracker
 
 (FluxIPAdapterAttnProcessor,) = names_from(
@@ -54,6 +54,10 @@ class LayerProcessor(CLEARProcessor):
         """The processor that takes the place of `old`, whose IP-adapters it keeps."""
         has_adapter = isinstance(old, FluxIPAdapterAttnProcessor)
         return cls(settings, tracker, old if has_adapter else getattr(old, "adapter", None))
+
+    def stock(self) -> Any:
+        """What it takes the place of."""
+        return FluxAttnProcessor() if self.adapter is None else self.adapter
 
     def _get_name(self) -> str:
         return CLEARProcessor.__name__

@@ -15,7 +15,7 @@ from typing import Any
 from ..attention.ip_adapter import LayerProcessor
 from ..attention.text_padding import used_length
 from .family import Family, Reading, only
-from .flux1 import read_ids
+from .flux1 import adapter_was_undone, read_ids
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -55,6 +55,7 @@ FAMILY = Family(
         "FluxAttnProcessor": LayerProcessor,
         "FluxIPAdapterAttnProcessor": LayerProcessor,
     },
+    was_undone=adapter_was_undone,
     read=_read,
     order="text, image",
     grid_from="img_ids",

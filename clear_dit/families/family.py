@@ -45,9 +45,9 @@ class Family:
         stacks: attributes of the model that hold its blocks; a block's attention layers are its
             children with `set_processor`.
         processors: class name of a stock processor to CLEAR's that takes its place.
-        adapters: those of them that hold an IP-adapter.
-        was_undone: whether a model shows that diffusers has taken an IP-adapter away again, or
-            fused projections, and put stock processors there.
+        was_undone: (model, CLEAR's processor of a layer) to whether diffusers has taken the layer's
+            IP-adapter or fused projections away again, and put a stock processor there.
+        is_fused: whether an attention layer runs fused projections.
         read: (model, the forward's arguments by name, explicit grid) to what they say; None where
             arguments are missing, of which the model itself complains.
         reference_grids: (the forward's arguments by name, their layout) to rows and columns of
@@ -78,8 +78,8 @@ class Family:
     reference_grids: Callable[[Mapping[str, Any], Layout], tuple[tuple[int, int], ...]] | None = (
         None
     )
-    adapters: tuple[str, ...] = ()
-    was_undone: Callable[[Any], bool] = lambda model: False
+    was_undone: Callable[[Any, CLEARProcessor], bool] = lambda model, installed: False
+    is_fused: Callable[[Any], bool] = lambda attn: getattr(attn, "fused_projections", False)
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     kept: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
@@ -141,6 +141,16 @@ def check_image_length(layout: Layout, source: str, hidden_states: torch.Tensor)
             f"image tokens{layout.and_references}, but hidden_states has {received}. Are "
             "height and width those of these latents?"
         )
+
+
+def adapter_was_unloaded(model: nn.Module, projection: str) -> bool:
+    """Whether an IP-adapter was loaded into a model, and unloaded.
+
+    Args:
+        projection: attribute that holds the projection of image prompts. Loading makes it a
+            submodule, unloading leaves None in its place.
+    """
+    return model._modules.get(projection, model) is None
 
 
 def only(features: tuple[str, ...], why: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from ..attention.grid import layout_from_ids, reference_grids, unrounded_ids
 from ..attention.ip_adapter import LayerProcessor
 from ..attention.layout import Layout
-from .family import Family, Reading, check_image_length
+from .family import Family, Reading, adapter_was_unloaded, check_image_length
 
 
 def read_ids(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -35,6 +35,11 @@ def grids_from_ids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int,
     return reference_grids(img_ids[layout.image_length :].float())
 
 
+def adapter_was_undone(model: Any, installed: Any) -> bool:
+    """`Family.was_undone` where only IP-adapters bring other processors."""
+    return adapter_was_unloaded(model, "encoder_hid_proj")
+
+
 FAMILY = Family(
     name="flux1",
     title="FLUX.1 (dev, schnell, Kontext, Fill)",
@@ -44,7 +49,7 @@ FAMILY = Family(
         "FluxAttnProcessor": LayerProcessor,
         "FluxIPAdapterAttnProcessor": LayerProcessor,
     },
-    adapters=("FluxIPAdapterAttnProcessor",),
+    was_undone=adapter_was_undone,
     read=read_ids,
     reference_grids=grids_from_ids,
     order="text, image, references",

@@ -26,16 +26,10 @@ class JointProcessor(CLEARProcessor):
     Args:
         settings: the processor whose settings this one takes.
         tracker: that of all layers of a model.
-        adapter: None: IP-adapters are FLUX.1's.
     """
 
-    adapter = None
-
     def __init__(
-        self,
-        settings: CLEARProcessor | None = None,
-        tracker: WindowTracker | None = None,
-        adapter: None = None,
+        self, settings: CLEARProcessor | None = None, tracker: WindowTracker | None = None
     ) -> None:
         super().__init__(**({} if settings is None else settings.settings))
         self.blank = settings is None  # made again by diffusers, see `ClearState.reconcile`
@@ -48,6 +42,10 @@ class JointProcessor(CLEARProcessor):
     ) -> JointProcessor:
         """The processor that takes the place of `old`."""
         return cls(settings, tracker)
+
+    def stock(self) -> Any:
+        """What it takes the place of, where one layer may have several such; else None."""
+        return None
 
     def under_way(
         self, key: torch.Tensor | None = None

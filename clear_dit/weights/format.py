@@ -98,7 +98,7 @@ def refuse_unsuitable(model: nn.Module, who: str, merged_lora: bool = False) -> 
     """
     family = family_of(model)
     for name, attn in family.layers(model).items():
-        if getattr(attn, "fused_projections", False):
+        if family.is_fused(attn):
             raise ValueError(
                 f"{who}: {name} has fused projections; call unfuse_qkv_projections() first."
             )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..access import Access
-from ..attention.processor import LEARNED, CLEARProcessor, FluxAttnProcessor
+from ..attention.processor import LEARNED, CLEARProcessor
 from ..attention.text_padding import valid_text
 from ..attention.tracker import Forward, WindowTracker
 from ..families.table import attention_layers, family_of, head_dim_of
@@ -65,8 +65,8 @@ class ClearState:
         tracker: shared by the processors of all layers; None while only weights were loaded.
         processors: those that were there before CLEAR, by layer name.
         installed: those of CLEAR, by layer name.
-        given_up: those that somebody set since then by this package's own means, by layer name.
-        fused: names of layers whose projections were fused when that was last looked at.
+        given_up: names of layers that somebody gave other processors since then by this package's
+            own means.
         originals: parameters as they were before CLEAR weights were loaded.
         weights_far: whether those CLEAR weights were made for far keys; None where there are none.
         learned: what they learned of far keys, on the CPU, by its name in a file.
@@ -78,8 +78,7 @@ class ClearState:
         self.tracker: WindowTracker | None = None
         self.processors: dict[str, Any] = {}
         self.installed: dict[str, CLEARProcessor] = {}
-        self.given_up: dict[str, Any] = {}
-        self.fused: frozenset[str] = frozenset()
+        self.given_up: frozenset[str] = frozenset()
         self.originals = Originals()
         self.weights_far: bool | None = None
         self.learned: dict[str, torch.Tensor] = {}
@@ -114,7 +113,8 @@ class ClearState:
 
     def detach(self, model: nn.Module) -> None:
         """Forget everything; and leave the model, unless it is shared by ranks."""
-        self.tracker, self.processors, self.installed, self.given_up = None, {}, {}, {}
+        self.tracker, self.processors, self.installed = None, {}, {}
+        self.given_up = frozenset()
         if self.sharing is None:
             take_away(model)
             delattr(model, STATE)
@@ -148,64 +148,88 @@ class ClearState:
     def reconcile(self, model: nn.Module) -> list[str]:
         """Put CLEAR's processors back where diffusers took them away as a matter of course.
 
-        It does so when it fuses projections, and when it loads or unloads an IP-adapter: a layer
-        then has a stock processor, maybe with the adapter, or one of CLEAR's made again without
-        its settings.
+        It does so when it loads or unloads an IP-adapter, and in some families when it fuses
+        projections or unfuses them: a layer then has a stock processor for what it does now, or
+        one of CLEAR's made again without its settings.
 
         Returns:
             The names of layers that have another processor for no such reason.
         """
         if not self.installed:
             return []
-        layers, others = attention_layers(model), []
-        family = family_of(model)
-        undone = family.was_undone(model) or any(
-            getattr(attn.processor, "blank", False) for attn in layers.values()
-        )
+        self._keep_stock_to_unfuse(model)
+        layers, family, others = attention_layers(model), family_of(model), list[str]()
+        earlier = self._tracker_set_again(layers)
+        if earlier is not None:
+            self.tracker = earlier
+        # One for all layers comes by set_attn_processor; diffusers makes one for each.
+        distinct = len({id(attn.processor) for attn in layers.values()}) > 1 or len(layers) == 1
         for name, attn in layers.items():
-            current, kind = attn.processor, type(attn.processor).__name__
-            is_fused = getattr(attn, "fused_projections", False)
-            if current in (self.installed[name], self.given_up.get(name)):
+            current, installed = attn.processor, self.installed[name]
+            kind = type(current).__name__
+            if current is installed or self._is_given_up(name, current):
                 continue
             if hasattr(type(current), "for_layer"):
-                # Of an earlier apply_clear, which unfusing puts back; or made without settings.
-                self._put_back(name, attn, current.adapter if not current.blank else None)
+                if earlier is None:
+                    current = self._like(installed, type(current), current)
+                self._install(name, attn, current, current.stock())
             elif isinstance(current, CLEARProcessor):
                 continue  # somebody's own
             elif kind in family.processors and (
-                undone or is_fused != (name in self.fused) or kind != next(iter(family.processors))
+                kind != next(iter(family.processors))
+                or (distinct and family.was_undone(model, installed))
             ):
-                self._put_back(name, attn, current if kind in family.adapters else None)
+                new = self._like(installed, family.processors[kind], current)
+                self._install(name, attn, new, current)
             else:
                 others.append(name)
-        self.fused = fused_layers(model)
         return others
 
-    def _put_back(self, name: str, attn: Any, adapter: Any) -> None:
-        """A layer's processor, with this IP-adapter or none."""
-        installed: Any = self.installed[name]
-        if installed.adapter is not adapter:
-            new = type(installed)(installed, self.tracker, adapter)
-            for learned in LEARNED:
-                setattr(new, learned, getattr(installed, learned))
-            self.processors[name] = FluxAttnProcessor() if adapter is None else adapter
-            installed = self.installed[name] = new
-        attn.set_processor(installed)
+    def _like(self, installed: CLEARProcessor, cls: Any, current: Any) -> Any:
+        """A processor for what `current` does, with the installed one's settings and parameters."""
+        new = cls.for_layer(installed, self.tracker, current)
+        for learned in LEARNED:
+            setattr(new, learned, getattr(installed, learned))
+        return new
+
+    def _install(self, name: str, attn: Any, new: Any, stock: Any) -> None:
+        attn.set_processor(new)
+        self.installed[name] = new
+        self.processors[name] = stock or self.processors[name]
+
+    def _tracker_set_again(self, layers: Mapping[str, Any]) -> WindowTracker | None:
+        """That of processors of an earlier `apply_clear`, where every layer has such again."""
+        processors = [attn.processor for attn in layers.values()]
+        if any(getattr(processor, "blank", True) for processor in processors):
+            return None
+        trackers = {id(processor.tracker): processor.tracker for processor in processors}
+        return next(iter(trackers.values())) if len(trackers) == 1 else None
+
+    def _keep_stock_to_unfuse(self, model: nn.Module) -> None:
+        """Have stock processors come back with unfused projections, not CLEAR's of today."""
+        kept = getattr(model, "original_attn_processors", None) or {}
+        for key, processor in kept.items():
+            if hasattr(type(processor), "for_layer"):
+                kept[key] = processor.stock() or self.processors[key.removesuffix(".processor")]
+
+    def _is_given_up(self, name: str, processor: Any) -> bool:
+        return name in self.given_up and not isinstance(processor, CLEARProcessor)
 
     def give_up(self, model: nn.Module) -> None:
         """The processors that layers have now in the place of CLEAR's are what somebody wants."""
-        layers = attention_layers(model).items()
-        self.given_up = {
+        layers = attention_layers(model)
+        others = {
             name: attn.processor
-            for name, attn in layers
+            for name, attn in layers.items()
             if name in self.installed and not isinstance(attn.processor, CLEARProcessor)
         }
-        if self.given_up:
-            name, processor = next(iter(self.given_up.items()))
+        self.given_up = frozenset(others)
+        if others:
+            name, processor = next(iter(others.items()))
             logger.warning(
                 "%d of %d attention layers no longer run CLEAR (%s has %s); remove_clear puts "
                 "weights back too, apply_clear puts CLEAR back",
-                len(self.given_up),
+                len(others),
                 len(layers),
                 name,
                 type(processor).__name__,
@@ -237,7 +261,7 @@ class ClearState:
         if not self.installed:
             return True
         return all(
-            attn.processor in (self.installed[name], self.given_up.get(name))
+            attn.processor is self.installed[name] or self._is_given_up(name, attn.processor)
             for name, attn in attention_layers(model).items()
         )
 
@@ -299,12 +323,6 @@ class ClearState:
         """Whether a layer of the model runs CLEAR in the forward that begins."""
         layers = attention_layers(model)
         return any(attn.processor is self.installed[name] for name, attn in layers.items())
-
-
-def fused_layers(model: nn.Module) -> frozenset[str]:
-    """Names of the attention layers whose projections are fused."""
-    layers = attention_layers(model)
-    return frozenset(name for name in layers if getattr(layers[name], "fused_projections", False))
 
 
 def originals_of(model: nn.Module) -> Originals:

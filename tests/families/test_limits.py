@@ -55,23 +55,6 @@ def test_sd3_of_either_kind():
     assert_same(local("sd3", given, **config), expected("sd3", 4, 6, 2, config=config))
 
 
-def test_fused_sd3():
-    model = make_model("sd3")
-    given, local = make_inputs("sd3", 4, 6), expected("sd3", 4, 6, 2)
-    with torch.no_grad():
-        model.fuse_qkv_projections()
-    apply_clear(model, radius=2, far=False)
-    assert_same(run(model, given), local)
-    model.unfuse_qkv_projections()
-    assert_same(run(model, given), local)
-    with torch.no_grad():  # and after apply_clear
-        model.fuse_qkv_projections()
-    assert_same(run(model, given), local)
-    apply_clear(model, radius=3, far=False)
-    model.unfuse_qkv_projections()  # puts back the processors of radius 2
-    assert_same(run(model, given), expected("sd3", 4, 6, 3))
-
-
 def test_z_images_of_two_kinds():
     given = make_inputs("z-image", 4, 6, batch=2)
     given["x"][1] = given["x"][1][..., :10]

@@ -1,6 +1,8 @@
-"""Random IP-adapters for the tiny pipeline."""
+"""Random IP-adapters for tiny pipelines."""
 
 import torch
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 
 
 def make_ip_adapter(seed=0):
@@ -28,3 +30,32 @@ def load_ip_adapters(pipe, *seeds):
     pipe.load_ip_adapter(
         files, weight_name=[""] * len(files), image_encoder_pretrained_model_name_or_path=None
     )
+
+
+def make_sd3_ip_adapter(layers, seed=0):
+    """What the file of an IP-adapter of a tiny SD3 holds: 4 tokens for an image of (any, 6).
+
+    Args:
+        layers: attention layers of the model.
+    """
+    projection = IPAdapterTimeImageProjection(
+        embed_dim=6, output_dim=32, hidden_dim=8, heads=1, num_queries=4, timestep_in_dim=8
+    )
+    layer = SD3IPAdapterJointAttnProcessor2_0(32, 32, 16, timesteps_emb_dim=8)
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(state):
+        return {name: torch.randn(x.shape, generator=generator) for name, x in state.items()}
+
+    of_layers = {
+        f"{index}.{name}": weight
+        for index in range(layers)
+        for name, weight in random(layer.state_dict()).items()
+    }
+    return {"image_proj": random(projection.state_dict()), "ip_adapter": of_layers}
+
+
+def load_sd3_ip_adapter(pipe, seed=0):
+    """Load an IP-adapter into a pipeline of SD3, without an image encoder."""
+    adapter = make_sd3_ip_adapter(len(pipe.transformer.attn_processors), seed)
+    pipe.load_ip_adapter(adapter, image_encoder_folder=None)
