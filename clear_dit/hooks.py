@@ -63,6 +63,11 @@ def loaded_once(modules: Iterable[nn.Module], run: Callable[[], Result]) -> Resu
     return _nest([m for module in modules for m in module.modules() if _is_offloaded(m)], run)
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether weights of a model are brought for each call of a module, and taken away after it."""
+    return any(map(_is_offloaded, model.modules()))
+
+
 def _is_offloaded(module: nn.Module) -> bool:
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None and registry.get_hook(GROUP_OFFLOADING) is not None:

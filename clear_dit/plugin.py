@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from .families.table import (
     models_of,
     transformer_of,
 )
+from .weights.changing import changing
 from .weights.learned import give_learned, settle
 from .weights.load import find_weights, load_checked, open_checked
 from .weights.saved import marked
@@ -121,15 +122,16 @@ def apply_clear(
         _refuse_layers(model)
         _refuse_references(model, settings)
     if weights is None:
-        return tuple(install(model, settings) for model in models)
+        return install(models, settings)
     transformer = transformer_of(pipe_or_model, "apply_clear(weights=...)")
     path = find_weights(weights, settings.radius, settings.down_factor, settings.far)
     with open_checked(transformer, path, settings) as file, ExitStack() as stack:
-        for model in models:
-            stack.enter_context(ClearState.attach(model).access.exclusive())
+        states = [
+            stack.enter_context(changing(model, weights=model is transformer)) for model in models
+        ]
         for model in models:
             _install(model, settings)
-        load_checked(transformer, file, path)
+        load_checked(transformer, states[models.index(transformer)], file, path)
     return tuple(_report(model) for model in models)
 
 
@@ -155,8 +157,9 @@ def remove_clear(pipe_or_model: Any) -> bool:
     """
     models = models_of(pipe_or_model, "remove_clear")
     with ExitStack() as stack:
-        for state in filter(None, map(ClearState.on, models)):
-            stack.enter_context(state.access.exclusive())
+        for model in models:
+            if ClearState.on(model) is not None:
+                stack.enter_context(changing(model, weights=True))
         removed = [_remove(model) for model in models]
     logger.info("CLEAR %s", "removed" if any(removed) else "was not applied: nothing to remove")
     return any(removed)
@@ -165,19 +168,20 @@ def remove_clear(pipe_or_model: Any) -> bool:
 def _remove(model: nn.Module) -> bool:
     state, originals = ClearState.on(model), dict[str, Any]()
     originals_of(model).refuse_lost("remove_clear")
-    removed = state is not None and state.is_applied
-    if state is not None and removed:
+    removed = was_applied = state is not None and state.is_applied
+    if state is not None and was_applied:
         state.reconcile(model)
         state.restore_weights(model)
         originals = state.processors
-        state.detach(model)
-        if family_of(model).chunked:
-            chunk_feed_forward(model, None)
     for name, attn in attention_layers(model).items():
         if isinstance(attn.processor, CLEARProcessor):
             attn.processor.decide_far(None)  # somebody may set it again
             attn.set_processor(originals.get(name) or FluxAttnProcessor())
             removed = True
+    if state is not None and was_applied:
+        state.detach(model)
+        if family_of(model).chunked:
+            chunk_feed_forward(model, None)
     return removed
 
 
@@ -235,19 +239,22 @@ def _refuse_references(model: nn.Module, settings: CLEARProcessor) -> None:
         )
 
 
-def install(model: nn.Module, settings: CLEARProcessor) -> Applied:
-    """Give every layer a processor of its own with these settings, sharing one tracker.
+def install(models: Sequence[nn.Module], settings: CLEARProcessor) -> tuple[Applied, ...]:
+    """Give every layer a processor of its own with these settings; a model's share one tracker.
 
-    Pooling weights the model already has stay, where the new down_factor equals the old; what was
+    Pooling weights a model already has stay, where the new down_factor equals the old; what was
     learned of far keys, where there still are far keys.
 
     Raises:
-        ValueError: the model's weights go with weights of pooling, which it came without.
+        ValueError: a model's weights go with weights of pooling, which it came without.
     """
-    _refuse_lost_pooling(model, settings)
-    with ClearState.attach(model).access.exclusive():
-        _install(model, settings)
-    return _report(model)
+    for model in models:
+        _refuse_lost_pooling(model, settings)
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(changing(model))
+            _install(model, settings)
+    return tuple(map(_report, models))
 
 
 def _refuse_lost_pooling(model: nn.Module, settings: CLEARProcessor) -> None:

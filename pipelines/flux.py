@@ -49,6 +49,7 @@ from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
 from .parallel.patch_parallel import PatchParallel
 from .text import count_prompts, encode_prompts
+from .text_encoders import encoders_alone
 
 WHO = "CLEARFluxPipeline"
 # What `FluxPipeline.__call__` takes and the same in every stage.
@@ -346,7 +347,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 restores those too.
         """
         if isinstance(processor, CLEARProcessor):
-            install(transformer_of(self, "set_attn_processor"), processor)
+            install([transformer_of(self, "set_attn_processor")], processor)
             return
         if isinstance(processor, dict):
             processor = dict(processor)  # diffusers empties it
@@ -387,6 +388,30 @@ class CLEARFluxPipeline(FluxPipeline):
     ) -> None:
         """`clear_dit.load_clear_weights` on this pipeline."""
         load_clear_weights(self, pretrained_model_name_or_path, **options)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        prompt_2: str | list[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        max_sequence_length: int = 512,
+        lora_scale: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As in `FluxPipeline`; threads that share text encoders or tokenizers take turns."""
+        with encoders_alone(self, lora_scale):
+            found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().encode_prompt(
+                prompt,
+                prompt_2,
+                device,
+                num_images_per_prompt,
+                prompt_embeds,
+                pooled_prompt_embeds,
+                max_sequence_length,
+            )
+        return found
 
     def check_inputs(
         self, prompt: Any, prompt_2: Any, height: int, width: int, *args: Any, **kwargs: Any

@@ -47,7 +47,7 @@ INSIDE = {
         "decoding",
         "cascade",
         "parallel",
-        "text memory_need checks identity",
+        "text text_encoders memory_need checks identity",
         "flux",
     ),
 }

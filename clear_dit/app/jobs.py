@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -88,7 +89,7 @@ class Job:
             "seed": first.seed,
             "image": self.image_name,
             "attention": [request.attention for request in self.requests],
-            "images": self.images,
+            "images": list(self.images),  # it goes on
         }
 
 
@@ -179,13 +180,15 @@ class Jobs:
                 )
             name = new_name()
             folder = self._store.new_folder(visitor, name)
-            if image is not None:
-                # A link of its own: uploads are forgotten sooner.
-                (folder / "image").hardlink_to(image)
-                own = str(folder / "image")
-                requests = tuple(replace(request, image=own) for request in requests)
-            job = Job(name, visitor, requests, folder, image_name, image_size, plan=plan)
-            self._store.write(visitor, job.record())
+            try:
+                if image is not None:
+                    own = str(_linked(image, folder / "image"))
+                    requests = tuple(replace(request, image=own) for request in requests)
+                job = Job(name, visitor, requests, folder, image_name, image_size, plan=plan)
+                self._store.write(visitor, job.record())
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             self._waiting.append(job)
             self._changed.notify_all()
         return job
@@ -373,6 +376,19 @@ class Jobs:
         if model not in self._planners:
             self._planners[model] = WorkPlanner(self._runner.pipe)
         return self._runner
+
+
+def _linked(upload: Path, own: Path) -> Path:
+    """A link of a job's own: uploads are forgotten sooner, maybe just now.
+
+    Raises:
+        RequestError: it is gone.
+    """
+    try:
+        own.hardlink_to(upload)
+    except FileNotFoundError as error:
+        raise RequestError("The uploaded image is gone; choose it again.") from error
+    return own
 
 
 def _plan(

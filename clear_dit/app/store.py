@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,9 @@ class Store:
                 if ended and (folder / RECORD).stat().st_mtime < limit:
                     shutil.rmtree(folder)
                     removed += 1
-            for upload in (visitor / UPLOADS).glob("*"):
-                if upload.stat().st_mtime < limit:
-                    upload.unlink()
+            for written, upload in _uploads(visitor / UPLOADS):
+                if written < limit:
+                    upload.unlink(missing_ok=True)
                     removed += 1
         if removed:
             logger.info("removed %d jobs and uploads older than %g days", removed, days)
@@ -134,9 +135,9 @@ class Store:
         """Where to write an upload; the oldest beyond `MAX_UPLOADS` go."""
         folder = self.root / visitor / UPLOADS
         folder.mkdir(parents=True, exist_ok=True)
-        kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
-        for path in kept[: max(0, len(kept) - MAX_UPLOADS + 1)]:
-            path.unlink()
+        kept = sorted(_uploads(folder))
+        for _, path in kept[: max(0, len(kept) - MAX_UPLOADS + 1)]:
+            path.unlink(missing_ok=True)
         return folder / new_name()
 
     def upload(self, visitor: str, name: str) -> Path | None:
@@ -149,6 +150,15 @@ class Store:
 
     def _jobs(self, visitor: Path) -> list[Path]:
         return [path for path in visitor.glob("*") if NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _uploads(folder: Path) -> list[tuple[float, Path]]:
+    """When each was written; other threads may remove some meanwhile."""
+    found = []
+    for path in folder.glob("*"):
+        with suppress(FileNotFoundError):
+            found.append((path.stat().st_mtime, path))
+    return found
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ def clear_applied(model: nn.Module, window: Window) -> Iterator[None]:
     """Within it every attention layer over the image has CLEAR, and knows where its tokens are."""
     with quiet():
         far = window.far_levels > 0
-        install(model, CLEARProcessor(window.radius, window.down_factor, IMPL, far=far))
+        install([model], CLEARProcessor(window.radius, window.down_factor, IMPL, far=far))
     state = ClearState.on(model)
     assert state is not None
     tracker = state.tracker

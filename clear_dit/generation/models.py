@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 OTHER_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "vae")
 
 DEMO = ASSETS / "demo"
+
+# What libraries are told while they load holds for the process.
+_quieting = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -165,18 +169,21 @@ def quiet_libraries() -> Iterator[None]:
     """Hide what diffusers and transformers say about themselves while they load.
 
     Such as that torchvision is missing, or that the demo's autoencoder is an AutoencoderTiny.
+    Afterwards they say what they said before; threads that load at once wait for each other.
     """
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [library.get_verbosity() for library in loggers]
-    for library in loggers:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level in zip(loggers, levels, strict=True):
-            library.set_verbosity(level)
-            library.enable_progress_bar()
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    with _quieting:
+        before = [(one.get_verbosity(), one.is_progress_bar_enabled()) for one in libraries]
+        try:
+            for library in libraries:
+                library.set_verbosity_error()
+                library.disable_progress_bar()
+            yield
+        finally:
+            for library, (level, shows_bars) in zip(libraries, before, strict=True):
+                library.set_verbosity(level)
+                if shows_bars:
+                    library.enable_progress_bar()

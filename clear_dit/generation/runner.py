@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,7 +70,8 @@ class Step:
 class PipelineRunner:
     """A pipeline, loaded once, that is switched to what each request asks for.
 
-    An image depends on its request alone, not on those generated before. For one thread at a time.
+    An image depends on its request alone, not on those generated before. Threads that ask at once
+    wait for each other.
 
     Args:
         model, dtype, device: see `GenerateRequest`; the same for all requests.
@@ -88,6 +90,7 @@ class PipelineRunner:
         self.device = find_device(device)
         self._ranks = ranks
         self._writes = ranks is None or ranks.is_first
+        self._one_at_a_time = threading.Lock()
         self.pipe = load_pipeline(model, find_dtype(dtype), self.device, text_encoders=self._writes)
         # What `_set_attention` was last asked for, and what it said; None for the stock model.
         self._attention: tuple[Any, ...] | None = None
@@ -135,6 +138,17 @@ class PipelineRunner:
                 )
         if self._writes:
             check_writable(out, IMAGE_SUFFIXES)
+        with self._one_at_a_time:
+            return self._generate(request, out, _Watch(on_step, should_stop), notes or {}, progress)
+
+    def _generate(
+        self,
+        request: GenerateRequest,
+        out: Path,
+        watch: _Watch,
+        notes: Mapping[str, object],
+        progress: bool,
+    ) -> dict[str, Any]:
         reset_peak(self.device)
         ranks = 1 if self._ranks is None else len(self._ranks.members)
         timer = Timer({})
@@ -147,11 +161,10 @@ class PipelineRunner:
                     self._ranks.follow(self.pipe)
                 shown = progress and self._writes
                 self.pipe.set_progress_bar_config(disable=not shown, desc="denoising")
-                watch = _Watch(on_step, should_stop)
                 latents = self._denoise(request, watch, timer)
                 settings = asdict(request) | {"far": far}
                 settings |= {"version": __version__, "impl": impl, "ranks": ranks}
-                settings |= notes or {}
+                settings |= notes
                 with timer.measure("decode", self.device):
                     self._write(latents, request, out, settings, watch)
         except (MemoryError, RuntimeError) as error:
@@ -194,12 +207,12 @@ class PipelineRunner:
             )
             wanted = (request.radius, request.down_factor, *found, request.impl)
         if wanted != self._attention:
-            if self._attention is not None:
+            before = self._attention
+            # Where it is interrupted, the next request removes what was done.
+            self._attention = ("unfinished",)
+            if before is not None:
                 self._remove_clear()
-            self._attention = None
             if wanted is not None:
-                # Where it is interrupted, the next request removes what was done.
-                self._attention = ("unfinished",)
                 self._apply_clear(request, found)
             self._attention = wanted
         return found, impl

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,21 +21,37 @@ FILE = ".claims"
 _PRESENCE, _MANIFEST, _JOBS = 0, 1, 2
 
 
+# Folders of which a thread has the claims: process, device and inode.
+_taken: set[tuple[int, int, int]] = set()
+_taking = threading.Lock()
+
+
 class Claims:
-    """This process's claims in a folder; one such object for a folder in a process.
+    """This process's claims in a folder; one such object at a time for a folder in a process.
 
     Raises:
-        RequestError: the folder cannot be written in.
+        RequestError: the folder cannot be written in, or another thread is at work in it: the
+            locks of a process hold for all its threads.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        try:
-            self._file = (folder / FILE).open("a+b")
-        except OSError as error:
-            raise RequestError(
-                f"--out: cannot write in the folder {folder} ({error.strerror})."
-            ) from error
+        found = folder.stat()
+        self._mine = os.getpid(), found.st_dev, found.st_ino
+        with _taking:
+            # Before the file is opened: to close it again would end the other's claims.
+            if self._mine in _taken:
+                raise RequestError(
+                    f"--out: another thread of this process is at work in {folder}; wait for it or "
+                    "name another folder."
+                )
+            try:
+                self._file = (folder / FILE).open("a+b")
+            except OSError as error:
+                raise RequestError(
+                    f"--out: cannot write in the folder {folder} ({error.strerror})."
+                ) from error
+            _taken.add(self._mine)
 
     @contextmanager
     def arriving(self) -> Iterator[bool]:
@@ -52,16 +70,17 @@ class Claims:
     @contextmanager
     def leaving(self) -> Iterator[bool]:
         """Be present no longer; yields whether this process is the last, and keeps others out."""
-        self._lock(_PRESENCE, fcntl.LOCK_UN)
-        last = self._lock(_PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            yield last
+            self._lock(_PRESENCE, fcntl.LOCK_UN)
+            yield self._lock(_PRESENCE, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             self.close()
 
     def close(self) -> None:
         """Give everything up."""
         self._file.close()
+        with _taking:
+            _taken.discard(self._mine)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

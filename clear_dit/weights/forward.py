@@ -18,7 +18,7 @@ from torch import nn
 
 from ..attention.tracker import CarryingCheckpoint
 from ..families.table import family_of
-from ..hooks import Innermost
+from ..hooks import Innermost, is_offloaded
 
 # Attribute of a model that holds its `ClearState`.
 STATE = "_clear_state"
@@ -105,6 +105,7 @@ class ClearForward:
         state.prepare(model)
         with ExitStack() as stack:
             alone = changes or compiled or state.sharing is not None or _scales_adapters(kwargs)
+            alone = alone or is_offloaded(model)  # one thread would take away another's weights
             stack.enter_context(state.access.exclusive() if alone else state.access.shared())
             for change in changes:
                 stack.enter_context(change(model))

@@ -25,6 +25,7 @@ from torch import nn
 from ..attention.processor import CLEARProcessor
 from ..families.table import attention_layers, transformer_of
 from ..versions import __version__
+from .changing import changing
 from .format import (
     check_header,
     keys_of_far,
@@ -129,7 +130,8 @@ def load_clear_weights(
     with open_checked(model, path, settings) as file:
         if learned_of_far(file) and settings.far is not False:
             refuse_shared(model, f"load_clear_weights: {path.name} learned of far keys, for which")
-        load_checked(model, file, path)
+        with changing(model, weights=True) as state:
+            load_checked(model, state, file, path)
 
 
 def save_clear_weights(
@@ -302,14 +304,14 @@ def open_checked(model: nn.Module, path: Path, settings: CLEARProcessor) -> Iter
         yield file
 
 
-def load_checked(model: nn.Module, file: Any, path: Path) -> None:
+def load_checked(model: nn.Module, state: ClearState, file: Any, path: Path) -> None:
     """Copy the tensors of an `open_checked` file into the model, keeping what they replace.
 
     Args:
+        state: the model's, within `changing`.
         path: the file's.
     """
-    state = ClearState.attach(model)
-    with state.access.exclusive(), torch.no_grad():
+    with torch.no_grad():
         now = state.originals.check(model, "load_clear_weights")
         state.originals.load(model, file, path, now)
         state.weights_far = made_for_far(file)

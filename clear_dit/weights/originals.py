@@ -7,7 +7,7 @@ parameter belongs to it as a whole, and is refused before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,23 +155,30 @@ class Originals:
         Raises:
             ValueError: as `put_back`.
         """
-        parameters = parameters_by_key(model) if self else {}
-        tuned = {key: parameters[key].detach().to("cpu", copy=True) for key in self._loaded}
-        versions = {key: _version(parameters[key]) for key in tuned}
+        tuned = _Copies(model, self._loaded)
         try:
             if self:
                 self._write(model, who)
             yield
         finally:
+            self._loaded = tuned.put_back(self._loaded)
+
+    @contextmanager
+    def undone_on_error(self, model: nn.Module) -> Iterator[None]:
+        """Within it an error, or an interruption, leaves parameters and what is known as before."""
+        before, tuned = dict(vars(self)), _Copies(model, self._loaded)
+        self._values = dict(self._values)
+        try:
+            yield
+        except BaseException:
+            replaced = {key: self._values[key] for key in self._values.keys() - before["_values"]}
+            parameters = parameters_by_key(model) if replaced else {}
             with torch.no_grad():
-                for key, value in tuned.items():
-                    # Ours were no changes; somebody's before us still count.
-                    ours = _version(parameters[key]) != versions[key]
-                    if ours:
-                        parameters[key].copy_(value)
-                    if ours and self._loaded[key].version == versions[key]:
-                        version = _version(parameters[key])
-                        self._loaded[key] = replace(self._loaded[key], version=version)
+                for key, value in replaced.items():
+                    parameters[key].copy_(value)
+            vars(self).update(before)
+            self._loaded = tuned.put_back(self._loaded)
+            raise
 
     @torch.no_grad()
     def _write(self, model: nn.Module, who: str) -> None:
@@ -279,6 +286,32 @@ class Originals:
                 "model, load CLEAR weights, then the LoRA."
             )
         return list(parameters)
+
+
+class _Copies:
+    """Parameters with CLEAR weights as they are now, on the CPU.
+
+    Args:
+        keys: of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, keys: Iterable[str]) -> None:
+        self._parameters = parameters_by_key(model) if keys else {}
+        self._values = {key: self._parameters[key].detach().to("cpu", copy=True) for key in keys}
+        self._versions = {key: _version(self._parameters[key]) for key in keys}
+
+    @torch.no_grad()
+    def put_back(self, loaded: dict[str, _Loaded]) -> dict[str, _Loaded]:
+        """Write those that changed; what was loaded, with PyTorch's counts after that."""
+        found = dict(loaded)
+        for key, value in self._values.items():
+            parameter = self._parameters[key]
+            # Ours were no changes; somebody's before us still count.
+            if _version(parameter) != self._versions[key]:
+                parameter.copy_(value)
+                if loaded[key].version == self._versions[key]:
+                    found[key] = replace(loaded[key], version=_version(parameter))
+        return found
 
 
 def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

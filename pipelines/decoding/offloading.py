@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.hooks.group_offloading import _get_group_onload_device
 from diffusers.utils.accelerate_utils import apply_forward_hook
+
+_brought: WeakKeyDictionary[Any, _Brought] = WeakKeyDictionary()
+_bringing = threading.Lock()
 
 
 @contextmanager
@@ -17,21 +22,48 @@ def loaded(vae: Any) -> Iterator[torch.device]:
 
     Model offload brings it there and takes it away with the next model, as if it had been called;
     sequential offload and leaf-level group offload serve each layer as it is called; what else
-    group offload keeps away is brought whole and given back at the end.
+    group offload keeps away is brought whole and given back at the end, by the last thread.
 
     Yields:
         The device.
     """
     _as_if_called(vae)
     device = _execution_device(vae)
-    away = [tensor for tensor in (*vae.parameters(), *vae.buffers()) if _is_away(tensor, device)]
-    kept = [tensor.data for tensor in away]
+    with _bringing:
+        if vae not in _brought:
+            _brought[vae] = _Brought(vae, device)
+        brought = _brought[vae]
+        brought.users += 1
     try:
-        for tensor in away:
-            tensor.data = tensor.data.to(device)
         yield device
     finally:
-        for tensor, data in zip(away, kept, strict=True):
+        with _bringing:
+            brought.users -= 1
+            if not brought.users:
+                brought.give_back()
+                del _brought[vae]
+
+
+class _Brought:
+    """What group offload keeps away of an autoencoder, on its device.
+
+    Attributes:
+        users: threads that need it there.
+    """
+
+    def __init__(self, vae: Any, device: torch.device) -> None:
+        tensors = (*vae.parameters(), *vae.buffers())
+        self._away = [(tensor, tensor.data) for tensor in tensors if _is_away(tensor, device)]
+        self.users = 0
+        try:
+            for tensor, data in self._away:
+                tensor.data = data.to(device)
+        except BaseException:
+            self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        for tensor, data in self._away:
             tensor.data = data
 
 

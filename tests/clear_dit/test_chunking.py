@@ -48,6 +48,23 @@ def largest_chunk():
     return watch
 
 
+def test_random_numbers_of_others_are_left_alone(monkeypatch):
+    """As where a thread draws noise while another applies CLEAR for the first time."""
+    torch.manual_seed(0)
+    expected, drawn = torch.rand(2), []
+    torch.manual_seed(0)
+    own = chunking._StandIn.forward
+
+    def draw_meanwhile(*args, **options):
+        if not drawn:
+            drawn.append(torch.rand(1))
+        return own(*args, **options)
+
+    monkeypatch.setattr(chunking._StandIn, "forward", draw_meanwhile)
+    chunking._check_forwards.__wrapped__()
+    assert torch.equal(torch.cat([*drawn, torch.rand(1)]), expected)
+
+
 @pytest.mark.parametrize(("tokens", "most"), [(1, 1), (7, 7), (19, 19), (37, 35), (TOKENS, 38)])
 def test_the_same_numbers_in_smaller_chunks(
     tiny_transformer, tiny_inputs, largest_chunk, tokens, most

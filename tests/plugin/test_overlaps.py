@@ -1,0 +1,208 @@
+"""What one thread does in the middle of another's forward, and what an interruption leaves."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from conftest import make_components, make_inputs, make_transformer
+from support.families.models import FAMILIES, make_model, run
+from support.families.models import make_inputs as make_family_inputs
+from support.threads import Middle
+from torch.overrides import TorchFunctionMode
+
+from clear_dit import (
+    CLEARFluxPipeline,
+    apply_clear,
+    load_clear_weights,
+    remove_clear,
+    save_clear_weights,
+)
+from clear_dit.chunking import chunk_feed_forward
+
+LOCAL = {"radius": 2, "far": False}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """CLEAR weights of another model."""
+    path = tmp_path_factory.mktemp("weights") / "clear_local_2.safetensors"
+    model = make_transformer(seed=1)
+    apply_clear(model, **LOCAL)
+    save_clear_weights(model, path)
+    return path
+
+
+def prepared(kind, weights):
+    """A fresh model: stock, under CLEAR, or with weights too."""
+    model = make_transformer()
+    if kind != "stock":
+        apply_clear(model, **LOCAL, weights=weights if kind == "weights" else None)
+    return model
+
+
+# From which state a call leads to which.
+CHANGES = {
+    "apply": ("stock", "clear", lambda model, path: apply_clear(model, **LOCAL)),
+    "apply with weights": (
+        "stock",
+        "weights",
+        lambda model, path: apply_clear(model, **LOCAL, weights=path),
+    ),
+    "load": ("clear", "weights", load_clear_weights),
+    "remove": ("weights", "stock", lambda model, path: remove_clear(model)),
+}
+
+
+@pytest.mark.parametrize("change", ["load", "remove"])
+@pytest.mark.parametrize("place", ["transformer_blocks.0.attn", "single_transformer_blocks.1"])
+def test_a_change_in_the_middle_of_a_forward(weights, change, place):
+    before, after, act = CHANGES[change]
+    inputs, middle = make_inputs(6, 9), Middle()
+    model = prepared(before, weights)
+    handle = model.get_submodule(place).register_forward_pre_hook(middle.reached)
+    found, _ = middle.run(lambda: run(model, inputs), lambda: act(model, weights))
+    handle.remove()
+    assert torch.equal(found, run(prepared(before, weights), inputs))
+    assert torch.equal(run(model, inputs), run(prepared(after, weights), inputs))
+
+
+class Interrupted(TorchFunctionMode):
+    """Raises at the nth tensor that is copied into another."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.left = number
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("number", [1, 5, 14])
+@pytest.mark.parametrize("change", ["apply with weights", "load", "remove"])
+def test_an_interrupted_change_leaves_the_model_as_it_was(weights, change, number):
+    before, after, act = CHANGES[change]
+    inputs, model = make_inputs(6, 9), prepared(before, weights)
+    with pytest.raises(KeyboardInterrupt), Interrupted(number):
+        act(model, weights)
+    assert torch.equal(run(model, inputs), run(prepared(before, weights), inputs))
+    act(model, weights)
+    assert torch.equal(run(model, inputs), run(prepared(after, weights), inputs))
+    remove_clear(model)
+    assert torch.equal(run(model, inputs), run(make_transformer(), inputs))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_an_interrupted_swap_of_a_stages_weights(weights, number):
+    """The first stage of a cascade runs with the original weights."""
+
+    def draw(pipe):
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 8}
+        return pipe("a house", **size, generator=generator, output_type="pt").images
+
+    def pipeline():
+        pipe = CLEARFluxPipeline(**make_components(), native_size=32)
+        pipe.set_progress_bar_config(disable=True)
+        apply_clear(pipe, **LOCAL, weights=weights)
+        return pipe
+
+    pipe, expected = pipeline(), draw(pipeline())
+    before = copy.deepcopy(pipe.transformer.state_dict())
+    with pytest.raises(KeyboardInterrupt), Interrupted(number):
+        draw(pipe)
+    for key, value in pipe.transformer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_models_of_two_families(name):
+    other = "flux" if name != "flux" else "sd3"
+    models = [make_model(name), make_model(other)]
+    inputs = [make_family_inputs(name, 4, 8), make_family_inputs(other, 8, 4)]
+    for model in models:
+        apply_clear(model, radius=2)
+    expected = [run(model, given) for model, given in zip(models, inputs, strict=True)]
+    middle = Middle()
+    layer = next(one for one in models[0].modules() if hasattr(one, "set_processor"))
+    layer.register_forward_pre_hook(middle.reached)
+    found = middle.run(lambda: run(models[0], inputs[0]), lambda: run(models[1], inputs[1]))
+    for value, right in zip(found, expected, strict=True):
+        assert torch.equal(value, right)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen-image", "z-image"])
+def test_checkpoints_that_run_again_while_another_forward_goes_by(name):
+    """In the backward pass, where their own forward is over."""
+
+    def gradients(model, act):
+        model.enable_gradient_checkpointing()
+        model.train()
+        loss = model(**make_family_inputs(name, 4, 8), return_dict=False)[0]
+        loss = loss[0] if isinstance(loss, list) else loss
+        act(lambda: loss.square().sum().backward())
+        return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+    models = [make_model(name) for _ in range(2)]
+    for model in models:
+        apply_clear(model, **LOCAL)
+    expected = gradients(models[0], lambda backward: backward())
+    middle = Middle()
+    layer = next(one for one in models[1].modules() if hasattr(one, "set_processor"))
+
+    def overlapped(backward):
+        layer.register_forward_pre_hook(middle.reached)
+        middle.run(backward, lambda: run(models[1], make_family_inputs(name, 8, 4)))
+
+    found = gradients(models[1], overlapped)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient)
+
+
+def test_more_sizes_than_are_remembered():
+    model = make_transformer()
+    apply_clear(model, **LOCAL)
+    sizes = [(rows, 3) for rows in range(2, 14)]
+    expected = {size: run(model, make_inputs(*size)) for size in sizes}
+    middle = Middle()
+
+    def several(order):
+        found = {}
+        for size in order:
+            found[size] = run(model, make_inputs(*size))
+            middle.reached()
+        return found
+
+    for found in middle.run(lambda: several(sizes), lambda: several(sizes[::-1])):
+        for size, value in found.items():
+            assert torch.equal(value, expected[size])
+
+
+@pytest.mark.parametrize("tokens", [None, 9])
+def test_offloaded_weights_are_one_threads(tokens):
+    """accelerate brings them for each call of a layer, and for all chunks of one."""
+    model, inputs = make_transformer(), [make_inputs(4, 6), make_inputs(6, 5)]
+    apply_clear(model, **LOCAL)
+    chunk_feed_forward(model, tokens)
+    expected = [run(model, given) for given in inputs]
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    middle = Middle()
+    layer = model.transformer_blocks[1].ff.net[0].proj
+    own = layer._old_forward
+
+    def pause(*args, **options):
+        middle.reached()
+        return own(*args, **options)
+
+    layer._old_forward = pause
+    found = middle.run(lambda: run(model, inputs[0]), lambda: run(model, inputs[1]))
+    for value, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6)
+    layer._old_forward = own
+    torch.testing.assert_close(run(model, inputs[0]), expected[0], rtol=1e-5, atol=1e-6)
