@@ -20,6 +20,7 @@ from torch import nn
 
 from .compat import names_from
 from .hooks import Innermost, loaded_once
+from .kernels.numbers import integer
 
 FluxSingleTransformerBlock, FluxTransformerBlock = names_from(
     "diffusers.models.transformers.transformer_flux",
@@ -55,10 +56,8 @@ def chunk_feed_forward(pipe_or_model: Any, tokens: int | None = CHUNK_TOKENS) ->
         ValueError: `tokens` is not a positive integer, or no block is FLUX's.
         ImportError: the blocks of the installed diffusers compute something else.
     """
-    if tokens is not None and (not isinstance(tokens, int) or tokens is True or tokens < 1):
-        raise ValueError(
-            f"chunk_feed_forward: tokens must be None or an integer of at least 1, got {tokens!r}."
-        )
+    if tokens is not None:
+        tokens = integer("chunk_feed_forward: tokens", tokens, 1)
     model = getattr(pipe_or_model, "transformer", pipe_or_model)
     blocks = [module for module in model.modules() if type(module) in FORWARDS]
     if not blocks:

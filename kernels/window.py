@@ -23,6 +23,7 @@ from .cells import (
     looked_into,
     rows_in_reach,
 )
+from .numbers import as_integer
 
 # How much a pooled key of `down_factor` weighs: as one key, or as the tokens it stands for.
 POOLED_WEIGHTS = ("one", "count")
@@ -90,7 +91,7 @@ class Window:
     def __post_init__(self) -> None:
         minimum = {"height": 1, "width": 1, "text_length": 0, "radius": 1, "down_factor": 1}
         for name, least in minimum.items():
-            _check_size(name, getattr(self, name), least)
+            self._check_size(name, least)
         if self.down_factor > 1 and self.down_factor > min(self.height, self.width):
             raise ValueError(
                 f"Window: down_factor must not exceed the token grid ({self.height} x "
@@ -107,6 +108,13 @@ class Window:
             self._check_references()
         self._check_pooling()
 
+    def _check_size(self, name: str, least: int) -> None:
+        """Leave an int in a field, or refuse it."""
+        given = getattr(self, name)
+        size = _size(name, given, least)
+        if not isinstance(given, int):
+            object.__setattr__(self, name, size)
+
     def _check_references(self) -> None:
         images = self.local_references
         if not isinstance(images, tuple) or not all(
@@ -115,9 +123,14 @@ class Window:
             raise TypeError(
                 f"Window: local_references must be a tuple of (rows, columns), got {images!r}."
             )
-        for rows, columns in images:
-            _check_size("rows of local_references", rows, 1)
-            _check_size("columns of local_references", columns, 1)
+        images = tuple(
+            (
+                _size("rows of local_references", rows, 1),
+                _size("columns of local_references", columns, 1),
+            )
+            for rows, columns in images
+        )
+        object.__setattr__(self, "local_references", images)
         if self.references_start < 0:
             raise ValueError(
                 f"Window: local_references {images} must be among the "
@@ -127,7 +140,7 @@ class Window:
             raise ValueError("Window: local_references and query_rows exclude each other.")
 
     def _check_pooling(self) -> None:
-        _check_size("far_levels", self.far_levels, 0)
+        self._check_size("far_levels", 0)
         if self.pooled_weight not in POOLED_WEIGHTS:
             raise ValueError(
                 f"Window: pooled_weight must be {' or '.join(POOLED_WEIGHTS)}, got "
@@ -403,8 +416,10 @@ class Window:
         return 4 * self.attended_pairs() * heads * head_dim
 
 
-def _check_size(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def _size(name: str, value: object, least: int) -> int:
+    size = as_integer(value)
+    if size is None:
         raise TypeError(f"Window: {name} must be an int, got {value!r}.")
-    if value < least:
-        raise ValueError(f"Window: {name} must be at least {least} token(s), got {value}.")
+    if size < least:
+        raise ValueError(f"Window: {name} must be at least {least} token(s), got {size}.")
+    return size

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+
+from clear_dit.kernels.numbers import as_integer, integer, number
 
 from .cascade.schedule import check_dynamic_shift
 from .cascade.stages import Stage
@@ -18,18 +21,64 @@ WHO = "CLEARFluxPipeline"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def check_options(
-    pipe: Any, options: dict[str, Any], height: int, width: int, guidance: float | None
-) -> None:
+COUNTS = ("num_inference_steps", "num_images_per_prompt", "max_sequence_length")
+SCALES = ("true_cfg_scale", "guidance_scale")
+
+
+def plain_numbers(options: Mapping[str, Any], token_pixels: int) -> dict[str, Any]:
+    """The same options with Python's own numbers, whatever has come.
+
+    Args:
+        options: the arguments of `FluxPipeline.__call__`. What it takes None for may be None, and
+            0 for height or width, which it takes for the native size.
+        token_pixels: side of a token.
+
+    Raises:
+        ValueError: a number is none, not whole where it must be, or out of its range.
+    """
+    plain = dict(options)
+    optional = {"guidance_scale", "max_sequence_length"}
+    if plain["sigmas"] is not None:
+        optional.add("num_inference_steps")
+        plain["sigmas"] = [number(f"{WHO}: sigmas", sigma) for sigma in plain["sigmas"]]
+    for name in (*COUNTS, *SCALES):
+        if plain[name] is None and name in optional:
+            continue
+        who = f"{WHO}: {name}"
+        plain[name] = number(who, plain[name]) if name in SCALES else integer(who, plain[name], 1)
+    for name in ("height", "width"):
+        if plain[name] is not None and as_integer(plain[name]) != 0:
+            plain[name] = check_side(name, plain[name], token_pixels)
+    return plain
+
+
+def check_side(name: str, pixels: Any, token_pixels: int) -> int:
+    """A side of an image, in pixels; `name` is for the message.
+
+    Raises:
+        ValueError: it is no positive multiple of a token's side.
+    """
+    side = as_integer(pixels)
+    if side is None or side <= 0 or side % token_pixels:
+        near = "."
+        if side is not None:
+            lower = max(side // token_pixels, 1) * token_pixels
+            near = f"; the nearest are {lower} and {lower + token_pixels}."
+        raise ValueError(
+            f"{WHO}: {name} must be a multiple of {token_pixels} pixels, got {pixels}{near}"
+        )
+    return side
+
+
+def check_options(pipe: Any, options: dict[str, Any], height: int, width: int) -> None:
     """Refuse what can be told before the stages are planned.
 
     Args:
         options: the arguments of `FluxPipeline.__call__`.
         height, width: of the image, in pixels.
-        guidance: weight of low-resolution guidance.
 
     Raises:
-        ValueError: prompts, sizes, steps, output_type or the weight are out of their range.
+        ValueError: prompts, sizes or output_type are not what they must be.
     """
     names = tuple(inspect.signature(FluxPipeline.check_inputs).parameters)[5:]
     pipe.check_inputs(
@@ -44,12 +93,6 @@ def check_options(
             f"{WHO}: output_type must be one of {', '.join(OUTPUT_TYPES)}; got "
             f"{options['output_type']!r}."
         )
-    if options["num_inference_steps"] < 1:
-        raise ValueError(
-            f"{WHO}: num_inference_steps must be at least 1, got {options['num_inference_steps']}."
-        )
-    if guidance is not None and not 0 <= guidance <= 1:
-        raise ValueError(f"{WHO}: low_resolution_guidance must be from 0 to 1, got {guidance}.")
 
 
 def check_stages(
@@ -96,6 +139,27 @@ def check_stages(
             )
     if kept and options["generator"] is None:
         raise ValueError(f"{WHO}: stages_dir needs a generator: other noise is another image.")
+
+
+def check_generators(options: dict[str, Any], noises: int, images: int, stages: int) -> None:
+    """Refuse a list of generators of another length than noises are drawn.
+
+    Args:
+        options: the arguments of `FluxPipeline.__call__`.
+        noises, images: see `count_images`.
+        stages: their number; latents are the noise of the first.
+
+    Raises:
+        ValueError: the numbers of generators and of images.
+    """
+    generators = options["generator"]
+    fitting = {noises} if options["latents"] is None else {1, images}
+    drawn = options["latents"] is None or stages > 1
+    if drawn and isinstance(generators, list) and len(generators) not in fitting:
+        raise ValueError(
+            f"{WHO}: {len(generators)} generators for {max(fitting)} images; give one, or one for "
+            "each."
+        )
 
 
 def check_shared(

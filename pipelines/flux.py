@@ -34,6 +34,7 @@ from transformers import (
 
 from clear_dit.attention.processor import CLEARProcessor
 from clear_dit.families.table import transformer_of
+from clear_dit.kernels.numbers import number
 from clear_dit.plugin import install
 from clear_dit.weights.load import load_clear_weights
 from clear_dit.weights.state import ClearState
@@ -44,11 +45,18 @@ from .cascade.run import Request, images_from, run_stages
 from .cascade.stage_attention import can_run_full, pools_keys, runs_clear
 from .cascade.stage_files import StageFiles
 from .cascade.stages import Stage, plan_stages
-from .checks import check_options, check_shared, check_stages
+from .checks import (
+    check_generators,
+    check_options,
+    check_shared,
+    check_side,
+    check_stages,
+    plain_numbers,
+)
 from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
 from .parallel.patch_parallel import PatchParallel
-from .text import count_prompts, encode_prompts
+from .text import EncodedPrompts, count_images, encode_prompts, for_call
 from .text_encoders import encoders_alone
 
 WHO = "CLEARFluxPipeline"
@@ -107,14 +115,10 @@ class CLEARFluxPipeline(FluxPipeline):
             image_encoder,
             feature_extractor,
         )
-        self.register_to_config(native_size=native_size)
         if native_size is not None:
-            if native_size <= 0 or native_size % self._token_pixels:
-                raise ValueError(
-                    f"{WHO}: native_size must be a multiple of {self._token_pixels} pixels, got "
-                    f"{native_size}."
-                )
+            native_size = check_side("native_size", native_size, self._token_pixels)
             self.default_sample_size = native_size // self.vae_scale_factor
+        self.register_to_config(native_size=native_size)
         self._patch_parallel: PatchParallel | None = None
         self._interrupt = False
         # Of a call's own copy: what it is of, and where it is.
@@ -236,11 +240,14 @@ class CLEARFluxPipeline(FluxPipeline):
         """
         given = _PARENT.bind(self, *args, **kwargs)
         given.apply_defaults()
-        options = dict(given.arguments)
+        options = plain_numbers(given.arguments, self._token_pixels)
+        if low_resolution_guidance is not None:
+            who = f"{WHO}: low_resolution_guidance"
+            low_resolution_guidance = number(who, low_resolution_guidance, 0, 1)
         pixels = [] if image is None else pixels_from(image, self._token_pixels)
         image_size = (pixels[0].shape[-2], pixels[0].shape[-1]) if pixels else None
         height, width = self._size(options["height"], options["width"], image_size)
-        check_options(self, options, height, width, low_resolution_guidance)
+        check_options(self, options, height, width)
         embeds, sigmas = options["prompt_embeds"], options["sigmas"]
         model = transformer_of(self, WHO, "cascade")
         stages = plan_stages(
@@ -271,16 +278,23 @@ class CLEARFluxPipeline(FluxPipeline):
                 "set_attn_processor(CLEARProcessor()) first",
                 stages[-1].name,
             )
-        batch = count_prompts(options) * options["num_images_per_prompt"]
+        noises, batch = count_images(options)
         if pixels and len(pixels) not in (1, batch):
             raise ValueError(f"{WHO}: image: {len(pixels)} images for {batch}; give one or all.")
-        if isinstance(options["generator"], list) and len(options["generator"]) != batch:
-            raise ValueError(
-                f"{WHO}: {len(options['generator'])} generators for {batch} images; give one, or "
-                "one for each."
-            )
+        check_generators(options, noises, batch, len(stages))
         refuse_too_large(self, stages[-1], batch, ranks)
-        text = encode_prompts(self, options)
+        text = encode_prompts(self, options, batch)
+        latents = options["latents"]
+        if noises < batch and latents is None and not pixels:
+            latents, _ = self.prepare_latents(
+                noises,
+                self.transformer.config.in_channels // 4,
+                stages[0].height,
+                stages[0].width,
+                text["prompt_embeds"].dtype,
+                self._execution_device,
+                options["generator"],
+            )
         callback = options["callback_on_step_end"]
         inputs = options["callback_on_step_end_tensor_inputs"]
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
@@ -293,7 +307,7 @@ class CLEARFluxPipeline(FluxPipeline):
             steps=options["num_inference_steps"] if sigmas is None else len(sigmas),
             sigmas=sigmas,
             generator=options["generator"],
-            latents=options["latents"],
+            latents=None if latents is None else latents.expand(batch, -1, -1),
             pixels=pixels,
             guidance_weight=low_resolution_guidance,
             callback=callback,
@@ -314,6 +328,7 @@ class CLEARFluxPipeline(FluxPipeline):
                 check_agreement(self, request, self._patch_parallel.groups)
                 own = stack.enter_context(self._patch_parallel.one_pass(common))
                 request = replace(request, options=own)
+            request = replace(request, options=for_call(request.options))
             latents, last = run_stages(call, request, files)
         images = self._finish(latents, last, options["output_type"])
         self.maybe_free_model_hooks()
@@ -391,8 +406,8 @@ class CLEARFluxPipeline(FluxPipeline):
 
     def encode_prompt(
         self,
-        prompt: str | list[str],
-        prompt_2: str | list[str] | None = None,
+        prompt: Any,
+        prompt_2: Any = None,
         device: torch.device | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
@@ -400,7 +415,12 @@ class CLEARFluxPipeline(FluxPipeline):
         max_sequence_length: int = 512,
         lora_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As in `FluxPipeline`; threads that share text encoders or tokenizers take turns."""
+        """As in `FluxPipeline`; threads that share text encoders or tokenizers take turns.
+
+        `EncodedPrompts` have their embeddings with them.
+        """
+        if isinstance(prompt, EncodedPrompts):
+            prompt, prompt_embeds, pooled_prompt_embeds = None, prompt.embeds, prompt.pooled
         with encoders_alone(self, lora_scale):
             found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = super().encode_prompt(
                 prompt,
@@ -421,14 +441,8 @@ class CLEARFluxPipeline(FluxPipeline):
         Raises:
             ValueError: height or width is not a positive multiple of a token's side.
         """
-        side = self._token_pixels
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels <= 0 or pixels % side:
-                lower = max(pixels // side, 1) * side
-                raise ValueError(
-                    f"{WHO}: {name} must be a multiple of {side} pixels, got {pixels}; "
-                    f"the nearest are {lower} and {lower + side}."
-                )
+        height = check_side("height", height, self._token_pixels)
+        width = check_side("width", width, self._token_pixels)
         super().check_inputs(prompt, prompt_2, height, width, *args, **kwargs)
 
     @staticmethod

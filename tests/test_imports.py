@@ -32,7 +32,7 @@ ROOMS = (
 )
 INSIDE = {
     "kernels": (
-        "cells merge",
+        "cells merge numbers",
         "window",
         "pooling",
         "opaque reference flex",

@@ -9,6 +9,7 @@ from ..errors import RequestError
 from ..generation.models import TOKEN_PIXELS
 from ..generation.prompts import check_prompt
 from ..generation.request import GenerateRequest, make_request
+from ..kernels.numbers import as_integer, as_number
 from .settings import MAX_FULL_PIXELS, MAX_PROMPT, MAX_STEPS, Settings
 
 ATTENTIONS = ("clear", "full", "both")
@@ -140,15 +141,16 @@ def _side(name: str, value: Any) -> int:
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:
-    number = _number(name, value, least, most)
-    if number != int(number):
+    number = as_integer(_number(name, value, least, most))
+    if number is None:
         raise RequestError(f"{name} must be a whole number, got {value}.")
-    return int(number)
+    return number
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = as_number(value)
+    if number is None:
         raise RequestError(f"{name} must be a number, got {value!r}.")
-    if not least <= value <= most:
-        raise RequestError(f"{name} must be from {least} to {most}, got {value}.")
-    return value
+    if not least <= number <= most:
+        raise RequestError(f"{name} must be from {least} to {most}, got {number}.")
+    return number

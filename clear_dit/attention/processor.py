@@ -14,6 +14,7 @@ from ..compat import names_from
 from ..kernels.attention import local_attention
 from ..kernels.cells import FAR_LEVELS
 from ..kernels.choice import IMPLS, why_not
+from ..kernels.numbers import integer
 from ..kernels.two_positions import Rotated, Scaled, two_position_attention
 from ..kernels.window import POOLED_WEIGHTS, Window
 from .layout import Layout
@@ -110,8 +111,8 @@ class CLEARProcessor(nn.Module):
         pooled_weight: str = "one",
     ) -> None:
         super().__init__()
-        _check_integer("radius", radius, 1)
-        _check_integer("down_factor", down_factor, 1)
+        radius = integer("CLEARProcessor: radius", radius, 1)
+        down_factor = integer("CLEARProcessor: down_factor", down_factor, 1)
         if impl not in IMPLS:
             raise ValueError(
                 f"CLEARProcessor: impl must be one of {', '.join(IMPLS)}; got {impl!r}."
@@ -128,11 +129,13 @@ class CLEARProcessor(nn.Module):
                 raise ValueError(
                     f"CLEARProcessor: grid must be (rows, columns) in tokens, got {grid!r}."
                 )
-            for name, size in zip(("grid rows", "grid columns"), grid, strict=True):
-                _check_integer(name, size, 1)
-            grid = (grid[0], grid[1])
+            rows, columns = grid
+            grid = (
+                integer("CLEARProcessor: grid rows", rows, 1),
+                integer("CLEARProcessor: grid columns", columns, 1),
+            )
         if proportional_base is not None:
-            _check_integer("proportional_base", proportional_base, 2)
+            proportional_base = integer("CLEARProcessor: proportional_base", proportional_base, 2)
         if references not in REFERENCES:
             raise ValueError(
                 f"CLEARProcessor: references must be {' or '.join(REFERENCES)}, got {references!r}."
@@ -537,11 +540,4 @@ def _check_far(far: object, pooled_weight: object, radius: int, down_factor: int
         raise ValueError(
             f"CLEARProcessor: pooled_weight={pooled_weight!r} is for the pooled keys of "
             "down_factor > 1, got down_factor=1; leave it out (far keys always count)."
-        )
-
-
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(
-            f"CLEARProcessor: {name} must be an integer of at least {minimum}, got {value!r}."
         )

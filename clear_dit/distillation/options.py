@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RequestError
-from ..generation.checks import takes_far
+from ..generation.checks import Bounds, take_numbers, takes_far
 from ..generation.models import model_path
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 OPTIMIZERS = {"prodigy": 1.0, "adamw": 1e-4}  # and their learning rates
 REPORTS = ("tensorboard", "wandb", "none")
 PRECISIONS = ("no", "bf16")
-# (lowest, highest)
-_BOUNDS: dict[str, tuple[float, float]] = {
+_BOUNDS: dict[str, Bounds] = {
     "radius": (1, 10**9),
     "down_factor": (1, 1024),
     "lora": (1, 1024),
@@ -123,10 +122,7 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         model_path(self.model)
-        for name, (low, high) in _BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise RequestError(f"{_flag(name)} must be from {low} to {high}, got {value}.")
+        take_numbers(self, _BOUNDS)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..errors import RequestError, first_line
-from ..generation.checks import check_size, find_device, find_dtype
+from ..generation.checks import Bounds, check_size, find_device, find_dtype, take_numbers
 from ..generation.denoising import Text, decode, denoise, encode, two_passes
 from ..generation.image_output import save_png
 from ..generation.models import load_pipeline, model_defaults, model_path
@@ -36,6 +36,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEMO_PROMPTS = "demo"
+_BOUNDS: dict[str, Bounds] = {
+    "count": (1, MAX_COUNT),
+    "steps": (1, MAX_STEPS),
+    "batch": (1, 1024),
+    "shard_size": (1, 10_000),
+    "seed": (0, 2**62),
+    "guidance": (0, 100),
+}
 
 
 @dataclass(frozen=True)
@@ -76,21 +84,9 @@ class SampleRequest:
 
     def __post_init__(self) -> None:
         model_path(self.model)
-        check_size("height", self.height)
-        check_size("width", self.width)
-        bounds = {
-            "count": (1, MAX_COUNT),
-            "steps": (1, MAX_STEPS),
-            "batch": (1, 1024),
-            "shard_size": (1, 10_000),
-            "seed": (0, 2**62),
-            "guidance": (0, 100),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                option = name.replace("_", "-")
-                raise RequestError(f"--{option} must be from {low} to {high}, got {value}.")
+        for name in ("height", "width"):
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))
+        take_numbers(self, _BOUNDS)
         find_dtype(self.dtype)
         find_device(self.device)
 

@@ -12,9 +12,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import RequestError
-from ..generation.checks import find_window, takes_far
+from ..generation.checks import find_window, take_numbers, takes_far
 from ..generation.prompts import read_prompts
 from ..generation.request import GenerateRequest, make_request
+from ..kernels.numbers import integer
 from ..weights.format import made_for_far
 from ..weights.known import adapter_folder
 from ..weights.load import find_weights
@@ -90,8 +91,7 @@ class EvaluateRequest:
     batch: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.batch <= MAX_BATCH:
-            raise RequestError(f"--batch must be from 1 to {MAX_BATCH}, got {self.batch}.")
+        take_numbers(self, {"batch": (1, MAX_BATCH)})
         if self.generation.seed + len(self.prompts) > 2**63:
             raise RequestError("--seed: the last image's seed must be below 2^63.")
         for variant in self.variants[1:]:
@@ -134,8 +134,9 @@ def make_evaluate_request(
     Raises:
         RequestError: see `EvaluateRequest`; or the prompts, the weights' files, a metric's name.
     """
-    if not 1 <= count <= MAX_COUNT:
-        raise RequestError(f"--count must be from 1 to {MAX_COUNT}, got {count}.")
+    count = integer("--count", count, 1, MAX_COUNT, RequestError)
+    down_factor = integer("--down-factor", down_factor, 1, error=RequestError)
+    radii = [integer("--radius", radius, 1, error=RequestError) for radius in radii]
     names = _metric_names(metrics)
     generation = make_request("evaluation", model, **settings)
     texts = evaluation_prompts(prompts, count)

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
 import torch
 
 from ..errors import RequestError, first_line
 from ..kernels.cells import FAR_LEVELS
 from ..kernels.choice import select_impl
+from ..kernels.numbers import as_integer, integer, number
 from ..kernels.window import Window
 from .models import TOKEN_PIXELS
 
 # Bounds before memory is taken: 16384 px a side is a million tokens.
 MAX_SIDE = 16384
+# Least and most; the latter may be left out.
+Bounds = tuple[float] | tuple[float, float]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_size(name: str, pixels: int, token_pixels: int = TOKEN_PIXELS) -> None:
-    """Refuse a side that is not whole tokens, or larger than this program takes."""
-    if pixels < token_pixels or pixels % token_pixels or pixels > MAX_SIDE:
+def take_numbers(request: Any, bounds: Mapping[str, Bounds]) -> None:
+    """Leave Python's own numbers in the fields of a request, or refuse them.
+
+    Args:
+        request: a frozen dataclass; a field whose type is int must be whole, one that is None
+            stays so.
+        bounds: by field.
+
+    Raises:
+        RequestError: which option, its bounds and what came.
+    """
+    for field in fields(request):
+        value = getattr(request, field.name)
+        if field.name in bounds and value is not None:
+            check: Callable[..., float] = integer if "int" in str(field.type) else number
+            who = f"--{field.name.replace('_', '-')}"
+            value = check(who, value, *bounds[field.name], error=RequestError)
+            object.__setattr__(request, field.name, value)
+
+
+def check_size(name: str, pixels: Any, token_pixels: int = TOKEN_PIXELS) -> int:
+    """A side in pixels, or refuse what is not whole tokens, or larger than this program takes."""
+    side = as_integer(pixels)
+    if side is None or side % token_pixels or not token_pixels <= side <= MAX_SIDE:
         raise RequestError(
             f"--{name} must be a multiple of {token_pixels} from {token_pixels} to {MAX_SIDE} "
             f"pixels, got {pixels}."
         )
+    return side
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -103,5 +132,5 @@ def find_window(
             down_factor,
             far_levels=FAR_LEVELS if far else 0,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise RequestError(str(error)) from error

@@ -7,13 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..kernels.numbers import number
 from ..weights.known import AUTO
-from .checks import find_device, find_dtype, find_impl, find_window
+from .checks import (
+    Bounds,
+    check_size,
+    find_device,
+    find_dtype,
+    find_impl,
+    find_window,
+    take_numbers,
+)
 from .image_input import read_image
 from .models import TOKEN_PIXELS, ModelDefaults, model_defaults, model_path
 
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"
+_BOUNDS: dict[str, Bounds] = {
+    "radius": (1,),
+    "down_factor": (1,),
+    "steps": (1, MAX_STEPS),
+    "guidance": (0, 100),
+    "seed": (0, 2**63 - 1),
+    "low_resolution_guidance": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -73,24 +90,17 @@ class GenerateRequest:
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; describe an image.")
         model_path(self.model)
+        take_numbers(self, _BOUNDS)
+        for name in ("height", "width"):
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))
         find_window(self.height, self.width, self.radius, self.down_factor, far=self.far is True)
         if self.attention not in ("clear", "full"):
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
         if self.attention == "full" and self.weights not in (None, AUTO):
             raise RequestError("--weights are for --attention clear; leave them out with full.")
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise RequestError(f"--steps must be from 1 to {MAX_STEPS}, got {self.steps}.")
-        if not 0 <= self.guidance <= 100:
-            raise RequestError(f"--guidance must be from 0 to 100, got {self.guidance}.")
-        if not 0 <= self.seed < 2**63:
-            raise RequestError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}.")
-        shares = {"strength": self.strength or ()}
-        if self.low_resolution_guidance is not None:
-            shares["low-resolution-guidance"] = (self.low_resolution_guidance,)
-        for name, values in shares.items():
-            for value in values:
-                if not 0 <= value <= 1:
-                    raise RequestError(f"--{name} must be from 0 to 1, got {value}.")
+        if self.strength is not None:
+            strength = (number("--strength", x, 0, 1, RequestError) for x in self.strength)
+            object.__setattr__(self, "strength", tuple(strength))
         dtype, device = find_dtype(self.dtype), find_device(self.device)
         if self.attention == "clear":
             find_impl(self.impl, dtype, device)
@@ -143,14 +153,13 @@ def _enlarged_size(settings: dict[str, Any]) -> tuple[int, int]:
     """Height and width of the image that an image is enlarged to."""
     from ..pipelines.cascade.given_image import check_image, enlarged_size
 
+    height, width = (
+        None if settings.get(name) is None else check_size(name, settings[name])
+        for name in ("height", "width")
+    )
     image = read_image(Path(settings["image"]))
     try:
         check_image(image, TOKEN_PIXELS)
-        return enlarged_size(
-            settings.get("height"),
-            settings.get("width"),
-            (image.height, image.width),
-            TOKEN_PIXELS,
-        )
+        return enlarged_size(height, width, (image.height, image.width), TOKEN_PIXELS)
     except ValueError as error:
         raise RequestError(str(error)) from error

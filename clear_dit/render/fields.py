@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..generation.prompts import check_prompt
+from ..kernels.numbers import as_integer, as_number
 from .names import check_id
 
 MAX_SEEDS = 10_000
@@ -112,13 +113,14 @@ def _prompt(name: str, value: object) -> str:
 
 
 def _integer(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    number = as_integer(value)
+    if number is None:
         raise RequestError(f"{name} must be an integer, got {str(value)[:100]!r}.")
-    if abs(value) >= 2**63:
+    if abs(number) >= 2**63:
         raise RequestError(f"{name} must be below 2^63.")
-    if name == "seeds" and not 1 <= value <= MAX_SEEDS:
-        raise RequestError(f"seeds must be from 1 to {MAX_SEEDS}, got {value}.")
-    return value
+    if name == "seeds" and not 1 <= number <= MAX_SEEDS:
+        raise RequestError(f"seeds must be from 1 to {MAX_SEEDS}, got {number}.")
+    return number
 
 
 def _boolean(name: str, value: object) -> bool:
@@ -128,10 +130,11 @@ def _boolean(name: str, value: object) -> bool:
 
 
 def _number(name: str, value: object) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    number = as_number(value)
+    if number is None:
         raise RequestError(f"{name} must be a number, got {str(value)[:100]!r}.")
     try:
-        return float(value)
+        return float(number)
     except OverflowError:
         raise RequestError(f"{name} is too large.") from None
 

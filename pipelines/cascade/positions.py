@@ -14,6 +14,8 @@ from itertools import chain
 import torch
 from torch import nn
 
+from clear_dit.kernels.numbers import as_number
+
 METHODS = ("none", "ntk", "yarn", "interpolation", "two")
 
 # NTK-by-parts (arXiv 2309.00071, section 3.2): a pair of channels that turns at least YARN_FAST
@@ -180,7 +182,7 @@ def check_method(method: str, factors: tuple[float, float]) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"rope must be one of {', '.join(METHODS)}; got {method!r}.")
-    if len(factors) != 2 or not all(math.isfinite(f) and f > 0 for f in factors):
+    if len(factors) != 2 or not all((as_number(factor) or 0) > 0 for factor in factors):
         raise ValueError(
             f"rope factors must be two positive numbers (rows, columns), got {factors}."
         )

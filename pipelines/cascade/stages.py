@@ -6,7 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+
+from clear_dit.kernels.numbers import number
 
 from .resolution import NATIVE_SLACK, Resolution, settings_for
 
@@ -139,16 +143,12 @@ def _sizes(target: tuple[int, int], scale: float, enlargements: int) -> list[tup
 
 def _strengths(strength: float | Sequence[float] | None, stages: int) -> Sequence[float]:
     who = "CLEARFluxPipeline: strength"
-    if isinstance(strength, Sequence):
+    values: list[Any] = [DEFAULT_STRENGTH if strength is None else strength] * max(stages, 1)
+    if isinstance(strength, (Sequence, np.ndarray)) and np.ndim(strength):
         values = list(strength)
         if len(values) != stages:
             raise ValueError(
                 f"{who} has {len(values)} values, but {stages} stages enlarge an image; give one "
                 "number, or one for each."
             )
-    else:
-        values = [DEFAULT_STRENGTH if strength is None else strength] * max(stages, 1)
-    for value in values:
-        if not 0 <= value <= 1:
-            raise ValueError(f"{who} must be from 0 to 1, got {value}.")
-    return values[:stages]
+    return [number(who, value, 0, 1) for value in values][:stages]

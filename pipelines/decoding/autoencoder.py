@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup, Work
 
+from clear_dit.kernels.numbers import as_integer
 from clear_dit.process_group import RankGroup
 
 from .group_norm import SharedGroupNorm, measure
@@ -276,8 +277,9 @@ def _tile_side(who: str, tile_pixels: int | None, factor: int, height: int, widt
     """Side of a tile; one that holds the whole image where that is small."""
     if tile_pixels is None:
         return max(height, width) if height * width <= TILE_PIXELS**2 else TILE_PIXELS
-    if tile_pixels < factor or tile_pixels % factor:
+    side = as_integer(tile_pixels)
+    if side is None or side < factor or side % factor:
         raise ValueError(
             f"{who}: tile_pixels must be a positive multiple of {factor}, got {tile_pixels}."
         )
-    return tile_pixels
+    return side

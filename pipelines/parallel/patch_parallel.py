@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from clear_dit.attention.layout import Layout
 from clear_dit.attention.processor import CLEARProcessor
 from clear_dit.families.table import attention_layers, transformer_of
+from clear_dit.kernels.numbers import integer
 from clear_dit.weights.state import Call, ClearState
 
 from .attention import SharedImage
@@ -117,11 +118,8 @@ class PatchParallel:
                 f"{WHO}: guidance has two passes, so the mesh's 'guidance' must be 1 or 2, got "
                 f"{self.guidance_ranks}."
             )
-        if stale_halos_after is not None and stale_halos_after < 1:
-            raise ValueError(
-                f"{WHO}: stale_halos_after must be None or at least 1 step (the first has no step "
-                f"before it), got {stale_halos_after}."
-            )
+        if stale_halos_after is not None:  # the first step has none before it
+            stale_halos_after = integer(f"{WHO}: stale_halos_after", stale_halos_after, 1)
         self.group = mesh.get_group("patch")
         self.guidance_group = mesh.get_group("guidance") if self.guidance_ranks > 1 else None
         self.stale_halos_after = stale_halos_after

@@ -149,8 +149,8 @@ def test_refused_windows(references, rows, message):
 
 
 def test_what_is_refused():
-    with pytest.raises(TypeError, match=r"columns of local_references must be an int, got 2\.0"):
-        Window(4, 4, 12, 2, local_references=((2, 2.0),))
+    with pytest.raises(TypeError, match=r"columns of local_references must be an int, got 2\.5"):
+        Window(4, 4, 12, 2, local_references=((2, 2.5),))
     for references in ([(2, 2)], (2, 2), ([2, 2],), ((2, 2, 1),), None):
         with pytest.raises(TypeError, match=r"must be a tuple of \(rows, columns\), got"):
             Window(4, 4, 12, 2, local_references=references)

@@ -1,9 +1,13 @@
 """Prompts by their number: what stock diffusers takes gives the images that it gives there."""
 
+import contextlib
+import random
+
 import pytest
 import torch
 from conftest import make_components
 from diffusers import FluxPipeline
+from support.families.models import TEXT_CHANNELS
 
 from clear_dit import CLEARFluxPipeline, apply_clear
 
@@ -91,3 +95,91 @@ def test_copies_are_of_their_prompt(pipes, copies):
 def test_other_numbers_are_refused(pipes, options, message):
     with pytest.raises(ValueError, match=message):
         draw(pipes[1], **options)
+
+
+TEXTS = (None, A, B, [A], [A, B], [B, A, A])
+
+
+def any_call(seed):
+    """A random call: every argument that says how many images there are, of any number and type."""
+    choose = random.Random(seed).choice
+    options = {"prompt": choose(TEXTS[1:]), "prompt_2": choose(TEXTS)}
+    embeds = {}
+    for rows in (1, 2, 4):
+        made = torch.Generator().manual_seed(rows)
+        words = torch.randn(rows, choose((5, 8)), TEXT_CHANNELS, generator=made)
+        embeds[rows] = words, torch.randn(rows, TEXT_CHANNELS, generator=made)
+    if choose((True, False)):
+        rows = choose((1, 2))
+        pooled = embeds[choose((rows, rows, 1, 2))][1]
+        options = {"prompt_embeds": embeds[rows][0], "pooled_prompt_embeds": pooled}
+    if choose((True, True, False)):
+        options["negative_prompt"] = choose(TEXTS[1:])
+        options["negative_prompt_2"] = choose((None, None, *TEXTS))
+    elif choose((True, False)):
+        words, pooled = embeds[choose((1, 2, 4))]
+        options |= {"negative_prompt_embeds": words, "negative_pooled_prompt_embeds": pooled}
+    options |= {"true_cfg_scale": choose((1.0, 2.0, 2.0)), "num_images_per_prompt": choose((1, 2))}
+    options["seeds"] = choose((0, 0, [0], [0, 1], [3, 1, 2, 0]))
+    rows = choose((None, None, None, 1, 2))
+    if rows is not None:
+        made = torch.Generator().manual_seed(5)
+        options["latents"] = torch.randn(rows, 64, 4, generator=made)
+    return options
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_any_call_that_stock_takes(pipes, part):
+    taken = 0
+    for seed in range(60 * part, 60 * (part + 1)):
+        options = any_call(seed)
+        try:
+            expected = draw(pipes[0], **options)
+        except (RuntimeError, ValueError):
+            with contextlib.suppress(ValueError):  # of ours: it takes more than stock, or refuses
+                draw(pipes[1], **options)
+            continue
+        torch.testing.assert_close(draw(pipes[1], **options), expected, rtol=0, atol=1e-5)
+        taken += 1
+    assert taken >= 10
+
+
+def test_one_prompt_and_two_negative_ones(pipes):
+    """Stock makes two images of one noise; in a cascade they part where noise is drawn again."""
+    options = {"prompt": A, "negative_prompt": [A, B], **GUIDED}
+    expected, found = (draw(pipe, **options) for pipe in pipes)
+    assert len(expected) == 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    large = draw(pipes[1], height=64, width=64, **options)
+    assert large.shape == (2, 3, 64, 64)
+    assert torch.equal(draw(pipes[1], height=64, width=64, **options), large)
+
+
+@pytest.mark.parametrize("lengths", [(5, 8), (8, 5)])
+def test_texts_of_two_lengths_in_a_cascade(pipes, lengths):
+    """The pass of each is as long as its own text; the second stage has them too."""
+    with torch.no_grad():
+        embeds, pooled, _ = pipes[1].encode_prompt(A, None, max_sequence_length=lengths[0])
+        words, negative, _ = pipes[1].encode_prompt(B, None, max_sequence_length=lengths[1])
+    given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, **GUIDED}
+    size = {"height": 64, "width": 64}
+    of_text = draw(
+        pipes[1], negative_prompt=B, **given, **size | {"max_sequence_length": lengths[1]}
+    )
+    of_embeddings = draw(
+        pipes[1],
+        negative_prompt_embeds=words,
+        negative_pooled_prompt_embeds=negative,
+        **given,
+        **size,
+    )
+    torch.testing.assert_close(of_text, of_embeddings, rtol=0, atol=1e-5)
+
+
+def test_latents_need_no_generators(pipes):
+    """As in stock, which draws nothing then; a cascade does."""
+    latents = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(2))
+    expected, found = (draw(p, [0, 1, 2], prompt=A, latents=latents) for p in pipes)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="3 generators for 2 images; give one, or one for each"):
+        draw(pipes[1], [0, 1, 2], prompt=A, latents=latents, height=64, width=64)

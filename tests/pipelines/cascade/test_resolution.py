@@ -226,10 +226,10 @@ def test_dynamic_shifting_becomes_static(tiny_pipeline):
     [
         ({"rope": "dype"}, "rope must be one of none, ntk, yarn, interpolation, two; got 'dype'"),
         ({"rope_factors": (1.0, -2.0)}, r"two positive numbers \(rows, columns\), got \(1.0, -2.0"),
-        ({"trained_side": 0}, "trained_side must be at least 1, got 0"),
+        ({"trained_side": 0}, "trained_side must be an integer of at least 1, got 0"),
         ({"shift": 0.0}, "shift must be a positive number, got 0.0"),
         ({"shift": math.nan}, "shift must be a positive number, got nan"),
-        ({"proportional_base": 1}, "proportional_base must be at least 2, got 1"),
+        ({"proportional_base": 1}, "proportional_base must be an integer of at least 2, got 1"),
     ],
 )
 def test_refused(settings, message):

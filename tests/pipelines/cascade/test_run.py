@@ -194,7 +194,10 @@ ARGUMENTS = {
     "size": ({"height": 50}, "height must be a multiple of 4 pixels, got 50"),
     "strength": ({"strength": 1.1}, "strength must be from 0 to 1, got 1.1"),
     "guidance": ({"low_resolution_guidance": 2.0}, "low_resolution_guidance must be from 0 to 1"),
-    "steps": ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+    "steps": (
+        {"num_inference_steps": 0},
+        "num_inference_steps must be an integer of at least 1, got 0",
+    ),
     "latents": ({"latents": torch.zeros(1, 192, 4)}, r"for the first stage, 20x12: \(batch, 15,"),
     "nan latents": ({"latents": torch.full((1, 15, 4), torch.nan)}, "latents must be finite"),
     "latents and image": (

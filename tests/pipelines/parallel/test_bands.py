@@ -146,7 +146,7 @@ def test_what_is_refused(fake_ranks, tiny_pipeline, tiny_transformer, tiny_input
             PatchParallel(wrong)
     with pytest.raises(ValueError, match="'guidance' must be 1 or 2, got 4"):
         PatchParallel(init_device_mesh("cpu", (4, 1), mesh_dim_names=("guidance", "patch")))
-    with pytest.raises(ValueError, match="stale_halos_after must be None or at least 1"):
+    with pytest.raises(ValueError, match="stale_halos_after must be an integer of at least 1"):
         PatchParallel(mesh, stale_halos_after=0)
     with pytest.raises(ValueError, match="needs CLEARFluxPipeline"):
         parallelize(model, both)
