@@ -48,18 +48,35 @@ Impl = Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.
 Batch = Annotated[int, typer.Option(help="Images at once.")]
 
 
-def numbers(option: str, text: str) -> tuple[float, ...]:
+def numbers(name: str, text: str) -> tuple[float, ...]:
     """Numbers with commas between.
 
+    Args:
+        name: of the option or field, for errors.
+
     Raises:
-        RequestError: something else; it names the option.
+        RequestError: something else.
     """
     try:
         return tuple(float(number) for number in text.split(","))
     except ValueError as error:
         raise RequestError(
-            f"--{option} must be numbers with commas between, got {text!r}."
+            f"{name} must be numbers with commas between, got {text[:100]!r}."
         ) from error
+
+
+def fractions(name: str, text: str) -> tuple[float, ...]:
+    """As `numbers`; several have a decimal point among them.
+
+    Raises:
+        RequestError: something else, or what may be one number with a decimal comma.
+    """
+    if "," in text and "." not in text:
+        raise RequestError(
+            f"{name} {text[:100]!r} may be one number with a decimal comma, or several; write 0.5 "
+            "for one, and several with points: 0.0,1.0."
+        )
+    return numbers(name, text)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from ..errors import RequestError
+from ..generation.image_input import open_image
 from ..generation.models import TOKEN_PIXELS
 from .guard import visitor
 from .jobs import Jobs
@@ -49,7 +49,7 @@ class Actions:
             path = self.store.upload(who, image)
             if path is None:
                 raise RequestError("The uploaded image is gone; choose it again.")
-            with Image.open(path) as opened:
+            with open_image(path) as opened:
                 size = (opened.height, opened.width)
             requests = make_requests(entry, self.settings, image=str(path))
             return self.jobs.submit(who, requests, path, image_name, size).id
@@ -63,7 +63,7 @@ class Actions:
         path = self.store.upload(who, image)
         if path is None:
             return None
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             height, width = enlarged_size(None, None, (opened.height, opened.width), TOKEN_PIXELS)
         return width, height
 

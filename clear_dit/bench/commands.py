@@ -232,7 +232,7 @@ def bench_parallel(
             print(measured_report(measured), end="\n\n")
         given = {"tflops": tflops, "gbps": gbps, "latency": latency}
         rates |= {name: value for name, value in given.items() if value is not None}
-        numbers = [int(side) for side in options.numbers("sides", sides)]
+        numbers = [int(side) for side in options.numbers("--sides", sides)]
         found["plan"] = plan_parallel(plan_model, numbers, plan_radius, far, Rates(**rates))
         print(plan_report(found["plan"]))
     if as_json:

@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
 from ..errors import first_line
 from ..files import whole_file
+from ..generation.image_input import open_image
 from ..generation.image_output import save_png
 from ..pipelines.decoding.image_files import METADATA_KEY
 
 # What can be wrong with an image or latents that something else wrote or cut.
-BROKEN = (OSError, ValueError, SyntaxError, KeyError, UnidentifiedImageError, SafetensorError)
+BROKEN = (OSError, ValueError, SyntaxError, KeyError, SafetensorError)
 _LATENTS = "latents"
 _SAMPLED_VALUES = 64
 
@@ -57,7 +58,7 @@ class ImageSet:
 
     def _is_done(self, index: int) -> bool:
         try:
-            with Image.open(self.path(index)) as image:
+            with open_image(self.path(index)) as image:
                 found = json.loads(image.info[METADATA_KEY])
                 if (image.height, image.width) != self.size or image.mode != "RGB":
                     return False
@@ -99,7 +100,7 @@ class ImageSet:
 
     def read(self, index: int) -> torch.Tensor:
         """An image as uint8 (3, height, width)."""
-        with Image.open(self.path(index)) as image:
+        with open_image(self.path(index)) as image:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def batches(self, batch: int) -> Iterator[torch.Tensor]:

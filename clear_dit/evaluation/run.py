@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..files import own_folder, whole_file
 from ..generation.checks import find_device, find_dtype
+from ..generation.image_input import open_image
 from ..generation.image_output import save_png
 from ..generation.models import load_pipeline, model_path, text_length
 from ..pipelines.decoding.image_files import METADATA_KEY
@@ -156,7 +157,7 @@ class _Work:
 
 def _impl(images: ImageSet) -> str:
     """The attention that generated, as the first image says."""
-    with Image.open(images.path(0)) as image:
+    with open_image(images.path(0)) as image:
         return str(json.loads(image.info[METADATA_KEY])["impl"])
 
 
@@ -177,6 +178,6 @@ def _write(
 
 
 def _thumbnail(images: ImageSet, index: int) -> Image.Image:
-    with Image.open(images.path(index)) as image:
+    with open_image(images.path(index)) as image:
         image.thumbnail((1024, 1024))
         return image.copy()

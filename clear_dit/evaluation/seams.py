@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import RequestError
-from ..generation.image_input import open_image
+from ..generation.image_input import load_pixels, open_image
 
 # A border is compared with lines 8 and 16 pixels away on both sides: near, so that the image is
 # alike there, and at the same place in an autoencoder's own pattern of 8 pixels.
@@ -149,6 +149,7 @@ def seams_of_file(path: Path, tile: int) -> dict[str, Any]:
         RequestError: not an image, or too large; a tile out of range, or with no border in it.
     """
     with open_image(path) as image:
+        load_pixels(image, str(path))
         width, height = image.size
         rows, columns = range(tile, height, tile), range(tile, width, tile)
         longest = max(height, width)
@@ -157,10 +158,7 @@ def seams_of_file(path: Path, tile: int) -> dict[str, Any]:
                 f"--tile must be from {2 * _STEP} to {longest - 1} pixels, below the longer side "
                 f"of the image ({width} x {height}), got {tile}."
             )
-        try:
-            profiles = gradient_profiles(_strips(image))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise RequestError(f"{path} is damaged or cut off ({error}).") from error
+        profiles = gradient_profiles(_strips(image))
     found = seams_of_profiles(*profiles, rows, columns)
     return {"image": str(path), "height": height, "width": width, "tile": tile, **asdict(found)}
 
@@ -175,7 +173,8 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _strips(image: Image.Image) -> Iterator[np.ndarray]:
-    image.load()
     for top in range(0, image.height, _STRIP):
         box = (0, top, image.width, min(top + _STRIP, image.height))
-        yield np.asarray(image.crop(box).convert("RGB"))
+        # Not `crop`, which holds the size against Pillow's own bound.
+        strip = image.resize((image.width, box[3] - top), Image.Resampling.NEAREST, box)
+        yield np.asarray(strip.convert("RGB"))

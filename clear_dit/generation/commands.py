@@ -77,7 +77,7 @@ def generate(
             guidance=guidance,
             seed=seed,
             image=image,
-            strength=None if strength is None else options.numbers("strength", strength),
+            strength=None if strength is None else options.fractions("--strength", strength),
             low_resolution_guidance=low_resolution_guidance,
             stages_dir=stages_dir,
             dtype=dtype,

@@ -1,50 +1,186 @@
-"""Opening images that users name, however large or broken."""
+"""Opening images that users name, however large or broken: the one way files become pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
-from ..errors import RequestError
+from ..errors import RequestError, first_line
+from ..pipelines.decoding.colours import to_rgb
 from .checks import MAX_SIDE
+from .image_kinds import is_heif, kind_of
+
+# What Pillow's plugins raise for files that are not theirs, and when files are bent or cut.
+_NOT_THEIRS = (SyntaxError, IndexError, TypeError, KeyError, struct.error)
+_DAMAGED = (*_NOT_THEIRS, OSError, ValueError, EOFError, Image.DecompressionBombError)
+# These hold several images, and the first is the one that viewers show.
+_FIRST_COUNTS = ("MPO", "PSD", "HEIF")
+# Drawings and films that Pillow knows by sight alone, or by running another program.
+_NO_PIXELS = ("EPS", "MPEG")
+# Tags of a TIFF.
+_TIFF_SUBFILE_TYPE, _BITS, _PLANAR = 254, 258, 284
+# A page that is another one made small, or its mask.
+_TIFF_BESIDES = 1 | 4
+_HEAD = 256
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image with its pixels, turned as its camera says.
+    """An image with its pixels in sRGB, of mode RGB, turned as its camera says.
 
     Raises:
-        RequestError: see `open_image`; or it is damaged.
+        RequestError: see `open_image` and `load_pixels`; or it is not opaque everywhere, or has
+            over 8 bits a channel.
     """
+    name = str(path)
     with open_image(path) as image:
+        load_pixels(image, name)
         try:
-            return ImageOps.exif_transpose(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise RequestError(f"{path} is damaged or cut off ({error}).") from error
+            return to_rgb(image, name)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+
+
+def load_pixels(image: ImageFile.ImageFile, name: str) -> None:
+    """Read the pixels of an image that `open_image` gave, and turn it as its camera says.
+
+    Raises:
+        RequestError: there are several images in the file, or it is damaged, or a TIFF that
+            Pillow would read wrongly.
+    """
+    try:
+        if _has_several(image):
+            raise RequestError(
+                f"{name} holds several images ({image.format}, animated or of many pages); save "
+                "the one that is meant alone."
+            )
+        if isinstance(image, TiffImageFile):
+            if image.tag_v2.get(_PLANAR, 1) != 1 and max(image.tag_v2.get(_BITS, (1,))) > 8:
+                raise RequestError(  # Pillow takes the planes for pixels
+                    f"{name} is a TIFF of over 8 bits a channel with its channels apart; save it "
+                    "as a PNG or JPEG of 8 bits."
+                )
+            # Its plugin would hold the size against Pillow's own bound, a global, when it takes
+            # this memory. Turned images have another size than their tiles.
+            image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    except RequestError:
+        raise
+    except _DAMAGED as error:
+        raise RequestError(f"{name} is damaged or cut off ({first_line(error)}).") from error
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
+def open_image(
+    path: Path, name: str | None = None, formats: Sequence[str] | None = None
+) -> Iterator[ImageFile.ImageFile]:
     """An image whose pixels are not read yet.
 
+    Pillow's bound on pixels is a global that other threads read, so it is left as it is: the size
+    is checked here, before memory is taken.
+
+    Args:
+        path: of the file.
+        name: of the file in errors; None for its path.
+        formats: Pillow's names of those that are taken; None for all it knows, and HEIC.
+
     Raises:
-        RequestError: it is not one, or has more than `MAX_SIDE` pixels a side.
+        RequestError: it cannot be read, is not an image, is of a kind that is not read (which is
+            named, with what to do), or has more than `MAX_SIDE` pixels a side.
     """
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None  # the size is checked below, before a pixel is read
+    name = name or str(path)
     try:
-        with Image.open(path) as image:
+        file = path.open("rb")
+    except OSError as error:
+        raise RequestError(f"{name} cannot be read ({error.strerror or error}).") from error
+    with file:
+        try:
+            head = file.read(_HEAD)
+            by_heif = formats is None and is_heif(head)
+            image = _heif(file, name) if by_heif else _identified(file, path, head, formats)
+        except (OSError, ValueError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"{name} cannot be read ({first_line(error)}).") from error
+        if image is None:
+            raise _not_read(kind_of(head), name)
+        with image:
+            if image.format in _NO_PIXELS or isinstance(image, ImageFile.StubImageFile):
+                raise _not_read(image.format, name)
             if max(image.size) > MAX_SIDE:
                 width, height = image.size
                 raise RequestError(
-                    f"{path} has {width} x {height} pixels; at most {MAX_SIDE} a side are read."
+                    f"{name} has {width} x {height} pixels; at most {MAX_SIDE} a side are read."
                 )
             yield image
-    except UnidentifiedImageError as error:
-        raise RequestError(f"{path} is not an image.") from error
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror or error}).") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _identified(
+    file: BinaryIO, path: Path, head: bytes, formats: Sequence[str] | None
+) -> ImageFile.ImageFile | None:
+    """As `Image.open` finds out what a file is, without its look at the size."""
+    Image.init()
+    for name in Image.ID if formats is None else formats:
+        factory, accept = Image.OPEN[name]
+        try:
+            found = accept is None or accept(head[:16])
+            if found and not isinstance(found, str):  # a text: Pillow was built without it
+                file.seek(0)
+                return factory(file, str(path))
+        except _NOT_THEIRS:
+            continue
+    return None
+
+
+def _heif(file: BinaryIO, name: str) -> ImageFile.ImageFile | None:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise RequestError(
+            f"{name} is a HEIC image, which pillow-heif reads: pip install 'clear-dit[heif]'; or "
+            "save it as a JPEG."
+        ) from error
+    file.seek(0)
+    try:
+        return HeifImageFile(file)
+    except SyntaxError as error:
+        raise RequestError(
+            f"{name} is a HEIC image that is damaged or cut off ({first_line(error)})."
+        ) from error
+
+
+def _not_read(kind: str | None, name: str) -> RequestError:
+    if kind is None:
+        return RequestError(f"{name} is not an image.")
+    if kind == "AVIF":
+        return RequestError(
+            f"{name} is an AVIF image, which Pillow reads from 11.3 on: pip install -U pillow; or "
+            "save it as a PNG."
+        )
+    return RequestError(
+        f"{name} is of the kind {kind}, which is not read here in this variant, or damaged; save "
+        "it as a PNG or JPEG of 8 bits."
+    )
+
+
+def _has_several(image: ImageFile.ImageFile) -> bool:
+    """Whether a file has more than one image, each of its own."""
+    if image.format in _FIRST_COUNTS or not getattr(image, "is_animated", False):
+        return False
+    if not isinstance(image, TiffImageFile):
+        return True
+    pages = 0
+    try:
+        for page in count():
+            image.seek(page)
+            pages += not image.tag_v2.get(_TIFF_SUBFILE_TYPE, 0) & _TIFF_BESIDES
+    except EOFError:
+        image.seek(0)
+    return pages > 1

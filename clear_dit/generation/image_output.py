@@ -11,19 +11,21 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
 from ..files import whole_file
-from ..pipelines.decoding.image_files import METADATA_KEY
+from ..pipelines.decoding.image_files import METADATA_KEY, SRGB_CHUNK
+from .image_input import open_image
 
 # Tags of a TIFF: the settings stand in the description of one whose software is METADATA_KEY.
 _IMAGE_DESCRIPTION, _SOFTWARE = 270, 305
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, object]) -> None:
-    """Write a PNG with its settings inside, by `whole_file`.
+    """Write a PNG in sRGB with its settings inside, by `whole_file`.
 
     Raises:
         OSError: the disk is full or the folder is gone; nothing is left behind.
     """
     info = PngInfo()
+    info.add(*SRGB_CHUNK)
     info.add_itxt(METADATA_KEY, json.dumps(settings, ensure_ascii=False))
     with whole_file(path) as file:
         image.save(file, format="PNG", pnginfo=info)
@@ -31,7 +33,7 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, object]) -> 
 
 def read_settings(path: Path) -> dict[str, object]:
     """The settings that `save_png` or `save_rows` put into an image; empty if it has none."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if isinstance(image, TiffImageFile):
             software = image.tag_v2.get(_SOFTWARE)
             text = image.tag_v2.get(_IMAGE_DESCRIPTION) if software == METADATA_KEY else None

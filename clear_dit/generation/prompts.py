@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import codecs
 import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, first_line
+from .tables import table_rows
 
 # Text encoders read some hundred tokens; what is longer is a file of another kind.
 MAX_WORDS = 2000
 MAX_CHARACTERS = 20_000
 MAX_FILE_MB = 256
 SUFFIXES = (".txt", ".jsonl", ".csv")
+# By name, and by the first bytes of one that has another: packed XML, and Excel's before 2007.
+_WORKBOOKS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+_WORKBOOK_BYTES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 
 
 def read_prompts(source: str | Path, limit: int | None = None) -> list[str]:
     """The prompts of a file, in its order, without the white space around them.
 
     Args:
-        source: a file in UTF-8: .txt with a prompt on each line (empty lines are skipped), .jsonl
-            with an object on each line that has "prompt", or .csv with a column "prompt".
+        source: a file: .txt with a prompt on each line (empty lines are skipped), .jsonl with an
+            object on each line that has "prompt", or .csv with a column "prompt" (see
+            `table_rows`); see `read_text` for its encoding.
         limit: how many to take from the beginning; what follows is not looked at. None for all.
 
     Returns:
@@ -73,11 +77,14 @@ def check_prompt(prompt: object, who: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """What stands in a file of prompts, without a byte order mark.
+    """What stands in a file of prompts, in UTF-8 or UTF-16, without its byte order mark.
 
     Raises:
-        RequestError: it cannot be read, is too large, not UTF-8, or its suffix not in SUFFIXES.
+        RequestError: it cannot be read, is too large, neither of the two, a workbook, or its
+            suffix not in SUFFIXES.
     """
+    if path.suffix.lower() in _WORKBOOKS:
+        raise _workbook(path)
     if path.suffix.lower() not in SUFFIXES:
         raise RequestError(f"{path}: prompts are read from {', '.join(SUFFIXES)} files.")
     try:
@@ -88,13 +95,35 @@ def read_text(path: Path) -> str:
         size = path.stat().st_size
         if size > MAX_FILE_MB * 2**20:
             raise RequestError(f"{path}: prompts may fill {MAX_FILE_MB} MB, got {size >> 20} MB.")
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        if data.startswith(_WORKBOOK_BYTES):
+            raise _workbook(path)
+        return data.decode(_encoding(data))
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8.") from error
+        raise RequestError(
+            f"{path}: not {error.encoding.upper()} at byte {error.start}; save it as UTF-8 (in a "
+            "spreadsheet: CSV UTF-8)."
+        ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
         raise RequestError(f"{path}: cannot be read ({first_line(error)}).") from error
+
+
+def _workbook(path: Path) -> RequestError:
+    return RequestError(
+        f"{path}: is a spreadsheet's workbook, not text; save the sheet as CSV (UTF-8) there, and "
+        "give that file."
+    )
+
+
+def _encoding(data: bytes) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    # Without its mark: what is ASCII has a zero in every other byte, and UTF-8 has none.
+    if data[1:4:2] == b"\0\0":
+        return "utf-16-le"
+    return "utf-16-be" if data[0:3:2] == b"\0\0" else "utf-8-sig"
 
 
 def text_lines(text: str) -> Iterator[tuple[int, str]]:
@@ -120,22 +149,18 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        if not header:
-            return
-        if "prompt" not in header:
-            raise RequestError(
-                f'{path}, line 1: there is no column "prompt"; the columns are: '
-                f"{', '.join(header)[:200]}."
-            )
-        column = header.index("prompt")
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                yield reader.line_num, row[column] if column < len(row) else ""
-    except csv.Error as error:
-        raise RequestError(f"{path}, line {reader.line_num}: {first_line(error)}.") from error
+    for number, row in table_rows(text, ("prompt",), _check_columns):
+        if isinstance(row, RequestError):
+            raise RequestError(f"{path}, line {number}: {row}") from row
+        yield number, row["prompt"] or ""
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    if columns.count("prompt") != 1:
+        there = "no" if "prompt" not in columns else "more than one"
+        raise RequestError(
+            f'there is {there} column "prompt"; the columns are: {", ".join(columns)[:200]}.'
+        )
 
 
 def _plain_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RequestError
 from ..generation.prompts import check_prompt
 from ..kernels.numbers import as_integer, as_number
+from ..options import fractions
 from .names import check_id
 
 MAX_SEEDS = 10_000
 _MAX_TEXT = 4096
-_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
+# Pandas writes whole numbers as 42.0 where a column has empty cells.
+_INTEGER = re.compile(r"([+-]?[0-9]{1,20})(\.0*)?")
+# Above it pandas has rounded what it writes so.
+_MAX_FLOAT_INTEGER = 2**53
+_DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
 _BOOLEANS = {"true": True, "false": False}
 
 # By field: what it is. "id" is of the image; "seeds" counts images, from "seed" on.
@@ -38,7 +43,7 @@ FIELDS = {
 }
 
 
-def check_names(names: list[str], what: str) -> None:
+def check_names(names: Sequence[str], what: str) -> None:
     """Refuse fields that are not known, or twice there.
 
     Args:
@@ -74,32 +79,42 @@ def check_values(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_text(name: str, text: str) -> Any:
-    """The value of a cell in a table as JSON would have it; None for an empty one.
+    """The value of a cell in a table as JSON would have it; None for an empty one but the prompt.
 
     Raises:
         RequestError: it is not of the field's type.
     """
-    kind, text = FIELDS[name], text.strip()
+    kind = FIELDS[name]
     if not text:
-        return None
+        return text if kind == "prompt" else None
     if kind == "boolean":
         return _BOOLEANS.get(text.lower(), text)
     if kind == "integer":
-        if not _INTEGER.fullmatch(text):
-            raise RequestError(f"{name} must be an integer, got {text[:100]!r}.")
-        return int(text)
+        return _integer_from(name, text)
     if kind == "number":
         return _number_from(name, text)
     if kind == "numbers":
-        return [_number_from(name, part) for part in text.split(",")]
+        return list(fractions(name, text))
     return text
+
+
+def _integer_from(name: str, text: str) -> int:
+    found = _INTEGER.fullmatch(text)
+    if not found:
+        raise RequestError(f"{name} must be an integer, got {text[:100]!r}.")
+    value = int(found.group(1))
+    if found.group(2) and abs(value) > _MAX_FLOAT_INTEGER:
+        raise RequestError(f"{name} has been rounded to {text}; write it as a whole number.")
+    return value
 
 
 def _number_from(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise RequestError(f"{name} must be a number, got {text[:100]!r}.") from None
+        comma = _DECIMAL_COMMA.fullmatch(text)
+        hint = f"; write {text.replace(',', '.')}" if comma else ""
+        raise RequestError(f"{name} must be a number, got {text[:100]!r}{hint}.") from None
 
 
 def _id(name: str, value: object) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, first_line
 from ..generation.prompts import read_text, text_lines
-from .fields import check_names, check_values, from_text
+from ..generation.tables import table_rows
+from .fields import FIELDS, check_names, check_values, from_text
 
 # The number of a line, from 1, and what stands there or why it cannot be used.
 Line = tuple[int, dict[str, Any] | RequestError]
@@ -21,7 +20,7 @@ def read_lines(path: Path, *, growing: bool = False) -> Iterator[Line]:
     """The lines of a job file, in their order; empty ones are left out.
 
     Args:
-        path: a .jsonl, .csv or .txt (a prompt on each line), UTF-8.
+        path: a .jsonl, .csv (see `table_rows`) or .txt (a prompt on each line), see `read_text`.
         growing: somebody still writes: a last line without its end is left out.
 
     Raises:
@@ -30,7 +29,8 @@ def read_lines(path: Path, *, growing: bool = False) -> Iterator[Line]:
     text = read_text(path)
     if growing:
         text = text[: text.rfind("\n") + 1]
-    return _READERS[path.suffix.lower()](text)
+    kind = path.suffix.lower()
+    return _csv(text, growing) if kind == ".csv" else _READERS[kind](text)
 
 
 def _checked(number: int, make: Any) -> Line:
@@ -67,32 +67,22 @@ class _Pairs(list):
     """An object of JSON with the keys that are twice there."""
 
 
-def _csv(text: str) -> Iterator[Line]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    start = 1
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        if not header:
-            return
-        try:
-            check_names(header, "column")
-        except RequestError as error:
-            yield 1, error
-            return
-        start = reader.line_num + 1
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                yield _checked(start, lambda row=row: _from_row(header, row))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        yield start, RequestError(f"{first_line(error)}; the lines after it are not read.")
+def _csv(text: str, growing: bool) -> Iterator[Line]:
+    def check(columns: Sequence[str]) -> None:
+        check_names(columns, "column")
+
+    for number, row in table_rows(text, FIELDS, check, growing=growing):
+        if isinstance(row, RequestError):
+            yield number, row
+        else:
+            yield _checked(number, lambda row=row: _from_row(row))
 
 
-def _from_row(header: list[str], row: list[str]) -> dict[str, Any]:
-    if len(row) != len(header):
-        raise RequestError(f"has {len(row)} cells, and the first line names {len(header)} columns.")
-    cells = zip(header, row, strict=True)
-    return check_values({name: from_text(name, cell) for name, cell in cells})
+def _from_row(row: Mapping[str, str | None]) -> dict[str, Any]:
+    cells = {name: cell for name, cell in row.items() if cell is not None}
+    if len(cells) < len(row):
+        raise RequestError(f"has {len(cells)} cells, and the first line names {len(row)} columns.")
+    return check_values({name: from_text(name, cell) for name, cell in cells.items()})
 
 
-_READERS = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}
+_READERS = {".txt": _txt, ".jsonl": _jsonl}

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..decoding.colours import to_rgb
+
 # A smaller side shows too little of anything for a model to go by.
 MIN_TOKENS = 4
 
@@ -19,7 +21,7 @@ def pixels_from(image: Any, token_pixels: int) -> list[torch.Tensor]:
 
     Args:
         image: a PIL image, a list of them, or a float tensor in [0, 1], (3, height, width) or
-            (batch, 3, height, width).
+            (batch, 3, height, width). Those of PIL become sRGB, see `to_srgb`.
         token_pixels: side of a token, in pixels.
 
     Raises:
@@ -32,7 +34,7 @@ def pixels_from(image: Any, token_pixels: int) -> list[torch.Tensor]:
         images = image if isinstance(image, list) else [image]
         for one in images:
             check_image(one, token_pixels)
-        found = [_from_pil(one) for one in images]
+        found = [_from_pil(to_rgb(one, _WHO)) for one in images]
     sizes = {tuple(one.shape[-2:]) for one in found}
     if len(sizes) != 1:
         listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)) or "none"
@@ -46,21 +48,11 @@ def check_image(image: Any, token_pixels: int) -> None:
     """Refuse a PIL image that cannot be enlarged; its pixels are not read.
 
     Raises:
-        ValueError: see `pixels_from`.
+        ValueError: another type, or too small.
     """
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"{_WHO} must be a PIL image, a list of them or a tensor, got {type(image).__name__}."
-        )
-    if image.has_transparency_data:
-        raise ValueError(
-            f"{_WHO} has an alpha channel (mode {image.mode}); paste it onto a background and "
-            "convert it to RGB."
-        )
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"{_WHO} has more than 8 bits a channel (mode {image.mode}); scale it and convert it "
-            "to RGB."
         )
     _check_size(image.height, image.width, token_pixels)
 
@@ -121,5 +113,5 @@ def _checked(image: torch.Tensor) -> torch.Tensor:
 
 
 def _from_pil(image: Image.Image) -> torch.Tensor:
-    values = torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32))
+    values = torch.from_numpy(np.array(image, dtype=np.float32))
     return values.permute(2, 0, 1)[None] / 127.5 - 1

@@ -16,8 +16,12 @@ import torch
 
 from clear_dit.files import whole_file
 
+from .colours import srgb_profile
+
 # The key under which the settings stand in a PNG's text, as JSON.
 METADATA_KEY = "clear_dit"
+# What a PNG in sRGB says of its colours: perceptual, the intent of pictures.
+SRGB_CHUNK = (b"sRGB", b"\0")
 # What `save_rows` writes.
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff")
 
@@ -53,8 +57,8 @@ def save_rows(
     Args:
         strips: (3, rows, width) in [-1, 1] from top to bottom, such as `decode_rows` gives; any
             numbers of rows that add up to `height`.
-        path: a .png, .tif or .tiff: 8 bits, RGB, compressed without loss; a TIFF beyond 4 GB
-            becomes a BigTIFF.
+        path: a .png, .tif or .tiff: 8 bits, sRGB and saying so, compressed without loss; a TIFF
+            beyond 4 GB becomes a BigTIFF.
         height, width: in pixels.
         settings: stand in the image's text as JSON; `read_settings` of
             `clear_dit.generation.image_output` finds them.
@@ -112,6 +116,7 @@ def _png_chunks(
     """
     # 8 bits a sample, RGB, deflate, filters by row, not interlaced.
     yield b"IHDR", struct.pack("!2I5B", width, height, 8, 2, 0, 0, 0)
+    yield SRGB_CHUNK
     # Not compressed, no language, no translated keyword.
     yield b"iTXt", f"{METADATA_KEY}\0\0\0\0\0{text}".encode()
     compressor = zlib.compressobj()
@@ -147,6 +152,7 @@ def _write_tiff(
         description=json.dumps(settings),
         metadata=None,
         software=METADATA_KEY,
+        iccprofile=srgb_profile(),
         maxworkers=1,
     )
 

@@ -225,7 +225,7 @@ def test_a_lora_is_weights_too(tmp_path, evaluate, lora):
         (("--batch", 0), "--batch must be from 1 to 256"),
         (("--steps", 0), "--steps must be from 1"),
         (("--height", 100), "--height must be a multiple of 16"),
-        (("--radius", 0), "radius must be at least 1"),
+        (("--radius", 0), "--radius must be an integer of at least 1"),
         (("--radius", 2, "--down-factor", 5), "down_factor must not exceed the token grid"),
         (("--radius", 2, "--far", "--down-factor", 2), "--far and --down-factor 2 exclude each"),
         (("--seed", 2**63 - 1), "the last image's seed must be below 2^63"),

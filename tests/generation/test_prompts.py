@@ -46,7 +46,7 @@ def test_only_newlines_end_a_prompt(tmp_path, separator):
         ("p.txt", "a\nb\x07c\n", "line 2: the prompt has the control character U\\+0007"),
         ("p.txt", "a\x0cb\n", "line 1: the prompt has the control character U\\+000C"),
         ("p.txt", "a\x00b\n", "line 1: the prompt has the control character U\\+0000"),
-        ("p.csv", 'prompt\n"a\nb"\n', "line 3: the prompt has the control character U\\+000A"),
+        ("p.csv", 'prompt\n"a\nb\x07"\n', "line 2: the prompt has the control character U\\+0007"),
         ("p.jsonl", '{"prompt": "a\\ud800"}', "line 1: .* control character U\\+D800"),
         ("p.txt", "a\n" + "word " * 10_000, "may have 20000 characters, got 49999"),
         ("p.txt", "a\n" + "a " * (MAX_WORDS + 1), "line 2: a prompt may have 2000 words, got 2001"),

@@ -230,7 +230,7 @@ def test_two_lines_with_one_id_are_refused(tmp_path, lines, told):
         ("prompt,steps\na,1_0\n", "line 2: steps must be an integer, got '1_0'"),
         ("prompt,guidance\na,\nb,x\n", "line 3: guidance must be a number, got 'x'"),
         ("prompt,steps\na\n", "line 2: has 1 cells, and the first line names 2 columns"),
-        ('prompt,steps\n"a\nb",0\n', "line 2: prompt: the prompt has the control character U+000A"),
+        ('prompt,steps\n"a\nb",0\n', "line 2: --steps must be from 1 to 1000, got 0"),
         ('prompt\n"a" b\n', "line 2: ',' expected after '\"'; the lines after it are not read"),
     ],
 )
