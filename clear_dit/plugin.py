@@ -68,6 +68,7 @@ def apply_clear(
     references: str = "dense",
     far: bool | None = None,
     pooled_weight: str = "one",
+    grid: tuple[int, int] | None = None,
 ) -> tuple[Applied, ...]:
     """Replace the attention of every layer of a model by CLEAR's local attention.
 
@@ -99,6 +100,8 @@ def apply_clear(
             it takes far keys, whatever the transformer does. What was learned of far keys goes and
             comes with the weights.
         pooled_weight: of a pooled key of `down_factor`: "one", or "count"; see `CLEARProcessor`.
+        grid: (rows, columns) of the image, in tokens; it is found where None. Every forward must
+            then have it. For `torch.export`, which hides the position ids that it is found by.
 
     Returns:
         What was done to the transformer and to every ControlNet; the log says it too, at INFO.
@@ -112,6 +115,7 @@ def apply_clear(
         radius=radius,
         down_factor=down_factor,
         impl=impl,
+        grid=grid,
         proportional_base=proportional_base,
         references=references,
         far=far,

@@ -16,7 +16,7 @@ import torch
 
 from .layout import Layout
 
-REMEDY = "Name the grid yourself with CLEARProcessor(grid=(rows, columns))."
+REMEDY = "Name the grid yourself: grid=(rows, columns)."
 
 
 def layout_from_ids(txt_ids: torch.Tensor, img_ids: torch.Tensor) -> Layout:
@@ -49,8 +49,18 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
 
     Returns:
         (image, 3 or 4), float32; None where nothing was lost, or the ids are not that raster.
+
+    Raises:
+        ValueError: torch.export hides ids in a half-precision dtype.
     """
     if img_ids.is_meta or max(layout.rows, layout.columns) <= 256:  # bfloat16 has all of these
+        return None
+    if torch.compiler.is_exporting():  # there are no values
+        if img_ids.dtype.itemsize < 4:
+            raise ValueError(
+                f"CLEAR: img_ids in {img_ids.dtype} cannot tell the {layout.rows} x "
+                f"{layout.columns} tokens of the image apart; export with them in float32."
+            )
         return None
     size = layout.rows, layout.columns, img_ids.shape[-1]
     exact = torch.zeros(size, dtype=torch.float32, device=img_ids.device)

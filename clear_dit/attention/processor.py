@@ -273,7 +273,8 @@ class CLEARProcessor(nn.Module):
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
         whole_rotary, window, share = rotary, None, None
-        if torch.compiler.is_compiling():
+        exported = torch.compiler.is_exporting() and self.tracker.announced is None
+        if torch.compiler.is_compiling() and not (exported and self.grid is not None):
             layout, window = self.tracker.compiled()
             valid_text = None
         else:

@@ -92,12 +92,15 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
         raise ValueError(f"CLEAR: Z-Image's images have one frame, got {frames}.")
     patch = given.get("patch_size", 2)
     rows, columns = height // patch, width // patch
-    lengths = torch.tensor([len(caption) + -len(caption) % MULTIPLE for caption in captions])
-    text_length = int(lengths.max())
+    lengths = [len(caption) + -len(caption) % MULTIPLE for caption in captions]
+    text_length = max(lengths)
     _check_positions(model, rows, columns, text_length)
     padding = -(rows * columns) % MULTIPLE
     layout = Layout(text_length, rows, columns, padding, image_first=True)
-    mask = (torch.arange(text_length) < lengths[:, None]).to(latents[0].device)
+    mask = None
+    if min(lengths) < text_length:
+        mask = torch.arange(text_length) < torch.tensor(lengths)[:, None]
+        mask = mask.to(latents[0].device)
     return Reading(layout, latents[0], mask)
 
 

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from types import CodeType
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from ..hooks import Innermost, is_offloaded
 
 # Attribute of a model that holds its `ClearState`.
 STATE = "_clear_state"
+
+STRICT_EXPORT = (
+    "CLEAR: torch.export with strict=True cannot follow a model's forward under apply_clear; leave "
+    "strict=False, its default."
+)
 
 # A context manager within which a model is otherwise.
 Change = Callable[[nn.Module], AbstractContextManager[None]]
@@ -86,15 +92,28 @@ class ClearForward:
         return inspect.signature(self.stock)
 
     @property
+    def __code__(self) -> CodeType:
+        """By which torch.export names what it traces."""
+        return inspect.unwrap(type(self.model).forward).__code__
+
+    @property
     def stock(self) -> Callable[..., Any]:
         """The forward it stands for."""
         return self.replaced or type(self.model).forward.__get__(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(torch.compiler.is_compiling(), args, kwargs)
+        compiled = torch.compiler.is_compiling()
+        if not torch.compiler.is_exporting():
+            return self._run_outside_of_graphs(compiled, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(STRICT_EXPORT)
+        return self._run(compiled, args, kwargs)
 
     # What it calls may be compiled, but not this: it decides anew in every call.
     @torch.compiler.disable(recursive=False)
+    def _run_outside_of_graphs(self, *given: Any) -> Any:
+        return self._run(*given)
+
     def _run(self, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model, stock = self.model, self.stock
         state = vars(model).get(STATE)

@@ -13,6 +13,7 @@ from ..access import Access
 from ..attention.processor import LEARNED, CLEARProcessor
 from ..attention.text_padding import valid_text
 from ..attention.tracker import Forward, WindowTracker
+from ..families.family import Family
 from ..families.table import attention_layers, family_of, head_dim_of
 from ..kernels.choice import select_impl
 from ..kernels.triton.device import kernels_of
@@ -278,16 +279,26 @@ class ClearState:
             return None
         given = self.by_name(args, kwargs)
         settings, family = next(iter(self.installed.values())), family_of(model)
-        reading = family.read(model, given, settings.grid)
+        try:
+            reading = family.read(model, given, settings.grid)
+            text = None if reading is None else valid_text(reading.text_mask)
+        except RuntimeError as error:
+            if torch.compiler.is_exporting():
+                raise ValueError(_not_exported(family, settings.grid)) from error
+            raise
         if reading is None:
             return None
         layout = reading.layout
+        if settings.grid not in (None, (layout.rows, layout.columns)):
+            raise ValueError(
+                f"CLEAR: grid={settings.grid} was given, but the image has {layout.rows} x "
+                f"{layout.columns} tokens; correct the grid, or leave it out."
+            )
         if settings.references == "local" and family.reference_grids and layout.reference_length:
             grids = family.reference_grids(given, layout)
             layout = layout._replace(local_references=grids)
         impl = self._chosen_impl(model, reading.like)
-        forward = Forward(layout, valid_text(reading.text_mask))
-        return Call(self.tracker, forward, impl, reading.changes)
+        return Call(self.tracker, Forward(layout, text), impl, reading.changes)
 
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A forward's arguments by name.
@@ -323,6 +334,20 @@ class ClearState:
         """Whether a layer of the model runs CLEAR in the forward that begins."""
         layers = attention_layers(model)
         return any(attn.processor is self.installed[name] for name, attn in layers.items())
+
+
+def _not_exported(family: Family, grid: tuple[int, int] | None) -> str:
+    """What a forward lacks whose tensors have no values."""
+    hidden = "CLEAR: torch.export hides the values of tensors, "
+    if grid is None and family.grid_from.startswith("img_ids"):
+        return (
+            f"{hidden}of img_ids too, by which {family.title} finds its token grid; name it: "
+            "apply_clear(..., grid=(rows, columns))."
+        )
+    return (
+        f"{hidden}of masks too, by which {family.title} tells text from padding; leave the mask "
+        "out where the model can do without, else run it as it is."
+    )
 
 
 def originals_of(model: nn.Module) -> Originals:
