@@ -10,6 +10,7 @@ from torch import nn
 from .compat import names_from
 
 (GROUP_OFFLOADING,) = names_from("diffusers.hooks.group_offloading", "_GROUP_OFFLOADING")
+(LAYERWISE_CASTING,) = names_from("diffusers.hooks.layerwise_casting", "_LAYERWISE_CASTING_HOOK")
 
 Result = TypeVar("Result")
 
@@ -64,13 +65,17 @@ def loaded_once(modules: Iterable[nn.Module], run: Callable[[], Result]) -> Resu
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether weights of a model are brought for each call of a module, and taken away after it."""
+    """Whether weights of a model are brought for each call of a module, and taken away after it.
+
+    Those that are cast for each call are, too.
+    """
     return any(map(_is_offloaded, model.modules()))
 
 
 def _is_offloaded(module: nn.Module) -> bool:
     registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None and registry.get_hook(GROUP_OFFLOADING) is not None:
+    kinds = (GROUP_OFFLOADING, LAYERWISE_CASTING)
+    if registry is not None and any(registry.get_hook(kind) is not None for kind in kinds):
         return True
     return getattr(getattr(module, "_hf_hook", None), "offload", False)  # AlignDevicesHook's
 

@@ -289,7 +289,7 @@ def _install(model: nn.Module, settings: CLEARProcessor) -> None:
         attn.set_processor(new)
         if new.has_far_keys:
             give_learned(name, attn, state.learned, old)
-        settle(attn, old)
+        settle(model, attn, old)
         state.installed[name] = new
     state.given_up = frozenset()
     if family.chunked and not is_chunked(model):

@@ -208,6 +208,21 @@ class CLEARProcessor(nn.Module):
         self.far_weight = nn.Parameter(torch.full((FAR_LEVELS, 2, 2), 1 / 4))
         self.far_offset = nn.Parameter(torch.zeros(FAR_LEVELS, heads))
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CLEARProcessor:
+        """As in any module, but what is learned stays as it is where weights are stored in 8 bits.
+
+        They are computed in another dtype, and take nearly all of the memory.
+        """
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            new: torch.Tensor = fn(tensor)
+            return new if new.element_size() > 1 else tensor.to(new.device)
+
+        if recurse:
+            for module in self.children():  # an IP-adapter
+                module._apply(fn)
+        return super()._apply(apply, recurse=False)
+
     def forward(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The weights of pooling, and the offset of far keys.
 

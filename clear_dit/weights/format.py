@@ -21,7 +21,8 @@ from ..kernels.cells import FAR_LEVELS
 
 logger = logging.getLogger(__name__)
 
-FILE_DTYPES = ("F32", "F16", "BF16")
+# By the names that safetensors has for them.
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def parameters_by_key(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,22 +11,26 @@ from ..attention.processor import LEARNED, CLEARProcessor
 from ..families.table import attention_layers
 
 
-def settle(attn: Any, old: Any = None) -> None:
+def settle(model: Any, attn: Any, old: Any = None) -> None:
     """What a layer's new processor learns goes where the layer's weights are.
 
     Args:
-        attn: the layer, with a new processor of CLEAR's.
+        model: of diffusers, whose `dtype` is what its layers compute in, however weights are
+            stored: quantised, or cast for each call (`enable_layerwise_casting`).
+        attn: one of its layers, with a new processor of CLEAR's.
         old: its processor before, whose values it takes where the shapes are the same.
     """
-    norm = getattr(attn.norm_q, "weight", None)  # CogView4's norms have none
-    like = next(attn.to_q.parameters()) if norm is None else norm
+    own = (module for module in attn.children() if module is not attn.processor)
+    # Some quantised layers have buffers alone.
+    like = next(tensor for part in own for tensor in (*part.parameters(), *part.buffers()))
     # On the meta device under sequential offloading.
     device = None if like.is_meta else like.device
+    dtype = model.dtype if model.dtype.is_floating_point else torch.float32
     for name in LEARNED:
         weight, trained = getattr(attn.processor, name), getattr(old, name, None)
         if weight is None:
             continue
-        weight.data = weight.data.to(device=device, dtype=like.dtype)
+        weight.data = weight.data.to(device=device, dtype=dtype)
         if trained is not None and trained.shape == weight.shape:
             weight.data.copy_(trained.data)
 
@@ -72,7 +76,7 @@ def make_far_trainable(model: nn.Module) -> None:
     for attn in layers.values():
         if attn.processor.far_weight is None:
             attn.processor.add_far_parameters(attn.heads)
-            settle(attn)
+            settle(model, attn)
 
 
 def refuse_shared(model: nn.Module, who: str) -> None:

@@ -27,6 +27,7 @@ from ..families.table import attention_layers, transformer_of
 from ..versions import __version__
 from .changing import changing
 from .format import (
+    FILE_DTYPES,
     check_header,
     keys_of_far,
     learned_of_far,
@@ -148,7 +149,8 @@ def save_clear_weights(
         base_model: the model these weights belong to, such as "black-forest-labs/FLUX.1-dev".
 
     Raises:
-        ValueError: a wrong suffix, a model that is not ready, values that are not finite.
+        ValueError: a wrong suffix, a model that is not ready, values that are not finite, or of
+            another dtype than float32, float16 and bfloat16.
         FileNotFoundError: the folder does not exist.
     """
     who = "save_clear_weights"
@@ -179,9 +181,14 @@ def write_weights(
         more: of the header, in place of its own.
 
     Raises:
-        ValueError: values that are not finite.
+        ValueError: values that are not finite, or of a dtype that a file cannot have.
     """
     for key, tensor in tensors.items():
+        if tensor.dtype not in FILE_DTYPES.values():
+            raise ValueError(
+                f"{who}: {key} is {tensor.dtype}; CLEAR weights are saved in "
+                f"{', '.join(map(str, FILE_DTYPES.values()))}: save before they are cast."
+            )
         if not tensor.isfinite().all():
             raise ValueError(f"{who}: {key} has values that are not finite.")
     header = {
@@ -322,7 +329,7 @@ def load_checked(model: nn.Module, state: ClearState, file: Any, path: Path) -> 
             processor.decide_far(state.weights_far)
             if processor.has_far_keys:
                 give_learned(name, attn, state.learned, None)
-                settle(attn)
+                settle(model, attn)
         for key, parameter in pooling_by_key(model).items():
             parameter.copy_(file.get_tensor(key))
     settings = next(iter(attention_layers(model).values())).processor

@@ -7,11 +7,11 @@ parameter belongs to it as a whole, and is refused before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +19,31 @@ from torch import nn
 
 from .format import listed, parameters_by_key, refuse_unsuitable
 from .saved import marked, unmark
-from .values import difference, digest, fingerprint, is_lora, precision_of, same_values
+from .values import (
+    CASTS,
+    cast,
+    casts_between,
+    difference,
+    digest,
+    fingerprint,
+    is_lora,
+    precision_of,
+)
 
 # What a parameter is now.
 LOADED, ORIGINAL, LORA = "as loaded", "the original", "as loaded, with a LoRA"
+
+
+class Now(NamedTuple):
+    """What became of a parameter.
+
+    Attributes:
+        kind: `LOADED`, `ORIGINAL` or `LORA`.
+        casts: those of `CASTS` that may have happened since it was loaded, the likeliest first.
+    """
+
+    kind: str
+    casts: Sequence[tuple[torch.dtype, ...]] = ((),)
 
 
 @dataclass(frozen=True)
@@ -82,8 +103,8 @@ class Originals:
                 "original weights are not there; load the original model with from_pretrained."
             )
 
-    def check(self, model: nn.Module, who: str) -> dict[str, str]:
-        """What the parameters are now, by name: `LOADED`, `ORIGINAL` or `LORA`.
+    def check(self, model: nn.Module, who: str) -> dict[str, Now]:
+        """What the parameters are now, by name.
 
         Raises:
             ValueError: parameters that cannot be read, or that were changed by anything but a LoRA.
@@ -93,8 +114,8 @@ class Originals:
         refuse_unsuitable(model, who, merged_lora=True)
         parameters = parameters_by_key(model)
         if not self._loaded:
-            return dict.fromkeys(self._as_saved(model, parameters, who), LOADED)
-        found: dict[str, str] = {}
+            return dict.fromkeys(self._as_saved(model, parameters, who), Now(LOADED))
+        found: dict[str, Now] = {}
         strange = []
         for key in self._loaded:
             now = self._state(key, parameters.get(key), found, who)
@@ -108,10 +129,10 @@ class Originals:
                 "LoRA that was fused: training or other weights, for which the originals that are "
                 "kept do not stand. Make the model anew with from_pretrained."
             )
-        return found
+        return _cast_alike(found)
 
     @torch.no_grad()
-    def load(self, model: nn.Module, file: Any, path: Path, now: dict[str, str]) -> None:
+    def load(self, model: nn.Module, file: Any, path: Path, now: dict[str, Now]) -> None:
         """Copy the tensors of a file into the model, keeping what they replace.
 
         Args:
@@ -123,8 +144,8 @@ class Originals:
             if not self.lost:
                 self._values.setdefault(key, parameter.detach().to("cpu", copy=True))
             value = file.get_tensor(key).to(parameter)
-            parameter.copy_(self._with_changes(key, parameter, value, now.get(key, ORIGINAL)))
-            dtypes = {parameter.dtype, torch.bfloat16, torch.float16}
+            parameter.copy_(self._with_changes(key, parameter, value, now.get(key, Now(ORIGINAL))))
+            dtypes = dict.fromkeys((parameter.dtype, torch.bfloat16, torch.float16))
             prints = {dtype: fingerprint(value.to(dtype)) for dtype in dtypes}
             loaded[key] = _Loaded(parameter.dtype, prints, _version(parameter))
         self._loaded, self._path = loaded, path.absolute()
@@ -185,13 +206,13 @@ class Originals:
         self.refuse_lost(who)
         now = self.check(model, who)
         for key, parameter in parameters_by_key(model).items():
-            if now[key] != ORIGINAL:
+            if now[key].kind != ORIGINAL:
                 value = self._values[key].to(parameter.device)
                 parameter.copy_(self._with_changes(key, parameter, value, now[key]))
 
     def _state(
-        self, key: str, parameter: nn.Parameter | None, found: dict[str, str], who: str
-    ) -> str | None:
+        self, key: str, parameter: nn.Parameter | None, found: dict[str, Now], who: str
+    ) -> Now | None:
         """What a parameter is now, None for anything else.
 
         Args:
@@ -202,37 +223,37 @@ class Originals:
             return None
         value = parameter.detach()
         current = fingerprint(value)
-        if current in loaded.prints.values():
-            return LOADED
+        for dtype, known in loaded.prints.items():  # its own first: it may not be rounded
+            if current == known:
+                cast_to = [casts for casts in CASTS if casts[-1:] == (dtype,)]
+                return Now(LOADED, ((),) if dtype == loaded.dtype else cast_to)
         if current == loaded.with_lora:
-            return LORA
+            return Now(LORA)
         if (
             original is not None
             and value.shape == original.shape
-            and any(
-                same_values(value, original.to(dtype))
-                for dtype in (value.dtype, precision_of(value))
-            )
+            and casts_between(original, value)
         ):
-            return ORIGINAL
+            return Now(ORIGINAL)
         if loaded.version not in (None, _version(parameter)):
             return None
         before = self._read(key, who).to(value.device)
         if before.shape != value.shape:
             return None
-        before = _cast(before, value)
-        if same_values(value, before):
-            return LOADED
+        casts = casts_between(before, value)
+        if casts:
+            return Now(LOADED, casts)
         if key.endswith(".bias"):  # a LoRA may have one, but never that alone
-            merged = found.get(key.removesuffix("bias") + "weight") == LORA
+            weight = found.get(key.removesuffix("bias") + "weight")
+            merged = weight is not None and weight.kind == LORA
         else:
-            merged = is_lora(value, before)
+            merged = is_lora(value, _cast(before, value))
         if merged:
             self._loaded[key] = replace(loaded, with_lora=current)
-        return LORA if merged else None
+        return Now(LORA) if merged else None
 
     def _with_changes(
-        self, key: str, parameter: nn.Parameter, value: torch.Tensor, now: str
+        self, key: str, parameter: nn.Parameter, value: torch.Tensor, now: Now
     ) -> torch.Tensor:
         """What takes the place of a parameter: with its LoRA, and cast as it was cast since.
 
@@ -241,12 +262,10 @@ class Originals:
             now: what the parameter is.
         """
         current = parameter.detach()
-        if now == ORIGINAL:
+        if now.kind == ORIGINAL:
             return value
-        loaded = self._loaded.get(key)
-        if now == LOADED:
-            as_it_was = loaded is None or fingerprint(current) == loaded.prints[loaded.dtype]
-            return value if as_it_was else _cast(value, current)
+        if now.kind == LOADED:
+            return cast(value, now.casts[0])
         before = self._read(key, "CLEAR weights").to(current.device)
         change = difference(current, _cast(before, current))
         return _cast(_cast(value, current).to(change) + change, current)
@@ -281,9 +300,9 @@ class Originals:
         current = digest(fingerprint(parameter) for parameter in parameters.values())
         if current not in entry["fingerprints"].values():
             raise ValueError(
-                f"{who}: the model was saved with CLEAR weights ({entry['file']}) that a LoRA or "
-                "training had changed, which other weights would drop; start from the original "
-                "model, load CLEAR weights, then the LoRA."
+                f"{who}: the model was saved with CLEAR weights ({entry['file']}) that a LoRA, "
+                "training or a cast to 8 bits had changed, which other weights would drop; start "
+                "from the original model, load CLEAR weights, then the LoRA."
             )
         return list(parameters)
 
@@ -312,6 +331,13 @@ class _Copies:
                 if loaded[key].version == self._versions[key]:
                     found[key] = replace(loaded[key], version=_version(parameter))
         return found
+
+
+def _cast_alike(found: dict[str, Now]) -> dict[str, Now]:
+    """The same; where one way to cast explains them all, it is that: few values may fit several."""
+    ways = [now.casts for now in found.values() if now.kind == LOADED]
+    common = [casts for casts in CASTS if all(casts in each for each in ways)]
+    return {key: now._replace(casts=common or now.casts) for key, now in found.items()}
 
 
 def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,14 @@ from collections.abc import Iterable
 
 import torch
 
+# Casts, one or two, that leave their rounding behind: of `model.to` and of layerwise casting.
+_NARROW = (torch.bfloat16, torch.float16)
+_STORED = (torch.float8_e4m3fn, torch.float8_e5m2)
+CASTS: tuple[tuple[torch.dtype, ...], ...] = (
+    (),
+    *((dtype,) for dtype in (*_NARROW, *_STORED)),
+    *((first, last) for first in _NARROW for last in (*_NARROW, *_STORED) if first != last),
+)
 # Where a difference between parameters can be told from rounding.
 _MERGED_IN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _OVERSAMPLING = 8
@@ -39,12 +47,29 @@ def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(_exact(one).cpu(), _exact(other).cpu())
 
 
+def cast(tensor: torch.Tensor, dtypes: Iterable[torch.dtype]) -> torch.Tensor:
+    """A tensor after casts, one after the other."""
+    for dtype in dtypes:
+        tensor = tensor.to(dtype)
+    return tensor
+
+
+def casts_between(before: torch.Tensor, now: torch.Tensor) -> list[tuple[torch.dtype, ...]]:
+    """Those of `CASTS` that make one tensor of the other, which has the same shape."""
+
+    def makes(dtypes: Iterable[torch.dtype], rows: slice) -> bool:
+        return same_values(cast(before[rows], (*dtypes, now.dtype)), now[rows])
+
+    # Most that do not differ in the first row already.
+    return [each for each in CASTS if makes(each, slice(1)) and makes(each, slice(None))]
+
+
 def precision_of(tensor: torch.Tensor) -> torch.dtype:
     """The coarsest of the usual dtypes that holds all values exactly, at most the tensor's own.
 
     After `model.to(torch.bfloat16).to(torch.float32)` it is bfloat16.
     """
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (*_STORED, *_NARROW):
         narrower = dtype.itemsize < tensor.element_size()
         if narrower and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
             return dtype

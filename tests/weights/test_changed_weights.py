@@ -154,7 +154,16 @@ def test_copies_of_models(pipes, again):
 
 @pytest.mark.parametrize(
     "dtypes",
-    [[torch.bfloat16], [torch.float16], [torch.bfloat16, torch.float32], [torch.float8_e4m3fn]],
+    [
+        [torch.bfloat16],
+        [torch.float16],
+        [torch.bfloat16, torch.float32],
+        [torch.float16, torch.bfloat16, torch.float32],
+        [torch.float8_e4m3fn],
+        [torch.float8_e5m2, torch.float32],
+        [torch.bfloat16, torch.float8_e4m3fn],
+        [torch.float16, torch.float8_e4m3fn, torch.bfloat16, torch.float32],
+    ],
     ids=str,
 )
 def test_casts_are_no_changes(pipes, dtypes):
