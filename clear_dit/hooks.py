@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -35,7 +36,7 @@ class Innermost:
         places.append((module, "forward"))
         # Where a stranger has wrapped the innermost itself, the outermost is all there is.
         self._holder, self._name = next(
-            (place for place in places if not hasattr(getattr(*place), "__wrapped__")), places[-1]
+            (place for place in places if not _is_wrapper(getattr(*place))), places[-1]
         )
 
     @property
@@ -49,6 +50,11 @@ class Innermost:
         own = type(self.module).forward.__get__(self.module)
         if self._name == "forward" and self._holder is self.module and forward == own:
             del self.module.forward  # needs no entry of its own
+
+
+def _is_wrapper(forward: Callable[..., Any]) -> bool:
+    # A method is the module's own, also where diffusers has decorated it in the class.
+    return hasattr(forward, "__wrapped__") and not isinstance(forward, MethodType)
 
 
 def loaded_once(modules: Iterable[nn.Module], run: Callable[[], Result]) -> Result:

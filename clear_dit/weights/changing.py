@@ -25,10 +25,18 @@ def changing(model: nn.Module, weights: bool = False) -> Iterator[ClearState]:
 
     Yields:
         The model's state, a new one if it had none.
+
+    Raises:
+        RuntimeError: called in the middle of a forward, or of a stage with the original weights.
     """
     is_new = ClearState.on(model) is None
     state = ClearState.attach(model)
     with state.access.exclusive(), ExitStack() as stack:
+        if state.originals.are_back:
+            raise RuntimeError(
+                "CLEAR: a stage of full attention is under way with the original weights; do not "
+                "change the model in its callback, but before or after the call."
+            )
         before = _Before(model, state)
         if weights:
             stack.enter_context(state.originals.undone_on_error(model))

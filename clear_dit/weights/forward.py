@@ -48,7 +48,23 @@ def changed_in_forwards(model: nn.Module, change: Change) -> Iterator[None]:
         model: has a `ClearState`.
         change: what is entered around each forward, later ones within earlier ones.
     """
+    state, mine = vars(model)[STATE], object()
     token = _CHANGES.set((*_CHANGES.get(), (model, change)))
+    try:
+        state.calls.add(mine)
+        yield
+    finally:
+        state.calls.discard(mine)
+        _CHANGES.reset(token)
+
+
+@contextmanager
+def as_between_forwards() -> Iterator[None]:
+    """Within it forwards in this thread find every model as it is between them.
+
+    For what a call lets others run, such as a callback, which may generate images of its own.
+    """
+    token = _CHANGES.set(())
     try:
         yield
     finally:
@@ -128,6 +144,7 @@ class ClearForward:
             stack.enter_context(state.access.exclusive() if alone else state.access.shared())
             for change in changes:
                 stack.enter_context(change(model))
+            stack.enter_context(state.own_weights(model))
             return self._call(state, compiled, args, kwargs)
 
     def _call(

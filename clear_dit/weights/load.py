@@ -162,8 +162,13 @@ def save_clear_weights(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{who}: there is no folder {str(path.parent)!r}; make it first.")
     refuse_unsuitable(model, who)
-    parameters = {**parameters_by_key(model), **pooling_by_key(model)}
-    tensors = {key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()}
+    state = ClearState.attach(model)
+    # Not while another thread's stage has swapped the weights, nor in a callback of this one's.
+    with state.access.shared(), state.own_weights(model):
+        parameters = {**parameters_by_key(model), **pooling_by_key(model)}
+        tensors = {
+            key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()
+        }
     write_weights(tensors, path, settings, base_model, who)
 
 

@@ -76,6 +76,7 @@ class Originals:
         self._values: dict[str, torch.Tensor] = {}
         self._loaded: dict[str, _Loaded] = {}
         self._path: Path | None = None
+        self._tuned: _Copies | None = None  # while the originals are back
 
     def __bool__(self) -> bool:
         """Whether the model has CLEAR weights."""
@@ -89,7 +90,7 @@ class Originals:
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model."""
         loaded = {key: replace(one, version=None) for key, one in self._loaded.items()}
-        return self.__dict__ | {"_loaded": loaded}
+        return self.__dict__ | {"_loaded": loaded, "_tuned": None}
 
     def refuse_lost(self, who: str) -> None:
         """Refuse a model that came without its originals.
@@ -176,13 +177,35 @@ class Originals:
         Raises:
             ValueError: as `put_back`.
         """
+        if self.are_back:  # in a call around this one
+            yield
+            return
         tuned = _Copies(model, self._loaded)
         try:
             if self:
                 self._write(model, who)
+            self._tuned = tuned
             yield
         finally:
+            self._tuned = None
             self._loaded = tuned.put_back(self._loaded)
+
+    @property
+    def are_back(self) -> bool:
+        """Whether a thread is within `back`: that which has the model for itself."""
+        return self._tuned is not None
+
+    @contextmanager
+    def away(self, model: nn.Module) -> Iterator[None]:
+        """Within it, within `back`, the parameters are again those before `back`."""
+        tuned, loaded, originals = self._tuned, self._loaded, _Copies(model, self._loaded)
+        assert tuned is not None
+        try:
+            self._tuned, self._loaded = None, tuned.put_back(loaded)
+            yield
+        finally:
+            originals.put_back(loaded)
+            self._tuned, self._loaded = tuned, loaded
 
     @contextmanager
     def undone_on_error(self, model: nn.Module) -> Iterator[None]:

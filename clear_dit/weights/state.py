@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class ClearState:
         access: who uses the model, and who changes it.
         sharing: of a `PatchParallel`, what the ranks that share images do around a forward; else
             None.
+        calls: one object for each call under way that changes the model in its forwards.
         tracker: shared by the processors of all layers; None while only weights were loaded.
         processors: those that were there before CLEAR, by layer name.
         installed: those of CLEAR, by layer name.
@@ -76,6 +78,7 @@ class ClearState:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.access = Access()
         self.sharing: Any = None
+        self.calls: set[object] = set()
         self.tracker: WindowTracker | None = None
         self.processors: dict[str, Any] = {}
         self.installed: dict[str, CLEARProcessor] = {}
@@ -87,7 +90,8 @@ class ClearState:
         self._said_of_far: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"sharing": None}  # a copy of the model is not shared
+        # A copy of the model is not shared, and in no call.
+        return vars(self) | {"sharing": None, "calls": set()}
 
     @classmethod
     def on(cls, model: nn.Module) -> ClearState | None:
@@ -113,10 +117,10 @@ class ClearState:
         return self.tracker is not None or self.originals.loaded_here
 
     def detach(self, model: nn.Module) -> None:
-        """Forget everything; and leave the model, unless it is shared by ranks."""
+        """Forget everything; and leave the model, unless ranks share it or a call changes it."""
         self.tracker, self.processors, self.installed = None, {}, {}
         self.given_up = frozenset()
-        if self.sharing is None:
+        if self.sharing is None and not self.calls:
             take_away(model)
             delattr(model, STATE)
 
@@ -125,6 +129,21 @@ class ClearState:
         self.originals.put_back(model, "remove_clear")
         self.learned.clear()
         self.weights_far = None
+
+    @contextmanager
+    def own_weights(self, model: nn.Module) -> Iterator[None]:
+        """Within it a model that runs CLEAR has its CLEAR weights.
+
+        Also where a stage of full attention, of this thread, has put the original ones back: not
+        all forwards in between are the stage's, see `as_between_forwards`.
+        """
+        with ExitStack() as stack:
+            processors = (attn.processor for attn in attention_layers(model).values())
+            if self.originals.are_back and any(
+                isinstance(one, CLEARProcessor) and one.local for one in processors
+            ):
+                stack.enter_context(self.originals.away(model))
+            yield
 
     @torch.compiler.disable
     def decide_far(self, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import interpolate
 
 from clear_dit.families.table import transformer_of
+from clear_dit.weights.forward import as_between_forwards
 from clear_dit.weights.state import ClearState
 
 from ..decoding.autoencoder import decode, encode
@@ -215,7 +216,8 @@ def _denoise(
             tensors["latents"] = _pack(pipe, steered)
         if request.callback is not None:
             given = {name: tensors[name] for name in request.callback_inputs}
-            tensors |= request.callback(pipe, step, timestep, given)
+            with as_between_forwards():
+                tensors |= request.callback(pipe, step, timestep, given)
         return tensors
 
     return FluxPipeline.__call__(

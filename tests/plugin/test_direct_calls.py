@@ -1,10 +1,12 @@
 """Forwards that do not come by the usual way: each has the layout of its own arguments."""
 
+import accelerate
+import diffusers
 import pytest
 import torch
 from support.families.models import FAMILIES, make_inputs, make_model, prediction, run, stacked
 
-from clear_dit import apply_clear
+from clear_dit import apply_clear, remove_clear
 from clear_dit.attention.processor import CLEARProcessor
 
 
@@ -49,6 +51,44 @@ def test_a_class_whose_forward_was_replaced(name, before, monkeypatch):
     run(model, wide)
     replace()
     torch.testing.assert_close(run(model, tall), expected)
+
+
+def accelerate_hook(model, inputs):
+    """A hook that gives the model other arguments; what removes it."""
+
+    class Other(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return (), inputs | {"return_dict": False}
+
+    accelerate.hooks.add_hook_to_module(model, Other())
+    return lambda: accelerate.hooks.remove_hook_from_module(model)
+
+
+def diffusers_hook(model, inputs):
+    class Other(diffusers.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return (), inputs | {"return_dict": False}
+
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(Other(), "other")
+    return lambda: registry.remove_hook("other")
+
+
+@pytest.mark.parametrize("set_hook", [accelerate_hook, diffusers_hook])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_hook_that_changes_arguments(name, set_hook, before):
+    """CLEAR stands below it, whichever came first, and stays when it goes."""
+    tall, wide = make_inputs(name, 8, 4), make_inputs(name, 4, 8)
+    expected, full = run(local(name), tall), run(make_model(name), tall)
+    model = make_model(name) if before else local(name)
+    remove = set_hook(model, tall)
+    if before:
+        apply_clear(model, radius=2, far=False)
+    torch.testing.assert_close(run(model, wide), expected)
+    remove()
+    torch.testing.assert_close(run(model, tall), expected)
+    remove_clear(model)
+    torch.testing.assert_close(run(model, tall), full)
 
 
 def test_arguments_without_names(tiny_transformer, tiny_inputs, monkeypatch):
