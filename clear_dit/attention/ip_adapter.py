@@ -83,7 +83,7 @@ class LayerProcessor(CLEARProcessor):
         """`CLEARProcessor.__call__`; with IP-adapters a third tensor follows image and text.
 
         Args:
-            ip_hidden_states: for every IP-adapter the image prompt, (batch, images, tokens,
+            ip_hidden_states: for every IP-adapter the image prompts, (prompts, images, tokens,
                 channels). As in diffusers, the blocks add what it contributes after the
                 feed-forward.
 
@@ -112,8 +112,9 @@ def _image_prompt(
     for prompt, scale, to_key, to_value in zip(
         prompts, adapter.scale, adapter.to_k_ip, adapter.to_v_ip, strict=True
     ):
+        # As in diffusers: where there are more prompts than samples, a sample has several.
         key, value = (  # [batch, heads, images * tokens, head_dim]
-            project(prompt).flatten(1, 2).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+            project(prompt).reshape(len(query), -1, *query.shape[1::2]).transpose(1, 2)
             for project in (to_key, to_value)
         )
         total = total + scale * scaled_dot_product_attention(query, key, value)

@@ -15,6 +15,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from ..errors import RequestError, first_line
 from ..pipelines.decoding.colours import to_rgb
 from .checks import MAX_SIDE
+from .image_colours import note_colours
 from .image_kinds import is_heif, kind_of
 
 # What Pillow's plugins raise for files that are not theirs, and when files are bent or cut.
@@ -119,6 +120,7 @@ def open_image(
                 raise RequestError(
                     f"{name} has {width} x {height} pixels; at most {MAX_SIDE} a side are read."
                 )
+            note_colours(image, file)
             yield image
 
 

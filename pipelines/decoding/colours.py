@@ -8,6 +8,8 @@ from functools import cache
 
 from PIL import Image, ImageCms
 
+from .profiles import told_profile
+
 logger = logging.getLogger(__name__)
 
 # Of an ICC profile's header: when it was made, which would make every file another.
@@ -22,7 +24,7 @@ _MODES = {
 
 
 def to_srgb(image: Image.Image, who: str) -> Image.Image:
-    """An image in 8-bit sRGB, by its ICC profile where it has one.
+    """An image in 8-bit sRGB, by its ICC profile or what else it says, see `told_profile`.
 
     Args:
         image: of any mode; as it was when this returns.
@@ -33,14 +35,14 @@ def to_srgb(image: Image.Image, who: str) -> Image.Image:
         broken, or of other colours than the image has, is left out with a warning.
 
     Raises:
-        ValueError: over 8 bits a channel: which values are black and white is not known.
+        ValueError: over 8 bits a channel: which values are black and white is not known; or HDR.
     """
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"{who} has more than 8 bits a channel (mode {image.mode}); scale it and convert it "
             "to RGB."
         )
-    profile = image.info.get("icc_profile")
+    profile = image.info.get("icc_profile") or told_profile(image, who)
     plain = _plain(image)
     if profile == srgb_profile():
         profile = None
@@ -49,7 +51,7 @@ def to_srgb(image: Image.Image, who: str) -> Image.Image:
         found = _by_profile(plain, _lab_profile(), who)
     if found is None:
         found = plain.convert("RGBA" if plain.mode in ("LA", "RGBA") else "RGB")
-    for name in ("icc_profile", "transparency", "gamma", "chromaticity", "srgb"):
+    for name in ("icc_profile", "transparency", "gamma", "chromaticity", "srgb", "cicp"):
         found.info.pop(name, None)
     return found
 

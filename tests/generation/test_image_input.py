@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import sys
 import threading
 import warnings
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image, ImageCms, ImageFile
+from PIL import ExifTags, Image, ImageCms, ImageFile, PngImagePlugin
 from support import icc
 
 from clear_dit.app.uploads import keep_upload
@@ -101,6 +102,89 @@ def test_a_profile_that_cannot_be_is_left_out_with_a_warning(tmp_path, caplog, p
     assert far_from(read_image(path), VALUES) == 0
     assert str(path) in caplog.text
     assert told in caplog.text
+
+
+P3 = icc.srgb_of_xyz(icc.linear(VALUES) @ icc.DISPLAY_P3.T)
+ADOBE_POINTS = (31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)
+SRGB_POINTS = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+
+
+def big(*numbers):
+    return struct.pack(f">{len(numbers)}I", *numbers)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        ({b"gAMA": big(100_000)}, icc.encoded(VALUES / 255)),
+        (
+            {b"gAMA": big(45_470), b"cHRM": big(*ADOBE_POINTS)},
+            icc.srgb_of(VALUES),
+        ),
+        ({b"gAMA": big(45_455), b"cHRM": big(*SRGB_POINTS)}, VALUES),
+        ({b"gAMA": big(100_000), b"sRGB": b"\0"}, VALUES),
+        ({b"gAMA": big(0)}, VALUES),
+        ({b"cHRM": big(*[0] * 8)}, VALUES),
+        ({b"cICP": bytes([12, 13, 0, 1])}, P3),
+        ({b"cICP": bytes([1, 8, 0, 1])}, icc.encoded(VALUES / 255)),
+        ({b"cICP": bytes([1, 13, 0, 1]), b"gAMA": big(100_000)}, VALUES),
+    ],
+)
+def test_colours_of_png_without_a_profile(tmp_path, chunks, expected):
+    info = PngImagePlugin.PngInfo()
+    for name, data in chunks.items():
+        info.add(name, data)
+    IMAGE.save(tmp_path / "a.png", pnginfo=info)
+    exactly = expected is VALUES
+    assert far_from(read_image(tmp_path / "a.png"), expected) <= (0 if exactly else LEVELS)
+    keep_upload(tmp_path / "a.png")
+    assert far_from(read_image(tmp_path / "a.png"), expected) <= (0 if exactly else LEVELS)
+
+
+@pytest.mark.parametrize("suffix", ["avif", "heic"])
+def test_colours_of_video_in_images(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    plain = Image.fromarray(VALUES[::16, ::16]).resize((96, 64), Image.Resampling.NEAREST)
+    if suffix == "heic":
+        heif = pytest.importorskip("pillow_heif", reason="pip install 'clear-dit[heif]'")
+        heif.from_pillow(plain).save(path, quality=-1, chroma=444)
+    else:
+        plain.save(path, quality=100, subsampling="4:4:4")
+    data = path.read_bytes()
+    at = data.index(b"colrnclx") + 8
+    expected = icc.srgb_of_xyz(icc.linear(np.asarray(read_image(path))) @ icc.DISPLAY_P3.T)
+    path.write_bytes(data[:at] + struct.pack(">HH", 12, 13) + data[at + 4 :])
+    assert far_from(read_image(path), expected) <= LEVELS
+    for curve, name in ((16, "PQ"), (18, "HLG")):
+        path.write_bytes(data[:at] + struct.pack(">HH", 9, curve) + data[at + 4 :])
+        assert f"is an HDR image ({name})" in refusal(path)
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+def test_cameras_mark_adobe_rgb_in_exif(tmp_path, turned):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    exif[ExifTags.IFD.Exif] = {
+        ExifTags.Base.ColorSpace: 0xFFFF,
+        ExifTags.IFD.Interop: {ExifTags.Interop.InteropIndex: "R03"},
+    }
+    IMAGE.save(tmp_path / "a.png", exif=exif)
+    values = VALUES if turned == 1 else np.rot90(VALUES, -1)
+    assert far_from(read_image(tmp_path / "a.png"), icc.srgb_of(values)) <= LEVELS
+
+
+def test_jpeg_2000_has_its_profile_in_a_box(tmp_path):
+    IMAGE.save(tmp_path / "a.jp2")
+    data = (tmp_path / "a.jp2").read_bytes()
+    assert far_from(read_image(tmp_path / "a.jp2"), VALUES) == 0
+    header, at = data.index(b"jp2h") - 4, data.index(b"colr") - 4
+    profile = b"colr" + bytes([2, 0, 0]) + icc.rgb_profile()
+    after = at + int.from_bytes(data[at : at + 4])
+    parts = [data[:at], big(len(profile) + 4), profile, data[after:]]
+    longer = int.from_bytes(data[header : header + 4]) + len(profile) + 4 - (after - at)
+    parts[0] = parts[0][:header] + big(longer) + parts[0][header + 4 :]
+    (tmp_path / "a.jp2").write_bytes(b"".join(parts))
+    assert far_from(read_image(tmp_path / "a.jp2"), icc.srgb_of(VALUES)) <= LEVELS
 
 
 def test_what_is_written_says_srgb_and_is_read_bit_for_bit(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from conftest import make_components
 from diffusers import FluxPipeline
 from support.families.models import TEXT_CHANNELS
+from support.ip_adapter import load_ip_adapters
 
 from clear_dit import CLEARFluxPipeline, apply_clear
 
@@ -183,3 +184,24 @@ def test_latents_need_no_generators(pipes):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="3 generators for 2 images; give one, or one for each"):
         draw(pipes[1], [0, 1, 2], prompt=A, latents=latents, height=64, width=64)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_image_prompts_of_several_prompts(rows, copies):
+    """Stock gives every image all of them, where there is one for each."""
+    pipes = FluxPipeline(**make_components()), CLEARFluxPipeline(**make_components())
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        load_ip_adapters(pipe)
+    apply_clear(pipes[1], radius=32)
+    made = torch.Generator().manual_seed(3)
+    embeds = [torch.randn(rows, 1, 6, generator=made)]
+    options = {"prompt": [A, B], "num_images_per_prompt": copies, "ip_adapter_image_embeds": embeds}
+    options |= {
+        "negative_prompt": [B, A],
+        "negative_ip_adapter_image_embeds": [-embeds[0]],
+        **GUIDED,
+    }
+    expected, found = (draw(pipe, **options) for pipe in pipes)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

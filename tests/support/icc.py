@@ -9,6 +9,9 @@ ADOBE = np.array(
     [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
 )
 ADOBE_GAMMA = 2.19921875
+DISPLAY_P3 = np.array(
+    [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
+)
 _SRGB = np.array(
     [
         [0.4360747, 0.3850649, 0.1430804],
@@ -56,6 +59,12 @@ def srgb_of_lab(lab):
 
 def srgb_of_xyz(xyz):
     return encoded((xyz @ np.linalg.inv(_SRGB).T).clip(0, 1))
+
+
+def linear(values):
+    """The inverse of `encoded`."""
+    unit = np.asarray(values) / 255
+    return np.where(unit > 0.04045, ((unit + 0.055) / 1.055) ** 2.4, unit / 12.92)
 
 
 def encoded(linear):
