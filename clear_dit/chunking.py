@@ -59,7 +59,7 @@ def chunk_feed_forward(pipe_or_model: Any, tokens: int | None = CHUNK_TOKENS) ->
     if tokens is not None:
         tokens = integer("chunk_feed_forward: tokens", tokens, 1)
     model = getattr(pipe_or_model, "transformer", pipe_or_model)
-    blocks = [module for module in model.modules() if type(module) in FORWARDS]
+    blocks = [module for module in model.modules() if _chunked(module) is not None]
     if not blocks:
         raise ValueError(
             f"chunk_feed_forward: needs a model with {' or '.join(c.__name__ for c in FORWARDS)}; "
@@ -78,7 +78,7 @@ def chunk_feed_forward(pipe_or_model: Any, tokens: int | None = CHUNK_TOKENS) ->
 
 def is_chunked(model: nn.Module) -> bool:
     """Whether `chunk_feed_forward` was called on a model, with any size."""
-    blocks = (module for module in model.modules() if type(module) in FORWARDS)
+    blocks = (module for module in model.modules() if _chunked(module) is not None)
     return any(isinstance(Innermost(block).forward, ChunkedForward) for block in blocks)
 
 
@@ -87,7 +87,7 @@ class ChunkedForward:
 
     def __init__(self, block: nn.Module, stock: Callable[..., Any], tokens: int) -> None:
         self.block = block
-        self.chunked = FORWARDS[type(block)]  # FSDP changes the class later
+        self.chunked: Any = _chunked(block)
         self.stock = stock
         self.tokens = tokens
 
@@ -179,10 +179,21 @@ def _single_forward(
     return joint[:, :length], joint[:, length:]
 
 
-FORWARDS: dict[type, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+FORWARDS: dict[type[nn.Module], Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     FluxTransformerBlock: _double_forward,
     FluxSingleTransformerBlock: _single_forward,
 }
+
+
+def _chunked(module: nn.Module) -> Callable[..., Any] | None:
+    """The chunked forward of one of FLUX's blocks, None for another module.
+
+    FSDP makes of a block's class a subclass, whose forward is the same.
+    """
+    for cls, forward in FORWARDS.items():
+        if isinstance(module, cls) and type(module).forward is cls.forward:
+            return forward
+    return None
 
 
 def _finite(hidden: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import accelerate
 import pytest
 import torch
 from conftest import make_components, make_inputs, make_transformer
+from peft import LoraConfig
 from support.families.models import FAMILIES, make_model, run
 from support.families.models import make_inputs as make_family_inputs
 from support.threads import Middle
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from clear_dit import (
     CLEARFluxPipeline,
+    CLEARProcessor,
     apply_clear,
     load_clear_weights,
     remove_clear,
@@ -163,6 +165,77 @@ def test_checkpoints_that_run_again_while_another_forward_goes_by(name):
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient)
+
+
+def test_a_model_within_the_forward_of_another():
+    """With a bare processor, which finds the layout of its own forward."""
+    outer, inner = make_transformer(), make_transformer(seed=1)
+    apply_clear(outer, **LOCAL)
+    inner.set_attn_processor(CLEARProcessor(**LOCAL))
+    given, other = make_inputs(4, 8), make_inputs(8, 4)
+    expected, found = [run(outer, given), run(inner, other)], []
+    handle = outer.transformer_blocks[1].register_forward_pre_hook(
+        lambda *_: found.append(run(inner, other))
+    )
+    assert torch.equal(run(outer, given), expected[0])
+    handle.remove()
+    assert torch.equal(found[0], expected[1])
+
+
+def test_loras_act_as_strongly_as_each_forward_asks():
+    """diffusers scales them in place, for a forward."""
+    model, given = make_transformer(), make_inputs(4, 6)
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+    apply_clear(model, **LOCAL)
+    scaled = given | {"joint_attention_kwargs": {"scale": 0.25}}
+    expected = [run(model, scaled), run(model, given)]
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    middle = Middle()
+    model.transformer_blocks[0].register_forward_pre_hook(middle.reached)
+    found = middle.run(lambda: run(model, scaled), lambda: run(model, given))
+    for value, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, right)
+
+
+def test_compiled_blocks_know_the_forward_of_their_own_thread():
+    plain, model = (make_transformer(num_layers=1, num_single_layers=0) for _ in range(2))
+    given = [make_inputs(4, 8), make_inputs(8, 4)]
+    for one in (plain, model):
+        apply_clear(one, **LOCAL)
+    expected = [run(plain, inputs) for inputs in given]
+    model.transformer_blocks[0].compile(backend="eager")
+    for inputs in given:
+        run(model, inputs)  # to compile takes longer than a thread waits
+    middle = Middle()
+    model.context_embedder.register_forward_pre_hook(middle.reached)
+    try:
+        found = middle.run(lambda: run(model, given[0]), lambda: run(model, given[1]))
+    finally:
+        torch.compiler.reset()
+    for value, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-4, atol=2e-6)
+
+
+def test_a_scheduler_of_two_pipelines():
+    parts = make_components()
+    pipes = [CLEARFluxPipeline(**parts, native_size=32) for _ in range(2)]
+    apply_clear(pipes[0], **LOCAL)
+    middle = Middle()
+
+    def draw(pipe, steps, callback=None):
+        pipe.set_progress_bar_config(disable=True)
+        options = {"height": 32, "width": 32, "max_sequence_length": 8, "output_type": "pt"}
+        generator = torch.Generator().manual_seed(steps)
+        more = {"num_inference_steps": steps, "callback_on_step_end": callback}
+        return pipe("a house", generator=generator, **options, **more).images
+
+    expected = [draw(pipe, steps) for pipe, steps in zip(pipes, (2, 3), strict=True)]
+    found = middle.run(
+        lambda: draw(pipes[0], 2, lambda *_: middle.reached() or {}), lambda: draw(pipes[1], 3)
+    )
+    for image, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(image, right, rtol=0, atol=1e-5)
 
 
 def test_more_sizes_than_are_remembered():

@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from conftest import make_components
+from diffusers import AutoencoderTiny
 from peft import LoraConfig, get_peft_model
 from support.autoencoders import make_autoencoder
 from support.families.models import FAMILIES, make_inputs, make_model, run
+from torch import distributed
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from clear_dit import CLEARProcessor, apply_clear, remove_clear
+from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear, remove_clear
+from clear_dit.chunking import chunk_feed_forward
 from clear_dit.pipelines.decoding.autoencoder import decode, encode
+from clear_dit.pipelines.identity import pipeline_digest
 from clear_dit.wrappers import unwrapped
 
 
@@ -38,6 +44,22 @@ def test_a_model_in_a_wrapper(name, wrap):
     assert remove_clear(wrapper)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_a_model_in_fsdp(tmp_path):
+    model = make_model("flux")
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/at", rank=0, world_size=1
+    )
+    try:
+        wrapper = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+        assert unwrapped(wrapper) is model
+        apply_clear(wrapper, radius=2)
+        assert isinstance(model.transformer_blocks[0].attn.processor, CLEARProcessor)
+        assert remove_clear(wrapper)
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_compiled_one_by_one(name):
     plain, model, given = make_model(name), make_model(name), make_inputs(name, 4, 6)
@@ -49,9 +71,20 @@ def test_blocks_compiled_one_by_one(name):
     torch.testing.assert_close(run(model, given), run(plain, given))
 
 
+def tiny_autoencoder():
+    sizes = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    channels = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
+    return AutoencoderTiny(**sizes, **channels).eval()
+
+
+def usual_autoencoder():
+    return make_autoencoder((4, 4), latent_channels=4, norm_num_groups=2, sample_size=16)
+
+
 @pytest.mark.parametrize("part", ["all", "encoder and decoder"])
-def test_compiled_autoencoder(part):
-    vae = make_autoencoder((4, 4), latent_channels=4, norm_num_groups=2, sample_size=16)
+@pytest.mark.parametrize("make", [usual_autoencoder, tiny_autoencoder])
+def test_compiled_autoencoder(make, part):
+    vae = make()
     pixels = torch.rand(1, 3, 16, 24)
     latents = encode(vae, pixels)
     image = decode(vae, latents)
@@ -61,3 +94,35 @@ def test_compiled_autoencoder(part):
         vae.encoder, vae.decoder = compiled(vae.encoder), compiled(vae.decoder)
     assert torch.equal(encode(vae, pixels), latents)
     assert torch.equal(decode(vae, latents), image)
+
+
+def sharded(model):
+    """As FSDP's `fully_shard` leaves a model: of a subclass of its own, and so its blocks."""
+    for module in (model, *model.transformer_blocks, *model.single_transformer_blocks):
+        cls = type(module)
+        name = f"FSDP{cls.__name__}"
+        module.__class__ = type(name, (cls,), {"__module__": "torch.distributed.fsdp"})
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_that_becomes_of_a_subclass(when):
+    plain, model, given = make_model("flux"), make_model("flux"), make_inputs("flux", 4, 6)
+    full = run(plain, given)
+    apply_clear(plain, radius=2)
+    if when == "before":
+        sharded(model)
+    apply_clear(model, radius=2)
+    chunk_feed_forward(model, 9)
+    if when == "after":
+        sharded(model)
+    torch.testing.assert_close(run(model, given), run(plain, given))
+    assert remove_clear(model)
+    torch.testing.assert_close(run(model, given), full)
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_a_compiled_pipeline_goes_on_with_the_stages_of_a_plain_one(part):
+    pipe = CLEARFluxPipeline(**make_components())
+    before = pipeline_digest(pipe)
+    setattr(pipe, part, compiled(getattr(pipe, part)))
+    assert pipeline_digest(pipe) == before
