@@ -21,8 +21,10 @@ def settle(model: Any, attn: Any, old: Any = None) -> None:
         old: its processor before, whose values it takes where the shapes are the same.
     """
     own = (module for module in attn.children() if module is not attn.processor)
-    # Some quantised layers have buffers alone.
-    like = next(tensor for part in own for tensor in (*part.parameters(), *part.buffers()))
+    # Some quantised layers have buffers alone; under FSDP weights are neither.
+    tensors = (tensor for part in own for tensor in (*part.parameters(), *part.buffers()))
+    like = next(tensors, None)
+    like = attn.to_q.weight if like is None else like
     # On the meta device under sequential offloading.
     device = None if like.is_meta else like.device
     dtype = model.dtype if model.dtype.is_floating_point else torch.float32
