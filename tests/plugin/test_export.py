@@ -87,7 +87,7 @@ def test_strict(tiny_transformer, tiny_inputs):
         exported(model, given, strict=True)
 
 
-@pytest.mark.parametrize("grid", [(4, 6), None])
+@pytest.mark.parametrize("grid", [pytest.param((4, 6), marks=slow), None])
 def test_a_processor_alone(tiny_transformer, tiny_inputs, grid):
     model, given = tiny_transformer(), tiny_inputs(4, 6)
     model.set_attn_processor(CLEARProcessor(**LOCAL, grid=grid))
