@@ -80,6 +80,11 @@ def check_options(pipe: Any, options: dict[str, Any], height: int, width: int) -
     Raises:
         ValueError: prompts, sizes or output_type are not what they must be.
     """
+    if not hasattr(pipe.transformer, "config"):  # DataParallel and DDP hide it
+        raise ValueError(
+            f"{WHO}: pipe.transformer is {type(pipe.transformer).__name__}, which pipelines cannot "
+            "run; set pipe.transformer to the model inside."
+        )
     names = tuple(inspect.signature(FluxPipeline.check_inputs).parameters)[5:]
     pipe.check_inputs(
         options["prompt"],

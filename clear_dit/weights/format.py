@@ -108,6 +108,9 @@ def refuse_unsuitable(model: nn.Module, who: str, merged_lora: bool = False) -> 
                 raise ValueError(
                     f"{who}: a LoRA is merged into {name}.{projection}; call unfuse_lora() first."
                 )
+            linear = _without_lora(attn.get_submodule(projection))
+            if getattr(linear, "weight", None) is None:
+                raise _quantised(who, f"{name}.{projection}", type(linear), "without a weight")
     for key, parameter in parameters_by_key(model).items():
         if parameter.is_meta:
             raise ValueError(
@@ -116,10 +119,15 @@ def refuse_unsuitable(model: nn.Module, who: str, merged_lora: bool = False) -> 
             )
         plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
         if not plain or not parameter.is_floating_point():
-            raise ValueError(
-                f"{who}: {key} is quantised or sharded ({type(parameter.data).__name__}, "
-                f"{parameter.dtype}); do this on the plain model, before."
-            )
+            kind = type(parameter.data if type(parameter) is nn.Parameter else parameter)
+            raise _quantised(who, key, kind, str(parameter.dtype))
+
+
+def _quantised(who: str, what: str, kind: type, detail: str) -> ValueError:
+    return ValueError(
+        f"{who}: {what} is quantised or sharded ({kind.__name__}, {detail}); do this on the plain "
+        "model, before."
+    )
 
 
 def check_header(

@@ -338,9 +338,14 @@ class _Copies:
     """
 
     def __init__(self, model: nn.Module, keys: Iterable[str]) -> None:
-        self._parameters = parameters_by_key(model) if keys else {}
-        self._values = {key: self._parameters[key].detach().to("cpu", copy=True) for key in keys}
-        self._versions = {key: _version(self._parameters[key]) for key in keys}
+        wanted = set(keys)
+        found = parameters_by_key(model) if wanted else {}  # quantised layers may have none
+        self._parameters = {key: parameter for key, parameter in found.items() if key in wanted}
+        self._values = {
+            key: parameter.detach().to("cpu", copy=True)
+            for key, parameter in self._parameters.items()
+        }
+        self._versions = {key: _version(parameter) for key, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def put_back(self, loaded: dict[str, _Loaded]) -> dict[str, _Loaded]:
