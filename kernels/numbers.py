@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -23,10 +24,10 @@ def as_number(value: Any) -> int | float | None:
     """The int or float that a value is; None where it is no finite number.
 
     Taken are real numbers of Python, numpy and torch, 0-dimensional arrays and tensors among them;
-    truth values and text are none.
+    truth values, text, and what is masked or has no values (on "meta") are none.
     """
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        if value.ndim > 0:
+        if value.ndim > 0 or value is np.ma.masked or getattr(value, "is_meta", False):
             return None
         value = value.item()
     if isinstance(value, bool):
@@ -34,8 +35,12 @@ def as_number(value: Any) -> int | float | None:
     try:
         return operator.index(value)
     except TypeError:
-        found = float(value) if isinstance(value, Real) else math.nan
-        return found if math.isfinite(found) else None
+        pass
+    try:
+        found = float(value) if isinstance(value, (Real, Decimal)) else math.nan
+    except (TypeError, ValueError, OverflowError):  # durations, signalling NaN, beyond floats
+        return None
+    return found if math.isfinite(found) else None
 
 
 def as_integer(value: Any) -> int | None:
@@ -77,7 +82,7 @@ def integer(
             rule = f"an integer of at least {least}"
         else:
             rule = ("an integer " if found is None else "") + f"from {least} to {most}"
-        raise error(f"{who} must be {rule}, got {_shown(value)}.")
+        raise error(f"{who} must be {rule}, got {shown(value)}.")
     return found
 
 
@@ -92,11 +97,12 @@ def number(
     found = as_number(value)
     if found is None or not least <= found <= most:
         rule = "a finite number" if most == LARGEST else f"from {least} to {most}"
-        raise error(f"{who} must be {rule}, got {_shown(value)}.")
+        raise error(f"{who} must be {rule}, got {shown(value)}.")
     return float(found)
 
 
-def _shown(value: Any) -> str:
-    """Short; numbers without their types, text in quotes."""
-    text = str(value.item()) if getattr(value, "ndim", None) == 0 else repr(value)
+def shown(value: Any) -> str:
+    """What came, for a message: short, numbers without their types, text in quotes."""
+    plain = getattr(value, "ndim", None) == 0 and not getattr(value, "is_meta", False)
+    text = str(value.item()) if plain else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -98,8 +98,10 @@ class Window:
                 f"{self.width}), got {self.down_factor}; use a larger image or down_factor=1."
             )
         if self.query_rows is not None:
-            start, stop = self.query_rows
-            if not 0 <= start < stop <= self.height:
+            start, stop = (_size("query_rows", row, 0) for row in self.query_rows)
+            if not all(isinstance(row, int) for row in self.query_rows):
+                object.__setattr__(self, "query_rows", (start, stop))
+            if not start < stop <= self.height:
                 raise ValueError(
                     f"Window: query_rows must be (start, stop) with 0 <= start < stop <= "
                     f"{self.height}, got {self.query_rows}."

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-from clear_dit.kernels.numbers import as_integer, integer, number
+from clear_dit.kernels.numbers import as_integer, integer, number, shown
 
 from .cascade.schedule import check_dynamic_shift
 from .cascade.stages import Stage
@@ -65,7 +65,7 @@ def check_side(name: str, pixels: Any, token_pixels: int) -> int:
             lower = max(side // token_pixels, 1) * token_pixels
             near = f"; the nearest are {lower} and {lower + token_pixels}."
         raise ValueError(
-            f"{WHO}: {name} must be a multiple of {token_pixels} pixels, got {pixels}{near}"
+            f"{WHO}: {name} must be a multiple of {token_pixels} pixels, got {shown(pixels)}{near}"
         )
     return side
 
@@ -147,7 +147,7 @@ def check_stages(
 
 
 def check_generators(options: dict[str, Any], noises: int, images: int, stages: int) -> None:
-    """Refuse a list of generators of another length than noises are drawn.
+    """Refuse what is no generator, and a list of another length than noises are drawn.
 
     Args:
         options: the arguments of `FluxPipeline.__call__`.
@@ -155,12 +155,21 @@ def check_generators(options: dict[str, Any], noises: int, images: int, stages: 
         stages: their number; latents are the noise of the first.
 
     Raises:
-        ValueError: the numbers of generators and of images.
+        ValueError: what came, or the numbers of generators and of images.
     """
     generators = options["generator"]
+    several = isinstance(generators, list)
+    if not all(
+        one is None or isinstance(one, torch.Generator)
+        for one in (generators if several else [generators])
+    ):
+        raise ValueError(
+            f"{WHO}: generator must be a torch.Generator or a list of them, got "
+            f"{type(generators).__name__}."
+        )
     fitting = {noises} if options["latents"] is None else {1, images}
     drawn = options["latents"] is None or stages > 1
-    if drawn and isinstance(generators, list) and len(generators) not in fitting:
+    if drawn and several and len(generators) not in fitting:
         raise ValueError(
             f"{WHO}: {len(generators)} generators for {max(fitting)} images; give one, or one for "
             "each."

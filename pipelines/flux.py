@@ -249,13 +249,17 @@ class CLEARFluxPipeline(FluxPipeline):
         height, width = self._size(options["height"], options["width"], image_size)
         check_options(self, options, height, width)
         embeds, sigmas = options["prompt_embeds"], options["sigmas"]
+        if embeds is None:  # without a number, as many as the tokenizer pads to
+            text_length = options["max_sequence_length"] or self.tokenizer_2.model_max_length
+        else:
+            text_length = embeds.shape[1]
         model = transformer_of(self, WHO, "cascade")
         stages = plan_stages(
             height,
             width,
             native_size=self.native_size,
             token_pixels=self._token_pixels,
-            text_length=options["max_sequence_length"] if embeds is None else embeds.shape[1],
+            text_length=text_length,
             strength=strength,
             attention="clear" if runs_clear(model) else "full",
             native_attention="full" if can_run_full(model) else "clear",
@@ -279,8 +283,14 @@ class CLEARFluxPipeline(FluxPipeline):
                 stages[-1].name,
             )
         noises, batch = count_images(options)
-        if pixels and len(pixels) not in (1, batch):
-            raise ValueError(f"{WHO}: image: {len(pixels)} images for {batch}; give one or all.")
+        copies = options["num_images_per_prompt"]
+        if len(pixels) > 1 and len(pixels) * copies == batch:
+            pixels = [one for one in pixels for _ in range(copies)]
+        if len(pixels) not in (0, 1, batch):
+            raise ValueError(
+                f"{WHO}: image: {len(pixels)} images to make {batch} of; give one, or one for each "
+                "prompt."
+            )
         check_generators(options, noises, batch, len(stages))
         refuse_too_large(self, stages[-1], batch, ranks)
         text = encode_prompts(self, options, batch)

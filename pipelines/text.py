@@ -44,7 +44,7 @@ def count_images(options: dict[str, Any]) -> tuple[int, int]:
     images, misfit = _broadcast(options, start, of_stock)
     if misfit is not None and (1 in (start, noises) or start == noises):
         images, misfit = _broadcast(options, max(start, noises), of_each)
-    if misfit is not None or not images:
+    if misfit is not None or not noises:
         name = misfit or "prompt"
         raise ValueError(
             f"{WHO}: {name}: {_number(options[name])} for {count} prompts; give one, or one for "

@@ -3,7 +3,9 @@
 import json
 import math
 from dataclasses import replace
+from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ WHOLE = {
     "tensor": torch.tensor,
     "float tensor": lambda value: torch.tensor(float(value)),
     "fraction": Fraction,
+    "decimal": Decimal,
 }
 NOT_WHOLE = {
     "True": True,
@@ -51,6 +54,12 @@ NOT_WHOLE = {
     "list": [32],
     "tensor of one": torch.tensor([32]),
     "complex": 32 + 0j,
+    "duration": np.timedelta64(32, "s"),
+    "decimal NaN": Decimal("sNaN"),
+    "beyond floats": Fraction(10**400, 3),
+    "without values": torch.tensor(32, device="meta"),
+    "masked": np.ma.masked,
+    "text in an array": np.array("32"),
 }
 
 
@@ -92,6 +101,7 @@ def test_settings_of_attention(kind):
     assert repr(window) == repr(Window(4, 4, 2, 2, 2))
     window = Window(4, 4, 4, 2, local_references=((two, two),))
     assert repr(window) == repr(Window(4, 4, 4, 2, local_references=((2, 2),)))
+    assert repr(Window(4, 4, 0, 2, query_rows=(two, four)).query_rows) == "(2, 4)"
 
 
 @pytest.mark.parametrize("kind", NOT_WHOLE)
@@ -103,8 +113,15 @@ def test_refused_everywhere(kind):
         CLEARProcessor(grid=(value, 4))
     with pytest.raises(TypeError, match="Window: radius must be an int"):
         Window(4, 4, 0, value)
+    with pytest.raises(TypeError, match="Window: query_rows must be an int"):
+        Window(64, 4, 0, 2, query_rows=(0, value))
     with pytest.raises(ValueError, match="trained_side must be an integer"):
         Resolution(trained_side=value)
+    with pytest.raises(ValueError, match="rope factors must be two positive numbers"):
+        Resolution(rope_factors=value)
+    for name in ("port", "max_pixels", "queue_size"):
+        with pytest.raises(RequestError, match=f"--{name.replace('_', '-')} must be "):
+            replace(SETTINGS, **{name: value})
     with pytest.raises(ValueError, match="chunk_feed_forward: tokens must be an integer"):
         chunk_feed_forward(None, tokens=value)
     for name in ("steps", "radius", "height", "seed", "down_factor"):
@@ -171,11 +188,11 @@ def test_scales_are_refused_before_any_work(pipe, name, value, monkeypatch):
         draw(pipe, **{"height": 64, "width": 32, name: value})
 
 
-@pytest.mark.parametrize("make", [np.float32])
+@pytest.mark.parametrize("make", [np.float32, lambda value: torch.tensor(value).bfloat16()])
 def test_strengths_of_a_cascade(pipe, make):
     size = {"height": 64, "width": 64}
     expected = draw(pipe, strength=0.5, low_resolution_guidance=0.25, **size)
-    for strength in (make(0.5), np.array([make(0.5)])):
+    for strength in (make(0.5), [make(0.5)], np.array([0.5]), torch.tensor([0.5])):
         found = draw(pipe, strength=strength, low_resolution_guidance=make(0.25), **size)
         assert torch.equal(found, expected)
 
@@ -195,6 +212,16 @@ def test_tiles_and_chunks(pipe, kind):
     assert torch.equal(decode(pipe.vae, latents, tile_pixels=WHOLE[kind](8)), expected)
     chunk_feed_forward(pipe, WHOLE[kind](8))
     chunk_feed_forward(pipe, None)
+
+
+def test_messages_tell_text_from_numbers(pipe):
+    for make in (partial(draw, pipe), partial(make_request, "a house", device="cpu")):
+        with pytest.raises(ValueError, match=r"height must be a multiple of .* got '32'"):
+            make(height="32")
+
+
+def test_one_strength_need_not_be_in_a_tuple():
+    assert make_request("a house", device="cpu", strength=np.float32(0.5)).strength == (0.5,)
 
 
 @pytest.mark.parametrize("kind", WHOLE)

@@ -53,6 +53,7 @@ class Previewer:
 
     def _decode(self, latents: torch.Tensor, height: int, width: int) -> str:
         from ..pipelines.decoding.autoencoder import decode
+        from ..pipelines.decoding.colours import srgb_profile
         from ..pipelines.decoding.image_files import to_bytes
 
         pipe = self._pipe
@@ -63,5 +64,5 @@ class Previewer:
         small = interpolate(grid.float(), size, mode="area").to(grid.dtype)
         pixels = to_bytes(decode(pipe.vae, small))[0].permute(1, 2, 0).numpy()
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=80)
+        Image.fromarray(pixels).save(file, "JPEG", quality=80, icc_profile=srgb_profile())
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RequestError
+from ..generation.checks import Bounds, take_numbers
 from ..generation.models import model_path
 
 # Of a prompt, in characters: text encoders read some hundred tokens.
@@ -19,6 +20,7 @@ MAX_JOBS_OF_VISITOR = 3
 # Of an uploaded image.
 MAX_UPLOAD_BYTES = 64 * 2**20
 MAX_UPLOAD_PIXELS = 64_000_000
+_BOUNDS: dict[str, Bounds] = {"port": (0, 65535), "max_pixels": (256 * 256,), "queue_size": (1,)}
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,7 @@ class Settings:
             raise RequestError("--model: name at least one.")
         for model in self.models:
             model_path(model)
-        if not 0 <= self.port <= 65535:
-            raise RequestError(f"--port must be from 0 to 65535, got {self.port}.")
-        if self.max_pixels < 256 * 256:
-            raise RequestError(f"--max-pixels must be at least 65536, got {self.max_pixels}.")
-        if self.queue_size < 1:
-            raise RequestError(f"--queue-size must be at least 1, got {self.queue_size}.")
+        take_numbers(self, _BOUNDS)
         if not self.keep_days > 0:
             raise RequestError(f"--keep-days must be over 0, got {self.keep_days:g}.")
 

@@ -15,6 +15,8 @@ import numpy as np
 import png
 from PIL import Image
 
+from ..pipelines.decoding.colours import srgb_profile
+
 # Side of a tile, in pixels, and the level whose one tile is the whole image, no larger.
 TILE = 512
 THUMBNAIL_LEVEL = 9
@@ -126,7 +128,8 @@ class _Level:
     def _write(self, strip: np.ndarray) -> None:
         for column, left in enumerate(range(0, strip.shape[1], TILE)):
             tile = Image.fromarray(np.ascontiguousarray(strip[:, left : left + TILE]))
-            tile.save(self.folder / f"{column}_{self.tile_row}.jpg", quality=_QUALITY)
+            path = self.folder / f"{column}_{self.tile_row}.jpg"
+            tile.save(path, quality=_QUALITY, icc_profile=srgb_profile())
         self.tile_row += 1
 
 

@@ -11,7 +11,7 @@ import torch
 from ..errors import RequestError, first_line
 from ..kernels.cells import FAR_LEVELS
 from ..kernels.choice import select_impl
-from ..kernels.numbers import as_integer, integer, number
+from ..kernels.numbers import as_integer, integer, number, shown
 from ..kernels.window import Window
 from .models import TOKEN_PIXELS
 
@@ -48,7 +48,7 @@ def check_size(name: str, pixels: Any, token_pixels: int = TOKEN_PIXELS) -> int:
     if side is None or side % token_pixels or not token_pixels <= side <= MAX_SIDE:
         raise RequestError(
             f"--{name} must be a multiple of {token_pixels} from {token_pixels} to {MAX_SIDE} "
-            f"pixels, got {pixels}."
+            f"pixels, got {shown(pixels)}."
         )
     return side
 

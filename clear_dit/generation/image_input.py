@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -26,9 +26,10 @@ _FIRST_COUNTS = ("MPO", "PSD", "HEIF")
 # Drawings and films that Pillow knows by sight alone, or by running another program.
 _NO_PIXELS = ("EPS", "MPEG")
 # Tags of a TIFF.
-_TIFF_SUBFILE_TYPE, _BITS, _PLANAR = 254, 258, 284
+_TIFF_SUBFILE_TYPE, _BITS, _PLANAR, _SUB_IFDS = 254, 258, 284, 330
 # A page that is another one made small, or its mask.
-_TIFF_BESIDES = 1 | 4
+_SMALL = 1
+_TIFF_BESIDES = _SMALL | 4
 _HEAD = 256
 
 
@@ -53,7 +54,7 @@ def load_pixels(image: ImageFile.ImageFile, name: str) -> None:
 
     Raises:
         RequestError: there are several images in the file, or it is damaged, or a TIFF that
-            Pillow would read wrongly.
+            Pillow would read wrongly, or of which it would read a small copy.
     """
     try:
         if _has_several(image):
@@ -62,6 +63,13 @@ def load_pixels(image: ImageFile.ImageFile, name: str) -> None:
                 "the one that is meant alone."
             )
         if isinstance(image, TiffImageFile):
+            if image.tag_v2.get(_TIFF_SUBFILE_TYPE, 0) & _SMALL and (
+                image.is_animated or _SUB_IFDS in image.tag_v2
+            ):
+                raise RequestError(
+                    f"{name} begins with a small copy of its image, as camera raw files do; save "
+                    "the image itself as a PNG or JPEG."
+                )
             if image.tag_v2.get(_PLANAR, 1) != 1 and max(image.tag_v2.get(_BITS, (1,))) > 8:
                 raise RequestError(  # Pillow takes the planes for pixels
                     f"{name} is a TIFF of over 8 bits a channel with its channels apart; save it "
@@ -71,11 +79,12 @@ def load_pixels(image: ImageFile.ImageFile, name: str) -> None:
             # this memory. Turned images have another size than their tiles.
             image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
     except RequestError:
         raise
     except _DAMAGED as error:
         raise RequestError(f"{name} is damaged or cut off ({first_line(error)}).") from error
+    with suppress(*_DAMAGED):  # what a camera says may be bent where the pixels are not
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 @contextmanager
@@ -99,8 +108,9 @@ def open_image(
     name = name or str(path)
     try:
         file = path.open("rb")
-    except OSError as error:
-        raise RequestError(f"{name} cannot be read ({error.strerror or error}).") from error
+    except (OSError, ValueError) as error:  # the latter of a path with a zero byte
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RequestError(f"{name} cannot be read ({reason}).") from error
     with file:
         try:
             head = file.read(_HEAD)
@@ -111,7 +121,13 @@ def open_image(
                 raise
             raise RequestError(f"{name} cannot be read ({first_line(error)}).") from error
         if image is None:
-            raise _not_read(kind_of(head), name)
+            kind = kind_of(head)
+            if formats is None and kind == "AVIF" and not _reads_avif(head):
+                raise RequestError(
+                    f"{name} is an AVIF image, which Pillow reads from 11.3 on: pip install -U "
+                    "pillow; or save it as a PNG."
+                )
+            raise _not_read(kind, name)
         with image:
             if image.format in _NO_PIXELS or isinstance(image, ImageFile.StubImageFile):
                 raise _not_read(image.format, name)
@@ -158,14 +174,14 @@ def _heif(file: BinaryIO, name: str) -> ImageFile.ImageFile | None:
         ) from error
 
 
+def _reads_avif(head: bytes) -> bool:
+    _, accept = Image.OPEN.get("AVIF", (None, None))
+    return accept is not None and accept(head[:16]) is True
+
+
 def _not_read(kind: str | None, name: str) -> RequestError:
     if kind is None:
         return RequestError(f"{name} is not an image.")
-    if kind == "AVIF":
-        return RequestError(
-            f"{name} is an AVIF image, which Pillow reads from 11.3 on: pip install -U pillow; or "
-            "save it as a PNG."
-        )
     return RequestError(
         f"{name} is of the kind {kind}, which is not read here in this variant, or damaged; save "
         "it as a PNG or JPEG of 8 bits."

@@ -99,8 +99,10 @@ class GenerateRequest:
         if self.attention == "full" and self.weights not in (None, AUTO):
             raise RequestError("--weights are for --attention clear; leave them out with full.")
         if self.strength is not None:
-            strength = (number("--strength", x, 0, 1, RequestError) for x in self.strength)
-            object.__setattr__(self, "strength", tuple(strength))
+            several = isinstance(self.strength, (tuple, list))
+            values = self.strength if several else (self.strength,)
+            strength = tuple(number("--strength", x, 0, 1, RequestError) for x in values)
+            object.__setattr__(self, "strength", strength)
         dtype, device = find_dtype(self.dtype), find_device(self.device)
         if self.attention == "clear":
             find_impl(self.impl, dtype, device)

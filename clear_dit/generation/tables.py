@@ -21,7 +21,7 @@ _MAX_HEADER = 2**16
 # What spreadsheets write above a table to tell each other, with the cells they may add to it.
 _SEPARATOR_LINE = re.compile(r'"?sep=([^"\r\n])"?[,;\t|]*(?:\r\n?|\n)', re.IGNORECASE)
 # How pandas names columns that have no name.
-_UNNAMED = re.compile(r"(unnamed: [0-9]+)?", re.IGNORECASE)
+_UNNAMED = re.compile(r"(unnamed: [0-9.]+)?", re.IGNORECASE)
 _ROW_NUMBER = re.compile(r"[0-9]+(\.0*)?")
 _LINE_BREAKS = re.compile(r"[ \t]*[\r\n]+\s*")
 # Cells of pandas and of spreadsheets that stand for nothing.
@@ -40,7 +40,7 @@ def table_rows(
     The delimiter is the one with which the first line has the most columns that are known: comma,
     semicolon, tab or bar; a line "sep=;" above it says which. With one column there is none, and
     whatever stands in a line is its cell. Columns without a name must be empty, but for the row
-    numbers that pandas writes into the first. White space around cells is left out, a line break
+    numbers that pandas writes into the first ones. White space around cells is left out, a line break
     inside one is a blank, and "nan" is empty.
 
     Args:
@@ -93,7 +93,8 @@ def _row(columns: Sequence[str], cells: list[str]) -> dict[str, str | None] | Re
             "around a cell that has the delimiter in it."
         )
     for number, (name, cell) in enumerate(zip(columns, cells, strict=False), 1):
-        if cell and not name and not (number == 1 and _ROW_NUMBER.fullmatch(cell)):
+        numbered = not any(columns[:number]) and _ROW_NUMBER.fullmatch(cell)
+        if cell and not name and not numbered:
             return RequestError(
                 f"has {cell[:100]!r} in column {number}, which has no name in the first line; put "
                 "quotes around a cell that has the delimiter in it."

@@ -182,7 +182,12 @@ def check_method(method: str, factors: tuple[float, float]) -> None:
     """
     if method not in METHODS:
         raise ValueError(f"rope must be one of {', '.join(METHODS)}; got {method!r}.")
-    if len(factors) != 2 or not all((as_number(factor) or 0) > 0 for factor in factors):
+    several = getattr(factors, "ndim", isinstance(factors, (tuple, list))) == 1
+    if (
+        not several
+        or len(factors) != 2
+        or not all((as_number(factor) or 0) > 0 for factor in factors)
+    ):
         raise ValueError(
             f"rope factors must be two positive numbers (rows, columns), got {factors}."
         )

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-
 from clear_dit.kernels.numbers import number
 
 from .resolution import NATIVE_SLACK, Resolution, settings_for
@@ -141,10 +139,10 @@ def _sizes(target: tuple[int, int], scale: float, enlargements: int) -> list[tup
     return sizes
 
 
-def _strengths(strength: float | Sequence[float] | None, stages: int) -> Sequence[float]:
+def _strengths(strength: Any, stages: int) -> Sequence[float]:
     who = "CLEARFluxPipeline: strength"
     values: list[Any] = [DEFAULT_STRENGTH if strength is None else strength] * max(stages, 1)
-    if isinstance(strength, (Sequence, np.ndarray)) and np.ndim(strength):
+    if getattr(strength, "ndim", isinstance(strength, (tuple, list))) == 1:
         values = list(strength)
         if len(values) != stages:
             raise ValueError(

@@ -1,11 +1,14 @@
 """Every accepted job ends, whatever the runner does; a failure harms no other job."""
 
+import base64
+import io
 import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from clear_dit.app.jobs import Jobs
 from clear_dit.app.request import Entry, make_requests
@@ -13,6 +16,7 @@ from clear_dit.app.settings import MAX_JOBS_OF_VISITOR, Settings
 from clear_dit.app.store import ENDED, Store, new_secret, visitor_of
 from clear_dit.errors import RequestError
 from clear_dit.generation.runner import PipelineRunner, Step, Stopped
+from clear_dit.pipelines.decoding.colours import srgb_profile
 from clear_dit.pipelines.decoding.image_files import save_rows
 
 
@@ -106,7 +110,10 @@ def test_places_progress_and_cancel(jobs):
         time.sleep(0.01)
     told = jobs.status(one, running)
     assert told["fraction"] == pytest.approx(1)
-    assert told["preview"].startswith("data:image/jpeg;base64,")
+    kind, data = told["preview"].split(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as preview:
+        assert preview.info["icc_profile"] == srgb_profile()
     first, second = submit(jobs, two), submit(jobs, three)
     assert [jobs.status(v, j)["place"] for v, j in ((two, first), (three, second))] == [1, 2]
     assert jobs.status(two, second) is None, "another visitor's job"

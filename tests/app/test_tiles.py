@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from clear_dit.app.tiles import THUMBNAIL_LEVEL, TILE, write_tiles
+from clear_dit.pipelines.decoding.colours import srgb_profile
 from clear_dit.pipelines.decoding.image_files import save_rows
 
 
@@ -33,6 +34,7 @@ def test_every_level_is_the_image_halved(tmp_path, height, width):
             column, row = map(int, path.stem.split("_"))
             with Image.open(path) as tile:
                 assert max(tile.size) <= TILE
+                assert tile.info["icc_profile"] == srgb_profile()
                 pixels = np.asarray(tile)
             y, x = row * TILE, column * TILE
             found[y : y + len(pixels), x : x + pixels.shape[1]] = pixels

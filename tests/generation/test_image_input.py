@@ -344,8 +344,15 @@ def test_heic_with_its_package_is_read_and_pillow_left_as_it_is(tmp_path):
 
 
 def test_avif_is_read_or_the_package_named(tmp_path, monkeypatch):
-    IMAGE.save(tmp_path / "a.avif", quality=100, subsampling="4:4:4")
-    assert far_from(read_image(tmp_path / "a.avif"), VALUES) < 40
+    path = tmp_path / "a.avif"
+    IMAGE.save(path, quality=100, subsampling="4:4:4")
+    assert far_from(read_image(path), VALUES) < 40
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "of the kind AVIF, which is not read here in this variant, or damaged" in refusal(path)
+    path.write_bytes(whole)
+    with pytest.raises(RequestError, match="The file is of the kind AVIF, which is not read"):
+        keep_upload(path)
     Image.init()
     monkeypatch.setitem(Image.OPEN, "AVIF", (None, lambda head: "built without it"))
     assert "AVIF image, which Pillow reads from 11.3 on" in refusal(tmp_path / "a.avif")
@@ -371,6 +378,32 @@ def test_pillows_bounds_are_neither_used_nor_touched(tmp_path, monkeypatch, suff
     stop.set()
     looking.join()
     assert len(seen) == 1
+
+
+def test_bent_exif_hides_no_image(tmp_path):
+    IMAGE.save(tmp_path / "a.png", exif=b"junk")
+    assert far_from(read_image(tmp_path / "a.png"), VALUES) == 0
+    IMAGE.save(tmp_path / "a.jpg", exif=b"Exif\0\0junk", quality=100)
+    assert read_image(tmp_path / "a.jpg").size == (96, 64)
+
+
+def test_the_small_copy_in_a_raw_file_is_not_taken_for_it(tmp_path):
+    small = VALUES[::2, ::2].copy()
+    with tifffile.TiffWriter(tmp_path / "a.dng") as file:
+        file.write(small, photometric="rgb", subfiletype=1, subifds=1)
+        file.write(VALUES, photometric="rgb")
+    assert "begins with a small copy of its image" in refusal(tmp_path / "a.dng")
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(small, photometric="rgb", subfiletype=1)
+        file.write(VALUES, photometric="rgb")
+    assert "begins with a small copy of its image" in refusal(tmp_path / "a.tif")
+    tifffile.imwrite(tmp_path / "a.tif", VALUES, photometric="rgb", subfiletype=1)
+    assert far_from(read_image(tmp_path / "a.tif"), VALUES) == 0
+
+
+def test_paths_that_are_none(tmp_path):
+    for path in (tmp_path, tmp_path / "a", tmp_path / "a\0b"):
+        assert "cannot be read" in refusal(path)
 
 
 def test_a_size_is_bounded_before_memory_is_taken(tmp_path):

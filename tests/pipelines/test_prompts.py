@@ -91,6 +91,14 @@ def test_copies_are_of_their_prompt(pipes, copies):
             {"prompt": [A, B], "negative_prompt": [B, A, A], **GUIDED},
             "negative_prompt: 3 for 2 prompts",
         ),
+        (
+            {"prompt": [], "prompt_2": [A], "latents": torch.zeros(1, 64, 4)},
+            "prompt: 0 for 0 prompts",
+        ),
+        (
+            {"prompt": A, "image": torch.zeros(2, 3, 16, 16), "num_images_per_prompt": 3},
+            "image: 2 images to make 3 of; give one, or one for each prompt",
+        ),
     ],
 )
 def test_other_numbers_are_refused(pipes, options, message):
@@ -205,3 +213,37 @@ def test_image_prompts_of_several_prompts(rows, copies):
     }
     expected, found = (draw(pipe, **options) for pipe in pipes)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("generator", [(torch.Generator(),), 5, [5]])
+def test_what_is_no_generator_is_refused(pipes, generator):
+    latents = torch.zeros(1, 64, 4)
+    with pytest.raises(ValueError, match=r"generator must be a torch\.Generator or a list of them"):
+        pipes[1](A, height=32, width=32, generator=generator, latents=latents)
+
+
+def test_images_given_for_prompts_with_copies(pipes):
+    """Each is for the copies of its own prompt."""
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    size = {"height": 64, "width": 64}
+    found = draw(
+        pipes[1], [0, 1, 2, 3], prompt=[A, B], image=images, num_images_per_prompt=2, **size
+    )
+    for index in range(4):
+        prompt, image = (A, B)[index // 2], images[index // 2]
+        expected = draw(pipes[1], index, prompt=prompt, image=image, **size)
+        torch.testing.assert_close(found[index, None], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_text_as_long_as_the_tokenizer_pads_it(pipes, side):
+    """Stock takes None for that."""
+    longest = pipes[1].tokenizer_2.model_max_length
+    expected, found = (
+        draw(pipes[1], prompt=A, height=side, width=side, max_sequence_length=length)
+        for length in (longest, None)
+    )
+    assert torch.equal(found, expected)
+    if side == 32:
+        expected = draw(pipes[0], prompt=A, max_sequence_length=None)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -34,6 +34,7 @@ WAYS = {
     "nothing of a spreadsheet": PLAIN.replace('c",', 'c",#N/A'),
     "the index of pandas": ',prompt,steps\n0,a red house,4.0\n1,"a, b; c",\n2,,\n',
     "that index, read again": 'Unnamed: 0,prompt,steps\n0,a red house,4\n1,"a, b; c",NaN\n',
+    "two such": 'Unnamed: 0.1,Unnamed: 0,prompt,steps\n0,0,a red house,4\n1,1,"a, b; c",\n',
     "columns pandas named": 'prompt,steps,Unnamed: 2\na red house,4,\n"a, b; c",,nan\n',
 }
 ENCODINGS = {

@@ -181,7 +181,7 @@ ARGUMENTS = {
     "no image": ({"image": []}, "all images must have one size, got none"),
     "three for one": (
         {"image": [make_image()] * 3, "width": 80},
-        "3 images for 1; give one or all",
+        "3 images to make 1 of; give one, or one for each",
     ),
     "larger": (
         {"image": make_image(96, 128)},
