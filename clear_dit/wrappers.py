@@ -1,4 +1,4 @@
-"""What wraps a model without being one: torch.compile, DDP, FSDP and PEFT."""
+"""What wraps a model without being one: torch.compile, DDP, FSDP, its checkpointing and PEFT."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 # Package of a wrapper's class: the names it may keep the model under, as a submodule. A wrapper
 # passes other names on to the model, so that `getattr` would not tell them apart.
 INSIDE = {
-    "torch": ("_orig_mod", "_fsdp_wrapped_module", "module"),
+    "torch": ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"),
     "peft": ("base_model", "model"),
 }
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's, DDP's, FSDP's and PEFT's wrappers, however many."""
+    """The model or block inside of wrappers, however many."""
     package = type(model).__module__.partition(".")[0]
     submodules = getattr(model, "_modules", {})
     for name in INSIDE.get(package, ()):

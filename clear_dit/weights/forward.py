@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from ..attention.tracker import CarryingCheckpoint
 from ..families.table import family_of
@@ -197,11 +198,21 @@ def _scales_adapters(given: Mapping[str, Any]) -> bool:
 
 def _carry_into_checkpoints(model: nn.Module) -> None:
     """Let the layers find their forward when gradient checkpointing runs them again."""
-    if not (torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False)):
+    if not torch.is_grad_enabled():
         return
-    stock: Any = model._gradient_checkpointing_func
-    if not isinstance(stock, CarryingCheckpoint):
-        model._gradient_checkpointing_func = CarryingCheckpoint(stock)  # type: ignore[assignment]
+    for module, name in _checkpoints(model):
+        stock = getattr(module, name)
+        if not isinstance(stock, CarryingCheckpoint):
+            setattr(module, name, CarryingCheckpoint(stock))
+
+
+def _checkpoints(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Attributes that run something again in the backward pass: diffusers' and PyTorch's."""
+    if getattr(model, "gradient_checkpointing", False):
+        yield model, "_gradient_checkpointing_func"
+    for module in model.modules():
+        if isinstance(module, CheckpointWrapper):
+            yield module, "checkpoint_fn"
 
 
 def put_under(model: nn.Module) -> None:
@@ -217,6 +228,7 @@ def take_away(model: nn.Module) -> None:
     place = Innermost(model)
     if isinstance(place.forward, ClearForward):
         place.forward = place.forward.stock
-    checkpointing = getattr(model, "_gradient_checkpointing_func", None)
-    if isinstance(checkpointing, CarryingCheckpoint):
-        model._gradient_checkpointing_func = checkpointing.stock  # type: ignore[assignment]
+    for module, name in _checkpoints(model):
+        checkpoint = getattr(module, name)
+        if isinstance(checkpoint, CarryingCheckpoint):
+            setattr(module, name, checkpoint.stock)

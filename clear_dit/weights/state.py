@@ -155,7 +155,7 @@ class ClearState:
         for attn in layers.values():
             if isinstance(attn.processor, CLEARProcessor):
                 attn.processor.decide_far(self.weights_far)
-        first, message = next(iter(layers.values())).processor, None
+        first, message = next((attn.processor for attn in layers.values()), None), None
         if self.weights_far is not None and isinstance(first, CLEARProcessor):
             if first.has_far_keys != self.weights_far:
                 message = LOCAL_WITH_FAR_WEIGHTS if self.weights_far else FAR_WITH_LOCAL_WEIGHTS
@@ -172,22 +172,35 @@ class ClearState:
         projections or unfuses them: a layer then has a stock processor for what it does now, or
         one of CLEAR's made again without its settings.
 
+        Layers in other places, since blocks were removed, moved or added, are found again.
+
         Returns:
             The names of layers that have another processor for no such reason.
+
+        Raises:
+            ValueError: a layer with CLEAR is inside of something strange.
         """
         if not self.installed:
             return []
         self._keep_stock_to_unfuse(model)
         layers, family, others = attention_layers(model), family_of(model), list[str]()
+        self._find_again(model, layers)
         earlier = self._tracker_set_again(layers)
         if earlier is not None:
             self.tracker = earlier
         # One for all layers comes by set_attn_processor; diffusers makes one for each.
         distinct = len({id(attn.processor) for attn in layers.values()}) > 1 or len(layers) == 1
         for name, attn in layers.items():
-            current, installed = attn.processor, self.installed[name]
+            current, installed = attn.processor, self.installed.get(name)
             kind = type(current).__name__
-            if current is installed or self._is_given_up(name, current):
+            if not getattr(current, "blank", True) and (
+                installed is None or current.settings == installed.settings
+            ):
+                installed = current  # a copy's parameters are its own
+            if installed is None:
+                others.append(name)
+                continue
+            if current is self.installed.get(name) or self._is_given_up(name, current):
                 continue
             if hasattr(type(current), "for_layer"):
                 if earlier is None:
@@ -204,6 +217,34 @@ class ClearState:
             else:
                 others.append(name)
         return others
+
+    def _find_again(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
+        """Go by the layers there are: blocks may have been removed, moved, copied or wrapped.
+
+        Raises:
+            ValueError: of a wrapper, in which CLEAR would run unseen.
+        """
+        names = {id(processor): name for name, processor in self.installed.items()}
+        hidden = names.keys() - {id(attn.processor) for attn in layers.values()}
+        hidden &= {id(module) for module in model.modules()}
+        if hidden:
+            name = names[hidden.pop()]
+            block = model.get_submodule(".".join(name.split(".")[:2]))
+            raise ValueError(
+                f"CLEAR: {name} was wrapped since apply_clear, in a {type(block).__name__} of "
+                f"{type(block).__module__}; unwrap it, or call remove_clear before wrapping."
+            )
+        installed, processors = dict[str, Any](), dict[str, Any]()
+        of_class = {type(one): self.processors.get(name) for name, one in self.installed.items()}
+        for name, attn in layers.items():
+            current = attn.processor
+            before = name if current is self.installed.get(name) else names.get(id(current), name)
+            if before in self.installed:
+                installed[name] = self.installed[before]
+            stock = self.processors.get(before, of_class.get(type(current)))
+            if stock is not None:
+                processors[name] = stock
+        self.installed, self.processors = installed, processors
 
     def _like(self, installed: CLEARProcessor, cls: Any, current: Any) -> Any:
         """A processor for what `current` does, with the installed one's settings and parameters."""
@@ -280,9 +321,10 @@ class ClearState:
     def _is_as_it_ought_to_be(self, model: nn.Module) -> bool:
         if not self.installed:
             return True
-        return all(
+        layers = attention_layers(model)
+        return layers.keys() == self.installed.keys() and all(
             attn.processor is self.installed[name] or self._is_given_up(name, attn.processor)
-            for name, attn in attention_layers(model).items()
+            for name, attn in layers.items()
         )
 
     @torch.compiler.disable
@@ -352,7 +394,7 @@ class ClearState:
     def _runs(self, model: nn.Module) -> bool:
         """Whether a layer of the model runs CLEAR in the forward that begins."""
         layers = attention_layers(model)
-        return any(attn.processor is self.installed[name] for name, attn in layers.items())
+        return any(attn.processor is self.installed.get(name) for name, attn in layers.items())
 
 
 def _not_exported(family: Family, grid: tuple[int, int] | None) -> str:
