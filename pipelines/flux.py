@@ -38,6 +38,7 @@ from clear_dit.kernels.numbers import number
 from clear_dit.plugin import install
 from clear_dit.weights.load import load_clear_weights
 from clear_dit.weights.state import ClearState
+from clear_dit.wrappers import unwrapped
 
 from .cascade.given_image import enlarged_size, pixels_from
 from .cascade.resolution import Resolution
@@ -442,6 +443,16 @@ class CLEARFluxPipeline(FluxPipeline):
                 max_sequence_length,
             )
         return found
+
+    def maybe_free_model_hooks(self) -> None:
+        """As in `FluxPipeline`, but not in the middle of another thread's forward or stage.
+
+        It resets what caches keep, and takes offloaded models away.
+        """
+        model = unwrapped(self.transformer)
+        state = None if model is None else ClearState.on(model)
+        with nullcontext() if state is None else state.access.exclusive():
+            super().maybe_free_model_hooks()
 
     def check_inputs(
         self, prompt: Any, prompt_2: Any, height: int, width: int, *args: Any, **kwargs: Any

@@ -53,11 +53,11 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
     Raises:
         ValueError: a layer without CLEAR, layers that differ, or layers that share pooling weights.
     """
-    state = ClearState.on(model)
-    if state is not None:
-        state.reconcile(model)
-        state.decide_far(model)
-    processors = {name: attn.processor for name, attn in attention_layers(model).items()}
+    with _alone(model) as state:
+        if state is not None:
+            state.reconcile(model)
+            state.decide_far(model)
+        processors = {name: attn.processor for name, attn in attention_layers(model).items()}
     for name, processor in processors.items():
         if not isinstance(processor, CLEARProcessor):
             raise ValueError(
@@ -76,6 +76,14 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
     if first.down_factor > 1:
         refuse_shared(model, f"{who}: with down_factor > 1")
     return first
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[ClearState | None]:
+    """Within it no other thread uses a model: its stage may have swapped layers and weights."""
+    state = ClearState.on(model)
+    with nullcontext() if state is None else state.access.exclusive():
+        yield state
 
 
 def load_clear_weights(
@@ -155,20 +163,21 @@ def save_clear_weights(
     """
     who = "save_clear_weights"
     model = transformer_of(pipe_or_model, who)
-    settings = current_settings(model, who)
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"{who}: the file's name must end in {SUFFIX!r}, got {path.name!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{who}: there is no folder {str(path.parent)!r}; make it first.")
-    refuse_unsuitable(model, who)
-    state = ClearState.attach(model)
-    # Not while another thread's stage has swapped the weights, nor in a callback of this one's.
-    with state.access.shared(), state.own_weights(model):
-        parameters = {**parameters_by_key(model), **pooling_by_key(model)}
-        tensors = {
-            key: p.detach().to("cpu", copy=True).contiguous() for key, p in parameters.items()
-        }
+    with _alone(model) as state:
+        settings = current_settings(model, who)
+        refuse_unsuitable(model, who)
+        # In a callback of this thread's own stage, the original weights may be there.
+        with nullcontext() if state is None else state.own_weights(model):
+            parameters = {**parameters_by_key(model), **pooling_by_key(model)}
+            tensors = {
+                key: parameter.detach().to("cpu", copy=True).contiguous()
+                for key, parameter in parameters.items()
+            }
     write_weights(tensors, path, settings, base_model, who)
 
 
@@ -292,10 +301,9 @@ def open_checked(model: nn.Module, path: Path, settings: CLEARProcessor) -> Iter
         ValueError: anything that does not fit, by name.
     """
     who = f"load_clear_weights: {path.name}"
-    originals, state = originals_of(model), ClearState.on(model)
+    originals = originals_of(model)
     refuse_unsuitable(model, "load_clear_weights", merged_lora=bool(originals))
-    # Not while another thread's stage has swapped the weights.
-    with nullcontext() if state is None else state.access.shared():
+    with _alone(model):
         originals.check(model, "load_clear_weights")
     try:
         handle = safe_open(path, framework="pt", device="cpu")

@@ -1,12 +1,16 @@
 """What one thread does in the middle of another's forward, and what an interruption leaves."""
 
 import copy
+import threading
+import time
 
 import accelerate
 import pytest
 import torch
 from conftest import make_components, make_inputs, make_transformer
+from diffusers import FirstBlockCacheConfig
 from peft import LoraConfig
+from safetensors.torch import load_file
 from support.families.models import FAMILIES, make_model, run
 from support.families.models import make_inputs as make_family_inputs
 from support.threads import Middle
@@ -20,7 +24,9 @@ from clear_dit import (
     remove_clear,
     save_clear_weights,
 )
+from clear_dit.access import Access
 from clear_dit.chunking import chunk_feed_forward
+from clear_dit.pipelines.cascade.stage_attention import can_run_full
 
 LOCAL = {"radius": 2, "far": False}
 
@@ -41,6 +47,29 @@ def prepared(kind, weights):
     if kind != "stock":
         apply_clear(model, **LOCAL, weights=weights if kind == "weights" else None)
     return model
+
+
+def pipelines(count, weights=None):
+    """Of the same models and scheduler, under CLEAR."""
+    parts = make_components()
+    made = [CLEARFluxPipeline(**parts, native_size=32) for _ in range(count)]
+    for pipe in made:
+        pipe.set_progress_bar_config(disable=True)
+    apply_clear(made[0], **LOCAL, weights=weights)
+    return made
+
+
+def draw(pipe, seed=0, size=64, **more):
+    options = {"height": size, "width": size, "max_sequence_length": 8, "output_type": "pt"}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(
+        "a house", generator=generator, **{"num_inference_steps": 2} | options | more
+    ).images
+
+
+def add_lora(model):
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
 
 
 # From which state a call leads to which.
@@ -67,6 +96,47 @@ def test_a_change_in_the_middle_of_a_forward(weights, change, place):
     handle.remove()
     assert torch.equal(found, run(prepared(before, weights), inputs))
     assert torch.equal(run(model, inputs), run(prepared(after, weights), inputs))
+
+
+def test_who_waits_to_change_a_model_comes_before_later_forwards():
+    """Else forwards that overlap one another would keep it waiting for ever."""
+    access, order = Access(), []
+
+    def begin(use, name):
+        def work():
+            with use():
+                order.append(name)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    with access.shared():
+        change = begin(access.exclusive, "change")
+        while not access._waiting:
+            time.sleep(0.001)
+        forward = begin(access.shared, "forward")
+        forward.join(0.1)
+        with access.shared():  # who has it already does not wait
+            order.append("nested")
+    for thread in (change, forward):
+        thread.join(30)
+    assert order == ["nested", "change", "forward"]
+
+
+def test_a_change_within_the_models_own_forward_is_refused():
+    """It would wait for itself."""
+    model, inputs = prepared("clear", None), make_inputs(6, 9)
+    expected = run(model, inputs)
+
+    def change(*_):
+        with pytest.raises(RuntimeError, match="from within its own forward pass; do it before"):
+            remove_clear(model)
+
+    handle = model.transformer_blocks[1].register_forward_pre_hook(change)
+    assert torch.equal(run(model, inputs), expected)
+    handle.remove()
+    assert remove_clear(model)
 
 
 class Interrupted(TorchFunctionMode):
@@ -102,18 +172,8 @@ def test_an_interrupted_change_leaves_the_model_as_it_was(weights, change, numbe
 def test_an_interrupted_swap_of_a_stages_weights(weights, number):
     """The first stage of a cascade runs with the original weights."""
 
-    def draw(pipe):
-        generator = torch.Generator().manual_seed(0)
-        size = {"height": 64, "width": 64, "num_inference_steps": 2, "max_sequence_length": 8}
-        return pipe("a house", **size, generator=generator, output_type="pt").images
-
-    def pipeline():
-        pipe = CLEARFluxPipeline(**make_components(), native_size=32)
-        pipe.set_progress_bar_config(disable=True)
-        apply_clear(pipe, **LOCAL, weights=weights)
-        return pipe
-
-    pipe, expected = pipeline(), draw(pipeline())
+    pipe, expected = (pipelines(1, weights)[0] for _ in range(2))
+    expected = draw(expected)
     before = copy.deepcopy(pipe.transformer.state_dict())
     with pytest.raises(KeyboardInterrupt), Interrupted(number):
         draw(pipe)
@@ -185,8 +245,7 @@ def test_a_model_within_the_forward_of_another():
 def test_loras_act_as_strongly_as_each_forward_asks():
     """diffusers scales them in place, for a forward."""
     model, given = make_transformer(), make_inputs(4, 6)
-    torch.manual_seed(0)
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
+    add_lora(model)
     apply_clear(model, **LOCAL)
     scaled = given | {"joint_attention_kwargs": {"scale": 0.25}}
     expected = [run(model, scaled), run(model, given)]
@@ -204,7 +263,7 @@ def test_compiled_blocks_know_the_forward_of_their_own_thread():
     for one in (plain, model):
         apply_clear(one, **LOCAL)
     expected = [run(plain, inputs) for inputs in given]
-    model.transformer_blocks[0].compile(backend="eager")
+    model.transformer_blocks[0].compile(fullgraph=True, backend="eager")
     for inputs in given:
         run(model, inputs)  # to compile takes longer than a thread waits
     middle = Middle()
@@ -217,25 +276,82 @@ def test_compiled_blocks_know_the_forward_of_their_own_thread():
         torch.testing.assert_close(value, right, rtol=1e-4, atol=2e-6)
 
 
-def test_a_scheduler_of_two_pipelines():
-    parts = make_components()
-    pipes = [CLEARFluxPipeline(**parts, native_size=32) for _ in range(2)]
-    apply_clear(pipes[0], **LOCAL)
-    middle = Middle()
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_images_of_one_scheduler_and_model(cached):
+    """diffusers' caches keep what belongs to one image from step to step."""
+    pipes, middle = pipelines(2), Middle()
 
-    def draw(pipe, steps, callback=None):
-        pipe.set_progress_bar_config(disable=True)
-        options = {"height": 32, "width": 32, "max_sequence_length": 8, "output_type": "pt"}
-        generator = torch.Generator().manual_seed(steps)
-        more = {"num_inference_steps": steps, "callback_on_step_end": callback}
-        return pipe("a house", generator=generator, **options, **more).images
+    def seen(*_):
+        middle.reached()
+        return {}
 
-    expected = [draw(pipe, steps) for pipe, steps in zip(pipes, (2, 3), strict=True)]
+    def drawn(pipe, steps, **more):
+        return draw(pipe, steps, size=32, num_inference_steps=steps, **more)
+
+    if cached:
+        pipes[0].transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    expected = [drawn(pipe, steps) for pipe, steps in zip(pipes, (2, 3), strict=True)]
     found = middle.run(
-        lambda: draw(pipes[0], 2, lambda *_: middle.reached() or {}), lambda: draw(pipes[1], 3)
+        lambda: drawn(pipes[0], 2, callback_on_step_end=seen), lambda: drawn(pipes[1], 3)
     )
     for image, right in zip(found, expected, strict=True):
         torch.testing.assert_close(image, right, rtol=0, atol=1e-5)
+
+
+def test_the_end_of_a_call_in_the_middle_of_another_with_a_cache():
+    """There diffusers empties caches, and takes offloaded models away."""
+    (first, second), middle = pipelines(2), Middle()
+    exact = draw(first, size=32)
+    first.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    expected = draw(first, size=32)
+    assert not torch.equal(expected, exact)
+
+    def seen(*_):
+        middle.reached()
+        return {}
+
+    found, _ = middle.run(
+        lambda: draw(first, size=32, callback_on_step_end=seen), second.maybe_free_model_hooks
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["own weights", "CLEAR weights", "a fused LoRA", "kept stages"])
+def test_a_call_that_begins_in_the_middle_of_the_first_stage_of_another(weights, kind, tmp_path):
+    """Which for its forwards has other processors, or weights."""
+    first, second = pipelines(2, None if kind == "own weights" else weights)
+    model, middle = first.transformer, Middle()
+    if kind == "a fused LoRA":
+        add_lora(model)
+        model.fuse_lora()
+        model.unload_lora()
+    more = {"stages_dir": tmp_path} if kind == "kept stages" else {}
+    expected = [draw(first), draw(second, 1, **more)]
+    model.transformer_blocks[1].register_forward_pre_hook(middle.reached)
+    found = middle.run(lambda: draw(first), lambda: draw(second, 1, **more))
+    for image, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(image, right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["ask", "load", "save"])
+def test_weights_in_the_middle_of_a_stage_with_the_original_ones(weights, act, tmp_path):
+    """They are loaded and saved after it, and a LoRA stays."""
+    (pipe,), middle = pipelines(1, weights), Middle()
+    model = pipe.transformer
+    add_lora(model)
+    model.fuse_lora()
+    model.unload_lora()
+    before = copy.deepcopy(model.state_dict())
+    model.transformer_blocks[1].register_forward_pre_hook(middle.reached)
+    path = tmp_path / "saved.safetensors"
+    if act == "ask":
+        assert middle.run(lambda: draw(pipe), lambda: can_run_full(model))[1]
+    elif act == "load":
+        middle.run(lambda: draw(pipe), lambda: load_clear_weights(model, weights))
+    else:
+        middle.run(lambda: draw(pipe), lambda: save_clear_weights(model, path))
+    for key, value in (load_file(path) if act == "save" else model.state_dict()).items():
+        torch.testing.assert_close(value, before[key])
 
 
 def test_more_sizes_than_are_remembered():
