@@ -40,8 +40,8 @@ def table_rows(
     The delimiter is the one with which the first line has the most columns that are known: comma,
     semicolon, tab or bar; a line "sep=;" above it says which. With one column there is none, and
     whatever stands in a line is its cell. Columns without a name must be empty, but for the row
-    numbers that pandas writes into the first ones. White space around cells is left out, a line break
-    inside one is a blank, and "nan" is empty.
+    numbers that pandas writes into the first ones. White space around cells is left out, a line
+    break inside one is a blank, and "nan" is empty.
 
     Args:
         text: of the file.
