@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .choice import run_chosen
+from .numbers import number
 from .reference_images import attention_with_local_references
 from .window import Window
 
@@ -144,7 +145,10 @@ def local_attention(
             `window.query_rows` or `window.local_references`, which have no backward pass.
     """
     check_inputs(q, k, v, window, spatial_weight, far_offset, pooled)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not isinstance(scale, float):  # which torch.compile may keep symbolic
+        scale = number("local_attention: scale", scale)
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad
         for x in (q, k, v, spatial_weight, far_offset, *(pooled or ()))

@@ -1,4 +1,4 @@
-"""torch.set_default_dtype changes no position and, but for rounding, no image."""
+"""Default dtypes and devices change no position and, but for rounding, no image."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from diffusers import FluxPipeline
 from support.families.models import FAMILIES, make_model, run
 from support.families.models import make_inputs as make_family_inputs
 
-from clear_dit import CLEARFluxPipeline, apply_clear
+from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.attention.grid import layout_from_ids, unrounded_ids
 
 
@@ -82,3 +82,29 @@ def test_local_attention(default_dtype, settings):
     found = run(model, inputs)
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_what_pooling_begins_with_is_not_rounded(default_dtype):
+    default_dtype()
+    processor = CLEARProcessor(4, 3)
+    assert (processor.spatial_weight.double() - 1 / 9).abs().max() < 1e-8
+
+
+@pytest.fixture
+def default_device():
+    """A function that sets it."""
+    yield torch.set_default_device
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("settings", [{"far": True}, {"far": False}, {"down_factor": 2}])
+# Of the others diffusers' own forward makes tensors on the default device.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("chroma", "cogview4")])
+def test_default_device(default_device, name, settings):
+    model, inputs = make_model(name), make_family_inputs(name, 4, 6)
+    apply_clear(model, radius=2, **settings)
+    expected = run(model, inputs)
+    model = make_model(name)
+    default_device("meta")
+    apply_clear(model, radius=2, **settings)
+    assert torch.equal(run(model, inputs), expected)

@@ -15,7 +15,13 @@ from conftest import make_components
 from diffusers import FluxPipeline
 from PIL import Image
 
-from clear_dit import CLEARFluxPipeline, CLEARProcessor, Window, apply_clear
+from clear_dit import (
+    CLEARFluxPipeline,
+    CLEARProcessor,
+    Window,
+    apply_clear,
+    local_attention,
+)
 from clear_dit.app.request import Entry, make_requests
 from clear_dit.app.settings import Settings
 from clear_dit.chunking import chunk_feed_forward
@@ -212,6 +218,16 @@ def test_tiles_and_chunks(pipe, kind):
     assert torch.equal(decode(pipe.vae, latents, tile_pixels=WHOLE[kind](8)), expected)
     chunk_feed_forward(pipe, WHOLE[kind](8))
     chunk_feed_forward(pipe, None)
+
+
+@pytest.mark.parametrize("kind", ["fraction", "decimal", "tensor", "numpy float"])
+def test_scales_of_local_attention(kind):
+    q, window = torch.randn(1, 16, 1, 8), Window(4, 4, 0, 2)
+    expected = local_attention(q, q, q, window, scale=2.0)
+    assert torch.equal(local_attention(q, q, q, window, scale=WHOLE[kind](2)), expected)
+    for value in (True, "2", [2], math.inf * torch.ones(())):
+        with pytest.raises(ValueError, match="local_attention: scale must be a finite number"):
+            local_attention(q, q, q, window, scale=value)
 
 
 def test_messages_tell_text_from_numbers(pipe):

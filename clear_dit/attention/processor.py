@@ -159,7 +159,7 @@ class CLEARProcessor(nn.Module):
         self.register_parameter("far_offset", None)
         if down_factor > 1:
             shape = (1, 1, 1, down_factor, 1, down_factor, 1)
-            self.spatial_weight = nn.Parameter(torch.full(shape, down_factor**-2))
+            self.spatial_weight = _parameter(shape, down_factor**-2)
         else:
             self.register_parameter("spatial_weight", None)
 
@@ -205,8 +205,8 @@ class CLEARProcessor(nn.Module):
         Args:
             heads: of the layer.
         """
-        self.far_weight = nn.Parameter(torch.full((FAR_LEVELS, 2, 2), 1 / 4))
-        self.far_offset = nn.Parameter(torch.zeros(FAR_LEVELS, heads))
+        self.far_weight = _parameter((FAR_LEVELS, 2, 2), 1 / 4)
+        self.far_offset = _parameter((FAR_LEVELS, heads), 0.0)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> CLEARProcessor:
         """As in any module, but what is learned stays as it is where weights are stored in 8 bits.
@@ -557,3 +557,9 @@ def _check_far(far: object, pooled_weight: object, radius: int, down_factor: int
             f"CLEARProcessor: pooled_weight={pooled_weight!r} is for the pooled keys of "
             "down_factor > 1, got down_factor=1; leave it out (far keys always count)."
         )
+
+
+def _parameter(shape: tuple[int, ...], value: float) -> nn.Parameter:
+    """With values where the default device is "meta", and unrounded whatever the default dtype."""
+    device = "cpu" if torch.get_default_device().type == "meta" else None
+    return nn.Parameter(torch.full(shape, value, dtype=torch.float32, device=device))

@@ -99,8 +99,8 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     layout = Layout(text_length, rows, columns, padding, image_first=True)
     mask = None
     if min(lengths) < text_length:
-        mask = torch.arange(text_length) < torch.tensor(lengths)[:, None]
-        mask = mask.to(latents[0].device)
+        positions = torch.arange(text_length, device=latents[0].device)
+        mask = positions < positions.new_tensor(lengths)[:, None]
     return Reading(layout, latents[0], mask)
 
 

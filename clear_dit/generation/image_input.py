@@ -20,7 +20,8 @@ from .image_kinds import is_heif, kind_of
 
 # What Pillow's plugins raise for files that are not theirs, and when files are bent or cut.
 _NOT_THEIRS = (SyntaxError, IndexError, TypeError, KeyError, struct.error)
-_DAMAGED = (*_NOT_THEIRS, OSError, ValueError, EOFError, Image.DecompressionBombError)
+_BENT = (OSError, ValueError, EOFError, RuntimeError)
+_DAMAGED = (*_NOT_THEIRS, *_BENT, Image.DecompressionBombError)
 # These hold several images, and the first is the one that viewers show.
 _FIRST_COUNTS = ("MPO", "PSD", "HEIF")
 # Drawings and films that Pillow knows by sight alone, or by running another program.
@@ -116,7 +117,7 @@ def open_image(
             head = file.read(_HEAD)
             by_heif = formats is None and is_heif(head)
             image = _heif(file, name) if by_heif else _identified(file, path, head, formats)
-        except (OSError, ValueError) as error:
+        except _BENT as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"{name} cannot be read ({first_line(error)}).") from error

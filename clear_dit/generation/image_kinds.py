@@ -24,6 +24,15 @@ _BEGINNINGS = {
     b"GIF8": "GIF",
     b"8BPS": "Photoshop",
     b"BM": "BMP",
+    b"FLIF": "FLIF",
+    b"BPG\xfb": "BPG",
+    b"SDPX": "DPX",
+    b"XPDS": "DPX",
+    b"\x8aMNG": "MNG",
+    b"\0MRM": "camera raw",
+    b"PK\x03\x04": "ZIP (Krita and OpenRaster are)",
+    b"<!doctype html": "HTML, a web page",
+    b"<html": "HTML, a web page",
     b"<svg": "SVG",
     b"<?xml": "SVG or XML",
     b"%PDF": "PDF",
@@ -39,7 +48,7 @@ def kind_of(head: bytes) -> str | None:
     """The kind of a file, such as "JPEG XL"; None where it is not known.
 
     Args:
-        head: at least the first 64 bytes, if it has so many.
+        head: at least the first 132 bytes, if it has so many.
     """
     if is_heif(head):
         return "HEIC"
@@ -48,9 +57,11 @@ def kind_of(head: bytes) -> str | None:
         if _AV1 & {*brands}:
             return "AVIF"
         return "camera raw" if brands[0] == b"crx " else "film"
+    if head[128:132] == b"DICM":
+        return "DICOM"
     if head[:4] == b"RIFF":
         return "WebP" if head[8:12] == b"WEBP" else None
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for beginning, kind in _BEGINNINGS.items():
         if head.startswith(beginning) or text.startswith(beginning):
             return kind

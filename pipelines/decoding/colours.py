@@ -42,6 +42,7 @@ def to_srgb(image: Image.Image, who: str) -> Image.Image:
             f"{who} has more than 8 bits a channel (mode {image.mode}); scale it and convert it "
             "to RGB."
         )
+    image.load()  # so that a damaged file is not taken for a broken profile
     profile = image.info.get("icc_profile") or told_profile(image, who)
     plain = _plain(image)
     if profile == srgb_profile():

@@ -63,6 +63,15 @@ def test_images_of_pil_have_their_profiles_applied_too():
     assert image.info["icc_profile"] == icc.rgb_profile()
 
 
+def test_a_cut_image_of_pil_is_not_called_a_broken_profile(caplog):
+    file = io.BytesIO()
+    IMAGE.save(file, "JPEG", icc_profile=icc.rgb_profile())
+    image = Image.open(io.BytesIO(file.getvalue()[:3000]))
+    with pytest.raises(OSError, match="truncated"):
+        pixels_from(image, 16)
+    assert not caplog.text
+
+
 def test_grey_and_palettes_have_profiles_too(tmp_path):
     GREY.save(tmp_path / "grey.png", icc_profile=icc.grey_profile(1.5))
     light = icc.encoded((VALUES[..., :1] / 255) ** 1.5)
@@ -310,6 +319,9 @@ def test_other_modes_of_pil_become_rgb(mode):
         (b"\x76\x2f\x31\x01" + bytes(60), "of the kind OpenEXR"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "of the kind EPS"),
         (b"%PDF-1.7" + bytes(60), "of the kind PDF"),
+        (b"\n<!DOCTYPE html>\n<html>", "of the kind HTML, a web page"),
+        (b"PK\x03\x04" + bytes(60), "of the kind ZIP (Krita and OpenRaster are)"),
+        (bytes(128) + b"DICM" + bytes(60), "of the kind DICOM"),
         (b"", "is not an image"),
         (b"hello", "is not an image"),
         (b"\x89PNG\r\n\x1a\n", "a.bin"),
@@ -440,3 +452,11 @@ def test_cut_and_bent_files_raise_nothing_else(tmp_path, suffix):
         with suppress(RequestError):
             read_image(path)
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_bent_avif_is_refused_as_others_are(tmp_path):
+    IMAGE.save(tmp_path / "a.avif")
+    data = (tmp_path / "a.avif").read_bytes()
+    at = data.index(b"mdat") + 4
+    (tmp_path / "a.avif").write_bytes(data[:at] + bytes(len(data) - at))
+    assert "a.avif is damaged or cut off" in refusal(tmp_path / "a.avif")
