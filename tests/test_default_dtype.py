@@ -42,6 +42,15 @@ def test_ids_of_stock_pipelines_are_put_right(default_dtype, dtype):
     assert used.dtype == torch.float32
 
 
+def test_models_get_the_ids_that_were_put_right():
+    model, inputs = make_transformer(), make_inputs(2, 300)
+    apply_clear(model, radius=2)
+    expected = run(model, inputs)
+    rounded = inputs | {"img_ids": inputs["img_ids"].bfloat16()}
+    assert len(rounded["img_ids"][:, 2].unique()) < 300
+    assert torch.equal(run(model, rounded), expected)
+
+
 def draw(pipe, **options):
     generator = torch.Generator().manual_seed(0)
     size = {"num_inference_steps": 2, "max_sequence_length": 8, "output_type": "pt"} | options

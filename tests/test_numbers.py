@@ -105,6 +105,8 @@ def test_settings_of_attention(kind):
     assert plain(list(processor.settings.values()))
     window = Window(four, four, two, two, two)
     assert repr(window) == repr(Window(4, 4, 2, 2, 2))
+    resolution = Resolution("ntk", (two, four), four, two, four)
+    assert repr(resolution) == repr(Resolution("ntk", (2.0, 4.0), 4, 2.0, 4))
     window = Window(4, 4, 4, 2, local_references=((two, two),))
     assert repr(window) == repr(Window(4, 4, 4, 2, local_references=((2, 2),)))
     assert repr(Window(4, 4, 0, 2, query_rows=(two, four)).query_rows) == "(2, 4)"
@@ -192,6 +194,23 @@ def test_scales_are_refused_before_any_work(pipe, name, value, monkeypatch):
         monkeypatch.setattr(part, "forward", None)
     with pytest.raises(ValueError, match=f"CLEARFluxPipeline: {name} "):
         draw(pipe, **{"height": 64, "width": 32, name: value})
+
+
+@pytest.mark.parametrize("value", [-0.5, np.float32(1.5), 2])
+def test_numbers_out_of_their_range(pipe, value):
+    for name in ("low_resolution_guidance", "strength"):
+        with pytest.raises(ValueError, match=f"CLEARFluxPipeline: {name} must be from 0 to 1, got"):
+            draw(pipe, **{"height": 64, "width": 64, name: value})
+    with pytest.raises(RequestError, match="--strength must be from 0 to 1, got"):
+        make_request("a house", device="cpu", strength=[value])
+    with pytest.raises(RequestError, match="--guidance must be from 0 to 100, got"):
+        make_request("a house", device="cpu", guidance=value * 100 if value > 0 else value)
+
+
+@pytest.mark.parametrize("zero", [0, np.int64(0), 0.0])
+def test_no_pixels_are_the_native_size(pipe, zero):
+    """As in stock."""
+    assert torch.equal(draw(pipe, height=zero, width=zero), draw(pipe))
 
 
 @pytest.mark.parametrize("make", [np.float32, lambda value: torch.tensor(value).bfloat16()])

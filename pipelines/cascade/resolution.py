@@ -81,7 +81,7 @@ from torch import nn
 from clear_dit.attention.processor import CLEARProcessor
 from clear_dit.compat import names_from
 from clear_dit.families.table import attention_layers, transformer_of
-from clear_dit.kernels.numbers import as_number, integer
+from clear_dit.kernels.numbers import as_number, integer, number
 from clear_dit.weights.forward import Change, changed_in_forwards, other_attributes
 from clear_dit.weights.state import ClearState
 
@@ -128,13 +128,14 @@ class Resolution:
     def __post_init__(self) -> None:
         check_method(self.rope, self.rope_factors)
         plain: dict[str, Any] = {
-            "rope_factors": tuple(map(as_number, self.rope_factors)),
+            "rope_factors": tuple(number("rope factors", one) for one in self.rope_factors),
             "trained_side": integer("Resolution: trained_side", self.trained_side, 1),
         }
         if self.shift is not None:
-            plain["shift"] = as_number(self.shift)
-            if plain["shift"] is None or plain["shift"] <= 0:
+            shift = as_number(self.shift)
+            if shift is None or shift <= 0:
                 raise ValueError(f"Resolution: shift must be a positive number, got {self.shift}.")
+            plain["shift"] = float(shift)
         if self.proportional_base is not None:
             base = integer("Resolution: proportional_base", self.proportional_base, 2)
             plain["proportional_base"] = base

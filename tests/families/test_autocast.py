@@ -6,6 +6,8 @@ from support.families.models import FAMILIES, make_inputs, make_model, predictio
 
 from clear_dit import apply_clear
 from clear_dit.attention.layout import Layout
+from clear_dit.attention.processor import _autocast
+from clear_dit.pipelines.cascade.positions import ExtendedPosEmbed
 
 # Of PyTorch's norms, once a process; stock's too.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -41,12 +43,59 @@ def test_as_stock(name, keys):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_float16_rounds_less(name):
+    stock, model, inputs = make_model(name), make_model(name), make_inputs(name, 4, 6)
+    apply_clear(model, radius=16, far=False)
+    with torch.no_grad():
+        found, expected = (output(one, inputs, torch.float16) for one in (model, stock))
+    assert relative(found, expected) < 0.0007
+
+
+def test_devices_without_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = _autocast((torch.empty(1, device="meta"),))
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("down_factor", [1, 2])
 def test_local_is_as_without_autocast(name, down_factor):
     model, inputs = make_model(name), make_inputs(name, 4, 6)
     apply_clear(model, radius=2, down_factor=down_factor, far=False)
     exact = run(model, inputs)
     assert relative(output(model, inputs), exact) < 0.05
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("factor", [2.0, 5.0])  # from some 3 on with positions between
+def test_two_positions_a_token(tiny_transformer, tiny_inputs, far, factor):
+    model, inputs = tiny_transformer(), tiny_inputs(8, 8)
+    stock = model.pos_embed
+    model.pos_embed = ExtendedPosEmbed(stock.theta, stock.axes_dim, "two", (factor, factor), 8)
+    apply_clear(model, radius=2, far=far)
+    with torch.no_grad():
+        found = output(model, inputs)
+    assert relative(found, run(model, inputs)) < 0.05
+
+
+def dtypes(model, inputs):
+    """Of what attention layers return."""
+    found = []
+
+    def look(layer, given, out):
+        found.extend(one.dtype for one in (out if isinstance(out, tuple) else (out,)))
+
+    for layer in (one for one in model.modules() if hasattr(one, "set_processor")):
+        layer.register_forward_hook(look)
+    output(model, inputs)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_return_the_dtypes_of_stock(name):
+    stock, model, inputs = make_model(name), make_model(name), make_inputs(name, 4, 6)
+    apply_clear(model, radius=2)
+    assert dtypes(model, inputs) == dtypes(stock, inputs)
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "z-image", "hunyuan-image"])

@@ -1,5 +1,6 @@
 """Text encoders and tokenizers that pipelines share, in two threads and after an error."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -43,9 +44,19 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
-@pytest.mark.parametrize("prompt", ["a house", "a small red house by the sea by the sea"])
-def test_tokenizers_pad_and_cut_as_each_thread_asked(monkeypatch, name, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "encoders"),
+    [
+        ("a house", "shared"),
+        ("a small red house by the sea by the sea", "shared"),
+        ("a house", "each its own"),
+    ],
+)
+def test_tokenizers_pad_and_cut_as_each_thread_asked(monkeypatch, name, prompt, encoders):
     first, second = pipelines()
+    if encoders == "each its own":
+        second.text_encoder = copy.deepcopy(second.text_encoder)
+        second.text_encoder_2 = copy.deepcopy(second.text_encoder_2)
     works = lambda: encode(first, 8, prompt=prompt), lambda: encode(second, 5)
     expected = [work() for work in works]
     middle, tokenizer = Middle(), getattr(first, name)
@@ -80,6 +91,21 @@ def test_loras_act_as_strongly_as_each_thread_asked(encoder, scales):
     for texts, right in zip(found, expected, strict=True):
         assert_equal(texts, right)
     assert {layer.scaling["default"] for layer in lora_layers(first)} == {0.1}
+
+
+def test_loras_act_as_strongly_as_a_call_asks():
+    def draw(cls, scale):
+        pipe = cls(**make_components())
+        pipe.set_progress_bar_config(disable=True)
+        add_loras(pipe)
+        size = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 8}
+        generator, joint = torch.Generator().manual_seed(0), {"scale": scale}
+        more = {"joint_attention_kwargs": joint, "output_type": "pt"}
+        return pipe("a red house", generator=generator, **size, **more).images
+
+    expected = draw(FluxPipeline, 40.0)
+    assert (draw(FluxPipeline, 1.0) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(draw(CLEARFluxPipeline, 40.0), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])

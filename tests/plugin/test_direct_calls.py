@@ -39,18 +39,24 @@ def test_forward_called_directly(name):
 def test_a_class_whose_forward_was_replaced(name, before, monkeypatch):
     tall, wide = make_inputs(name, 8, 4), make_inputs(name, 4, 8)
     expected = run(local(name), tall)
-    cls = type(make_model(name))
+    cls, calls = type(make_model(name)), []
     own = cls.forward
 
+    def theirs(self, *args, **options):
+        calls.append(self)
+        return own(self, *args, **options)
+
     def replace():
-        monkeypatch.setattr(cls, "forward", lambda self, *a, **k: own(self, *a, **k))
+        monkeypatch.setattr(cls, "forward", lambda *a, **k: theirs(*a, **k))
 
     if before:
         replace()
     model = local(name)
     run(model, wide)
     replace()
+    calls.clear()
     torch.testing.assert_close(run(model, tall), expected)
+    assert calls == [model]
 
 
 def accelerate_hook(model, inputs):

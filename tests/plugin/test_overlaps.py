@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_components, make_inputs, make_transformer
 from diffusers import FirstBlockCacheConfig
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from safetensors.torch import load_file
 from support.families.models import FAMILIES, make_model, run
@@ -96,6 +97,19 @@ def test_a_change_in_the_middle_of_a_forward(weights, change, place):
     handle.remove()
     assert torch.equal(found, run(prepared(before, weights), inputs))
     assert torch.equal(run(model, inputs), run(prepared(after, weights), inputs))
+
+
+def test_other_processors_in_the_middle_of_a_forward():
+    (pipe,), inputs, middle = pipelines(1), make_inputs(6, 9), Middle()
+    model = pipe.transformer
+    expected = run(model, inputs)
+    handle = model.transformer_blocks[0].register_forward_pre_hook(middle.reached)
+    found, _ = middle.run(
+        lambda: run(model, inputs), lambda: pipe.set_attn_processor(FluxAttnProcessor())
+    )
+    handle.remove()
+    assert torch.equal(found, expected)
+    assert torch.equal(run(model, inputs), run(make_transformer(), inputs))
 
 
 def test_who_waits_to_change_a_model_comes_before_later_forwards():

@@ -128,6 +128,17 @@ def test_fused_loras_stay(pipes, tiny_inputs, lora):
         close(pipe.transformer, stock.transformer)
 
 
+def test_a_lora_that_comes_after_a_stage_of_full_attention(pipes):
+    """Swapping weights there and back is no change."""
+    pipe, stock = pipes
+    with full_attention(pipe.transformer):
+        pass
+    one(pipe)
+    one(stock)
+    assert remove_clear(pipe)
+    close(pipe.transformer, stock.transformer)
+
+
 @pytest.mark.parametrize("lora", LORAS)
 def test_other_weights_get_them_too(pipes, tiny_pipeline, clear_file, lora):
     pipe, stock = pipes
@@ -218,6 +229,10 @@ def shift_in_place(model, tiny_transformer):
             parameter.add_(0.01 if key.endswith("weight") else 0)  # of rank 1
 
 
+def a_bias_alone(model, tiny_transformer):
+    model.transformer_blocks[0].attn.to_k.bias.data.add_(0.1)
+
+
 STRANGERS = {
     "load_state_dict": load_other,
     "load_state_dict(assign)": assign_other,
@@ -225,6 +240,7 @@ STRANGERS = {
     "SGD": one_step(torch.optim.SGD),
     "average": average,
     "in place": shift_in_place,
+    "a bias": a_bias_alone,
 }
 
 
@@ -284,8 +300,11 @@ def test_files_that_are_needed_and_not_there(pipes, clear_file, tmp_path, become
     unchanged(pipe.transformer, before)
 
 
-def test_files_are_not_needed_for_what_nobody_changed(pipes, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_files_are_not_needed_for_what_nobody_changed(pipes, tmp_path, dtype):
     pipe, stock = pipes
+    for each in pipes:
+        each.transformer.to(dtype)
     (tmp_path / "1.safetensors").unlink()
     assert remove_clear(pipe)
     unchanged(pipe.transformer, snapshot(stock.transformer))
