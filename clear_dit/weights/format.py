@@ -109,8 +109,12 @@ def refuse_unsuitable(model: nn.Module, who: str, merged_lora: bool = False) -> 
                     f"{who}: a LoRA is merged into {name}.{projection}; call unfuse_lora() first."
                 )
             linear = _without_lora(attn.get_submodule(projection))
-            if getattr(linear, "weight", None) is None:
+            weight = getattr(linear, "weight", None)
+            if weight is None:
                 raise _quantised(who, f"{name}.{projection}", type(linear), "without a weight")
+            if weight.ndim != 2:  # FSDP's part of it
+                key = f"{name}.{projection}.weight"
+                raise _quantised(who, key, type(weight), f"of shape {tuple(weight.shape)}")
     for key, parameter in parameters_by_key(model).items():
         if parameter.is_meta:
             raise ValueError(

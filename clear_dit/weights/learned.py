@@ -19,22 +19,35 @@ def settle(model: Any, attn: Any, old: Any = None) -> None:
             stored: quantised, or cast for each call (`enable_layerwise_casting`).
         attn: one of its layers, with a new processor of CLEAR's.
         old: its processor before, whose values it takes where the shapes are the same.
+
+    Raises:
+        ValueError: those values are sharded.
     """
     own = (module for module in attn.children() if module is not attn.processor)
-    # Some quantised layers have buffers alone; under FSDP weights are neither.
+    # Some quantised layers have buffers alone, and what FSDP flattens has nothing.
     tensors = (tensor for part in own for tensor in (*part.parameters(), *part.buffers()))
-    like = next(tensors, None)
-    like = attn.to_q.weight if like is None else like
-    # On the meta device under sequential offloading.
-    device = None if like.is_meta else like.device
+    device = next((tensor.device for tensor in tensors), model.device)
+    if device.type == "meta":  # under sequential offloading
+        device = None
     dtype = model.dtype if model.dtype.is_floating_point else torch.float32
     for name in LEARNED:
         weight, trained = getattr(attn.processor, name), getattr(old, name, None)
         if weight is None:
             continue
+        if trained is not None and not _is_whole(trained, weight.ndim):
+            raise ValueError(
+                f"CLEAR: {name} of the layers is sharded ({type(trained.data).__name__} of shape "
+                f"{tuple(trained.shape)}), and would be lost; do this on the plain model, before."
+            )
         weight.data = weight.data.to(device=device, dtype=dtype)
         if trained is not None and trained.shape == weight.shape:
             weight.data.copy_(trained.data)
+
+
+def _is_whole(parameter: torch.Tensor, dimensions: int) -> bool:
+    """Whether it is all there: FSDP flattens its parts, or has DTensors or views in their place."""
+    plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
+    return plain and parameter.ndim == dimensions
 
 
 def give_learned(name: str, attn: Any, learned: dict[str, torch.Tensor], old: Any) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.hooks.group_offloading import _get_group_onload_device
+from diffusers.hooks.layerwise_casting import _is_layerwise_casting_active
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 _brought: WeakKeyDictionary[Any, _Brought] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _bringing = threading.Lock()
 
 
@@ -22,11 +24,17 @@ def loaded(vae: Any) -> Iterator[torch.device]:
 
     Model offload brings it there and takes it away with the next model, as if it had been called;
     sequential offload and leaf-level group offload serve each layer as it is called; what else
-    group offload keeps away is brought whole and given back at the end, by the last thread.
+    group offload keeps away is brought whole and given back at the end, by the last thread. Where
+    layers are cast for each call, threads take turns.
 
     Yields:
         The device.
     """
+    with _turn(vae):
+        yield from _loaded(vae)
+
+
+def _loaded(vae: Any) -> Iterator[torch.device]:
     _as_if_called(vae)
     device = _execution_device(vae)
     with _bringing:
@@ -42,6 +50,13 @@ def loaded(vae: Any) -> Iterator[torch.device]:
             if not brought.users:
                 brought.give_back()
                 del _brought[vae]
+
+
+def _turn(vae: Any) -> AbstractContextManager[Any]:
+    if not _is_layerwise_casting_active(vae):
+        return nullcontext()
+    with _bringing:
+        return _turns.setdefault(vae, threading.RLock())
 
 
 class _Brought:

@@ -13,6 +13,7 @@ from conftest import make_components
 from diffusers import FluxTransformer2DModel
 from diffusers.hooks import apply_layerwise_casting
 from safetensors.torch import load_file
+from support.autoencoders import make_autoencoder
 from support.families.models import FAMILIES, make_inputs, make_model, run
 from support.models import FAR, assert_same, draw
 
@@ -25,6 +26,7 @@ from clear_dit import (
 )
 from clear_dit.chunking import chunk_feed_forward
 from clear_dit.families.table import attention_layers
+from clear_dit.pipelines.decoding.autoencoder import decode
 from clear_dit.weights.format import parameters_by_key, pooling_by_key
 from clear_dit.weights.learned import make_far_trainable
 
@@ -143,21 +145,37 @@ def test_feed_forward_in_chunks():
     assert_same(run(model, given), whole)
 
 
-def test_threads_with_a_cast_model():
+@pytest.fixture
+def impatient_threads():
+    """Threads take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_with_a_cast_model(impatient_threads):
     model = make_model("flux")
     cast_by_layer(model)
     apply_clear(model, radius=2, far=False)
     inputs = [make_inputs("flux", rows, 6) for rows in (4, 5, 6, 7)] * 4
     expected = [run(model, given) for given in inputs]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            received = list(pool.map(lambda given: run(model, given), inputs))
-    finally:
-        sys.setswitchinterval(before)
+    with ThreadPoolExecutor(4) as pool:
+        received = list(pool.map(lambda given: run(model, given), inputs))
     for value, other in zip(received, expected, strict=True):
         assert_same(value, other)
+
+
+def test_threads_with_a_cast_autoencoder(impatient_threads):
+    vae = make_autoencoder((4, 4), latent_channels=4, norm_num_groups=2, sample_size=16)
+    cast_by_layer(vae)
+    latents = torch.randn(1, 4, 12, 20)
+    shifted = latents / vae.config.scaling_factor
+    with torch.no_grad():
+        expected = vae.decode(shifted).sample
+    with ThreadPoolExecutor(4) as pool:
+        for image in pool.map(lambda latents: decode(vae, latents), [latents] * 40):
+            assert_same(image, expected)
 
 
 def test_an_error_in_the_middle_of_a_layer(weights):
