@@ -147,7 +147,8 @@ def remove_clear(pipe_or_model: Any) -> bool:
 
     Layers whose processor somebody else replaced since are left alone. IP-adapters that were loaded
     or unloaded since stay so. It waits for forwards of the model that are under way in other
-    threads, as `apply_clear` and `load_clear_weights` do.
+    threads, as `apply_clear` and `load_clear_weights` do; only before the first of these calls
+    forwards are not known, and a model must not be in use. What stays on the model is this lock.
 
     Args:
         pipe_or_model: what `apply_clear` or `set_attn_processor` was called on.
@@ -183,7 +184,7 @@ def _remove(model: nn.Module) -> bool:
             attn.set_processor(originals.get(name) or FluxAttnProcessor())
             removed = True
     if state is not None and was_applied:
-        state.detach(model)
+        state.forget()
         if family_of(model).chunked:
             chunk_feed_forward(model, None)
     return removed

@@ -120,6 +120,9 @@ class ClearForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiled = torch.compiler.is_compiling()
+        state = vars(self.model).get(STATE)
+        if compiled and state is not None and state.is_idle:
+            return self.stock(*args, **kwargs)  # compiled and exported whole
         if not torch.compiler.is_exporting():
             return self._run_outside_of_graphs(compiled, args, kwargs)
         if torch.compiler.is_dynamo_compiling():

@@ -116,13 +116,20 @@ class ClearState:
         """Whether there is anything of CLEAR's on the model."""
         return self.tracker is not None or self.originals.loaded_here
 
-    def detach(self, model: nn.Module) -> None:
-        """Forget everything; and leave the model, unless ranks share it or a call changes it."""
+    @property
+    def is_idle(self) -> bool:
+        """Whether forwards have nothing to do with CLEAR."""
+        return not (self.is_applied or self.calls or self.sharing is not None)
+
+    def forget(self) -> None:
+        """What `remove_clear` leaves: the lock stays, for the threads that share the model."""
         self.tracker, self.processors, self.installed = None, {}, {}
         self.given_up = frozenset()
-        if self.sharing is None and not self.calls:
-            take_away(model)
-            delattr(model, STATE)
+
+    def detach(self, model: nn.Module) -> None:
+        """Leave the model, as if CLEAR had never been applied to it."""
+        take_away(model)
+        delattr(model, STATE)
 
     def restore_weights(self, model: nn.Module) -> None:
         """Put the original parameters back; see `Originals.put_back`."""

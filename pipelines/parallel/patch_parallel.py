@@ -159,8 +159,6 @@ class PatchParallel:
         state = ClearState.on(self._model)
         if state is not None and state.sharing is self:
             state.sharing = None
-            if not state.is_applied:
-                state.detach(self._model)
 
     def check(self, rows: int) -> None:
         """Refuse an image of fewer rows of tokens than ranks, with a ValueError."""

@@ -7,7 +7,7 @@ from support.ip_adapter import load_ip_adapters
 from support.models import assert_same, by_definition, run
 from support.slow import slow
 
-from clear_dit import CLEARProcessor, apply_clear
+from clear_dit import CLEARProcessor, apply_clear, remove_clear
 from clear_dit.weights.learned import make_far_trainable
 
 
@@ -83,3 +83,16 @@ def test_the_bare_processor_does_not_compile(tiny_transformer, tiny_inputs):
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="use apply_clear instead of set_attn_processor"):
         run(model, tiny_inputs(4, 6))
+
+
+@slow
+def test_a_model_without_clear_again(tiny_transformer, tiny_inputs):
+    """It is compiled and exported whole, as a stock one."""
+    model, inputs = tiny_transformer(num_layers=1, num_single_layers=1), tiny_inputs(3, 4)
+    expected = run(model, inputs)
+    apply_clear(model, radius=2, far=False)
+    remove_clear(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same(run(compiled, inputs), expected)
+    exported = torch.export.export(model, (), inputs).module()
+    assert_same(exported(**inputs).sample, expected)

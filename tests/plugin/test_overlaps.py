@@ -43,10 +43,12 @@ def weights(tmp_path_factory):
 
 
 def prepared(kind, weights):
-    """A fresh model: stock, under CLEAR, or with weights too."""
+    """A fresh model: stock, under CLEAR, with weights too, or without CLEAR again."""
     model = make_transformer()
     if kind != "stock":
         apply_clear(model, **LOCAL, weights=weights if kind == "weights" else None)
+    if kind == "removed":
+        remove_clear(model)
     return model
 
 
@@ -76,6 +78,7 @@ def add_lora(model):
 # From which state a call leads to which.
 CHANGES = {
     "apply": ("stock", "clear", lambda model, path: apply_clear(model, **LOCAL)),
+    "apply again": ("removed", "clear", lambda model, path: apply_clear(model, **LOCAL)),
     "apply with weights": (
         "stock",
         "weights",
@@ -86,7 +89,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", ["load", "remove"])
+@pytest.mark.parametrize("change", ["load", "remove", "apply again"])
 @pytest.mark.parametrize("place", ["transformer_blocks.0.attn", "single_transformer_blocks.1"])
 def test_a_change_in_the_middle_of_a_forward(weights, change, place):
     before, after, act = CHANGES[change]
