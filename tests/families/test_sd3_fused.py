@@ -58,7 +58,8 @@ def test_fused_and_unfused_are_the_same(given, order, far, config):
 @orders
 def test_the_fused_weights_run_as_in_stock(given, order):
     """A LoRA that comes after fusing reaches the outputs alone."""
-    lora = LoraConfig(target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False)
+    targets = ["to_q", "to_k", "to_out.0", "add_q_proj", "add_v_proj"]
+    lora = LoraConfig(target_modules=targets, init_lora_weights=False)
     stock, model = make_model("sd3", **FIRST), make_model("sd3", **FIRST)
     stock.fuse_qkv_projections()
     order(model, radius=FAR)

@@ -219,6 +219,16 @@ def test_saved_models_say_so(files, tmp_path):
     assert torch.equal(run(stock, INPUTS), run(make_transformer(), INPUTS))
 
 
+def test_saved_models_that_a_lora_had_changed_take_no_other_weights(files, tmp_path):
+    fused(tuned(files)).save_pretrained(tmp_path)
+    model = FluxTransformer2DModel.from_pretrained(tmp_path)
+    apply_clear(model, radius=2)
+    before = values(model)
+    with pytest.raises(ValueError, match=r"that a LoRA or training had changed, .* start from"):
+        load_clear_weights(model, files[1])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_cascade_of_a_saved_model_has_no_full_attention(files, tmp_path):
     tuned(files).save_pretrained(tmp_path)
     parts = make_components()
