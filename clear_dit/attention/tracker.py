@@ -229,8 +229,9 @@ class WindowTracker:
         if forward is None:
             raise ValueError(
                 "CLEAR: the token grid is not known in this layer, which was called outside of a "
-                "forward of its model, or got its processor without apply_clear; call apply_clear "
-                "on the model or pipeline, and the model as a whole."
+                "forward of its model, by a forward that was put in the place of the model's since "
+                "apply_clear, or got its processor without apply_clear; call apply_clear on the "
+                "model or pipeline, and the model as a whole."
             )
         if key is not None:
             self._remember(key, forward)

@@ -20,6 +20,7 @@ from ..generation.denoising import Text, decode, denoise, encode, two_passes
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.load import open_checked
+from ..weights.state import originals_of
 from .images import ImageSet
 from .request import EvaluateRequest, Variant
 
@@ -68,8 +69,11 @@ def attention_of(pipe: FluxPipeline, variant: Variant) -> Iterator[str]:
 
     Yields:
         The implementation that runs: "full" or one of local attention.
+
+    Raises:
+        ValueError: a family that is not evaluated, or a model without its original weights.
     """
-    transformer_of(pipe, "evaluate", "evaluate")
+    originals_of(transformer_of(pipe, "evaluate", "evaluate")).refuse_lost("evaluate")
     if variant.radius is None:
         yield "full"
         return

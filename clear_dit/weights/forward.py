@@ -226,6 +226,11 @@ def put_under(model: nn.Module) -> None:
     place.forward = ClearForward(model, None if of_class else own)
 
 
+def is_bare(model: nn.Module) -> bool:
+    """Whether the class's own forward is a model's innermost one."""
+    return Innermost(model).forward == type(model).forward.__get__(model)
+
+
 def take_away(model: nn.Module) -> None:
     """Take it out again. Where somebody has wrapped it since, it stays, and does nothing."""
     place = Innermost(model)

@@ -18,7 +18,7 @@ from ..families.family import Family
 from ..families.table import attention_layers, family_of, head_dim_of
 from ..kernels.choice import select_impl
 from ..kernels.triton.device import kernels_of
-from .forward import STATE, parameter_names, put_under, take_away
+from .forward import STATE, is_bare, parameter_names, put_under, take_away
 from .originals import Originals
 from .saved import marked
 
@@ -108,6 +108,8 @@ class ClearState:
             if entry is not None:  # it came with CLEAR weights
                 state.originals, state.weights_far = originals_of(model), entry["far"]
             setattr(model, STATE, state)
+            put_under(model)
+        elif is_bare(model):  # somebody has taken CLEAR's forward out
             put_under(model)
         return state
 

@@ -126,6 +126,16 @@ def test_a_layer_called_outside_of_its_model():
         layer(torch.randn(1, 32, channels), torch.randn(1, 3, channels))
 
 
+def test_a_forward_that_goes_past_clear():
+    model, inputs = local("sd3"), make_inputs("sd3", 4, 8)
+    model.forward = lambda **given: type(model).forward(model, **given)
+    with pytest.raises(ValueError, match="by a forward that was put in the place of the model's"):
+        run(model, inputs)
+    del model.forward
+    apply_clear(model, radius=2, far=False)
+    assert torch.equal(run(model, inputs), run(local("sd3"), inputs))
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_of_a_forward_that_ended_early(error):
     model = local("sd3")

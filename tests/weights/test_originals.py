@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import make_components, make_inputs, make_transformer
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 from support.families.models import run
 
@@ -17,6 +17,8 @@ from clear_dit import (
     remove_clear,
     save_clear_weights,
 )
+from clear_dit.evaluation.request import Variant
+from clear_dit.evaluation.variants import attention_of
 from clear_dit.weights.format import parameters_by_key
 
 INPUTS = make_inputs(4, 6)
@@ -224,9 +226,22 @@ def test_saved_models_that_a_lora_had_changed_take_no_other_weights(files, tmp_p
     model = FluxTransformer2DModel.from_pretrained(tmp_path)
     apply_clear(model, radius=2)
     before = values(model)
-    with pytest.raises(ValueError, match=r"that a LoRA or training had changed, .* start from"):
+    with pytest.raises(ValueError, match=r"that a LoRA, training or a cast .* start from"):
         load_clear_weights(model, files[1])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_saved_model_is_not_evaluated(files, tmp_path):
+    """Its full attention would not be that of the original model."""
+    tuned(files).save_pretrained(tmp_path)
+    parts = make_components()
+    parts["transformer"] = FluxTransformer2DModel.from_pretrained(tmp_path)
+    for radius in (None, 2):
+        with (
+            pytest.raises(ValueError, match=r"^evaluate: the model was saved by save_pretrained"),
+            attention_of(FluxPipeline(**parts), Variant("any", radius)),
+        ):
+            pass
 
 
 def test_a_cascade_of_a_saved_model_has_no_full_attention(files, tmp_path):
