@@ -129,11 +129,6 @@ class ClearForward:
             raise RuntimeError(STRICT_EXPORT)
         return self._run(compiled, args, kwargs)
 
-    # What it calls may be compiled, but not this: it decides anew in every call.
-    @torch.compiler.disable(recursive=False)
-    def _run_outside_of_graphs(self, *given: Any) -> Any:
-        return self._run(*given)
-
     def _run(self, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model, stock = self.model, self.stock
         state = vars(model).get(STATE)
@@ -150,6 +145,9 @@ class ClearForward:
                 stack.enter_context(change(model))
             stack.enter_context(state.own_weights(model))
             return self._call(state, compiled, args, kwargs)
+
+    # What it calls may be compiled, but not this: it decides anew in every call.
+    _run_outside_of_graphs = torch.compiler.disable(_run, recursive=False)
 
     def _call(
         self, state: Any, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
