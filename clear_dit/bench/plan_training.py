@@ -24,7 +24,7 @@ from ..errors import RequestError
 from ..families.table import attention_layers, family_of
 from ..generation.checks import find_window
 from ..kernels.window import Window
-from ..weights.learned import make_far_trainable
+from ..weights.learned import make_far_trainable, settle
 from .configurations import find_configuration
 from .fake import IMPL, LiveStorages, build, defaults, flux_inputs, quiet
 from .plan import number
@@ -116,6 +116,7 @@ def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int 
             far = window.far_levels > 0
             processor = CLEARProcessor(window.radius, window.down_factor, IMPL, grid, far=far)
             attn.set_processor(processor)
+            settle(model, attn)
         if lora is not None:
             add_lora(model, lora, seed=0)
         elif window.far_levels:
