@@ -39,7 +39,7 @@ def other(given):
 
 # Stock HunyuanImage cannot be exported.
 PROGRAMS = [(name, far) for name in FAMILIES if name != "hunyuan-image" for far in (False, True)]
-QUICK = (("flux", True), ("sd3", False))
+QUICK = (("sd3", False),)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from support.families.models import FAMILIES, make_model, run
 from support.families.models import make_inputs as make_family_inputs
+from support.slow import slow
 from support.threads import Middle
 from torch.overrides import TorchFunctionMode
 
@@ -274,6 +275,7 @@ def test_loras_act_as_strongly_as_each_forward_asks():
         torch.testing.assert_close(value, right)
 
 
+@slow
 def test_compiled_blocks_know_the_forward_of_their_own_thread():
     plain, model = (make_transformer(num_layers=1, num_single_layers=0) for _ in range(2))
     given = [make_inputs(4, 8), make_inputs(8, 4)]

@@ -25,7 +25,7 @@ PLACE = {
 @pytest.mark.parametrize(
     ("how", "who", "own_status", "reason"),
     [
-        ("killed", 1, -9, "its process ended"),
+        pytest.param("killed", 1, -9, "its process ended", marks=slow),
         ("out of memory", 1, 1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB."),
         pytest.param("killed", 0, -9, "its process ended", marks=slow),
         pytest.param("stopped", 2, None, SILENT, marks=slow),
