@@ -24,6 +24,7 @@ from .families.table import (
 from .weights.changing import changing
 from .weights.learned import give_learned, settle
 from .weights.load import find_weights, load_checked, open_checked
+from .weights.reconcile import reconcile
 from .weights.saved import marked
 from .weights.state import ClearState, originals_of
 from .wrappers import unwrapped
@@ -175,7 +176,7 @@ def _remove(model: nn.Module) -> bool:
     originals_of(model).refuse_lost("remove_clear")
     removed = was_applied = state is not None and state.is_applied
     if state is not None and was_applied:
-        state.reconcile(model)
+        reconcile(state, model)
         state.restore_weights(model)
         originals = state.processors
     for name, attn in attention_layers(model).items():
@@ -280,7 +281,7 @@ def _refuse_lost_pooling(model: nn.Module, settings: CLEARProcessor) -> None:
 def _install(model: nn.Module, settings: CLEARProcessor) -> None:
     family = family_of(model)
     state = ClearState.attach(model)
-    state.reconcile(model)
+    reconcile(state, model)
     state.tracker = settings.new_tracker(state.weights_far)
     for name, attn in family.layers(model).items():
         old = attn.processor

@@ -27,7 +27,7 @@ class LayerProcessor(CLEARProcessor):
     """A `CLEARProcessor` that belongs to one layer, and works for its IP-adapters too.
 
     diffusers makes processors again as `processor.__class__()` when it loads or unloads
-    IP-adapters. Made so, without settings, it is `blank`: `ClearState.reconcile` replaces it.
+    IP-adapters. Made so, without settings, it is `blank`: `weights/reconcile.py` replaces it.
 
     Args:
         settings: the processor whose settings this one takes.

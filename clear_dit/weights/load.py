@@ -38,6 +38,7 @@ from .format import (
     refuse_unsuitable,
 )
 from .learned import give_learned, refuse_shared, settle
+from .reconcile import reconcile
 from .saved import mark
 from .state import ClearState, originals_of
 
@@ -55,7 +56,7 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
     """
     with _alone(model) as state:
         if state is not None:
-            state.reconcile(model)
+            reconcile(state, model)
             state.decide_far(model)
         processors = {name: attn.processor for name, attn in attention_layers(model).items()}
     for name, processor in processors.items():

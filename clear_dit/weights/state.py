@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..access import Access
-from ..attention.processor import LEARNED, CLEARProcessor
+from ..attention.processor import CLEARProcessor
 from ..attention.text_padding import valid_text
 from ..attention.tracker import Forward, WindowTracker
 from ..families.family import Family
@@ -20,6 +20,7 @@ from ..kernels.choice import select_impl
 from ..kernels.triton.device import kernels_of
 from .forward import STATE, is_bare, parameter_names, put_under, take_away
 from .originals import Originals
+from .reconcile import reconcile
 from .saved import marked
 
 logger = logging.getLogger(__name__)
@@ -174,115 +175,8 @@ class ClearState:
             logger.warning(message)
         self._said_of_far = message
 
-    def reconcile(self, model: nn.Module) -> list[str]:
-        """Put CLEAR's processors back where diffusers took them away as a matter of course.
-
-        It does so when it loads or unloads an IP-adapter, and in some families when it fuses
-        projections or unfuses them: a layer then has a stock processor for what it does now, or
-        one of CLEAR's made again without its settings.
-
-        Layers in other places, since blocks were removed, moved or added, are found again.
-
-        Returns:
-            The names of layers that have another processor for no such reason.
-
-        Raises:
-            ValueError: a layer with CLEAR is inside of something strange.
-        """
-        if not self.installed:
-            return []
-        self._keep_stock_to_unfuse(model)
-        layers, family, others = attention_layers(model), family_of(model), list[str]()
-        self._find_again(model, layers)
-        earlier = self._tracker_set_again(layers)
-        if earlier is not None:
-            self.tracker = earlier
-        # One for all layers comes by set_attn_processor; diffusers makes one for each.
-        distinct = len({id(attn.processor) for attn in layers.values()}) > 1 or len(layers) == 1
-        for name, attn in layers.items():
-            current, installed = attn.processor, self.installed.get(name)
-            kind = type(current).__name__
-            if not getattr(current, "blank", True) and (
-                installed is None or current.settings == installed.settings
-            ):
-                installed = current  # a copy's parameters are its own
-            if installed is None:
-                others.append(name)
-                continue
-            if current is self.installed.get(name) or self._is_given_up(name, current):
-                continue
-            if hasattr(type(current), "for_layer"):
-                if earlier is None:
-                    current = self._like(installed, type(current), current)
-                self._install(name, attn, current, current.stock())
-            elif isinstance(current, CLEARProcessor):
-                continue  # somebody's own
-            elif kind in family.processors and (
-                kind != next(iter(family.processors))
-                or (distinct and family.was_undone(model, installed))
-            ):
-                new = self._like(installed, family.processors[kind], current)
-                self._install(name, attn, new, current)
-            else:
-                others.append(name)
-        return others
-
-    def _find_again(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
-        """Go by the layers there are: blocks may have been removed, moved, copied or wrapped.
-
-        Raises:
-            ValueError: of a wrapper, in which CLEAR would run unseen.
-        """
-        names = {id(processor): name for name, processor in self.installed.items()}
-        hidden = names.keys() - {id(attn.processor) for attn in layers.values()}
-        hidden &= {id(module) for module in model.modules()}
-        if hidden:
-            name = names[hidden.pop()]
-            block = model.get_submodule(".".join(name.split(".")[:2]))
-            raise ValueError(
-                f"CLEAR: {name} was wrapped since apply_clear, in a {type(block).__name__} of "
-                f"{type(block).__module__}; unwrap it, or call remove_clear before wrapping."
-            )
-        installed, processors = dict[str, Any](), dict[str, Any]()
-        of_class = {type(one): self.processors.get(name) for name, one in self.installed.items()}
-        for name, attn in layers.items():
-            current = attn.processor
-            before = name if current is self.installed.get(name) else names.get(id(current), name)
-            if before in self.installed:
-                installed[name] = self.installed[before]
-            stock = self.processors.get(before, of_class.get(type(current)))
-            if stock is not None:
-                processors[name] = stock
-        self.installed, self.processors = installed, processors
-
-    def _like(self, installed: CLEARProcessor, cls: Any, current: Any) -> Any:
-        """A processor for what `current` does, with the installed one's settings and parameters."""
-        new = cls.for_layer(installed, self.tracker, current)
-        for learned in LEARNED:
-            setattr(new, learned, getattr(installed, learned))
-        return new
-
-    def _install(self, name: str, attn: Any, new: Any, stock: Any) -> None:
-        attn.set_processor(new)
-        self.installed[name] = new
-        self.processors[name] = stock or self.processors[name]
-
-    def _tracker_set_again(self, layers: Mapping[str, Any]) -> WindowTracker | None:
-        """That of processors of an earlier `apply_clear`, where every layer has such again."""
-        processors = [attn.processor for attn in layers.values()]
-        if any(getattr(processor, "blank", True) for processor in processors):
-            return None
-        trackers = {id(processor.tracker): processor.tracker for processor in processors}
-        return next(iter(trackers.values())) if len(trackers) == 1 else None
-
-    def _keep_stock_to_unfuse(self, model: nn.Module) -> None:
-        """Have stock processors come back with unfused projections, not CLEAR's of today."""
-        kept = getattr(model, "original_attn_processors", None) or {}
-        for key, processor in kept.items():
-            if hasattr(type(processor), "for_layer"):
-                kept[key] = processor.stock() or self.processors[key.removesuffix(".processor")]
-
-    def _is_given_up(self, name: str, processor: Any) -> bool:
+    def is_given_up(self, name: str, processor: Any) -> bool:
+        """Whether a layer has this in the place of CLEAR's on purpose."""
         return name in self.given_up and not isinstance(processor, CLEARProcessor)
 
     def give_up(self, model: nn.Module) -> None:
@@ -317,7 +211,7 @@ class ClearState:
             if self._is_as_it_ought_to_be(model):
                 return
         with self.access.exclusive():
-            others = self.reconcile(model)
+            others = reconcile(self, model)
         if others:
             layers = attention_layers(model)
             kind = type(layers[others[0]].processor)
@@ -332,7 +226,7 @@ class ClearState:
             return True
         layers = attention_layers(model)
         return layers.keys() == self.installed.keys() and all(
-            attn.processor is self.installed[name] or self._is_given_up(name, attn.processor)
+            attn.processor is self.installed[name] or self.is_given_up(name, attn.processor)
             for name, attn in layers.items()
         )
 
