@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from support.slow import slow_but
 
 from clear_dit.app.jobs import Jobs
 from clear_dit.app.request import Entry, make_requests
@@ -89,7 +90,10 @@ def visitors(count):
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
-    [("memory", "fewer pixels"), ("disk", "could not be written"), ("crash", "went wrong")],
+    slow_but(
+        [("memory", "fewer pixels"), ("disk", "could not be written"), ("crash", "went wrong")],
+        ("memory", "fewer pixels"),
+    ),
 )
 def test_a_failure_is_told_to_its_visitor_and_harms_no_other(jobs, prompt, words):
     one, two = visitors(2)

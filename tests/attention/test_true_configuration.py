@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from support.slow import slow_but
+from support.slow import slow
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +14,8 @@ FLUX_DEV = {"guidance_embeds": True}  # the class's defaults are FLUX.1-dev but 
 LAYERS = 19 + 38
 
 
-@pytest.mark.parametrize("far", slow_but([False, True], True))
+@slow
+@pytest.mark.parametrize("far", [False, True])
 def test_flux_dev_at_8192_pixels(far):
     side, text_length = 8192 // 16, 512
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():

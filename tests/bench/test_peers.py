@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from support.command_line import run
+from support.slow import slow
 from torch.nn.functional import scaled_dot_product_attention
 
 from clear_dit.bench import attention, peers
@@ -320,6 +321,7 @@ def test_text_rows_are_judged_by_their_own_size():
     assert not wrong.right(torch.bfloat16)
 
 
+@slow
 def test_one_missing_tile_of_keys_is_noticed():
     """64 of the 3700 keys that a query sees at r=32."""
     window = Window(72, 72, 512, 32)

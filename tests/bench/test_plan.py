@@ -196,6 +196,7 @@ def test_cascade_sizes():
     assert cascade_sizes(Window(75, 131, 0, 8), 1024) == [(48, 85), (75, 131)]
 
 
+@slow
 def test_linear_flops_and_memory_grow_with_the_tokens(capsys):
     small, large = (
         plan(capsys, "--model", "demo", "--height", side, "--dtype", dtype)
@@ -226,6 +227,7 @@ def test_text_length(capsys):
     assert result["rows"][1]["attention_gflop_per_layer"] == gflop
 
 
+@slow
 def test_far_keys(capsys):
     size = ("--model", "demo", "--height", 512, "--width", 512, "--radius", 4)
     local = plan(capsys, *size)
@@ -242,6 +244,7 @@ def test_far_keys(capsys):
     assert "--far and --down-factor 2 exclude each other" in capsys.readouterr().err
 
 
+@slow
 def test_the_demo_and_a_folder_are_read_from_their_files(capsys, tmp_path):
     size = ("--height", 512, "--width", 768, "--radius", 16, "--down-factor", 3)
     demo = plan(capsys, "--model", "demo", *size)
@@ -305,6 +308,7 @@ def random_windows(count):
             yield Window(rows, columns, text, radius, far_levels=levels)
 
 
+@slow
 def test_raster_keys_are_those_of_the_block_mask():
     for window in random_windows(12):
         mask = flex.block_mask(window, torch.device("cpu"))

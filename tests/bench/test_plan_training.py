@@ -11,6 +11,7 @@ from clear_dit.bench.plan_training import plan_training, report
 GIB = 2**30
 
 
+@slow
 def test_the_command(capsys):
     arguments = ("--model", "demo", "--height", 256, "--width", 256, "--radius", 4, "--json")
     assert run("bench", "plan", "--train", *arguments) == 0
@@ -41,6 +42,7 @@ def test_the_demo_s_rows_are_its_parameters():
         assert row["total_gib"] == pytest.approx(sum(row[part] for part in parts))
 
 
+@slow
 def test_what_is_learned_of_far_keys_is_trained_too(capsys):
     size = ("--model", "demo", "--height", 256, "--width", 256, "--radius", 4)
     assert run("bench", "plan", "--train", *size, "--far", "--json") == 0

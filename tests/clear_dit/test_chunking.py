@@ -9,6 +9,7 @@ from diffusers import FirstBlockCacheConfig, FluxControlNetModel, FluxTransforme
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from peft import LoraConfig
+from support.slow import slow
 
 from clear_dit import apply_clear, chunking
 from clear_dit.bench.eight_bit import Int8Linear, use_eight_bit_linears
@@ -268,6 +269,7 @@ def test_a_size_set_before_stays(tiny_transformer):
     assert Innermost(model.transformer_blocks[0]).forward.tokens == 13
 
 
+@slow
 def test_compiled_blocks_are_not_chunked(tiny_transformer, tiny_inputs):
     model = tiny_transformer(num_layers=1, num_single_layers=1)
     inputs = tiny_inputs(5, 7)

@@ -131,6 +131,7 @@ def test_old_or_missing_libraries_are_refused_in_one_line(monkeypatch, changes, 
     assert "\n" not in message
 
 
+@slow
 def test_without_diffusers_the_kernels_are_there_and_the_plugin_says_so(monkeypatch):
     versions(monkeypatch, diffusers=None)
     compat.check_versions()

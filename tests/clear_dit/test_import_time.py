@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.slow import slow
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
@@ -58,6 +59,7 @@ print(*sorted({HEAVY} & set(sys.modules)), sep=" ")
     assert python("-c", program).splitlines()[-1] == ""
 
 
+@slow
 @pytest.mark.parametrize("command", SECONDS)
 def test_the_command_answers_soon(command):
     processor_seconds(command)  # compiles what never was

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from support.slow import slow
 
 from clear_dit.demo.captions import TEMPLATES, caption, sample_scene
 from clear_dit.demo.checkpoint import load_checkpoint
@@ -48,6 +49,7 @@ def test_pooling_takes_the_end_of_the_text(encoders):
     assert (alone - encoders([TEXT.replace("left", "right")], 32)[0]).abs().max() > 1e-3
 
 
+@slow
 def test_training_resumes(tmp_path):
     path = tmp_path / "text.safetensors"
     train_text(path, steps=1, batch=4)

@@ -43,6 +43,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@slow
 def test_all_stages_make_a_stock_pipeline(trained):
     pipe = FluxPipeline.from_pretrained(trained / "demo")
     image = pipe("a blue house", height=64, width=96, num_inference_steps=1).images[0]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support import command_line
 from support.distilling import gradients_of_a_step, make_samples
-from support.slow import slow_but
+from support.slow import slow, slow_but
 
 from clear_dit import apply_clear
 from clear_dit.distillation import checkpoint, files
@@ -40,7 +40,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(RESUMED, "prodigy-bf16", "far-adamw-ema"))
+@pytest.mark.parametrize("name", slow_but(RESUMED, "prodigy-bf16"))
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path, monkeypatch, name):
     changes = RESUMED[name]
     whole = run(out=tmp_path / "whole", max_train_steps=4, **changes)
@@ -250,6 +250,7 @@ def test_bad_options(run, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+@slow
 def test_checkpoints_of_other_runs_are_refused(run, tmp_path, samples):
     run(max_train_steps=2)
     latest = {"resume_from_checkpoint": "latest"}

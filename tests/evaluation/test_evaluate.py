@@ -63,6 +63,7 @@ def test_rows_are_teacher_untuned_and_distilled(finished, weights):
     assert ratios["psnr"] == pytest.approx(tuned["psnr"] / narrow["psnr"], abs=1e-4)
 
 
+@slow
 def test_far_keys_beside_local_attention_in_one_table(tmp_path, evaluate, weights, far_weights):
     out = tmp_path / "out"
     more = ("--weights", weights, "--weights", far_weights, "--metrics", "psnr,output_mse")
@@ -147,6 +148,7 @@ def last_generated(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])["generated"]
 
 
+@slow
 def test_images_are_used_again_only_if_all_settings_match(tmp_path, evaluate, capsys):
     arguments = ("--radius", 2, "--metrics", "psnr", "--json")
     assert evaluate(tmp_path, *arguments, count=2) == 0
@@ -327,6 +329,7 @@ def test_killed_and_resumed_nothing_is_lost_and_nothing_twice(
         assert row["psnr"] == pytest.approx(expected["psnr"], rel=1e-2)
 
 
+@slow
 def test_the_kept_prediction_error_answers_its_own_question_only(tmp_path, evaluate, monkeypatch):
     calls, real = [], run.output_error.predict_all
 

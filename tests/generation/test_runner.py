@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.slow import slow_but
 
 from clear_dit.errors import RequestError
 from clear_dit.families.table import transformer_of
@@ -130,7 +131,7 @@ def test_a_step_tells_the_image_that_is_coming(runner, request_of, tmp_path):
     assert errors[0] < noisy
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", slow_but([1, 3], 1))
 def test_stops_in_the_middle_of_denoising_and_generates_again(runner, request_of, tmp_path, after):
     request, steps = request_of(steps=5), []
     with pytest.raises(Stopped):

@@ -77,6 +77,7 @@ def test_native_size_of_the_demo():
     assert pipe.native_size == 512
 
 
+@slow
 def test_cascade_is_faithful_to_its_first_image():
     pipe = CLEARFluxPipeline.from_pretrained(DEMO, use_safetensors=True, native_size=256)
     pipe.set_progress_bar_config(disable=True)

@@ -304,6 +304,7 @@ def test_a_thread_that_outlives_the_main_one_computes_too():
     assert done.stdout.strip() == b"torch.Size([1, 480, 2, 24])", done.stderr
 
 
+@slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_forked_process_computes_too():
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)

@@ -144,6 +144,7 @@ def test_gradients_in_half_precision_are_those_of_the_definition(name, dtype):
     check(window, dtype=dtype, **shape)
 
 
+@slow
 def test_strides():
     def change(query, key, value, grad):
         packed = torch.stack([query, key, value], dim=2)

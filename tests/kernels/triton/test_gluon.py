@@ -254,6 +254,7 @@ def is_noticed(monkeypatch, **kwargs):
     return False
 
 
+@slow
 def test_nothing_is_noticed_without_a_fault(monkeypatch):
     assert not is_noticed(monkeypatch)
 

@@ -262,8 +262,6 @@ MUTANTS = {
 QUICK = (
     "disc with its rim",
     "last split of the text queries dropped",
-    "gradients: delta of the keys left out",
-    "far: a level dropped",
     "pooling: what tokens of a cell weigh is not passed on",
     "replay: lists that a graph reads are freed",
 )
@@ -417,7 +415,7 @@ PARTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("part", "far"), slow_but(PARTS, *PARTS[:3]))
+@pytest.mark.parametrize(("part", "far"), slow_but(PARTS, PARTS[0]))
 def test_the_battery_passes_without_a_fault(part, far, tmp_path, monkeypatch):
     modules = load(tmp_path, f"unchanged_{part}_{far}", monkeypatch)
     assert max(battery(*modules, part, far)) < 1e-5

@@ -230,6 +230,7 @@ def test_gradient_of_a_sum_and_of_some_inputs_only():
     assert torch.equal(of_text, expected["text"])
 
 
+@slow
 def test_more_tokens_than_partial_sums(monkeypatch):
     monkeypatch.setattr(module, "WEIGHT_PARTIALS", 3)
     for name, (mine, theirs) in errors(*arguments(text=9, image=13, heads=20)).items():
@@ -331,7 +332,8 @@ def transformer_run(model, inputs):
     return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("projections", slow_but(["separate", "fused"], "fused"))
+@slow
+@pytest.mark.parametrize("projections", ["separate", "fused"])
 def test_processor_equals_stock(fused_on_cpu, tiny_transformer, tiny_inputs, projections):
     inputs = tiny_inputs(3, 4, batch=2)
     model = tiny_transformer(seed=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.agreement import inputs, problem
 from support.operators import check_operator
-from support.slow import slow_but
+from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +37,7 @@ def test_custom_op_is_well_formed(window):
     check_operator("triton", query, key, value, window)
 
 
+@slow
 def test_no_graph_break_under_compile():
     window = Window(5, 9, 3, 3, 2)
     leaves = tensors(window, batch=1, heads=1, head_dim=16)
@@ -72,7 +73,7 @@ def test_flop_counter_counts_the_windows_flops():
 SMALL = Window(5, 9, 3, 2, far_levels=2)
 
 
-@pytest.mark.parametrize("window", slow_but([Window(9, 10, 7, 4, 2), SMALL], SMALL))
+@pytest.mark.parametrize("window", slow_but([Window(9, 10, 7, 4, 2), SMALL]))
 def test_the_same_result_every_time(window):
     leaves = tensors(window, heads=1)
     results = []

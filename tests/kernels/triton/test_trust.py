@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from support.slow import slow_but
+from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels import choice
@@ -80,7 +80,11 @@ def test_the_products_problems_are_of_both_binaries_with_whole_tiles_within():
 
 
 @pytest.mark.parametrize(
-    "fault", ["a smaller disc", "text rows of zero", "splits not added up", "one row of zero"]
+    "fault",
+    slow_but(
+        ["a smaller disc", "text rows of zero", "splits not added up", "one row of zero"],
+        "text rows of zero",
+    ),
 )
 def test_a_wrong_kernel_is_noticed(monkeypatch, fault):
     name, results = "forward", {"output", "log-sum-exp"}
@@ -300,6 +304,7 @@ def test_a_kernel_that_hangs_twice_is_wrong_for_good(monkeypatch, found_out):
     assert trust.look_in_a_process(*about).wrong is None
 
 
+@slow
 def test_a_true_process_that_finds_no_device_is_tried_again_by_the_next(found_out):
     found = trust.look_in_a_process(kernel("forward", device=GPU), "gluon")
     assert found.wrong.startswith("could not be tried: its process ended with status 1: ")

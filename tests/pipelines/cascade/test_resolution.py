@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from support.models import draw
+from support.slow import slow
 from torch import nn
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
@@ -185,6 +186,7 @@ def test_stages_within_stages(tiny_pipeline):
         assert np.array_equal(draw(pipe), expected)
 
 
+@slow
 def test_wrapped_by_torch_compile(tiny_pipeline):
     pipe = tiny_pipeline(FluxPipeline)
     model = pipe.transformer

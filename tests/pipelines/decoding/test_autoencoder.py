@@ -123,6 +123,7 @@ def test_attention_of_a_large_image_is_local_and_knows_no_tiles(kl, monkeypatch)
     assert 30 < psnr(decode_at_once(kl, latents), many) < 90
 
 
+@slow
 def test_bfloat16(kl, demo):
     for vae in (make_kl().bfloat16(), AutoencoderTiny.from_pretrained(DEMO / "vae").bfloat16()):
         exact = kl if isinstance(vae, AutoencoderKL) else demo
@@ -136,6 +137,7 @@ def test_bfloat16(kl, demo):
         assert encode(vae, pixels, tile_pixels=64).dtype == torch.bfloat16
 
 
+@slow
 def test_strips_come_top_to_bottom_and_the_autoencoder_stays_as_it_was(kl):
     latents = make_latents(20, 12)
     before = {name: vars(module).copy() for name, module in kl.named_modules()}
@@ -150,6 +152,7 @@ def test_strips_come_top_to_bottom_and_the_autoencoder_stays_as_it_was(kl):
     assert torch.equal(norm, torch.zeros(1, 4, 2, 2))
 
 
+@slow
 def test_group_offload(kl):
     latents = make_latents(9, 10)
     expected = decode(kl, latents, tile_pixels=40)
