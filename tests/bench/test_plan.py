@@ -72,7 +72,8 @@ def test_seconds_and_little_memory_for_the_tables_and_the_json():
     """In a process of its own: what it takes is what a user's machine needs."""
     program = (
         "import resource, sys, time\n"
-        "sys.modules['torchao'] = None\n"  # as if not installed: it warns of itself on stderr
+        # As if not installed: they warn of themselves on stderr.
+        "sys.modules['torchao'] = sys.modules['bitsandbytes'] = None\n"
         "from clear_dit import cli\n"
         "sys.argv = ['clear-dit', 'bench', 'plan', '--json']\n"
         "try: cli.main()\n"
