@@ -526,7 +526,9 @@ def _key_value(
     else:
         key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
     key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (key, value))
-    return norm_and_rotate(key, attn.norm_k, rotary), value
+    found: tuple[torch.Tensor, torch.Tensor]
+    found = _autocast((norm_and_rotate(key, attn.norm_k, rotary), value))
+    return found
 
 
 def _tokens(sequence: int, text_length: int | None) -> str:
