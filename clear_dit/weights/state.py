@@ -148,10 +148,7 @@ class ClearState:
         all forwards in between are the stage's, see `as_between_forwards`.
         """
         with ExitStack() as stack:
-            processors = (attn.processor for attn in attention_layers(model).values())
-            if self.originals.are_back and any(
-                isinstance(one, CLEARProcessor) and one.local for one in processors
-            ):
+            if self.originals.are_back and _has_local(model):
                 stack.enter_context(self.originals.away(model))
             yield
 
@@ -298,6 +295,12 @@ class ClearState:
         """Whether a layer of the model runs CLEAR in the forward that begins."""
         layers = attention_layers(model)
         return any(attn.processor is self.installed.get(name) for name, attn in layers.items())
+
+
+def _has_local(model: nn.Module) -> bool:
+    """Whether a layer has local attention."""
+    processors = (attn.processor for attn in attention_layers(model).values())
+    return any(isinstance(one, CLEARProcessor) and one.local for one in processors)
 
 
 def _not_exported(family: Family, grid: tuple[int, int] | None) -> str:

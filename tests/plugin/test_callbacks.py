@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_components, make_inputs, make_transformer
+from conftest import make_components, make_inputs
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 from support.families.models import run
@@ -22,15 +22,6 @@ from clear_dit import (
 from clear_dit.pipelines.cascade.resolution import Resolution
 
 LOCAL = {"radius": 2, "far": False}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "clear_local_2.safetensors"
-    model = make_transformer(seed=1)
-    apply_clear(model, **LOCAL)
-    save_clear_weights(model, path)
-    return path
 
 
 @pytest.fixture

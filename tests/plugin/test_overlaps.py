@@ -33,16 +33,6 @@ from clear_dit.pipelines.cascade.stage_attention import can_run_full
 LOCAL = {"radius": 2, "far": False}
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """CLEAR weights of another model."""
-    path = tmp_path_factory.mktemp("weights") / "clear_local_2.safetensors"
-    model = make_transformer(seed=1)
-    apply_clear(model, **LOCAL)
-    save_clear_weights(model, path)
-    return path
-
-
 def prepared(kind, weights):
     """A fresh model: stock, under CLEAR, with weights too, or without CLEAR again."""
     model = make_transformer()

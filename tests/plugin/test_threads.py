@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_components, make_transformer
+from conftest import make_components
 from diffusers import FluxPipeline
 from support.families.models import make_inputs, make_model, run
 from support.slow import slow
 
-from clear_dit import CLEARFluxPipeline, apply_clear, remove_clear, save_clear_weights
+from clear_dit import CLEARFluxPipeline, apply_clear, remove_clear
 
 
 @pytest.fixture(autouse=True)
@@ -22,16 +22,6 @@ def impatient_threads():
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """CLEAR weights of another model."""
-    path = tmp_path_factory.mktemp("weights") / "clear_local_2.safetensors"
-    model = make_transformer(seed=1)
-    apply_clear(model, radius=2, far=False)
-    save_clear_weights(model, path)
-    return path
 
 
 def pipelines(count, weights=None, cls=CLEARFluxPipeline, scheduler_too=False):
