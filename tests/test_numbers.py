@@ -105,8 +105,8 @@ def test_settings_of_attention(kind):
     assert plain(list(processor.settings.values()))
     window = Window(four, four, two, two, two)
     assert repr(window) == repr(Window(4, 4, 2, 2, 2))
-    resolution = Resolution("ntk", (two, four), four, two, four)
-    assert repr(resolution) == repr(Resolution("ntk", (2.0, 4.0), 4, 2.0, 4))
+    resolution = Resolution("ntk", (two, four), four, two, proportional_base=four)
+    assert repr(resolution) == repr(Resolution("ntk", (2.0, 4.0), 4, 2.0, proportional_base=4))
     window = Window(4, 4, 4, 2, local_references=((two, two),))
     assert repr(window) == repr(Window(4, 4, 4, 2, local_references=((2, 2),)))
     assert repr(Window(4, 4, 0, 2, query_rows=(two, four)).query_rows) == "(2, 4)"

@@ -15,7 +15,7 @@ from typing import Any
 from ..attention.ip_adapter import LayerProcessor
 from ..attention.text_padding import used_length
 from .family import Family, Reading, only
-from .flux1 import adapter_was_undone, read_ids
+from .flux1 import adapter_was_undone, extend, read_ids
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -61,6 +61,7 @@ FAMILY = Family(
     grid_from="img_ids",
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",
+    extend=extend,
     serves_fused=True,
     unsupported=only((), "its pipeline is not CLEARFluxPipeline"),
 )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..attention.layout import Layout
+from ..attention.positions import METHODS, Extension
 from ..attention.processor import CLEARProcessor
 from ..wrappers import unwrapped
 
@@ -56,6 +57,9 @@ class Family:
         grid_from: where rows and columns are found.
         heads: heads x channels of the published models.
         positions: the largest size, and why.
+        extend: (model, how) to attributes of the model that stand in for its own while positions
+            are extended: {"pos_embed": module}; None where positions cannot be extended.
+        methods: of `Extension.rope` that `extend` knows.
         tuned: linear layers of an attention layer that distillation trains and CLEAR weights hold,
             where the layer has them.
         kept: prefix of other attention layers to why they stay as they are.
@@ -78,6 +82,8 @@ class Family:
     reference_grids: Callable[[Mapping[str, Any], Layout], tuple[tuple[int, int], ...]] | None = (
         None
     )
+    extend: Callable[[Any, Extension], Mapping[str, Any]] | None = None
+    methods: tuple[str, ...] = METHODS
     was_undone: Callable[[Any, CLEARProcessor], bool] = lambda model, installed: False
     is_fused: Callable[[Any], bool] = lambda attn: getattr(attn, "fused_projections", False)
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -106,6 +112,20 @@ class Family:
                 why = self.kept.get(prefix, "is not attention over the image")
                 found.setdefault(why, []).append(name)
         return found
+
+    def extended(self, model: nn.Module, extension: Extension) -> Mapping[str, Any]:
+        """What stands in for attributes of a model, by name, while its positions are extended.
+
+        Raises:
+            ValueError: the family's positions cannot be extended so, or somebody replaced them.
+        """
+        if self.extend is None or extension.rope not in self.methods:
+            known = ", ".join(self.methods) if self.extend else "none"
+            raise ValueError(
+                f"CLEAR: rope {extension.rope!r} does not work with {self.title}; choose from: "
+                f"{known}."
+            )
+        return self.extend(model, extension)
 
     def tuned_names(self, attn: nn.Module) -> list[str]:
         """Those of `tuned` that an attention layer has."""

@@ -8,7 +8,11 @@ from typing import Any
 from ..attention.grid import layout_from_ids, reference_grids, unrounded_ids
 from ..attention.ip_adapter import LayerProcessor
 from ..attention.layout import Layout
+from ..attention.positions import ExtendedPosEmbed, Extension
+from ..compat import names_from
 from .family import Family, Reading, adapter_was_unloaded, check_image_length
+
+(FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
 
 
 def read_ids(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -35,6 +39,26 @@ def grids_from_ids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int,
     return reference_grids(img_ids[layout.image_length :].float())
 
 
+def extend(model: Any, extension: Extension) -> dict[str, Any]:
+    """`Family.extend` where `pos_embed` is a `FluxPosEmbed`."""
+    positions = model.pos_embed
+    if not isinstance(positions, (FluxPosEmbed, ExtendedPosEmbed)):
+        raise ValueError(
+            "CLEAR: only FluxPosEmbed can be extended, but the transformer's pos_embed is a "
+            f"{type(positions).__name__}. Put the stock one back, or use Resolution(rope='none', "
+            "proportional_base=None)."
+        )
+    extended = ExtendedPosEmbed(
+        positions.theta,
+        positions.axes_dim,
+        method=extension.rope,
+        factors=extension.rope_factors,
+        trained_side=extension.trained_side,
+        proportional_base=extension.proportional_base,
+    )
+    return {"pos_embed": extended}
+
+
 def adapter_was_undone(model: Any, installed: Any) -> bool:
     """`Family.was_undone` where only IP-adapters bring other processors."""
     return adapter_was_unloaded(model, "encoder_hid_proj")
@@ -56,6 +80,7 @@ FAMILY = Family(
     grid_from="img_ids, or the rotary table",
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",
+    extend=extend,
     serves_fused=True,
     chunked=True,
 )

@@ -70,7 +70,7 @@ Why these; all are options of `Resolution`:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,18 +78,15 @@ from typing import Any
 
 from torch import nn
 
+from clear_dit.attention.positions import MARGIN, Extension
 from clear_dit.attention.processor import CLEARProcessor
-from clear_dit.compat import names_from
-from clear_dit.families.table import attention_layers, transformer_of
-from clear_dit.kernels.numbers import as_number, integer, number
+from clear_dit.families.table import attention_layers, family_of, transformer_of
+from clear_dit.kernels.numbers import as_number
 from clear_dit.weights.forward import Change, changed_in_forwards, other_attributes
 from clear_dit.weights.state import ClearState
 
-from .positions import MARGIN, ExtendedPosEmbed, check_method
 from .schedule import static_scheduler
 from .two_position_processor import TwoPositionsInFullAttention
-
-(FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
 
 # An image of up to this many times the native pixels is generated as the model was trained.
 NATIVE_SLACK = 1.25
@@ -103,44 +100,26 @@ NEAR = 3 / 8
 
 
 @dataclass(frozen=True)
-class Resolution:
+class Resolution(Extension):
     """How an image of one size is generated; the default is as the model was trained.
 
     Attributes:
-        rope: how positions are extended: "none", "ntk", "yarn", "interpolation" or "two"; see
-            `ExtendedPosEmbed`.
-        rope_factors: for rows and for columns, see `ExtendedPosEmbed`.
-        trained_side: extent the model was trained at, in tokens.
+        rope, rope_factors, trained_side, proportional_base: see `Extension`.
         shift: static shift of the noise levels; None for the scheduler's own.
-        proportional_base: number of tokens (text + image) at which the scale of attention is the
-            trained one; it grows with the logarithm of the tokens. None for that scale always.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
-    rope: str = "none"
-    rope_factors: tuple[float, float] = (1.0, 1.0)
-    trained_side: int = 64
     shift: float | None = None
-    proportional_base: int | None = None
 
     def __post_init__(self) -> None:
-        check_method(self.rope, self.rope_factors)
-        plain: dict[str, Any] = {
-            "rope_factors": tuple(number("rope factors", one) for one in self.rope_factors),
-            "trained_side": integer("Resolution: trained_side", self.trained_side, 1),
-        }
+        super().__post_init__()
         if self.shift is not None:
             shift = as_number(self.shift)
             if shift is None or shift <= 0:
                 raise ValueError(f"Resolution: shift must be a positive number, got {self.shift}.")
-            plain["shift"] = float(shift)
-        if self.proportional_base is not None:
-            base = integer("Resolution: proportional_base", self.proportional_base, 2)
-            plain["proportional_base"] = base
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, "shift", float(shift))
 
 
 def settings_for(
@@ -222,8 +201,9 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
             two = TwoPositionsInFullAttention(max(1, round(NEAR * resolution.trained_side)))
             two.check(model)
             changes.append(two)
-        if resolution.rope != "none" or resolution.proportional_base is not None:
-            changes.append(partial(_with_positions, _extended(model.pos_embed, resolution)))
+        if resolution.changes_positions:
+            extended = family_of(model).extended(model, resolution)
+            changes.append(partial(_with_positions, extended))
         if resolution.proportional_base is not None:
             changes.append(_without_proportional_base)
     with ExitStack() as stack:
@@ -237,8 +217,10 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
 
 
 @contextmanager
-def _with_positions(positions: ExtendedPosEmbed, model: Any) -> Iterator[None]:
-    with other_attributes("pos_embed", {model: positions}):
+def _with_positions(extended: Mapping[str, Any], model: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, positions in extended.items():
+            stack.enter_context(other_attributes(name, {model: positions}))
         yield
 
 
@@ -248,21 +230,3 @@ def _without_proportional_base(model: nn.Module) -> Iterator[None]:
     clear = [one for one in processors if isinstance(one, CLEARProcessor)]
     with other_attributes("proportional_base", dict.fromkeys(clear)):
         yield
-
-
-def _extended(positions: Any, resolution: Resolution) -> ExtendedPosEmbed:
-    """The position embedding of a resolution, with the model's theta and axes."""
-    if not isinstance(positions, (FluxPosEmbed, ExtendedPosEmbed)):
-        raise ValueError(
-            "CLEAR: only FluxPosEmbed can be extended, but the transformer's pos_embed is a "
-            f"{type(positions).__name__}. Put the stock one back, or use Resolution(rope='none', "
-            "proportional_base=None)."
-        )
-    return ExtendedPosEmbed(
-        positions.theta,
-        positions.axes_dim,
-        method=resolution.rope,
-        factors=resolution.rope_factors,
-        trained_side=resolution.trained_side,
-        proportional_base=resolution.proportional_base,
-    )

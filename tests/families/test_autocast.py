@@ -6,8 +6,8 @@ from support.families.models import FAMILIES, make_inputs, make_model, predictio
 
 from clear_dit import apply_clear
 from clear_dit.attention.layout import Layout
+from clear_dit.attention.positions import ExtendedPosEmbed
 from clear_dit.attention.processor import _autocast
-from clear_dit.pipelines.cascade.positions import ExtendedPosEmbed
 
 # Of PyTorch's norms, once a process; stock's too.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

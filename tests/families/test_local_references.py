@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from clear_dit import CLEARProcessor, apply_clear
 from clear_dit.attention.grid import reference_grids
 from clear_dit.attention.layout import Layout
+from clear_dit.attention.positions import ExtendedPosEmbed
 from clear_dit.attention.tracker import Forward, WindowTracker
 from clear_dit.families.table import all_families, family_of
 from clear_dit.kernels.cells import FAR_LEVELS
-from clear_dit.pipelines.cascade.positions import ExtendedPosEmbed
 from clear_dit.pipelines.parallel.patch_parallel import parallelize
 
 EDITING = [name for name, tiny in FAMILIES.items() if tiny.takes_references]

@@ -12,7 +12,7 @@ from support.slow import slow
 from torch import nn
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
-from clear_dit.pipelines.cascade.positions import ExtendedPosEmbed
+from clear_dit.attention.positions import ExtendedPosEmbed
 from clear_dit.pipelines.cascade.resolution import Resolution, applied, settings_for
 
 LARGE = Resolution(
@@ -70,7 +70,7 @@ def test_other_models_get_two_positions_a_token():
         for square in (16, 256, 496, 512):
             assert settings_for(square, square, 512, local=local) == Resolution(trained_side=32)
     found = settings_for(1024, 2048, 512, text_length=64, local=True)
-    assert found == Resolution("two", (63 / 30, 127 / 30), 32, 3.0, 1088)
+    assert found == Resolution("two", (63 / 30, 127 / 30), 32, 3.0, proportional_base=1088)
     assert settings_for(4096, 2048, local=True) == settings_for(4096, 2048)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
 
-from clear_dit.kernels.numbers import as_number
+from ..kernels.numbers import as_number, integer, number
 
 METHODS = ("none", "ntk", "yarn", "interpolation", "two")
 
@@ -33,6 +35,46 @@ MARGIN = 0.5
 
 # Devices without float64, where diffusers too makes its tables in float32.
 FLOAT32_DEVICES = ("mps", "npu")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """How positions go beyond those a model was trained with; the default changes nothing.
+
+    Attributes:
+        rope: how positions are extended: "none", "ntk", "yarn", "interpolation" or "two"; see
+            `ExtendedPosEmbed`.
+        rope_factors: for rows and for columns, see `ExtendedPosEmbed`.
+        trained_side: extent the model was trained at, in tokens.
+        proportional_base: number of tokens (text + image) at which the scale of attention is the
+            trained one; it grows with the logarithm of the tokens. None for that scale always.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    rope: str = "none"
+    rope_factors: tuple[float, float] = (1.0, 1.0)
+    trained_side: int = 64
+    proportional_base: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_method(self.rope, self.rope_factors)
+        who = type(self).__name__
+        plain: dict[str, Any] = {
+            "rope_factors": tuple(number("rope factors", one) for one in self.rope_factors),
+            "trained_side": integer(f"{who}: trained_side", self.trained_side, 1),
+        }
+        if self.proportional_base is not None:
+            base = integer(f"{who}: proportional_base", self.proportional_base, 2)
+            plain["proportional_base"] = base
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def changes_positions(self) -> bool:
+        """Whether a model needs other position tables."""
+        return self.rope != "none" or self.proportional_base is not None
 
 
 class ExtendedPosEmbed(nn.Module):

@@ -12,8 +12,8 @@ from support.slow import slow
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.attention import processor
 from clear_dit.attention.grid import Layout, layout_from_rotary
+from clear_dit.attention.positions import METHODS, ExtendedPosEmbed
 from clear_dit.kernels.two_positions import two_position_attention
-from clear_dit.pipelines.cascade.positions import METHODS, ExtendedPosEmbed
 
 THETA, FLUX_AXES = 10000, (16, 56, 56)
 TEXT, ROWS, COLUMNS = 7, 20, 33
