@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from .kernels.attention import local_attention
     from .kernels.window import Window
     from .pipelines.flux import CLEARFluxPipeline
+    from .pipelines.pipeline import CLEARPipeline
     from .plugin import apply_clear, remove_clear
     from .weights.load import load_clear_weights, save_clear_weights
 
 __all__ = [
     "CLEARFluxPipeline",
+    "CLEARPipeline",
     "CLEARProcessor",
     "Window",
     "apply_clear",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOME = {
     "CLEARFluxPipeline": "pipelines.flux",
+    "CLEARPipeline": "pipelines.pipeline",
     "CLEARProcessor": "attention.processor",
     "Window": "kernels.window",
     "apply_clear": "plugin",

@@ -1,14 +1,14 @@
-"""What `CLEARFluxPipeline` is asked, checked before any work."""
+"""What `CLEARPipeline` is asked, checked before any work."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 from clear_dit.kernels.numbers import as_integer, integer, number, shown
 
@@ -17,20 +17,36 @@ from .cascade.stages import Stage
 from .decoding.segments import check_autoencoder
 from .parallel.patch_parallel import PatchParallel
 
-WHO = "CLEARFluxPipeline"
+WHO = "CLEARPipeline"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 COUNTS = ("num_inference_steps", "num_images_per_prompt", "max_sequence_length")
-SCALES = ("true_cfg_scale", "guidance_scale")
+SCALES = ("true_cfg_scale", "guidance_scale", "distilled_guidance_scale")
+# Which leave no room for a stage's own noise levels.
+UNSERVED = ("timesteps",)
 
 
-def plain_numbers(options: Mapping[str, Any], token_pixels: int) -> dict[str, Any]:
+def find_images(image: Any, enlarge: Any) -> Any:
+    """The images to enlarge, by either of their names.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if image is not None and enlarge is not None:
+        raise ValueError(f"{WHO}: image and enlarge are the same here; give one of them.")
+    return enlarge if image is None else image
+
+
+def plain_numbers(
+    options: Mapping[str, Any], defaults: Mapping[str, Any], token_pixels: int
+) -> dict[str, Any]:
     """The same options with Python's own numbers, whatever has come.
 
     Args:
-        options: the arguments of `FluxPipeline.__call__`. What it takes None for may be None, and
+        options: the arguments of a stock pipeline's call. What it takes None for may be None, and
             0 for height or width, which it takes for the native size.
+        defaults: its own arguments; what is None there may be None.
         token_pixels: side of a token.
 
     Raises:
@@ -38,11 +54,12 @@ def plain_numbers(options: Mapping[str, Any], token_pixels: int) -> dict[str, An
     """
     plain = dict(options)
     optional = {"guidance_scale", "max_sequence_length"}
+    optional |= {name for name, value in defaults.items() if value is None}
     if plain["sigmas"] is not None:
         optional.add("num_inference_steps")
         plain["sigmas"] = [number(f"{WHO}: sigmas", sigma) for sigma in plain["sigmas"]]
     for name in (*COUNTS, *SCALES):
-        if plain[name] is None and name in optional:
+        if name not in plain or (plain[name] is None and name in optional):
             continue
         who = f"{WHO}: {name}"
         plain[name] = number(who, plain[name]) if name in SCALES else integer(who, plain[name], 1)
@@ -74,7 +91,7 @@ def check_options(pipe: Any, options: dict[str, Any], height: int, width: int) -
     """Refuse what can be told before the stages are planned.
 
     Args:
-        options: the arguments of `FluxPipeline.__call__`.
+        options: the arguments of the stock pipeline's call.
         height, width: of the image, in pixels.
 
     Raises:
@@ -85,14 +102,14 @@ def check_options(pipe: Any, options: dict[str, Any], height: int, width: int) -
             f"{WHO}: pipe.transformer is {type(pipe.transformer).__name__}, which pipelines cannot "
             "run; set pipe.transformer to the model inside."
         )
-    names = tuple(inspect.signature(FluxPipeline.check_inputs).parameters)[5:]
-    pipe.check_inputs(
-        options["prompt"],
-        options["prompt_2"],
-        height,
-        width,
-        **{name: options[name] for name in names},
-    )
+    for name in UNSERVED:
+        if options.get(name) is not None:
+            raise ValueError(f"{WHO}: {name} cannot be given to a stage; use sigmas.")
+    sized = options | {"height": height, "width": width}
+    check = getattr(pipe.stock, "check_inputs", None)
+    names = set() if check is None else set(inspect.signature(check).parameters) - {"self"}
+    if names and names <= sized.keys():  # else it is left to the stock call, which knows the rest
+        pipe.check_inputs(**{name: sized[name] for name in names})
     if options["output_type"] not in OUTPUT_TYPES:
         raise ValueError(
             f"{WHO}: output_type must be one of {', '.join(OUTPUT_TYPES)}; got "
@@ -110,7 +127,7 @@ def check_stages(
     """Refuse what does not go with a plan.
 
     Args:
-        options: the arguments of `FluxPipeline.__call__`.
+        options: the arguments of the stock pipeline's call.
         pixels: the images to start from, if any.
         kept: whether finished stages are kept.
 
@@ -130,27 +147,36 @@ def check_stages(
         )
     for stage in stages:
         if stage.resolution.shift is None:
-            check_dynamic_shift(
-                pipe.scheduler, stage.height, stage.width, 2 * pipe.vae_scale_factor
-            )
+            mu = partial(pipe.recipe.mu, pipe, steps=options["num_inference_steps"] or 1)
+            check_dynamic_shift(pipe.scheduler, stage.height, stage.width, pipe.token_pixels, mu)
     if latents is not None:
         if pixels:
             raise ValueError(f"{WHO}: latents are the noise of an image that has no image=.")
-        tokens = stages[0].height * stages[0].width // (2 * pipe.vae_scale_factor) ** 2
-        if latents.shape[1] != tokens or not latents.isfinite().all():
-            raise ValueError(
-                f"{WHO}: latents must be finite and packed for the first stage, "
-                f"{stages[0].name}: (batch, {tokens}, channels); got {tuple(latents.shape)}."
-            )
+        _check_latents(pipe, latents, stages[0])
     if kept and options["generator"] is None:
         raise ValueError(f"{WHO}: stages_dir needs a generator: other noise is another image.")
+
+
+def _check_latents(pipe: Any, latents: torch.Tensor, stage: Stage) -> None:
+    sides = (side // pipe.vae_scale_factor for side in (stage.height, stage.width))
+    shape = pipe.recipe.latents.given_shape(*sides)
+    fits = latents.ndim == len(shape) and all(
+        isinstance(wanted, str) or wanted == side
+        for wanted, side in zip(shape, latents.shape, strict=True)
+    )
+    if not fits or not latents.isfinite().all():
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f"{WHO}: latents must be finite and for the first stage, {stage.name}: ({wanted}); got "
+            f"{tuple(latents.shape)}."
+        )
 
 
 def check_generators(options: dict[str, Any], noises: int, images: int, stages: int) -> None:
     """Refuse what is no generator, and a list of another length than noises are drawn.
 
     Args:
-        options: the arguments of `FluxPipeline.__call__`.
+        options: the arguments of the stock pipeline's call.
         noises, images: see `count_images`.
         stages: their number; latents are the noise of the first.
 
@@ -186,7 +212,7 @@ def check_shared(
     """Refuse what ranks cannot share.
 
     Args:
-        options: the arguments of `FluxPipeline.__call__`.
+        options: the arguments of the stock pipeline's call.
         token_pixels: side of a token.
 
     Raises:

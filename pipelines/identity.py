@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from clear_dit.families.table import attention_layers
 from clear_dit.process_group import RankGroup
 from clear_dit.versions import versions
 from clear_dit.weights.state import ClearState
@@ -31,12 +32,18 @@ def request_identity(pipe: Any, request: Request) -> dict[str, str]:
     generators = request.generator if isinstance(request.generator, list) else [request.generator]
     states = [None if generator is None else generator.get_state() for generator in generators]
     text = {name: value for name, value in request.options.items() if "prompt" in name}
+    if "prompt_embeds" not in request.options:  # the words alone do not tell what is made of them
+        text["encoders"] = {
+            name: _model(unwrapped(part))
+            for name, part in pipe.components.items()
+            if name.startswith("text_encoder") and part is not None
+        }
     others = {name: value for name, value in request.options.items() if "prompt" not in name}
     try:
         settings = digest([others, request.steps, request.sigmas, request.guidance_weight])
     except TypeError as error:
         raise ValueError(
-            f"CLEARFluxPipeline: {error}; leave it out, or stages_dir and patch parallelism."
+            f"CLEARPipeline: {error}; leave it out, or stages_dir and patch parallelism."
         ) from error
     return {
         "prompt": digest(text),
@@ -77,10 +84,10 @@ def _parts(pipe: Any) -> dict[str, Any]:
     state = ClearState.on(transformer)
     if state is not None:
         state.decide_far(transformer)  # which is in what processors say of themselves
-    processors = transformer.attn_processors
     return {
         "attention": {
-            name: repr(processor).split(" at 0x")[0] for name, processor in processors.items()
+            name: repr(attn.processor).split(" at 0x")[0]
+            for name, attn in attention_layers(transformer).items()
         },
         "scheduler": {name: str(value) for name, value in pipe.scheduler.config.items()},
         "strength of adapters": _scales(transformer),

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from clear_dit.families.table import channels_of
+
 from .cascade.stages import Stage
 
 # A token's hidden state, residual, query, key, value and attention output, alive at once in any
@@ -26,16 +28,15 @@ def refuse_too_large(pipe: Any, stage: Stage, batch: int, ranks: int = 1) -> Non
     Raises:
         ValueError: it does not fit.
     """
-    config = pipe.transformer.config
-    tokens = stage.height * stage.width // (2 * pipe.vae_scale_factor) ** 2
-    channels = config.num_attention_heads * config.attention_head_dim
+    tokens = stage.height * stage.width // pipe.token_pixels**2
+    channels = channels_of(pipe.transformer)
     need = batch * tokens * channels * pipe.transformer.dtype.itemsize * COPIES // ranks
     need += 3 * 4 * stage.height * stage.width
     have = total_memory(pipe._execution_device)
     if need > have:
         several = f"{batch} images of " if batch > 1 else ""
         raise ValueError(
-            f"CLEARFluxPipeline: {several}{stage.name} pixels ({tokens:,} tokens) need at least "
+            f"CLEARPipeline: {several}{stage.name} pixels ({tokens:,} tokens) need at least "
             f"{need / 1e9:,.0f} GB of memory, and {pipe._execution_device} has {have / 1e9:,.0f} "
             "GB; ask for fewer pixels."
         )

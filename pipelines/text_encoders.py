@@ -10,30 +10,35 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+PARTS = ("text_encoder", "tokenizer", "processor")
+
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _of_locks = threading.Lock()
 
 
 @contextmanager
-def encoders_alone(pipe: Any, lora_scale: float | None) -> Iterator[None]:
+def encoders_alone(pipe: Any, lora_scale: float | None = None) -> Iterator[None]:
     """Within it this thread has a pipeline's text encoders and tokenizers, and its LoRAs act so.
 
     A tokenizer keeps the truncation and padding of its last call, which another thread's replace
     before it is done. Afterwards, or after an error, LoRAs act as before.
 
     Args:
-        pipe: a `FluxPipeline`.
+        pipe: of diffusers; its parts whose names begin with "text_encoder", "tokenizer" or
+            "processor" are meant.
         lora_scale: factor on the strength of the text encoders' LoRAs; None is 1.
     """
-    encoders = [pipe.text_encoder, pipe.text_encoder_2]
-    parts = {id(part): part for part in (*encoders, pipe.tokenizer, pipe.tokenizer_2)}
+    parts = {
+        id(part): (name, part)
+        for name, part in pipe.components.items()
+        if name.startswith(PARTS) and part is not None
+    }
     with ExitStack() as stack:
-        for _, part in sorted(parts.items()):  # in one order: nobody waits for each other
-            if part is not None:
-                stack.enter_context(_lock_of(part))
-        for encoder in {id(one): one for one in encoders if one is not None}.values():
-            if lora_scale is not None:
-                stack.enter_context(_scaled(encoder, lora_scale))
+        for _, (_, part) in sorted(parts.items()):  # in one order: nobody waits for each other
+            stack.enter_context(_lock_of(part))
+        for name, part in parts.values():
+            if lora_scale is not None and name.startswith("text_encoder"):
+                stack.enter_context(_scaled(part, lora_scale))
         yield
 
 

@@ -47,7 +47,10 @@ INSIDE = {
         "decoding",
         "cascade",
         "parallel",
-        "text text_encoders memory_need checks identity",
+        "checks",
+        "text text_encoders memory_need identity",
+        "pipeline",
+        "flux_text",
         "flux",
     ),
 }

@@ -181,7 +181,7 @@ def test_calls_of_pipelines(pipe, kind):
 def test_calls_of_pipelines_are_refused_before_any_work(pipe, name, kind, monkeypatch):
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
         monkeypatch.setattr(part, "forward", None)
-    with pytest.raises(ValueError, match=f"CLEARFluxPipeline: {name} must be "):
+    with pytest.raises(ValueError, match=f"CLEARPipeline: {name} must be "):
         draw(pipe, **{name: NOT_WHOLE[kind]})
 
 
@@ -192,14 +192,14 @@ def test_calls_of_pipelines_are_refused_before_any_work(pipe, name, kind, monkey
 def test_scales_are_refused_before_any_work(pipe, name, value, monkeypatch):
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
         monkeypatch.setattr(part, "forward", None)
-    with pytest.raises(ValueError, match=f"CLEARFluxPipeline: {name} "):
+    with pytest.raises(ValueError, match=f"CLEARPipeline: {name} "):
         draw(pipe, **{"height": 64, "width": 32, name: value})
 
 
 @pytest.mark.parametrize("value", [-0.5, np.float32(1.5), 2])
 def test_numbers_out_of_their_range(pipe, value):
     for name in ("low_resolution_guidance", "strength"):
-        with pytest.raises(ValueError, match=f"CLEARFluxPipeline: {name} must be from 0 to 1, got"):
+        with pytest.raises(ValueError, match=f"CLEARPipeline: {name} must be from 0 to 1, got"):
             draw(pipe, **{"height": 64, "width": 64, name: value})
     with pytest.raises(RequestError, match="--strength must be from 0 to 1, got"):
         make_request("a house", device="cpu", strength=[value])

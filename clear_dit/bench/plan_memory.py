@@ -153,7 +153,7 @@ class TransformerMemory:
                 use_eight_bit_linears(self._model, weights_dtype)
         self._dtype = dtype
         family = family_of(self._model)
-        self.cascades = "cascade" not in family.unsupported
+        self.cascades = family.recipe is not None
         self._chunked, self._chunk_tokens = family.chunked, chunk_tokens
         stacks = {stack: list(getattr(self._model, stack)) for stack in counts}
         first = {

@@ -16,6 +16,7 @@ from ..attention.ip_adapter import LayerProcessor
 from ..attention.text_padding import used_length
 from .family import Family, Reading, only
 from .flux1 import adapter_was_undone, extend, read_ids
+from .recipe import Defaults, Recipe
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -49,6 +50,11 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
 FAMILY = Family(
     name="chroma",
     title="Chroma",
+    recipe=Recipe(
+        pipelines=("ChromaPipeline",),
+        defaults=Defaults(size=1024, radius=16, steps=35, guidance=5.0),
+        ntk_factor=10.0,  # as FLUX.1, of which it was made
+    ),
     transformer="ChromaTransformer2DModel",
     stacks=("transformer_blocks", "single_transformer_blocks"),
     processors={
@@ -63,5 +69,5 @@ FAMILY = Family(
     positions="no limit: sine and cosine of any position",
     extend=extend,
     serves_fused=True,
-    unsupported=only((), "its pipeline is not CLEARFluxPipeline"),
+    unsupported=only((), "not wired up so far"),
 )

@@ -16,8 +16,12 @@ from ..attention.norm_rope import Rotary
 from ..compat import names_from
 from .family import Family, Reading, only
 from .joint import JointProcessor
+from .recipe import Defaults, Latents, Recipe
 
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
+(_calculate_shift,) = names_from(
+    "diffusers.pipelines.cogview4.pipeline_cogview4", "calculate_shift"
+)
 
 
 class CogView4Processor(JointProcessor):
@@ -85,9 +89,30 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     return Reading(layout, latents, mask.bool(), {"attention_mask": None})
 
 
+def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
+    """`Recipe.mu`: the shift itself, its scheduler being "linear"."""
+    config = pipe.scheduler.config
+    return float(
+        _calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("base_shift", 0.25),
+            config.get("max_shift", 0.75),
+        )
+    )
+
+
 FAMILY = Family(
     name="cogview4",
     title="CogView4",
+    recipe=Recipe(
+        pipelines=("CogView4Pipeline",),
+        defaults=Defaults(size=1024, radius=16, steps=50, guidance=5.0),
+        latents=Latents(packed=False),
+        mu=_log_shift,
+        shift=3.25,  # its own at 1024 x 1024 px
+        text_length=1024,
+    ),
     transformer="CogView4Transformer2DModel",
     stacks=("transformer_blocks",),
     processors={"CogView4AttnProcessor": CogView4Processor},
@@ -97,5 +122,5 @@ FAMILY = Family(
     heads="32 x 128",
     positions="256 tokens a side: beyond, neighbours share positions",
     repeated_blocks=False,
-    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+    unsupported=only((), "not wired up so far"),
 )

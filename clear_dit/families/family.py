@@ -13,9 +13,10 @@ from ..attention.layout import Layout
 from ..attention.positions import METHODS, Extension
 from ..attention.processor import CLEARProcessor
 from ..wrappers import unwrapped
+from .recipe import Recipe
 
 # What a family may support besides attention itself.
-FEATURES = ("distil", "evaluate", "cascade", "patch-parallel")
+FEATURES = ("distil", "evaluate", "patch-parallel")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Family:
         extend: (model, how) to attributes of the model that stand in for its own while positions
             are extended: {"pos_embed": module}; None where positions cannot be extended.
         methods: of `Extension.rope` that `extend` knows.
+        recipe: how its pipelines make whole images; None where no pipeline is known.
         tuned: linear layers of an attention layer that distillation trains and CLEAR weights hold,
             where the layer has them.
         kept: prefix of other attention layers to why they stay as they are.
@@ -84,6 +86,7 @@ class Family:
     )
     extend: Callable[[Any, Extension], Mapping[str, Any]] | None = None
     methods: tuple[str, ...] = METHODS
+    recipe: Recipe | None = None
     was_undone: Callable[[Any, CLEARProcessor], bool] = lambda model, installed: False
     is_fused: Callable[[Any], bool] = lambda attn: getattr(attn, "fused_projections", False)
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")

@@ -11,6 +11,7 @@ from ..attention.layout import Layout
 from ..attention.positions import ExtendedPosEmbed, Extension
 from ..compat import names_from
 from .family import Family, Reading, adapter_was_unloaded, check_image_length
+from .recipe import Defaults, Recipe
 
 (FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
 
@@ -81,6 +82,11 @@ FAMILY = Family(
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",
     extend=extend,
+    recipe=Recipe(
+        pipelines=("FluxPipeline",),
+        defaults=Defaults(size=1024, radius=16, steps=28, guidance=3.5),
+        ntk_factor=10.0,
+    ),
     serves_fused=True,
     chunked=True,
 )

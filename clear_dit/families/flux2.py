@@ -16,9 +16,13 @@ from ..compat import names_from
 from .family import Family, Reading, only
 from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor
+from .recipe import Defaults, Latents, Recipe
 
 (_get_qkv_projections,) = names_from(
     "diffusers.models.transformers.transformer_flux2", "_get_qkv_projections"
+)
+(_compute_empirical_mu,) = names_from(
+    "diffusers.pipelines.flux2.pipeline_flux2", "compute_empirical_mu"
 )
 
 
@@ -99,9 +103,21 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     return read_ids(model, given, grid)
 
 
+def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
+    """`Recipe.mu`."""
+    return float(_compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
+
+
 FAMILY = Family(
     name="flux2",
     title="FLUX.2 (dev, klein)",
+    recipe=Recipe(
+        pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
+        defaults=Defaults(size=1024, radius=16, steps=50, guidance=4.0),
+        latents=Latents(given_in_rows=True),
+        mu=_log_shift,
+        shift=7.5,  # its own at 1024 x 1024 px, in 50 steps
+    ),
     transformer="Flux2Transformer2DModel",
     stacks=("transformer_blocks", "single_transformer_blocks"),
     processors={
@@ -118,5 +134,5 @@ FAMILY = Family(
     positions="no limit: sine and cosine of any position",
     tuned=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
     serves_fused=True,
-    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+    unsupported=only((), "not wired up so far"),
 )

@@ -17,6 +17,7 @@ from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..attention.text_padding import used_length
 from .family import Family, Reading, only
 from .joint import JointProcessor
+from .recipe import Defaults, Latents, Recipe
 
 
 class HunyuanImageProcessor(JointProcessor):
@@ -106,6 +107,13 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
 FAMILY = Family(
     name="hunyuan-image",
     title="HunyuanImage 2.1",
+    recipe=Recipe(
+        pipelines=("HunyuanImagePipeline",),
+        defaults=Defaults(size=2048, radius=16, steps=50, guidance=3.5),
+        latents=Latents(packed=False),
+        patch=1,
+        shift=5.0,  # its own, at any size
+    ),
     transformer="HunyuanImageTransformer2DModel",
     stacks=("transformer_blocks", "single_transformer_blocks"),
     processors={"HunyuanImageAttnProcessor": HunyuanImageProcessor},
@@ -115,5 +123,5 @@ FAMILY = Family(
     heads="28 x 128",
     positions="no limit: sine and cosine of any position",
     kept={"context_embedder": "attends over text alone"},
-    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+    unsupported=only((), "not wired up so far"),
 )

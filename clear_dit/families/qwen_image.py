@@ -16,6 +16,7 @@ from ..attention.text_padding import used_length
 from ..compat import names_from
 from .family import Family, Reading, check_image_length, only
 from .joint import JointProcessor
+from .recipe import Defaults, Recipe
 
 (_rotate,) = names_from(
     "diffusers.models.transformers.transformer_qwenimage", "apply_rotary_emb_qwen"
@@ -145,6 +146,12 @@ def _check_positions(model: Any, images: list[tuple[int, int, int]], text_length
 FAMILY = Family(
     name="qwen-image",
     title="Qwen-Image (and Edit)",
+    recipe=Recipe(
+        pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+        defaults=Defaults(size=1328, radius=16, steps=50, guidance=4.0),
+        widest=1.8,  # 1664 x 928 px: https://huggingface.co/Qwen/Qwen-Image
+        shift=2.3,  # its own at 1328 x 1328 px
+    ),
     transformer="QwenImageTransformer2DModel",
     stacks=("transformer_blocks",),
     processors={"QwenDoubleStreamAttnProcessor2_0": QwenProcessor},
@@ -154,5 +161,5 @@ FAMILY = Family(
     grid_from="img_shapes",
     heads="24 x 128",
     positions="4096: half the longer side and the text behind it, in tokens",
-    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+    unsupported=only((), "not wired up so far"),
 )

@@ -20,6 +20,7 @@ from ..attention.tracker import WindowTracker
 from ..compat import names_from
 from .family import Family, Reading, adapter_was_unloaded, only
 from .joint import JointProcessor
+from .recipe import Defaults, Latents, Recipe, linear_shift
 
 FusedJointAttnProcessor2_0, JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0 = names_from(
     "diffusers.models.attention_processor",
@@ -230,9 +231,20 @@ def _is_fused(attn: Any) -> bool:
     return isinstance(attn.processor, (FusedSD3Processor, FusedJointAttnProcessor2_0))
 
 
+def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
+    """`Recipe.mu`: 1.16 at most where the scheduler does not say."""
+    return linear_shift({"max_shift": 1.16} | dict(pipe.scheduler.config), tokens)
+
+
 FAMILY = Family(
     name="sd3",
     title="Stable Diffusion 3, 3.5",
+    recipe=Recipe(
+        pipelines=("StableDiffusion3Pipeline",),
+        defaults=Defaults(size=1024, radius=16, steps=28, guidance=7.0),
+        latents=Latents(packed=False),
+        mu=_log_shift,
+    ),
     transformer="SD3Transformer2DModel",
     stacks=("transformer_blocks",),
     processors={
@@ -249,5 +261,5 @@ FAMILY = Family(
     positions="192 tokens a side (3-medium, 3.5-large), 384 (3.5-medium): a table, pos_embed",
     serves_fused=True,
     repeated_blocks=False,
-    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+    unsupported=only((), "not wired up so far"),
 )

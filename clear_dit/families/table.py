@@ -78,6 +78,15 @@ def head_dim_of(model: Any) -> int:
     return 64
 
 
+def channels_of(model: Any) -> int:
+    """Channels of a token between a model's layers, by its configuration."""
+    config = model.config
+    for name in ("hidden_size", "dim"):
+        if name in config:
+            return int(config[name])
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
 def _known_class(model: Any) -> str | None:
     """The name of a model's class. Wrappers that make a subclass of it (FSDP) do not hide it."""
     for cls in type(model).__mro__:

@@ -19,6 +19,7 @@ from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..compat import names_from
 from .family import Family, Reading, only
 from .joint import JointProcessor
+from .recipe import Defaults, Latents, Recipe
 
 (MULTIPLE,) = names_from("diffusers.models.transformers.transformer_z_image", "SEQ_MULTI_OF")
 
@@ -122,6 +123,11 @@ def _check_positions(model: Any, rows: int, columns: int, text_length: int) -> N
 FAMILY = Family(
     name="z-image",
     title="Z-Image",
+    recipe=Recipe(
+        pipelines=("ZImagePipeline",),
+        defaults=Defaults(size=1024, radius=16, steps=50, guidance=5.0),
+        latents=Latents(packed=False),
+    ),
     transformer="ZImageTransformer2DModel",
     stacks=("noise_refiner", "layers"),
     processors={"ZSingleStreamAttnProcessor": ZImageProcessor},
@@ -134,5 +140,5 @@ FAMILY = Family(
         "context_refiner": "attends over text alone",
         "siglip_refiner": "attends over an encoder's image tokens alone",
     },
-    unsupported=only((), "only FLUX.1's pipelines are wired up so far"),
+    unsupported=only((), "not wired up so far"),
 )

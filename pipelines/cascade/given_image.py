@@ -13,7 +13,7 @@ from ..decoding.colours import to_rgb
 # A smaller side shows too little of anything for a model to go by.
 MIN_TOKENS = 4
 
-_WHO = "CLEARFluxPipeline: image"
+_WHO = "CLEARPipeline: image"
 
 
 def pixels_from(image: Any, token_pixels: int) -> list[torch.Tensor]:

@@ -80,6 +80,8 @@ from torch import nn
 
 from clear_dit.attention.positions import MARGIN, Extension
 from clear_dit.attention.processor import CLEARProcessor
+from clear_dit.families.family import Family
+from clear_dit.families.flux1 import FAMILY as FLUX
 from clear_dit.families.table import attention_layers, family_of, transformer_of
 from clear_dit.kernels.numbers import as_number
 from clear_dit.weights.forward import Change, changed_in_forwards, other_attributes
@@ -91,10 +93,7 @@ from .two_position_processor import TwoPositionsInFullAttention
 # An image of up to this many times the native pixels is generated as the model was trained.
 NATIVE_SLACK = 1.25
 
-FLUX_NATIVE_SIZE = 1024  # pixels a side
 AXIS_DIM = 56  # channels of FLUX.1's row axis, and of its column axis
-NTK_FACTOR = 10.0
-SHIFT = 3.0
 # Of the trained side: how far full attention sees true distances where positions are two.
 NEAR = 3 / 8
 
@@ -125,8 +124,9 @@ class Resolution(Extension):
 def settings_for(
     height: int,
     width: int,
-    native_size: int = FLUX_NATIVE_SIZE,
+    native_size: int | None = None,
     *,
+    family: Family | None = None,
     text_length: int = 512,
     token_pixels: int = 16,
     local: bool = False,
@@ -134,40 +134,50 @@ def settings_for(
     """The table's line for an image.
 
     "two" gives rows and columns the trained extent, each by its own factor: things keep their shape
-    by the true positions near them. Other methods enlarge both alike; only "yarn" goes further on
-    an axis that would otherwise be longer than the trained extent.
+    by the true positions near them. Other methods enlarge both alike; only "yarn" and
+    "interpolation" go further on an axis that would otherwise be longer than the trained extent.
 
     Args:
         height, width: of the image, in pixels.
-        native_size: side of the square the model was trained at, in pixels. 1024 is FLUX.1.
+        native_size: side of the square the model was trained at, in pixels; that of the family's
+            published models where None.
+        family: of the model; FLUX.1 where None.
         text_length: text tokens the model is given.
         token_pixels: side of a token.
         local: whether CLEAR runs, without `down_factor`: by the disc alone or with far keys.
     """
+    family = family or FLUX
+    recipe = family.recipe
+    native_size = native_size or recipe.native_size
+    published = native_size == recipe.native_size
     enlargement = max(1.0, math.sqrt(height * width) / native_size)
     large = height * width > NATIVE_SLACK * native_size**2
     side = native_size // token_pixels
-    rope: str = "none"
-    factors: tuple[float, ...] = (1.0, 1.0)
-    if native_size != FLUX_NATIVE_SIZE and (local or not large):
-        sides = height // token_pixels, width // token_pixels
+    sides = height // token_pixels, width // token_pixels
+    rope, factors = "none", (1.0, 1.0)
+    if published and recipe.ntk_factor is not None:
+        if large:
+            factor = max(recipe.ntk_factor, enlargement ** (AXIS_DIM / (AXIS_DIM - 2)))
+            rope, factors = "ntk", (factor, factor)
+    elif not large and recipe.trained_at(height, width, native_size):
+        pass
+    elif "two" in family.methods and (local or not large):
         extent = min(side, max(sides))
         # Between the first position the model was trained at and the last.
         room = max(extent - 1 - 2 * MARGIN, 1)
-        factors = tuple(1.0 if one == extent else max(one - 1, 1) / room for one in sides)
-        rope = "none" if factors == (1.0, 1.0) else "two"
-    elif native_size != FLUX_NATIVE_SIZE:
-        factors = (max(enlargement, height / native_size), max(enlargement, width / native_size))
-        rope = "yarn"
+        rows, columns = (1.0 if one == extent else max(one - 1, 1) / room for one in sides)
+        if (rows, columns) != (1.0, 1.0):
+            rope, factors = "two", (rows, columns)
     elif large:
-        factor = max(NTK_FACTOR, enlargement ** (AXIS_DIM / (AXIS_DIM - 2)))
-        rope, factors = "ntk", (factor, factor)
+        rope = "yarn" if "yarn" in family.methods else "interpolation"
+        rows, columns = (max(enlargement, one / side) for one in sides)
+        factors = rows, columns
     return Resolution(
         rope=rope,
-        rope_factors=(factors[0], factors[1]),
+        rope_factors=factors,
         trained_side=side,
-        shift=SHIFT if large else None,
-        proportional_base=side**2 + text_length if large else None,
+        shift=recipe.shift if large else None,
+        proportional_base=side**2 + text_length if large and "ntk" in family.methods else None,
     )
 
 
@@ -191,7 +201,7 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
         ValueError: an unsupported transformer, or positions or a scheduler somebody else replaced
             by what cannot be extended. Nothing is changed then.
     """
-    model = transformer_of(pipe, "applied", "cascade")
+    model = transformer_of(pipe, "applied")
     scheduler = new_scheduler = pipe.scheduler
     if resolution.shift is not None:
         new_scheduler = static_scheduler(scheduler, resolution.shift)

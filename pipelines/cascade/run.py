@@ -1,7 +1,7 @@
 """Running a plan: text-to-image, then image-to-image from the enlarged image, stage by stage.
 
-Every stage is one call of `FluxPipeline.__call__`: its own loop, given noised latents and the end
-of a schedule where there is an image to start from.
+Every stage is one call of the stock pipeline's `__call__`: its own loop, given noised latents and
+the end of a schedule where there is an image to start from.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import interpolate
@@ -39,13 +39,13 @@ class Request:
 
     Attributes:
         stages: the plan.
-        options: what every stage gives to `FluxPipeline.__call__`: embeddings, guidance.
+        options: what every stage gives to the stock pipeline's call: text, guidance.
         batch: number of images.
         steps: of a whole schedule; a stage that starts from an image takes its share.
         sigmas: noise levels of the first stage, before the scheduler's shift; None for evenly
             spaced ones.
         generator: of the first stage's noise; those of the other stages follow from its state.
-        latents: noise of the first stage, packed; None to draw it.
+        latents: noise of the first stage, as the stock call takes it; None to draw it.
         pixels: images to start from, (1, 3, height, width) in [-1, 1]: one, or one for each of
             the batch; none to start from noise.
         guidance_weight: of low-resolution guidance in every stage that enlarges; None is
@@ -74,7 +74,7 @@ class Request:
 
 
 def run_stages(pipe: Any, request: Request, files: StageFiles | None) -> tuple[torch.Tensor, Stage]:
-    """Packed latents, (batch, tokens, channels), of the last stage that was run, and that stage.
+    """Latents, as the stock pipeline gives them, of the last stage that was run, and that stage.
 
     It is not the last of the plan only if `pipe.interrupt` was set; then its image may be
     unfinished, or only enlarged.
@@ -112,7 +112,7 @@ def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None
     """The pipeline, a call's own, as a stage needs it."""
     # diffusers sets it when somebody first asks for a bar.
     stage, bar = stages[index], getattr(pipe, "_progress_bar_config", {})
-    model = transformer_of(pipe, "CLEARFluxPipeline")
+    model = transformer_of(pipe, "CLEARPipeline")
     with ExitStack() as stack:
         if keeps_between_forwards(model):
             stack.enter_context(ClearState.attach(model).access.exclusive())
@@ -137,7 +137,7 @@ def images_from(pipe: Any, latents: torch.Tensor, stage: Stage) -> Iterator[torc
 
 
 def _generate(pipe: Any, request: Request, stage: Stage) -> torch.Tensor:
-    """Text-to-image; packed latents."""
+    """Text-to-image."""
     return _denoise(
         pipe,
         request,
@@ -157,7 +157,7 @@ def _repaint(
     images: Iterable[torch.Tensor],
     generator: Generators,
 ) -> torch.Tensor:
-    """Image-to-image from images (1, 3, height, width) of any smaller size; packed latents."""
+    """Image-to-image from images (1, 3, height, width) of any smaller size."""
     encoded, enlargement = [], 1.0
     for pixels in images:
         enlargement = max(stage.height / pixels.shape[-2], stage.width / pixels.shape[-1])
@@ -165,7 +165,9 @@ def _repaint(
         encoded.append(enlarged.to(pipe._execution_device))
     reference = torch.cat(encoded).float()
     reference = reference.expand(request.batch, *reference.shape[1:])
-    dtype = request.options["prompt_embeds"].dtype
+    # Where it knows the text only later, the stock pipeline casts to what it takes.
+    text = request.options.get("prompt_embeds")
+    dtype = text.dtype if isinstance(text, torch.Tensor) else torch.float32
     if not stage.strength or pipe.interrupt:
         return _pack(pipe, reference).to(dtype)
     sigmas = sigmas_for(
@@ -174,7 +176,8 @@ def _repaint(
         stage.height,
         stage.width,
         strength=stage.strength,
-        token_pixels=2 * pipe.vae_scale_factor,
+        token_pixels=pipe.token_pixels,
+        mu=partial(pipe.recipe.mu, pipe, steps=request.steps),
     )
     noise = randn_tensor(reference.shape, generator, reference.device, dtype)
     start = sigmas[0] * noise + (1 - sigmas[0]) * reference
@@ -188,7 +191,9 @@ def _repaint(
             guidance,
             num_inference_steps=len(sigmas),
             sigmas=sigmas,
-            latents=_pack(pipe, start).to(dtype),
+            latents=pipe.recipe.latents.given(
+                _pack(pipe, start).to(dtype), stage.height // pipe.token_pixels
+            ),
         )
 
 
@@ -199,14 +204,14 @@ def _denoise(
     guidance: LowResolutionGuidance | None,
     **arguments: Any,
 ) -> torch.Tensor:
-    """FluxPipeline's own loop; packed latents."""
+    """The stock pipeline's own loop."""
 
     def on_step_end(
         pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
     ) -> dict[str, Any]:
         if not tensors["latents"].isfinite().all():
             raise FloatingPointError(
-                f"CLEARFluxPipeline: latents are NaN or infinite after step {step + 1} of "
+                f"CLEARPipeline: latents are NaN or infinite after step {step + 1} of "
                 f"{pipe.num_timesteps} of stage {request.stages.index(stage) + 1} ({stage.name}); "
                 "use float32 or bfloat16, or less guidance."
             )
@@ -220,7 +225,7 @@ def _denoise(
                 tensors |= request.callback(pipe, step, timestep, given)
         return tensors
 
-    return FluxPipeline.__call__(
+    return pipe.stock.__call__(
         pipe,
         height=stage.height,
         width=stage.width,
@@ -244,13 +249,14 @@ def _enlarge(pixels: torch.Tensor, stage: Stage) -> torch.Tensor:
 
 
 def _unpack(pipe: Any, latents: torch.Tensor, stage: Stage) -> torch.Tensor:
-    """(batch, tokens, 4 * channels) to (batch, channels, height / 8, width / 8)."""
-    return pipe._unpack_latents(latents, stage.height, stage.width, pipe.vae_scale_factor)
+    """What the stock pipeline holds to (batch, channels, height, width), in latent pixels."""
+    height, width = (side // pipe.vae_scale_factor for side in (stage.height, stage.width))
+    return pipe.recipe.latents.to_grid(latents, height, width)
 
 
 def _pack(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """(batch, channels, height / 8, width / 8) to (batch, tokens, 4 * channels)."""
-    return pipe._pack_latents(latents, *latents.shape)
+    """The inverse of `_unpack`."""
+    return pipe.recipe.latents.from_grid(latents)
 
 
 def _fork(generator: Generators, stage: int) -> Generators:

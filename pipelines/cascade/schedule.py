@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from clear_dit.compat import names_from
+from clear_dit.families.recipe import linear_shift
 
 (FlowMatchEulerDiscreteScheduler,) = names_from("diffusers", "FlowMatchEulerDiscreteScheduler")
-(calculate_shift,) = names_from("diffusers.pipelines.flux.pipeline_flux", "calculate_shift")
 
 # The most that dynamic shifting may come to: FLUX.1-dev reaches 6.3 at its largest size, 2
 # megapixels, and 10 at 1670 x 1670 pixels. With 28 steps the last one then starts at sigma 0.27.
-LARGEST_DYNAMIC_SHIFT = 10.0
+# FLUX.2 comes to 10.1 at its native size, in 4 steps.
+LARGEST_DYNAMIC_SHIFT = 10.5
+
+# Image tokens to log(shift), as a pipeline sets it for dynamic shifting.
+Mu = Callable[[int], float]
 
 # Everything that moves sigmas in FlowMatchEulerDiscreteScheduler, off.
 _AS_GIVEN = {
@@ -46,6 +50,7 @@ def sigmas_for(
     *,
     strength: float = 1.0,
     token_pixels: int = 16,
+    mu: Mu | None = None,
 ) -> list[float]:
     """The noise levels at which the steps of an image start; pass them inside `given_sigmas`.
 
@@ -56,6 +61,7 @@ def sigmas_for(
         strength: the sigma to start at, over 0 and at most 1. 1 starts from noise alone; an
             image-to-image stage starts from (1 - strength) image + strength noise.
         token_pixels: side of a token.
+        mu: of the pipeline; FLUX.1's where None.
 
     Returns:
         Falling sigmas, the first is `strength` (with 1: what the scheduler starts at). The zero
@@ -70,11 +76,12 @@ def sigmas_for(
         raise ValueError(f"sigmas_for: steps must be at least 1, got {steps}.")
     if not 0 < strength <= 1:
         raise ValueError(f"sigmas_for: strength must be over 0 and at most 1, got {strength}.")
-    check_dynamic_shift(scheduler, height, width, token_pixels)
+    check_dynamic_shift(scheduler, height, width, token_pixels, mu)
     own = copy.deepcopy(scheduler)
     tokens = (height // token_pixels) * (width // token_pixels)
-    # What FluxPipeline asks for, from first to last.
-    own.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=_mu(scheduler, tokens))
+    # What diffusers' pipelines ask for, from first to last.
+    log_shift = linear_shift(scheduler.config, tokens) if mu is None else mu(tokens)
+    own.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=log_shift)
     levels = own.sigmas.double().numpy()  # [steps + 1], the last is 0
     if strength >= levels[0]:
         return levels[:-1].tolist()
@@ -116,13 +123,16 @@ def given_sigmas(pipe: Any) -> Iterator[None]:
         pipe.scheduler = own
 
 
-def check_dynamic_shift(scheduler: Any, height: int, width: int, token_pixels: int = 16) -> None:
+def check_dynamic_shift(
+    scheduler: Any, height: int, width: int, token_pixels: int = 16, mu: Mu | None = None
+) -> None:
     """Refuse an image size that dynamic shifting was never meant for.
 
     Args:
         scheduler: any; one without dynamic shifting passes.
         height, width: of the image, in pixels.
         token_pixels: side of a token.
+        mu: of the pipeline; FLUX.1's where None.
 
     Raises:
         ValueError: the shift would be over `LARGEST_DYNAMIC_SHIFT`; how to get another one.
@@ -130,9 +140,10 @@ def check_dynamic_shift(scheduler: Any, height: int, width: int, token_pixels: i
     config = scheduler.config
     if not config.get("use_dynamic_shifting", False):
         return
-    mu = _mu(scheduler, (height // token_pixels) * (width // token_pixels))
-    exponential = config.get("time_shift_type", "exponential") == "exponential"
-    log_shift = mu if exponential else math.log(max(mu, 1e-9))
+    tokens = (height // token_pixels) * (width // token_pixels)
+    log_shift = linear_shift(scheduler.config, tokens) if mu is None else mu(tokens)
+    if config.get("time_shift_type", "exponential") == "linear":
+        log_shift = math.log(max(log_shift, 1e-9))
     if log_shift > math.log(LARGEST_DYNAMIC_SHIFT):
         raise ValueError(
             f"CLEAR: at {width} x {height} pixels the scheduler's dynamic shifting is extrapolated "
@@ -141,19 +152,6 @@ def check_dynamic_shift(scheduler: Any, height: int, width: int, token_pixels: i
             "pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, "
             "use_dynamic_shifting=False, shift=3.0)."
         )
-
-
-def _mu(scheduler: Any, tokens: int) -> float:
-    """log(shift) by dynamic shifting, as FluxPipeline computes it."""
-    config = scheduler.config
-    mu: float = calculate_shift(
-        tokens,
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
-    return mu
 
 
 def _check_scheduler(scheduler: Any) -> None:

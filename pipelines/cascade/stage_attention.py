@@ -16,7 +16,7 @@ from clear_dit.weights.state import ClearState, originals_of
 
 logger = logging.getLogger(__name__)
 
-WHO = "CLEARFluxPipeline: full attention at the native size"
+WHO = "CLEARPipeline: full attention at the native size"
 
 
 def runs_clear(model: nn.Module) -> bool:

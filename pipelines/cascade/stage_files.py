@@ -52,7 +52,7 @@ class StageFiles:
             ValueError: it cannot be written in, another process is at work in it, it holds stages
                 of another request, or a file that cannot be read.
         """
-        with own_folder(self.folder, "CLEARFluxPipeline: stages_dir"):
+        with own_folder(self.folder, "CLEARPipeline: stages_dir"):
             for path in sorted(self.folder.glob(PATTERN)):
                 self._refuse_foreign(path)
             yield self
@@ -76,7 +76,7 @@ class StageFiles:
             file.write(save({"latents": latents.cpu().contiguous()}, header))
 
     def _refuse_foreign(self, path: Path) -> None:
-        who = f"CLEARFluxPipeline: stages_dir: {path}"
+        who = f"CLEARPipeline: stages_dir: {path}"
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}

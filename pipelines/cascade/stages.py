@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from clear_dit.families.family import Family
 from clear_dit.kernels.numbers import number
 
 from .resolution import NATIVE_SLACK, Resolution, settings_for
@@ -57,6 +58,7 @@ def plan_stages(
     cascade: bool | None = None,
     image_size: tuple[int, int] | None = None,
     resolution: Callable[[int, int], Resolution] | None = None,
+    family: Family | None = None,
 ) -> tuple[Stage, ...]:
     """The fewest stages that lead to an image by at most doubling, evenly spaced.
 
@@ -83,6 +85,7 @@ def plan_stages(
             native number of pixels. Without meaning where there is an image.
         image_size: (height, width) in pixels of the image to start from, any number of pixels.
         resolution: settings for a stage's height and width, in pixels; `settings_for` where None.
+        family: of the model; FLUX.1 where None.
 
     Returns:
         At least one stage; the last has the size asked for.
@@ -94,6 +97,7 @@ def plan_stages(
         resolution = partial(
             settings_for,
             native_size=native_size,
+            family=family,
             text_length=text_length,
             token_pixels=token_pixels,
             local=attention == "clear" and not pooled,
@@ -140,7 +144,7 @@ def _sizes(target: tuple[int, int], scale: float, enlargements: int) -> list[tup
 
 
 def _strengths(strength: Any, stages: int) -> Sequence[float]:
-    who = "CLEARFluxPipeline: strength"
+    who = "CLEARPipeline: strength"
     values: list[Any] = [DEFAULT_STRENGTH if strength is None else strength] * max(stages, 1)
     if getattr(strength, "ndim", isinstance(strength, (tuple, list))) == 1:
         values = list(strength)

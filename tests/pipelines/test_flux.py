@@ -113,7 +113,7 @@ def test_explicit_grid(tiny_pipeline):
     ],
 )
 def test_sizes_are_refused_and_not_rounded(tiny_pipeline, size, message):
-    with pytest.raises(ValueError, match=f"CLEARFluxPipeline: {message}"):
+    with pytest.raises(ValueError, match=f"CLEARPipeline: {message}"):
         draw(tiny_pipeline(CLEARFluxPipeline), **size)
 
 

@@ -116,7 +116,7 @@ def test_a_cascade_runs_clear_in_all_stages(clear_weights, caplog):
     apply_clear(pipe, radius=2, weights=clear_weights)
     QUANTISERS["buffers"](pipe.transformer)
     draw(pipe, height=64, width=64)
-    assert "CLEAR runs in every stage of the cascade: CLEARFluxPipeline: " in caplog.text
+    assert "CLEAR runs in every stage of the cascade: CLEARPipeline: " in caplog.text
     assert isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, Packed)
 
 

@@ -265,7 +265,7 @@ def test_a_cascade_says_so_before_its_first_stage(tiny_transformer, clear_file):
     pipe = CLEARFluxPipeline(**make_components(), native_size=32)
     apply_clear(pipe, radius=2, weights=clear_file())
     load_other(pipe.transformer, tiny_transformer)
-    with pytest.raises(ValueError, match=f"CLEARFluxPipeline: .*{STRANGER}"):
+    with pytest.raises(ValueError, match=f"CLEARPipeline: .*{STRANGER}"):
         pipe("red", height=64, width=64, num_inference_steps=2)
 
 

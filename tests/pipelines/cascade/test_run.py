@@ -220,7 +220,7 @@ ARGUMENTS = {
 def test_refused_before_any_work(pipe, case, monkeypatch):
     options, message = ARGUMENTS[case]
     monkeypatch.setattr(pipe.transformer, "forward", None)
-    with pytest.raises(ValueError, match=f"CLEARFluxPipeline.*{message}"):
+    with pytest.raises(ValueError, match=f"CLEARPipeline.*{message}"):
         generate(pipe, **options)
 
 

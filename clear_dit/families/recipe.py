@@ -1,0 +1,139 @@
+"""What whole images of a family take besides attention: pipelines, latents, sizes, noise levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..compat import names_from
+
+(calculate_shift,) = names_from("diffusers.pipelines.flux.pipeline_flux", "calculate_shift")
+
+
+@dataclass(frozen=True)
+class Latents:
+    """How a family's pipelines hold latents.
+
+    Everywhere else they are a grid as the transformer takes them: (batch, channels, height, width),
+    of the autoencoder's channels and size, shifted and scaled.
+
+    Attributes:
+        packed: whether the denoising loop holds (batch, height * width / pack^2, channels *
+            pack^2), as FLUX.1 does; else it holds the grid.
+        pack: side of the squares of latent pixels that are packed together, row by row within each
+            channel.
+        given_in_rows: whether `latents=` of a pipeline that packs is (batch, channels * pack^2,
+            height / pack, width / pack).
+    """
+
+    packed: bool = True
+    pack: int = 2
+    given_in_rows: bool = False
+
+    def to_grid(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the loop holds as a grid of height x width latent pixels."""
+        if not self.packed:
+            return latents
+        side = self.pack
+        split = latents.unflatten(2, (-1, side, side)).unflatten(1, (height // side, -1))
+        return split.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_grid`."""
+        if not self.packed:
+            return grid
+        side = self.pack
+        split = grid.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        return split.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(1, 2)
+
+    def given_shape(self, height: int, width: int) -> tuple[int | str, ...]:
+        """Shape of a pipeline's `latents=`, of any batch and channels; sizes in latent pixels."""
+        rows, columns = height // self.pack, width // self.pack
+        if self.packed and not self.given_in_rows:
+            return ("batch", rows * columns, "channels")
+        sides = (rows, columns) if self.packed else (height, width)
+        return ("batch", "channels", *sides)
+
+    def given(self, latents: torch.Tensor, rows: int) -> torch.Tensor:
+        """What the loop holds as a pipeline's `latents=`; rows: of packed squares."""
+        if not self.given_in_rows:
+            return latents
+        return latents.transpose(1, 2).unflatten(2, (rows, -1))
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What suits a model where a request does not say it.
+
+    Attributes:
+        size: native height and width, in pixels.
+        radius: of the window, in tokens.
+        steps: denoising steps.
+        guidance: strength of guidance, as the pipeline takes it.
+    """
+
+    size: int
+    radius: int
+    steps: int
+    guidance: float
+
+
+def log_shift(pipe: Any, tokens: int, steps: int) -> float:
+    """`Recipe.mu` of most families: linear in the tokens."""
+    return linear_shift(pipe.scheduler.config, tokens)
+
+
+def linear_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """log(shift) as FLUX.1's pipeline has it, by a scheduler's configuration."""
+    mu: float = calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    return mu
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the pipelines of a family make whole images.
+
+    Attributes:
+        pipelines: names of diffusers' pipelines that `CLEARPipeline` drives, the plain one first.
+        defaults: what suits the published models.
+        latents: how the pipelines hold them.
+        patch: side of a token, in latent pixels.
+        widest: the longest side over the shortest, of images it was trained at; None where nobody
+            has said. A model with another native size than `defaults` is taken to have been
+            trained at squares.
+        mu: (pipeline, image tokens, steps) to log(shift) by dynamic shifting.
+        shift: static shift of the noise levels above the native size.
+        ntk_factor: what "ntk" multiplies theta by above the native size, where somebody has
+            published that for the family; None takes "two" with local attention, else "yarn".
+        text_length: tokens of text that the model is given where a call does not say it.
+    """
+
+    pipelines: tuple[str, ...]
+    defaults: Defaults
+    latents: Latents = Latents()
+    patch: int = 2
+    widest: float | None = None
+    mu: Callable[[Any, int, int], float] = log_shift
+    shift: float = 3.0
+    ntk_factor: float | None = None
+    text_length: int = 512
+
+    @property
+    def native_size(self) -> int:
+        """Side of a square of as many pixels as the published models were trained at, in pixels."""
+        return self.defaults.size
+
+    def trained_at(self, height: int, width: int, native_size: int) -> bool:
+        """Whether a model of this native size, in pixels, knows an image's shape."""
+        if native_size != self.native_size:
+            return height == width
+        return self.widest is None or max(height, width) <= self.widest * min(height, width)

@@ -1,0 +1,540 @@
+"""Text-to-image with CLEAR, at any size, for every family: above the native size stage by stage."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch.distributed.device_mesh import DeviceMesh
+
+from clear_dit.attention.processor import CLEARProcessor
+from clear_dit.families.family import Family
+from clear_dit.families.recipe import Recipe
+from clear_dit.families.table import attention_layers, family_of, transformer_of
+from clear_dit.kernels.numbers import number
+from clear_dit.plugin import install
+from clear_dit.weights.load import load_clear_weights
+from clear_dit.weights.state import ClearState
+from clear_dit.wrappers import unwrapped
+
+from .cascade.given_image import enlarged_size, pixels_from
+from .cascade.resolution import Resolution
+from .cascade.run import Request, images_from, run_stages
+from .cascade.stage_attention import can_run_full, pools_keys, runs_clear
+from .cascade.stage_files import StageFiles
+from .cascade.stages import Stage, plan_stages
+from .checks import (
+    WHO,
+    check_generators,
+    check_options,
+    check_shared,
+    check_side,
+    check_stages,
+    find_images,
+    plain_numbers,
+)
+from .identity import check_agreement, request_identity
+from .memory_need import refuse_too_large
+from .parallel.patch_parallel import PatchParallel
+from .text import Texts, count_images
+from .text_encoders import encoders_alone
+
+# What a stage sets itself, of the arguments of a stock pipeline's call.
+OF_A_STAGE = (
+    "height",
+    "width",
+    "num_inference_steps",
+    "sigmas",
+    "latents",
+    "generator",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+)
+# Arguments of `from_pretrained` by which a file is found.
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+# Classes of this project for stock ones; others are made when they are asked for.
+FACES = {"FluxPipeline": ".flux:CLEARFluxPipeline"}
+
+logger = logging.getLogger(__name__)
+
+
+class _Wraps(type):
+    """CLEARPipeline itself wraps a pipeline; the classes made of it are made as stock ones are."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return (
+            _wrapped(*args, **kwargs) if cls is CLEARPipeline else super().__call__(*args, **kwargs)
+        )
+
+
+class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
+    """A stock pipeline of diffusers that generates any size, with CLEAR's methods on it.
+
+    `CLEARPipeline(pipe)` has the models, adapters and hooks of a stock pipeline, and is one of its
+    class; the stock pipeline stays as it is. What is set on one of the two later, the other does
+    not see, models apart. `CLEARPipeline.from_pretrained(model)` loads one. For `FluxPipeline` both
+    give a `CLEARFluxPipeline`.
+
+    An image well above the native size is generated in stages: one at the native size, then each
+    from the enlarged image before it (see `__call__`), every one by the stock pipeline's own
+    `__call__`. Unlike that it refuses sizes that are not whole tokens instead of rounding them.
+
+    Args:
+        pipe: a pipeline of one of the families (`docs/families.md`).
+        native_size: side of a square of as many pixels as the model was trained at, in pixels; that
+            of the family's published models where None. Saved with the pipeline.
+
+    Raises:
+        ValueError: a pipeline that is not known, or a native size of no whole tokens.
+    """
+
+    # The stock class that a class of this kind is made of.
+    stock: type[DiffusionPipeline]
+
+    def _begin(self, native_size: int | None) -> None:
+        """What is CLEAR's on a pipeline that holds its parts."""
+        if native_size is not None:
+            native_size = check_side("native_size", native_size, self.token_pixels)
+            self.register_to_config(native_size=native_size)
+        self._patch_parallel: PatchParallel | None = None
+        self._interrupt = False
+        # Of a call's own copy: what it is of, where it is, and the texts it has encoded.
+        self._original: CLEARPipeline | None = None
+        self._stage: Stage | None = None
+        self._stages: tuple[Stage, ...] = ()
+        self._texts: Texts | None = None
+        # The copies whose calls are under way.
+        self._calls: list[CLEARPipeline] = []
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: a folder in diffusers format or a hub repository.
+            options: of `DiffusionPipeline.from_pretrained`, and `native_size`.
+        """
+        if cls is not CLEARPipeline:
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        native_size = options.pop("native_size", None)
+        if native_size is None:
+            of_hub = {name: options[name] for name in OF_THE_HUB if name in options}
+            saved = cls.load_config(pretrained_model_name_or_path, **of_hub)
+            native_size = saved.get("native_size")
+        pipe = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **options)
+        return CLEARPipeline(pipe, native_size=native_size)
+
+    @property
+    def family(self) -> Family:
+        """That of the transformer."""
+        return family_of(transformer_of(self, WHO))
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the family's pipelines make whole images."""
+        recipe = self.family.recipe
+        assert recipe is not None  # `_class_for` has seen to it
+        return recipe
+
+    @property
+    def token_pixels(self) -> int:
+        """Side of a token, in pixels."""
+        return self.recipe.patch * self.vae_scale_factor
+
+    @property
+    def native_size(self) -> int:
+        """Side of a square of as many pixels as the model was trained at, in pixels."""
+        given: int | None = self.config.get("native_size")
+        return given or self.recipe.native_size
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage that is being generated; None outside of `__call__`.
+
+        A callback's pipeline tells of the callback's call, another one of the latest call.
+        """
+        return self.latest_call._stage
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The plan that `stage` is of; empty outside of `__call__`."""
+        return self.latest_call._stages
+
+    @property
+    def latest_call(self) -> CLEARPipeline:
+        """The copy whose call is under way, the latest of several; the pipeline itself if none."""
+        return next(reversed(tuple(self._calls)), self)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call shall end after the step that is under way."""
+        return self._interrupt or (self._original is not None and self._original._interrupt)
+
+    @contextmanager
+    def _call(self) -> Iterator[CLEARPipeline]:
+        """A copy of the pipeline for one call, with the same models and a scheduler of its own.
+
+        A stock pipeline's `__call__` keeps its guidance, its step and more on the pipeline, and the
+        noise levels on the scheduler.
+        """
+        call = copy.copy(self)
+        call._original, call._calls, call._texts = self, [], Texts()
+        call.scheduler = copy.deepcopy(self.scheduler)
+        self._calls.append(call)
+        try:
+            yield call
+        finally:
+            self._calls.remove(call)
+
+    @property
+    def patch_parallel(self) -> PatchParallel | None:
+        """The ranks that share this pipeline's images, see `enable_patch_parallel`."""
+        return self._patch_parallel
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        image: Any = None,
+        enlarge: Any = None,
+        strength: float | Sequence[float] | None = None,
+        cascade: bool | None = None,
+        low_resolution_guidance: float | None = None,
+        stages_dir: str | os.PathLike[str] | None = None,
+        resolution: Callable[[int, int], Resolution] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate an image of any size, or enlarge one.
+
+        Takes what the stock pipeline's `__call__` takes, and:
+
+        Args:
+            image: an image to enlarge in place of the first stage: a PIL image, a list of them
+                (one for each prompt) or a float tensor (batch, 3, height, width) in [0, 1].
+                `height` and `width` (pixels) are then twice its own where None, and must have its
+                aspect ratio. Of a stock pipeline that takes an `image` itself (reference images)
+                it is that one.
+            enlarge: the same, also where `image` is the stock pipeline's.
+            strength: from 0 (only enlarge) to 1 (ignore the enlarged image), the noise level at
+                which a stage starts to repaint it; one number, or one for each stage that
+                enlarges; 0.55 where None. It does not depend on the scheduler's shift:
+                `FluxImg2ImgPipeline`'s strength s starts at 3 s / (1 + 2 s) with a shift of 3.
+            cascade: whether to start at the native size; None does where the image has over 1.25
+                times the native number of pixels.
+            low_resolution_guidance: from 0 (none) to 1, how much the low frequencies of the
+                previous image steer each stage that enlarges. None: 1 above 4096 pixels a side,
+                else 0.
+            stages_dir: a folder in which finished stages are kept. The same call goes on after
+                the last one there, bit for bit as if it had not been interrupted. Needs a
+                `generator`; a callback that changes latents is not told apart.
+            resolution: positions, shift and proportional attention for a stage's height and width
+                in pixels; `settings_for` where None. `lambda height, width: Resolution()` generates
+                every stage as the model was trained.
+
+        `num_inference_steps` is that of a whole schedule, of which a stage that enlarges takes its
+        share; `sigmas` and `latents` are those of a first stage without an image. Noise is drawn
+        on the generator's device. The pipeline that `callback_on_step_end` is given is the call's
+        own copy, with the same models: `pipe.stage` is the stage; `pipe._interrupt = True` ends the
+        work after the step, and the image that is returned has the size of that stage. Set on the
+        pipeline itself it ends every call that is under way.
+
+        Threads may call one pipeline at the same time, or several with the same models and
+        scheduler. A stage of full attention has the transformer for itself where CLEAR weights are
+        loaded, a forward with extended positions for its duration: others wait.
+
+        Returns:
+            The stock pipeline's output, or a tuple; images as `output_type` says: "pil", "np",
+            "pt", or "latent": as the stock pipeline gives them.
+
+        Raises:
+            ValueError: a bad request, before any work; or ranks that do not agree on one.
+            FloatingPointError: latents are NaN or infinite; stage and step are named.
+        """
+        signature = inspect.signature(self.stock.__call__)
+        if "image" not in signature.parameters:
+            enlarge = find_images(image, enlarge)
+        elif image is not None:
+            kwargs["image"] = image
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        token_pixels = self.token_pixels
+        del given.arguments["self"]
+        defaults = {name: each.default for name, each in signature.parameters.items()}
+        options = plain_numbers(given.arguments, defaults, token_pixels)
+        if low_resolution_guidance is not None:
+            who = f"{WHO}: low_resolution_guidance"
+            low_resolution_guidance = number(who, low_resolution_guidance, 0, 1)
+        pixels = [] if enlarge is None else pixels_from(enlarge, token_pixels)
+        image_size = (pixels[0].shape[-2], pixels[0].shape[-1]) if pixels else None
+        height, width = self._size(options["height"], options["width"], image_size)
+        check_options(self, options, height, width)
+        sigmas = options["sigmas"]
+        model = transformer_of(self, WHO)
+        stages = plan_stages(
+            height,
+            width,
+            native_size=self.native_size,
+            token_pixels=token_pixels,
+            text_length=self._text_length(options),
+            strength=strength,
+            attention="clear" if runs_clear(model) else "full",
+            native_attention="full" if can_run_full(model) else "clear",
+            pooled=pools_keys(model),
+            cascade=cascade,
+            image_size=image_size,
+            resolution=resolution,
+            family=self.family,
+        )
+        check_stages(self, options, stages, pixels, stages_dir is not None)
+        ranks = 1
+        if self._patch_parallel is not None:
+            check_shared(self._patch_parallel, options, stages, token_pixels, stages_dir)
+            ranks = self._patch_parallel.ranks
+        if len(stages) > 1:
+            plan = ", ".join(f"{stage.name} ({stage.attention} attention)" for stage in stages)
+            logger.info("stages: %s", plan)
+        if stages[-1].attention == "full" and height * width > 4 * self.native_size**2:
+            logger.warning(
+                "full attention at %s pixels is slow and takes much memory: call apply_clear or "
+                "set_attn_processor(CLEARProcessor()) first",
+                stages[-1].name,
+            )
+        noises, batch = self._count_images(options)
+        copies = options["num_images_per_prompt"]
+        if len(pixels) > 1 and len(pixels) * copies == batch:
+            pixels = [one for one in pixels for _ in range(copies)]
+        if len(pixels) not in (0, 1, batch):
+            raise ValueError(
+                f"{WHO}: image: {len(pixels)} images to make {batch} of; give one, or one for each "
+                "prompt."
+            )
+        check_generators(options, noises, batch, len(stages))
+        refuse_too_large(self, stages[-1], batch, ranks)
+        callback = options["callback_on_step_end"]
+        inputs = options["callback_on_step_end_tensor_inputs"]
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            inputs = callback.tensor_inputs
+        self._interrupt = False
+        with ExitStack() as stack:
+            call = stack.enter_context(self._call())
+            call._stages = stages
+            common = call._common(options, batch)
+            request = Request(
+                stages=stages,
+                options=common,
+                batch=batch,
+                steps=options["num_inference_steps"] if sigmas is None else len(sigmas),
+                sigmas=sigmas,
+                generator=options["generator"],
+                latents=call._first_latents(options, common, noises, batch, stages[0]),
+                pixels=pixels,
+                guidance_weight=low_resolution_guidance,
+                callback=callback,
+                callback_inputs=inputs,
+            )
+            files = None
+            if stages_dir is not None:
+                with ClearState.attach(model).access.shared():
+                    identity = request_identity(self, request)
+                kept = StageFiles(Path(stages_dir), stages, identity)
+                files = stack.enter_context(kept.opened())
+            if self._patch_parallel is not None:
+                stack.enter_context(ClearState.attach(model).access.exclusive())
+                check_agreement(self, request, self._patch_parallel.groups)
+                own = stack.enter_context(self._patch_parallel.one_pass(common))
+                request = replace(request, options=own)
+            request = replace(request, options=self._for_stock(request.options))
+            latents, last = run_stages(call, request, files)
+        images = self._finish(latents, last, options["output_type"])
+        self.maybe_free_model_hooks()
+        return self._output(images) if options["return_dict"] else (images,)
+
+    def _size(
+        self, height: int | None, width: int | None, image_size: tuple[int, int] | None
+    ) -> tuple[int, int]:
+        if image_size is not None:
+            return enlarged_size(height, width, image_size, self.token_pixels)
+        return height or self.native_size, width or self.native_size
+
+    def _text_length(self, options: dict[str, Any]) -> int:
+        """Tokens of text that a call gives the transformer, at most."""
+        length: int = options.get("max_sequence_length") or self.recipe.text_length
+        return length
+
+    def _count_images(self, options: dict[str, Any]) -> tuple[int, int]:
+        """How many noises a call draws, and how many images it makes of them."""
+        images = count_images(options)
+        return images, images
+
+    def _common(self, options: dict[str, Any], batch: int) -> dict[str, Any]:
+        """What every stage of a call gives to the stock pipeline."""
+        return {name: value for name, value in options.items() if name not in OF_A_STAGE}
+
+    def _first_latents(
+        self,
+        options: dict[str, Any],
+        common: dict[str, Any],
+        noises: int,
+        batch: int,
+        stage: Stage,
+    ) -> torch.Tensor | None:
+        """The first stage's noise; None where the stock pipeline draws it."""
+        latents: torch.Tensor | None = options["latents"]
+        return latents
+
+    def _for_stock(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of all stages as the stock pipeline takes them."""
+        return options
+
+    def _output(self, images: Any) -> Any:
+        return ImagePipelineOutput(images=images)
+
+    def _finish(self, latents: torch.Tensor, stage: Stage, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        parts = [
+            self.image_processor.postprocess(pixels, output_type=output_type)
+            for pixels in images_from(self, latents, stage)
+        ]
+        if output_type == "pil":
+            return [image for part in parts for image in part]
+        return np.concatenate(parts) if output_type == "np" else torch.cat(parts)
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Set the transformer's attention processor.
+
+        Args:
+            processor: a `CLEARProcessor`, whose settings are applied to every layer as
+                `apply_clear` does; or what diffusers takes: a processor for all layers, or a dict
+                with one for each. The latter two leave loaded weights as they are; `remove_clear`
+                restores those too.
+        """
+        if isinstance(processor, CLEARProcessor):
+            install([transformer_of(self, "set_attn_processor")], processor)
+            return
+        model = transformer_of(self, "set_attn_processor")
+        state = ClearState.on(model)
+        with nullcontext() if state is None else state.access.exclusive():
+            if hasattr(self.transformer, "set_attn_processor"):
+                if isinstance(processor, dict):
+                    processor = dict(processor)  # diffusers empties it
+                self.transformer.set_attn_processor(processor)
+            else:
+                for attn in attention_layers(model).values():
+                    attn.set_processor(processor)
+            if state is not None:
+                state.give_up(model)
+
+    def enable_patch_parallel(self, mesh: DeviceMesh, stale_halos_after: int | None = None) -> None:
+        """Share every image among the ranks of a mesh; see `pipelines/parallel`.
+
+        Every rank calls it, and then the pipeline, with the same arguments and a `generator`;
+        every rank gets the image. A second call replaces the first.
+
+        Args:
+            mesh: of dimensions "patch" and, optionally, "guidance" (of size 2, where the halves
+                compute one of guidance's two passes each).
+            stale_halos_after: None is exact; see `parallelize`.
+
+        Raises:
+            ValueError: a mesh that does not fit, or a setting out of its range.
+        """
+        patches = PatchParallel(mesh, stale_halos_after)
+        self.disable_patch_parallel()
+        patches.attach(transformer_of(self, WHO, "patch-parallel"))
+        self._patch_parallel = patches
+
+    def disable_patch_parallel(self) -> None:
+        """Generate alone again."""
+        if self._patch_parallel is not None:
+            self._patch_parallel.remove()
+            self._patch_parallel = None
+
+    def load_clear_weights(
+        self, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> None:
+        """`clear_dit.load_clear_weights` on this pipeline."""
+        load_clear_weights(self, pretrained_model_name_or_path, **options)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the stock pipeline; threads that share text encoders or tokenizers take turns.
+
+        Within a call the same prompts are encoded once, for all stages.
+        """
+        encode = functools.partial(self.stock.encode_prompt, self)
+        with encoders_alone(self):
+            if self._texts is None:
+                return encode(*args, **kwargs)
+            return self._texts.of(encode, *args, **kwargs)
+
+    def maybe_free_model_hooks(self) -> None:
+        """As in the stock pipeline, but not in the middle of another thread's forward or stage.
+
+        It resets what caches keep, and takes offloaded models away.
+        """
+        model = unwrapped(self.transformer)
+        state = None if model is None else ClearState.on(model)
+        with nullcontext() if state is None else state.access.exclusive():
+            super().maybe_free_model_hooks()
+
+
+def _wrapped(pipe: Any, native_size: int | None = None) -> CLEARPipeline:
+    made = object.__new__(_class_for(pipe))
+    made.__dict__.update(pipe.__dict__)
+    made._begin(native_size)
+    return made
+
+
+def _class_for(pipe: Any) -> type[CLEARPipeline]:
+    """The class of what `CLEARPipeline(pipe)` makes.
+
+    Raises:
+        ValueError: no pipeline that is known.
+    """
+    if isinstance(pipe, CLEARPipeline):
+        return type(pipe)
+    family = None
+    if isinstance(pipe, DiffusionPipeline):
+        family = family_of(transformer_of(pipe, WHO))
+    recipe = None if family is None else family.recipe
+    if recipe is None or type(pipe).__name__ not in recipe.pipelines:
+        known = "a pipeline of diffusers" if recipe is None else " or ".join(recipe.pipelines)
+        of = "" if family is None else f" of {family.title}"
+        raise ValueError(f"{WHO}: takes {known}{of}, got {type(pipe).__name__}.")
+    return _made(type(pipe))
+
+
+@functools.cache
+def _made(stock: type[DiffusionPipeline]) -> type[CLEARPipeline]:
+    """A class made of CLEARPipeline and a stock one, of whose name it is: diffusers finds by it."""
+    if stock.__name__ in FACES:
+        module, _, name = FACES[stock.__name__].partition(":")
+        face: type[CLEARPipeline] = getattr(import_module(module, __package__), name)
+        return face
+
+    @functools.wraps(stock.__init__)
+    def initialise(self: Any, *args: Any, native_size: int | None = None, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        self._begin(native_size)
+
+    # By which diffusers tells what a pipeline is made of.
+    known = inspect.signature(stock.__init__)
+    added = inspect.Parameter("native_size", inspect.Parameter.KEYWORD_ONLY, default=None)
+    initialise.__signature__ = known.replace(parameters=[*known.parameters.values(), added])  # type: ignore[attr-defined]
+    members = {"stock": stock, "__init__": initialise, "__module__": __name__}
+    return type(stock.__name__, (CLEARPipeline, stock), members)
