@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from clear_dit.bench.denoise import bench_denoise, step_flops
-from clear_dit.generation.denoising import two_passes
+from clear_dit.generation.denoising import passes as forwards
 from clear_dit.generation.models import TOKEN_PIXELS, load_pipeline, model_defaults
 from clear_dit.pipelines.cascade.resolution import applied
 from clear_dit.pipelines.cascade.schedule import sigmas_for
@@ -42,7 +42,7 @@ def full_attention(size: int, radius: int, steps: int, guidance: float) -> dict[
             pipe.scheduler, steps, size, size, strength=stage.strength, token_pixels=TOKEN_PIXELS
         )
     flops = step_flops(pipe, size // TOKEN_PIXELS, size // TOKEN_PIXELS, radius)
-    passes = len(sigmas) * (2 if two_passes(pipe, guidance) else 1)
+    passes = len(sigmas) * forwards(pipe, guidance)
     rate = row["tflop"] / row["seconds"]
     return {
         "tflop_per_pass": {name: count / 1e12 for name, count in flops.items()},

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clear_dit.generation.denoising import decode, denoise, encode, two_passes
+from clear_dit.generation.denoising import decode, denoise
 from clear_dit.generation.image_output import save_png
 from clear_dit.generation.request import make_request
 from clear_dit.generation.runner import PipelineRunner
@@ -97,12 +97,9 @@ def generate_bare(
     pipe = runner.pipe
     for line in lines:
         request = make_request(line["prompt"], **flags)
-        text = encode(pipe, [request.prompt])
-        empty = encode(pipe, [""]) if two_passes(pipe, request.guidance) else None
         latents = denoise(
             pipe,
-            text,
-            empty,
+            [request.prompt],
             [request.seed],
             height=request.height,
             width=request.width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -97,17 +98,22 @@ class CLEARFluxPipeline(CLEARPipeline, FluxPipeline):
         """
         if isinstance(prompt, EncodedPrompts):
             prompt, prompt_embeds, pooled_prompt_embeds = None, prompt.embeds, prompt.pooled
+        asked = (
+            prompt,
+            prompt_2,
+            device,
+            num_images_per_prompt,
+            prompt_embeds,
+            pooled_prompt_embeds,
+            max_sequence_length,
+        )
+        encode = functools.partial(FluxPipeline.encode_prompt, self)
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         with encoders_alone(self, lora_scale):
-            found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = FluxPipeline.encode_prompt(
-                self,
-                prompt,
-                prompt_2,
-                device,
-                num_images_per_prompt,
-                prompt_embeds,
-                pooled_prompt_embeds,
-                max_sequence_length,
-            )
+            if self._texts is None or prompt_embeds is not None:
+                found = encode(*asked)
+            else:
+                found = self._texts.of(encode, *asked)
         return found
 
     def _text_length(self, options: dict[str, Any]) -> int:

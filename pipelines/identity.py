@@ -32,12 +32,6 @@ def request_identity(pipe: Any, request: Request) -> dict[str, str]:
     generators = request.generator if isinstance(request.generator, list) else [request.generator]
     states = [None if generator is None else generator.get_state() for generator in generators]
     text = {name: value for name, value in request.options.items() if "prompt" in name}
-    if "prompt_embeds" not in request.options:  # the words alone do not tell what is made of them
-        text["encoders"] = {
-            name: _model(unwrapped(part))
-            for name, part in pipe.components.items()
-            if name.startswith("text_encoder") and part is not None
-        }
     others = {name: value for name, value in request.options.items() if "prompt" not in name}
     try:
         settings = digest([others, request.steps, request.sigmas, request.guidance_weight])
@@ -51,6 +45,7 @@ def request_identity(pipe: Any, request: Request) -> dict[str, str]:
         "image": digest(request.pixels),
         "steps, guidance or other setting": settings,
         "model": pipeline_digest(pipe),
+        "text encoder": digest(_text_encoders(pipe, request)),
     }
 
 
@@ -68,7 +63,7 @@ def check_agreement(pipe: Any, request: Request, groups: Iterable[ProcessGroup])
     """
     facts = versions() | {"size or stages": ", ".join(stage.name for stage in request.stages)}
     facts |= request_identity(pipe, request)
-    del facts["model"]
+    del facts["model"], facts["text encoder"]  # which not every rank has
     facts |= {name: digest(part) for name, part in _parts(pipe).items()}
     for group in groups:
         agree(RankGroup(group), facts)
@@ -93,6 +88,17 @@ def _parts(pipe: Any) -> dict[str, Any]:
         "strength of adapters": _scales(transformer),
         "transformer weights or adapter": _model(transformer),
         "autoencoder": _model(unwrapped(pipe.vae)),
+    }
+
+
+def _text_encoders(pipe: Any, request: Request) -> dict[str, Any]:
+    """What makes the embeddings, where a request has none."""
+    if request.options.get("prompt_embeds") is not None:
+        return {}
+    return {
+        name: _model(unwrapped(part))
+        for name, part in pipe.components.items()
+        if name.startswith("text_encoder") and part is not None
     }
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders.guider_utils import BaseGuidance
 from torch.distributed.device_mesh import DeviceMesh
 
 from clear_dit.attention.processor import CLEARProcessor
@@ -186,15 +187,17 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         return self._interrupt or (self._original is not None and self._original._interrupt)
 
     @contextmanager
-    def _call(self) -> Iterator[CLEARPipeline]:
+    def _call(self, texts: Texts) -> Iterator[CLEARPipeline]:
         """A copy of the pipeline for one call, with the same models and a scheduler of its own.
 
         A stock pipeline's `__call__` keeps its guidance, its step and more on the pipeline, and the
-        noise levels on the scheduler.
+        noise levels on the scheduler; a guider keeps its step.
         """
         call = copy.copy(self)
-        call._original, call._calls, call._texts = self, [], Texts()
-        call.scheduler = copy.deepcopy(self.scheduler)
+        call._original, call._calls, call._texts = self, [], texts
+        for name, part in self.components.items():
+            if name == "scheduler" or isinstance(part, BaseGuidance):
+                setattr(call, name, copy.deepcopy(part))
         self._calls.append(call)
         try:
             yield call
@@ -217,6 +220,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         low_resolution_guidance: float | None = None,
         stages_dir: str | os.PathLike[str] | None = None,
         resolution: Callable[[int, int], Resolution] | None = None,
+        texts: Texts | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate an image of any size, or enlarge one.
@@ -245,6 +249,8 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             resolution: positions, shift and proportional attention for a stage's height and width
                 in pixels; `settings_for` where None. `lambda height, width: Resolution()` generates
                 every stage as the model was trained.
+            texts: what earlier calls have encoded, `pipelines.text.Texts`; this call's stages alone
+                share theirs where None.
 
         `num_inference_steps` is that of a whole schedule, of which a stage that enlarges takes its
         share; `sigmas` and `latents` are those of a first stage without an image. Noise is drawn
@@ -331,7 +337,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             inputs = callback.tensor_inputs
         self._interrupt = False
         with ExitStack() as stack:
-            call = stack.enter_context(self._call())
+            call = stack.enter_context(self._call(texts or Texts()))
             call._stages = stages
             common = call._common(options, batch)
             request = Request(

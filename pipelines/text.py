@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def count_images(options: Mapping[str, Any]) -> int:
 
 
 class Texts:
-    """What a call has encoded; the stages of a cascade ask for the same again."""
+    """What was encoded: the stages of a cascade, and other calls, ask for the same again."""
 
     def __init__(self) -> None:
         # With what was asked, of which an id stands for tensors and images: they must stay alive.
@@ -42,8 +43,12 @@ class Texts:
         asked = (args, tuple(sorted(kwargs.items())))
         key = _key(asked)
         if key not in self._known:
-            self._known[key] = asked, encode(*args, **kwargs)
+            self._known[key] = asked, self.encoded(functools.partial(encode, *args, **kwargs))
         return self._known[key][1]
+
+    def encoded(self, encode: Callable[[], Any]) -> Any:
+        """What is not known yet."""
+        return encode()
 
 
 def _key(value: Any) -> Any:

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from ..generation.denoising import unpack
+
 if TYPE_CHECKING:
     from ..generation.runner import Step
 
@@ -57,7 +59,7 @@ class Previewer:
         from ..pipelines.decoding.image_files import to_bytes
 
         pipe = self._pipe
-        grid = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+        grid = unpack(pipe, latents, height, width)
         rows, columns = grid.shape[-2:]
         shrink = min(1.0, MAX_SIDE / max(rows, columns))
         size = (max(2, round(rows * shrink)), max(2, round(columns * shrink)))

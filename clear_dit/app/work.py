@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..generation.checks import find_window
-from ..generation.denoising import two_passes
-from ..generation.models import TOKEN_PIXELS, text_length
+from ..generation.denoising import passes, text_length
+from ..generation.models import TOKEN_PIXELS
 from ..generation.weights import settled
 from ..kernels.window import Window
 
@@ -39,7 +39,7 @@ class WorkPlanner:
     """Plans for the images of one pipeline, of which it reads settings only: from any thread.
 
     Args:
-        pipe: a `CLEARFluxPipeline`.
+        pipe: a `CLEARPipeline`.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -77,7 +77,7 @@ class WorkPlanner:
             image_size=image_size,
         )
         far = request.attention != "full" and settled(request).far
-        passes = 2 if two_passes(self._pipe, request.guidance) else 1
+        of_step = passes(self._pipe, request.guidance)
         planned = []
         for stage in stages:
             steps = request.steps
@@ -94,7 +94,7 @@ class WorkPlanner:
             of_pass = self._flops_of_pass(stage.height, stage.width, request, far, stage.attention)
             planned.append(
                 StageWork(
-                    stage.height, stage.width, stage.attention, steps, steps * passes * of_pass
+                    stage.height, stage.width, stage.attention, steps, steps * of_step * of_pass
                 )
             )
         return tuple(planned)

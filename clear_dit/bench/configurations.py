@@ -26,7 +26,7 @@ def find_configuration(model: str) -> Configuration:
             f"format; got {model!r}."
         )
     found = _read_folder(Path(model_path(model)))
-    return replace(found, native_size=DEMO_DEFAULTS.size) if model == "demo" else found
+    return replace(found, native_size=DEMO_DEFAULTS["size"]) if model == "demo" else found
 
 
 def _read_folder(folder: Path) -> Configuration:

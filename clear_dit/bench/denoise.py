@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..families.table import attention_layers
 from ..generation.checks import find_impl, find_window
-from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
+from ..generation.denoising import text_length
+from ..generation.models import TOKEN_PIXELS, load_pipeline
 from ..plugin import apply_clear
 from ..weights.forward import changed_in_forwards, other_attributes
 from .step import relative_error, step_inputs, step_report, verdict

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from ..generation.checks import find_impl, find_window
-from ..generation.models import TOKEN_PIXELS, load_pipeline, text_length
+from ..generation.denoising import text_length
+from ..generation.models import TOKEN_PIXELS, load_pipeline
 from ..plugin import apply_clear
 from .plan import count_flops
 from .step import relative_error, step_inputs, step_report, verdict

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..generation.models import FLUX_DEFAULTS, TOKEN_PIXELS
+from ..families.flux1 import FAMILY as FLUX
+from ..generation.models import TOKEN_PIXELS
 
 # Side of a latent in pixels, in most autoencoders.
 LATENT_PIXELS = 8
@@ -34,7 +35,7 @@ class Configuration:
     autoencoder: dict[str, Any]
     text_encoders: tuple[dict[str, Any], ...]
     text_length: int
-    native_size: int = FLUX_DEFAULTS.size
+    native_size: int = FLUX.recipe.native_size
     token_pixels: int = TOKEN_PIXELS
     latent_pixels: int = LATENT_PIXELS
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from clear_dit.demo.captions import ATTRIBUTES
 from clear_dit.demo.probe import Probe, asked_labels, held_out_captions, load_probe, probe_accuracy
-from clear_dit.generation.denoising import decode, denoise, encode, two_passes
+from clear_dit.generation.denoising import decode, denoise
+from clear_dit.pipelines.pipeline import CLEARPipeline
 
 
 def generate(
@@ -37,22 +38,21 @@ def generate(
 ) -> np.ndarray:
     """Images of `captions`: uint8 [n, size, size, 3]; image i starts from noise seed + i."""
     pipe.set_progress_bar_config(disable=True)
-    empty = encode(pipe, [""]) if two_passes(pipe, true_cfg_scale) else None
+    clear = CLEARPipeline(pipe, native_size=size)  # one stage, as trained
     images = []
     for first in tqdm(range(0, len(captions), batch), f"generate at guidance {true_cfg_scale:g}"):
         texts = captions[first : first + batch]
         seeds = [seed + first + index for index in range(len(texts))]
         latents = denoise(
-            pipe,
-            encode(pipe, texts),
-            empty,
+            clear,
+            texts,
             seeds,
             height=size,
             width=size,
             steps=steps,
             guidance=true_cfg_scale,
         )
-        images += [np.array(decode(pipe, one[None], size, size)) for one in latents]
+        images += [np.array(decode(clear, one[None], size, size)) for one in latents]
     return np.stack(images)
 
 

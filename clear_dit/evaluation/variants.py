@@ -16,7 +16,7 @@ from ..attention.processor import CLEARProcessor
 from ..errors import RequestError, first_line
 from ..families.table import transformer_of
 from ..generation.checks import find_impl
-from ..generation.denoising import Text, decode, denoise, encode, two_passes
+from ..generation.denoising import decode, denoise
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.load import open_checked

@@ -16,7 +16,7 @@ from ..attention.ip_adapter import LayerProcessor
 from ..attention.text_padding import used_length
 from .family import Family, Reading, only
 from .flux1 import adapter_was_undone, extend, read_ids
-from .recipe import Defaults, Recipe
+from .recipe import Defaults, Guidance, Recipe
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -53,6 +53,7 @@ FAMILY = Family(
     recipe=Recipe(
         pipelines=("ChromaPipeline",),
         defaults=Defaults(size=1024, radius=16, steps=35, guidance=5.0),
+        guidance=Guidance(negative=""),
         ntk_factor=10.0,  # as FLUX.1, of which it was made
     ),
     transformer="ChromaTransformer2DModel",

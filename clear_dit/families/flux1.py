@@ -11,7 +11,7 @@ from ..attention.layout import Layout
 from ..attention.positions import ExtendedPosEmbed, Extension
 from ..compat import names_from
 from .family import Family, Reading, adapter_was_unloaded, check_image_length
-from .recipe import Defaults, Recipe
+from .recipe import Defaults, Guidance, Recipe
 
 (FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
 
@@ -65,6 +65,19 @@ def adapter_was_undone(model: Any, installed: Any) -> bool:
     return adapter_was_unloaded(model, "encoder_hid_proj")
 
 
+def _text_length(pipe: Any) -> dict[str, Any]:
+    """`Recipe.options`: text tokens, padding included; 256 where guidance is not embedded."""
+    longest = 512 if pipe.transformer.config.guidance_embeds else 256
+    return {"max_sequence_length": min(longest, pipe.tokenizer_2.model_max_length)}
+
+
+def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults | None:
+    """`Recipe.defaults_of`: FLUX.1-schnell has no guidance embedding, and takes few steps."""
+    if config.get("guidance_embeds"):
+        return None
+    return Defaults(size=1024, radius=16, steps=4, guidance=1.0)
+
+
 FAMILY = Family(
     name="flux1",
     title="FLUX.1 (dev, schnell, Kontext, Fill)",
@@ -86,6 +99,9 @@ FAMILY = Family(
         pipelines=("FluxPipeline",),
         defaults=Defaults(size=1024, radius=16, steps=28, guidance=3.5),
         ntk_factor=10.0,
+        guidance=Guidance("true_cfg_scale", negative=""),
+        options=_text_length,
+        defaults_of=_defaults,
     ),
     serves_fused=True,
     chunked=True,

@@ -108,6 +108,13 @@ def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
     return float(_compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
 
 
+def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults | None:
+    """`Recipe.defaults_of`: FLUX.2 klein, where it is distilled."""
+    if not index.get("is_distilled"):
+        return None
+    return Defaults(size=1024, radius=16, steps=4, guidance=1.0)
+
+
 FAMILY = Family(
     name="flux2",
     title="FLUX.2 (dev, klein)",
@@ -116,6 +123,7 @@ FAMILY = Family(
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=4.0),
         latents=Latents(given_in_rows=True),
         mu=_log_shift,
+        defaults_of=_defaults,
         shift=7.5,  # its own at 1024 x 1024 px, in 50 steps
     ),
     transformer="Flux2Transformer2DModel",

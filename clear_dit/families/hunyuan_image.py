@@ -17,7 +17,7 @@ from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..attention.text_padding import used_length
 from .family import Family, Reading, only
 from .joint import JointProcessor
-from .recipe import Defaults, Latents, Recipe
+from .recipe import Defaults, Guidance, Latents, Recipe
 
 
 class HunyuanImageProcessor(JointProcessor):
@@ -104,6 +104,13 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     return Reading(layout, latents, mask, changes)
 
 
+def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults | None:
+    """`Recipe.defaults_of`: HunyuanImage 2.1 distilled."""
+    if not config.get("guidance_embeds"):
+        return None
+    return Defaults(size=2048, radius=16, steps=8, guidance=3.25)
+
+
 FAMILY = Family(
     name="hunyuan-image",
     title="HunyuanImage 2.1",
@@ -111,6 +118,8 @@ FAMILY = Family(
         pipelines=("HunyuanImagePipeline",),
         defaults=Defaults(size=2048, radius=16, steps=50, guidance=3.5),
         latents=Latents(packed=False),
+        guidance=Guidance(None, embedded="distilled_guidance_scale"),
+        defaults_of=_defaults,
         patch=1,
         shift=5.0,  # its own, at any size
     ),

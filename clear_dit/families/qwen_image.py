@@ -16,7 +16,7 @@ from ..attention.text_padding import used_length
 from ..compat import names_from
 from .family import Family, Reading, check_image_length, only
 from .joint import JointProcessor
-from .recipe import Defaults, Recipe
+from .recipe import Defaults, Guidance, Recipe
 
 (_rotate,) = names_from(
     "diffusers.models.transformers.transformer_qwenimage", "apply_rotary_emb_qwen"
@@ -150,6 +150,7 @@ FAMILY = Family(
         pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
         defaults=Defaults(size=1328, radius=16, steps=50, guidance=4.0),
         widest=1.8,  # 1664 x 928 px: https://huggingface.co/Qwen/Qwen-Image
+        guidance=Guidance("true_cfg_scale", negative=" "),
         shift=2.3,  # its own at 1328 x 1328 px
     ),
     transformer="QwenImageTransformer2DModel",

@@ -81,6 +81,46 @@ class Defaults:
     guidance: float
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How a family's pipelines are told the strength of guidance.
+
+    Attributes:
+        argument: of a call, for classifier-free guidance in two passes. None: a guider among the
+            pipeline's parts, which HunyuanImage has.
+        off: strengths up to this one are one pass.
+        negative: the prompt of the second pass, where the pipeline has none of its own.
+        embedded: of a call instead, where the transformer's configuration has "guidance_embeds":
+            one pass.
+    """
+
+    argument: str | None = "guidance_scale"
+    off: float = 1.0
+    negative: str | None = None
+    embedded: str = "guidance_scale"
+
+    def passes(self, config: Mapping[str, Any], strength: float) -> int:
+        """Of a step, by the transformer's configuration."""
+        return 1 if config.get("guidance_embeds") or strength <= self.off else 2
+
+    def options(self, pipe: Any, strength: float, prompts: int) -> dict[str, Any]:
+        """The arguments of a call for so many prompts with guidance of this strength."""
+        config = pipe.transformer.config
+        if config.get("guidance_embeds"):
+            return {self.embedded: strength}
+        if self.argument is None:
+            return {}
+        found: dict[str, Any] = {self.argument: strength}
+        if self.negative is not None and strength > self.off:
+            found["negative_prompt"] = [self.negative] * prompts
+        return found
+
+
+def no_options(pipe: Any) -> dict[str, Any]:
+    """`Recipe.options` of most families."""
+    return {}
+
+
 def log_shift(pipe: Any, tokens: int, steps: int) -> float:
     """`Recipe.mu` of most families: linear in the tokens."""
     return linear_shift(pipe.scheduler.config, tokens)
@@ -115,6 +155,10 @@ class Recipe:
         ntk_factor: what "ntk" multiplies theta by above the native size, where somebody has
             published that for the family; None takes "two" with local attention, else "yarn".
         text_length: tokens of text that the model is given where a call does not say it.
+        guidance: how a call is told of it.
+        options: (pipeline) to arguments that every call takes besides.
+        defaults_of: (the transformer's configuration, model_index.json) to what suits a model that
+            is not like the others, such as a distilled one; None where it is.
     """
 
     pipelines: tuple[str, ...]
@@ -126,6 +170,11 @@ class Recipe:
     shift: float = 3.0
     ntk_factor: float | None = None
     text_length: int = 512
+    guidance: Guidance = Guidance()
+    options: Callable[[Any], Mapping[str, Any]] = no_options
+    defaults_of: Callable[[Mapping[str, Any], Mapping[str, Any]], Defaults | None] = (
+        lambda config, index: None
+    )
 
     @property
     def native_size(self) -> int:

@@ -19,7 +19,7 @@ from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..compat import names_from
 from .family import Family, Reading, only
 from .joint import JointProcessor
-from .recipe import Defaults, Latents, Recipe
+from .recipe import Defaults, Guidance, Latents, Recipe
 
 (MULTIPLE,) = names_from("diffusers.models.transformers.transformer_z_image", "SEQ_MULTI_OF")
 
@@ -127,6 +127,7 @@ FAMILY = Family(
         pipelines=("ZImagePipeline",),
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=5.0),
         latents=Latents(packed=False),
+        guidance=Guidance(off=0.0),
     ),
     transformer="ZImageTransformer2DModel",
     stacks=("noise_refiner", "layers"),

@@ -1,12 +1,13 @@
-"""Models by name: where they are, and the settings that suit them."""
+"""Models by name: where they are, what they are, and the settings that suit them."""
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,119 +19,170 @@ from ..errors import RequestError, first_line
 from ..files import ASSETS
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from ..families.family import Family
+    from ..families.recipe import Defaults
+    from ..pipelines.pipeline import CLEARPipeline
 
-    from ..pipelines.flux import CLEARFluxPipeline
-
-# Side of a token in pixels: an autoencoder that reduces by 8, then 2 x 2 latents to a token.
+# Side of a token in pixels, of most families: an autoencoder that reduces by 8, then 2 x 2 latents.
 TOKEN_PIXELS = 16
 
-# What a pipeline has besides its transformer and scheduler.
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-OTHER_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2", "vae")
-
 DEMO = ASSETS / "demo"
+# The demos by name: their folders.
+DEMOS = {"demo": DEMO, "demo-sd3": ASSETS / "demo-sd3"}
+DEMO_DEFAULTS: dict[str, Any] = {"size": 512, "radius": 8, "steps": 20, "guidance": 2.0}
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
 
 # What libraries are told while they load holds for the process.
 _quieting = threading.RLock()
 
 
 @dataclass(frozen=True)
-class ModelDefaults:
-    """What a request does not say.
+class Model:
+    """A model by name, as far as its folder's or repository's configuration files tell.
 
     Attributes:
-        size: native height and width, in pixels.
-        radius: of the window, in tokens.
-        steps: denoising steps.
-        guidance: see `GenerateRequest.guidance`.
+        path: what `from_pretrained` takes.
+        family: of its transformer.
+        defaults: what a request does not say.
+        token_pixels: side of a token.
+        native_size: in pixels, where it is not the family's; else None.
+        parts: names of the pipeline's.
     """
 
-    size: int
-    radius: int
-    steps: int
-    guidance: float
-
-
-DEMO_DEFAULTS = ModelDefaults(size=512, radius=8, steps=20, guidance=2.0)
-FLUX_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=28, guidance=3.5)
-# FLUX.1-schnell and others without a guidance embedding: one pass, no guidance.
-UNGUIDED_DEFAULTS = ModelDefaults(size=1024, radius=16, steps=4, guidance=1.0)
+    path: str
+    family: Family
+    defaults: Defaults
+    token_pixels: int
+    native_size: int | None
+    parts: tuple[str, ...]
 
 
 def model_path(model: str) -> str:
     """What `from_pretrained` takes for a model's name: "demo", a folder, or a hub repository.
 
     Raises:
-        RequestError: a folder that is not a FLUX pipeline, or the demo's files are missing.
+        RequestError: neither of them, a folder that is no pipeline that is known, or a demo's files
+            are missing.
     """
-    if model != "demo":
-        folder = Path(model)
-        if folder.is_dir():
-            _check_folder(folder)
-        elif folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if model in DEMOS:
+        if not (DEMOS[model] / INDEX).is_file():
             raise RequestError(
-                f"--model must be 'demo', a folder in diffusers format or a hub repository "
-                f"(owner/name); got {model!r}."
+                f"--model {model}: this installation has no such pipeline (assets/{model})."
             )
-        return model
-    if not (DEMO / "model_index.json").is_file():
-        raise RequestError("--model demo: this installation has no demo pipeline (assets/demo).")
-    return str(DEMO)
-
-
-def _check_folder(folder: Path) -> None:
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        name = index["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(DEMOS[model])
+    folder = Path(model)
+    if folder.is_dir():
+        _family_of(folder, _read_index(folder))
+    elif folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise RequestError(
-            f"--model: {folder} is not a pipeline in diffusers format (no valid model_index.json)."
-        ) from error
-    if "Flux" not in str(name) or str(name).startswith("Flux2"):
-        raise RequestError(
-            f"--model: {folder} holds a {name}; only FLUX.1 pipelines are supported"
-            f"{_what_is(index.get('transformer'))}."
+            f"--model must be {' or '.join(map(repr, DEMOS))}, a folder in diffusers format or a "
+            f"hub repository (owner/name); got {model!r}."
         )
+    return model
 
 
-def _what_is(transformer: Any) -> str:
-    """For messages: what works with the transformer an index names, [library, class]; or nothing.
-
-    Imports nothing of torch or diffusers for a pipeline no family of the table is in.
-    """
-    from ..families.table import named_family
-
-    name = transformer[-1] if isinstance(transformer, list) and transformer else None
-    family = named_family(name) if isinstance(name, str) else None
-    if family is None:
-        return ""
-    why = "; ".join(f"{feature}: {why}" for feature, why in family.unsupported.items())
-    return f". In Python, apply_clear works on {family.title} ({why})"
-
-
-def model_defaults(model: str) -> ModelDefaults:
-    """The settings that suit a model: the demo's own, else by whether it embeds guidance.
+def find_model(model: str) -> Model:
+    """What is known of a model; of one on the hub its configuration files are fetched.
 
     Raises:
-        RequestError: the model's configuration cannot be found.
+        RequestError: see `model_path`; or its configuration cannot be found or read.
     """
-    if model == "demo":
-        return DEMO_DEFAULTS
     path = model_path(model)
-    try:
-        from diffusers import FluxTransformer2DModel
+    index = Path(path) / INDEX
+    return _find_model(model, path, index.stat().st_mtime_ns if index.is_file() else 0)
 
-        config = FluxTransformer2DModel.load_config(path, subfolder="transformer")
+
+@functools.lru_cache(maxsize=32)
+def _find_model(model: str, path: str, changed: int) -> Model:
+    from diffusers import ConfigMixin, DiffusionPipeline
+
+    class ModelConfig(ConfigMixin):
+        config_name = CONFIG
+
+    try:
+        index = dict(DiffusionPipeline.load_config(path))
+        transformer, autoencoder = (
+            dict(ModelConfig.load_config(path, subfolder=part)) for part in ("transformer", "vae")
+        )
     except (OSError, ValueError) as error:
         raise RequestError(f"--model {model}: cannot be loaded: {first_line(error)}") from error
-    return FLUX_DEFAULTS if config.get("guidance_embeds") else UNGUIDED_DEFAULTS
+    family = _family_of(path, index)
+    recipe = family.recipe
+    assert recipe is not None  # `_family_of` has seen to it
+    defaults = recipe.defaults_of(transformer, index) or recipe.defaults
+    if model in DEMOS:
+        defaults = replace(defaults, **DEMO_DEFAULTS)
+    return Model(
+        path=path,
+        family=family,
+        defaults=defaults,
+        token_pixels=recipe.patch * _reduction(autoencoder),
+        native_size=defaults.size if model in DEMOS else index.get("native_size"),
+        parts=tuple(name for name, part in index.items() if isinstance(part, (list, tuple))),
+    )
 
 
-def text_length(pipe: FluxPipeline) -> int:
-    """Text tokens a pipeline is given, padding included: 256 where guidance is not embedded."""
-    longest = 512 if pipe.transformer.config.guidance_embeds else 256
-    return min(longest, pipe.tokenizer_2.model_max_length)
+def _read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline's model_index.json.
+
+    Raises:
+        RequestError: there is none, or none that can be read.
+    """
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+        str(index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"no valid {INDEX}"
+        if (folder / CONFIG).is_file() and not (folder / INDEX).exists():
+            why = "it is one model of it; give the folder around it"
+        raise RequestError(
+            f"--model: {folder} is not a pipeline in diffusers format ({why})."
+        ) from error
+    return index
+
+
+def _family_of(path: str | Path, index: Mapping[str, Any]) -> Family:
+    """The family of a pipeline.
+
+    Raises:
+        RequestError: a pipeline that is not known; those of the same family are named.
+    """
+    from ..families.table import MODELS, named_family
+
+    transformer, name = index.get("transformer"), str(index["_class_name"])
+    several = isinstance(transformer, (list, tuple)) and len(transformer) == 2
+    family = named_family(str(transformer[-1])) if several else None
+    if family is None or family.recipe is None:
+        raise RequestError(
+            f"--model: {path} holds a {name}, whose transformer is none of {', '.join(MODELS)}."
+        )
+    if name.removeprefix("CLEAR") not in family.recipe.pipelines:
+        raise RequestError(
+            f"--model: {path} holds a {name}; of {family.title} the supported pipelines are "
+            f"{', '.join(family.recipe.pipelines)}."
+        )
+    return family
+
+
+def _reduction(config: Mapping[str, Any]) -> int:
+    """Side of a latent pixel, in pixels, by an autoencoder's configuration."""
+    if "spatial_compression_ratio" in config:
+        return int(config["spatial_compression_ratio"])
+    if "temperal_downsample" in config:
+        return 2 ** len(config["temperal_downsample"])
+    channels = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return 2 ** (len(channels) - 1)
+
+
+def model_defaults(model: str) -> Defaults:
+    """The settings that suit a model.
+
+    Raises:
+        RequestError: see `find_model`.
+    """
+    return find_model(model).defaults
 
 
 def load_pipeline(
@@ -139,26 +191,27 @@ def load_pipeline(
     device: torch.device,
     only_transformer: bool = False,
     text_encoders: bool = True,
-) -> CLEARFluxPipeline:
-    """A FLUX pipeline, ready on a device; without text encoders and autoencoder if asked.
+) -> CLEARPipeline:
+    """A model's pipeline, ready on a device; without text encoders and autoencoder if asked.
 
     Raises:
         RequestError: it cannot be found or read.
     """
-    path = model_path(model)
+    found = find_model(model)
+    renamed = release(metadata.version("diffusers")) >= (0, 42)
+    options: dict[str, Any] = {"dtype" if renamed else "torch_dtype": dtype}
+    for part in found.parts:
+        if only_transformer and part not in ("transformer", "scheduler"):
+            options[part] = None
+    if not text_encoders:
+        options |= {part: None for part in found.parts if part.startswith("text_encoder")}
     try:
         with quiet_libraries():
-            from ..pipelines.flux import CLEARFluxPipeline
+            from ..pipelines.pipeline import CLEARPipeline
 
-            renamed = release(metadata.version("diffusers")) >= (0, 42)
-            options: dict[str, Any] = {"dtype" if renamed else "torch_dtype": dtype}
-            if only_transformer:
-                options |= dict.fromkeys(OTHER_PARTS)
-            if not text_encoders:
-                options |= dict.fromkeys(TEXT_ENCODERS)
-            if model == "demo":
-                options["native_size"] = DEMO_DEFAULTS.size
-            pipe = CLEARFluxPipeline.from_pretrained(path, use_safetensors=True, **options)
+            pipe: CLEARPipeline = CLEARPipeline.from_pretrained(
+                found.path, native_size=found.native_size, use_safetensors=True, **options
+            )
     except (OSError, ValueError) as error:
         raise RequestError(f"--model {model}: cannot be loaded: {first_line(error)}") from error
     return pipe.to(device)

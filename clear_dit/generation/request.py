@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..families.recipe import Defaults
 from ..kernels.numbers import number
 from ..weights.known import AUTO
 from .checks import (
@@ -19,7 +20,7 @@ from .checks import (
     take_numbers,
 )
 from .image_input import read_image
-from .models import TOKEN_PIXELS, ModelDefaults, model_defaults, model_path
+from .models import find_model
 
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"
@@ -40,8 +41,8 @@ class GenerateRequest:
     Attributes:
         prompt: the text.
         model: "demo", a folder in diffusers format, or a hub repository (owner/name).
-        height, width: of the image, in pixels, multiples of 16.
-        radius: of the window, in tokens (16 pixels).
+        height, width: of the image, in pixels, whole tokens (16 pixels for most models).
+        radius: of the window, in tokens.
         down_factor: side of a pooling cell, in tokens; 1 for none.
         far: whether the window has far keys; None as the weights were made for, and without any
             where `down_factor` is 1.
@@ -50,14 +51,15 @@ class GenerateRequest:
         attention: "clear" or "full".
         impl: see `local_attention`.
         steps: denoising steps.
-        guidance: strength of guidance: FLUX.1-dev's embedded scale; for a model without one, the
-            scale of classifier-free guidance against an empty prompt (two passes), 1 for none.
+        guidance: strength of guidance, as the model's pipeline takes it: FLUX.1-dev's embedded
+            scale; for a model without one, the scale of classifier-free guidance against an empty
+            prompt (two passes), 1 for none (0 for Z-Image and Krea 2).
         seed: of the initial noise.
         image: an image to enlarge to height x width, of that aspect ratio; None to start from
             noise.
         strength: of the stages above the native size, from 0 to 1: one for all, or one for each;
-            None for the default. See `CLEARFluxPipeline`.
-        low_resolution_guidance: from 0 to 1, see `CLEARFluxPipeline`; None for the default.
+            None for the default. See `CLEARPipeline`.
+        low_resolution_guidance: from 0 to 1, see `CLEARPipeline`; None for the default.
         stages_dir: a folder for finished stages, from which the same request goes on.
         dtype: "float32", "bfloat16" or "float16".
         device: a torch device.
@@ -89,11 +91,18 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; describe an image.")
-        model_path(self.model)
+        token_pixels = find_model(self.model).token_pixels
         take_numbers(self, _BOUNDS)
         for name in ("height", "width"):
-            object.__setattr__(self, name, check_size(name, getattr(self, name)))
-        find_window(self.height, self.width, self.radius, self.down_factor, far=self.far is True)
+            object.__setattr__(self, name, check_size(name, getattr(self, name), token_pixels))
+        find_window(
+            self.height,
+            self.width,
+            self.radius,
+            self.down_factor,
+            token_pixels=token_pixels,
+            far=self.far is True,
+        )
         if self.attention not in ("clear", "full"):
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
         if self.attention == "full" and self.weights not in (None, AUTO):
@@ -109,7 +118,7 @@ class GenerateRequest:
 
 
 def make_request(
-    prompt: str, model: str = "demo", defaults: ModelDefaults | None = None, **settings: Any
+    prompt: str, model: str = "demo", defaults: Defaults | None = None, **settings: Any
 ) -> GenerateRequest:
     """A request in which whatever is None or not named takes the model's default.
 
@@ -117,16 +126,16 @@ def make_request(
 
     Args:
         prompt, model, settings: see `GenerateRequest`.
-        defaults: those of the model, for many requests; `model_defaults` finds them where None.
+        defaults: those of the model, for many requests; `find_model` has them where None.
 
     Raises:
         RequestError: see `GenerateRequest`.
     """
-    defaults = defaults or model_defaults(model)
+    defaults = defaults or find_model(model).defaults
     device = str(find_device(settings.get("device")))
     height, width = defaults.size, defaults.size
     if settings.get("image") is not None:
-        height, width = _enlarged_size(settings)
+        height, width = _enlarged_size(settings, find_model(model).token_pixels)
     complete: dict[str, Any] = {
         "height": height,
         "width": width,
@@ -151,17 +160,17 @@ def make_request(
     return GenerateRequest(prompt, model, **(complete | {"device": device}))
 
 
-def _enlarged_size(settings: dict[str, Any]) -> tuple[int, int]:
+def _enlarged_size(settings: dict[str, Any], token_pixels: int) -> tuple[int, int]:
     """Height and width of the image that an image is enlarged to."""
     from ..pipelines.cascade.given_image import check_image, enlarged_size
 
     height, width = (
-        None if settings.get(name) is None else check_size(name, settings[name])
+        None if settings.get(name) is None else check_size(name, settings[name], token_pixels)
         for name in ("height", "width")
     )
     image = read_image(Path(settings["image"]))
     try:
-        check_image(image, TOKEN_PIXELS)
-        return enlarged_size(height, width, (image.height, image.width), TOKEN_PIXELS)
+        check_image(image, token_pixels)
+        return enlarged_size(height, width, (image.height, image.width), token_pixels)
     except ValueError as error:
         raise RequestError(str(error)) from error

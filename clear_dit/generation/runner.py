@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +23,11 @@ from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.known import AUTO
 from .checks import find_device, find_dtype, find_impl
-from .denoising import denoise, two_passes, unpack
+from .denoising import denoise, unpack
 from .image_input import read_image
-from .models import TOKEN_PIXELS, load_pipeline
-from .sharing import check_shared, encode_once
+from .models import load_pipeline
+from .sharing import RequestTexts, check_shared
+from .timing import Timer
 from .weights import Settled, settled
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Step:
         stages: of this image.
         height, width: of the stage's image, in pixels.
         sigma: the noise level of `latents`, from 1 (noise) to 0 (the image).
-        latents: packed, (1, tokens, channels), on the pipeline's device; not to be changed. With
-            those of the step before, x and s, they tell the image that is coming:
+        latents: of one image, as the stock pipeline holds them, on its device; not to be changed.
+            With those of the step before, x and s, they tell the image that is coming:
             `latents - sigma * (latents - x) / (sigma - s)`.
     """
 
@@ -182,7 +182,7 @@ class PipelineRunner:
             "out": str(out),
             "height": request.height,
             "width": request.width,
-            "tokens": request.height * request.width // TOKEN_PIXELS**2,
+            "tokens": request.height * request.width // self.pipe.token_pixels**2,
             "impl": impl,
             "far": far,
             "weights": weights and Path(weights).name,
@@ -244,7 +244,8 @@ class PipelineRunner:
         pooled = f", down_factor {request.down_factor}" if request.down_factor > 1 else ""
         sees = ", far keys" if found.far else pooled
         setting = f"{request.model}, radius {request.radius}{sees}"
-        rows, columns = request.height // TOKEN_PIXELS, request.width // TOKEN_PIXELS
+        side = self.pipe.token_pixels
+        rows, columns = request.height // side, request.width // side
         covers_all = request.radius**2 > (rows - 1) ** 2 + (columns - 1) ** 2
         if setting in self._told or (found.weights is None and covers_all):
             return found
@@ -267,27 +268,24 @@ class PipelineRunner:
         return found
 
     def _denoise(self, request: GenerateRequest, watch: _Watch, timer: Timer) -> torch.Tensor:
-        """Text and denoising one after the other, each timed; packed latents."""
+        """Text and denoising, each timed; latents as the stock pipeline holds them."""
         pipe = self.pipe
-        with timer.measure("text", self.device):
-            text = encode_once(pipe, request.prompt, self._ranks)
-            guided = two_passes(pipe, request.guidance)
-            empty = encode_once(pipe, "", self._ranks) if guided else None
+        texts = RequestTexts(self._ranks, timer, self.device)
         stages: dict[str, Any] = {
             "low_resolution_guidance": request.low_resolution_guidance,
             "stages_dir": request.stages_dir,
+            "texts": texts,
         }
         if request.strength is not None:
             one = len(request.strength) == 1
             stages["strength"] = request.strength[0] if one else request.strength
         if request.image is not None:
-            stages["image"] = read_image(Path(request.image))
+            stages["enlarge"] = read_image(Path(request.image))
         with timer.measure("denoise", self.device):
             try:
                 latents = denoise(
                     pipe,
-                    text,
-                    empty,
+                    [request.prompt],
                     [request.seed],
                     height=request.height,
                     width=request.width,
@@ -298,6 +296,7 @@ class PipelineRunner:
                 )
             except ValueError as error:
                 raise RequestError(str(error)) from error
+        timer.without("denoise", "text")
         if watch.stopped:
             raise Stopped
         return latents
@@ -412,21 +411,6 @@ class _Watch:
             if self._should_stop is not None and self._should_stop():
                 raise Stopped
             yield strip
-
-
-@dataclass
-class Timer:
-    """Seconds by part of the work."""
-
-    seconds: dict[str, float]
-
-    @contextmanager
-    def measure(self, part: str, device: torch.device) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.seconds[part] = round(time.perf_counter() - start, 3)
 
 
 def _free(device: torch.device) -> None:

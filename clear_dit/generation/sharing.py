@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import RequestError
-from .denoising import Text, encode
-from .models import TOKEN_PIXELS, text_length
+from ..pipelines.text import Texts
+from ..process_group import RankGroup
+from .models import find_model
+from .timing import Timer
 
 if TYPE_CHECKING:
-    from ..pipelines.flux import CLEARFluxPipeline
     from ..pipelines.parallel.start import Ranks
     from .request import GenerateRequest
 
@@ -67,26 +68,59 @@ def check_shared(request: GenerateRequest, ranks: Ranks) -> None:
     facts = {name: repr(value) for name, value in asdict(request).items() if name != "device"}
     try:
         agree(ranks.process_group, facts)
-        Bands(request.height // TOKEN_PIXELS, ranks.mesh.size(-1), 0, 0)
+        Bands(request.height // find_model(request.model).token_pixels, ranks.mesh.size(-1), 0, 0)
     except ValueError as error:
         raise RequestError(str(error)) from error
     if request.attention == "full":
         raise RequestError("--parallel shares rows by local attention; leave --attention full out.")
 
 
-def encode_once(pipe: CLEARFluxPipeline, prompt: str, ranks: Ranks | None) -> Text:
-    """A prompt's embeddings; of several ranks the first has the encoders, and sends."""
-    if ranks is None:
-        return encode(pipe, [prompt])
-    if ranks.is_first:
-        text = encode(pipe, [prompt])
-    else:
-        config = pipe.transformer.config
-        text = Text(
-            torch.empty(1, text_length(pipe), config.joint_attention_dim),
-            torch.empty(1, config.pooled_projection_dim),
-        )
-    text = Text(*(part.to(pipe.device, pipe.dtype).contiguous() for part in text))
-    for part in text:
-        ranks.process_group.broadcast(part, 0)
-    return text
+class RequestTexts(Texts):
+    """The texts of one request, timed; of several ranks the first has the encoders, and sends.
+
+    Args:
+        ranks: that share the request, which all encode the same in the same order.
+        timer: whose "text" it is.
+        device: of the embeddings.
+    """
+
+    def __init__(self, ranks: Ranks | None, timer: Timer, device: torch.device) -> None:
+        super().__init__()
+        self._ranks, self._timer, self._device = ranks, timer, device
+
+    def encoded(self, encode: Callable[[], Any]) -> Any:
+        """What the first rank makes of it, on all ranks."""
+        with self._timer.measure("text", self._device):
+            if self._ranks is None:
+                return encode()
+            made = encode() if self._ranks.is_first else None
+            group = self._ranks.process_group
+            shape = group.gather(_description(made))[0]
+            return _exchanged(shape, made, group, self._device)
+
+
+def _description(value: Any) -> Any:
+    """Of nested tuples and lists of tensors and None, as JSON."""
+    if isinstance(value, torch.Tensor):
+        return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+    if isinstance(value, (tuple, list)):
+        return [isinstance(value, tuple), *map(_description, value)]
+    assert value is None, type(value)
+    return None
+
+
+def _exchanged(shape: Any, made: Any, group: RankGroup, device: torch.device) -> Any:
+    """The first rank's value on every rank; `made` is it there, and None elsewhere."""
+    if shape is None:
+        return None
+    if isinstance(shape, list):
+        is_tuple, *parts = shape
+        given = [None] * len(parts) if made is None else made
+        pairs = zip(parts, given, strict=True)
+        found = [_exchanged(part, value, group, device) for part, value in pairs]
+        return tuple(found) if is_tuple else found
+    if made is None:
+        made = torch.empty(shape["shape"], dtype=getattr(torch, shape["dtype"]), device=device)
+    tensor: torch.Tensor = made.to(device).contiguous()
+    group.broadcast(tensor, 0)
+    return tensor
