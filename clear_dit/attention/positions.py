@@ -1,8 +1,9 @@
-"""Rotary position tables for images larger than a FLUX model was trained at.
+"""How positions go beyond those a model was trained with, and FLUX.1's table by that.
 
-A rotary table turns the position p of a token along an axis into angles p * frequency, one for
-every pair of channels. Most methods here are a change of those frequencies, axis by axis; position
-ids stay what they are, so that the token grid can still be read from them and from the table.
+Position ids stay what they are, so that the token grid can still be read from them and from the
+table. With "two" a token has several positions: their tables stand beside each other in the last
+dimension, as models put tables together token by token. FLUX.1's model passes a tuple on as it is,
+and gets a longer one.
 """
 
 from __future__ import annotations
@@ -10,44 +11,51 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..kernels.numbers import as_number, integer, number
+from .axes import MARGIN as MARGIN
+from .axes import Axis, cos_and_sin, of_tokens
 
 METHODS = ("none", "ntk", "yarn", "interpolation", "two")
 
-# NTK-by-parts (arXiv 2309.00071, section 3.2): a pair of channels that turns at least YARN_FAST
-# times over the trained extent keeps its frequency, one that turns at most YARN_SLOW times is
-# interpolated. The paper's 32 is for texts of thousands of tokens: over the 64 tokens of a FLUX
-# image's side the fastest pair turns 64 / 2 pi = 10 times, so that 32 would leave nothing as is.
-# Of four ramps tried on the demo at twice its size, 4 to 1 (and less so 4 to 1/4) left a dark line
-# along a row or column near the border, and 8 to 2 was softer.
-YARN_FAST, YARN_SLOW = 2.0, 0.5
-
-# Tokens that "two" leaves free at both ends of the trained extent. An image ends at the first and
-# the last trained position; with several tokens as near to them as that, the demo drew lines along
-# the borders (2048 px: the step of brightness there 35 times the usual one, with the margin 2).
-MARGIN = 0.5
-
-# Devices without float64, where diffusers too makes its tables in float32.
-FLOAT32_DEVICES = ("mps", "npu")
+AxisKind = TypeVar("AxisKind", bound=Axis)
 
 
 @dataclass(frozen=True)
 class Extension:
     """How positions go beyond those a model was trained with; the default changes nothing.
 
+    Methods:
+        "none": the frequencies of the model, whatever the factors.
+        "ntk": theta times the factor, as CLEAR and URAE publish it with a factor of 10 for FLUX.1
+            at 2K and 4K (arXiv 2412.16112, 2503.16322). The higher a frequency, the less it
+            changes.
+        "yarn": NTK-by-parts of YaRN (arXiv 2309.00071, section 3.2): frequencies that turn often
+            over the trained extent stay, slow ones are divided by the factor, those between are
+            blended. YaRN's attention temperature is left to `proportional_base`.
+        "interpolation": all frequencies divided by the factor (arXiv 2306.15595): the grid keeps
+            the trained extent. A table that was learned is resampled.
+        "two": the frequencies of the model, and a last table in which the image's positions are
+            divided by the factors, and begin at `MARGIN` on axes whose factor is not 1: CLEAR's
+            processors score keys inside the disc by the first and all others by the last
+            (`two_position_attention`); `applied` gives models with stock processors ones that do so
+            too. From a factor of some 3 on there are tables between, each scaled some twice as much
+            as the one before, for levels of far keys. Text and reference images keep their
+            positions, or follow the image's where these begin behind it.
+
     Attributes:
-        rope: how positions are extended: "none", "ntk", "yarn", "interpolation" or "two"; see
-            `ExtendedPosEmbed`.
-        rope_factors: for rows and for columns, see `ExtendedPosEmbed`.
-        trained_side: extent the model was trained at, in tokens.
-        proportional_base: number of tokens (text + image) at which the scale of attention is the
-            trained one; it grows with the logarithm of the tokens. None for that scale always.
+        rope: one of the above.
+        rope_factors: for rows and for columns: current extent / trained extent (for "two" from
+            first to last token, and the latter without a `MARGIN` at both ends), or what "ntk"
+            multiplies theta by; below 1 positions are spread. A factor of 1 changes nothing.
+        trained_side: extent the model was trained at, in tokens; only "yarn" needs it.
+        proportional_base: number of tokens (text + image) at which attention has the scale it was
+            trained with; None for that scale always. Scores are multiplied by
+            sqrt(log_base(tokens)), proportional attention (arXiv 2306.08645).
 
     Raises:
         ValueError: a setting out of its range.
@@ -76,40 +84,40 @@ class Extension:
         """Whether a model needs other position tables."""
         return self.rope != "none" or self.proportional_base is not None
 
+    def axes(
+        self, theta: float, dims: Sequence[int], rows: int, kind: type[AxisKind] = Axis
+    ) -> tuple[AxisKind, ...]:
+        """Those of a rotary table.
+
+        Args:
+            theta: base of the model's frequencies.
+            dims: channels of every axis.
+            rows: which of them is that of the image's rows; columns are the next. Others, such as
+                one for groups of tokens, stay as they are.
+            kind: class of the axes.
+        """
+        of_rows, of_columns = (1.0, 1.0) if self.rope == "none" else self.rope_factors
+        factors = {rows: of_rows, rows + 1: of_columns}
+        return tuple(
+            kind(theta, dim, self.rope, factors.get(place, 1.0), self.trained_side)
+            for place, dim in enumerate(dims)
+        )
+
+    def gain(self, tokens: int) -> float:
+        """Of a rotary table: both queries and keys get the fourth root of what scores get."""
+        base = self.proportional_base
+        return 1.0 if base is None else math.log(tokens, base) ** 0.25
+
 
 class ExtendedPosEmbed(nn.Module):
     """Stands in for `FluxPosEmbed`; bit for bit the same with method "none" or factors of 1.
 
-    Methods:
-        "none": the frequencies of the model.
-        "ntk": theta times the factor, as CLEAR and URAE publish it with a factor of 10 for FLUX.1
-            at 2K and 4K (arXiv 2412.16112, 2503.16322). The higher a frequency, the less it
-            changes.
-        "yarn": NTK-by-parts of YaRN (arXiv 2309.00071, section 3.2): frequencies that turn often
-            over the trained extent stay, slow ones are divided by the factor, those between are
-            blended. YaRN's attention temperature is left to `proportional_base`.
-        "interpolation": all frequencies divided by the factor (arXiv 2306.15595): the grid keeps
-            the trained extent.
-        "two": the frequencies of the model, and a last table in which the image's positions are
-            divided by the factors, and begin at `MARGIN` on axes whose factor is not 1: CLEAR's
-            processors score keys inside the disc by the first and all others by the last
-            (`two_position_attention`); `applied` gives models with stock processors ones that do so
-            too. From a factor of some 3 on there are tables between, each scaled some twice as much
-            as the one before, for levels of far keys.
-
     Args:
         theta: base of the model's frequencies.
-        axes_dim: channels of the three axes: group, row, column.
-        method: one of the above.
-        factors: for rows and for columns: current extent / trained extent (for "two" from first
-            to last token, and the latter without a `MARGIN` at both ends), or what "ntk" multiplies
-            theta by; below 1 positions are spread. The group axis, 0 for all tokens of
-            text-to-image, stays as it is.
-        trained_side: extent the model was trained at, in tokens; only "yarn" needs it.
-        proportional_base: number of tokens (text + image) at which attention has the scale it was
-            trained with; None for that scale always. Scores are multiplied by
-            sqrt(log_base(tokens)), proportional attention (arXiv 2306.08645), by way of the table:
-            queries and keys both get the fourth root, whatever computes their attention.
+        axes_dim: channels of the three axes: group, row, column. The group axis, 0 for all tokens
+            of text-to-image, stays as it is.
+        method, factors, trained_side, proportional_base: see `Extension`. Proportional attention
+            comes by way of the table, whatever computes attention.
 
     Raises:
         ValueError: an unknown method, or a factor that is not a positive number.
@@ -125,19 +133,15 @@ class ExtendedPosEmbed(nn.Module):
         proportional_base: int | None = None,
     ) -> None:
         super().__init__()
-        check_method(method, factors)
         self.theta = theta
         self.axes_dim = list(axes_dim)
-        self.method = method
-        self.factors = (1.0, *factors)
-        self.trained_side = trained_side
-        self.proportional_base = proportional_base
+        self.extension = Extension(
+            method, factors, trained_side, proportional_base=proportional_base
+        )
+        self.axes = self.extension.axes(theta, self.axes_dim, rows=1)
 
     def extra_repr(self) -> str:
-        return (
-            f"method={self.method!r}, factors={self.factors[1:]}, "
-            f"proportional_base={self.proportional_base}"
-        )
+        return str(self.extension)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The table of some position ids.
@@ -150,59 +154,13 @@ class ExtendedPosEmbed(nn.Module):
             neighbouring channels. With "two" also cos and sin of the scaled positions, the least
             scaled first, where reference images (groups other than 0) keep theirs.
         """
-        if self.method != "two":
-            return self._table(ids)
         ids = ids.float()  # a scaled position is no whole number
-        starts = [0.0 if factor == 1 else MARGIN for factor in self.factors]
-        tables, of_image = [self._table(ids)], _of_image(ids)
-        for factors in self._octaves():
-            scaled = ids / ids.new_tensor(factors)
-            scaled += ids.new_tensor(starts)
-            tables.append(self._table(torch.where(of_image, scaled, ids)))
-        return tuple(chain.from_iterable(tables))
-
-    def _octaves(self) -> list[tuple[float, ...]]:
-        """The factors of "two", reached in steps of some 2."""
-        largest = max(self.factors)
-        steps = max(1, round(math.log2(largest)))
-        return [
-            *(
-                tuple(min(factor, largest ** (step / steps)) for factor in self.factors)
-                for step in range(1, steps)
-            ),
-            self.factors,
-        ]
-
-    def _table(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = torch.float32 if ids.device.type in FLOAT32_DEVICES else torch.float64
-        angles = torch.cat(
-            [
-                torch.outer(ids[:, axis].float(), self.frequencies(axis, dtype, ids.device))
-                for axis in range(ids.shape[1])
-            ],
-            dim=1,
-        ).repeat_interleave(2, dim=1)
-        cos, sin = angles.cos().float(), angles.sin().float()
-        if self.proportional_base is None:
-            return cos, sin
-        gain = math.log(len(ids), self.proportional_base) ** 0.25
-        return cos * gain, sin * gain
-
-    def frequencies(
-        self, axis: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
-    ) -> torch.Tensor:
-        """Radians per token for every pair of channels of an axis, (axes_dim[axis] / 2,)."""
-        factor = self.factors[axis]
-        theta = self.theta * factor if self.method == "ntk" else self.theta
-        exponents = torch.arange(0, self.axes_dim[axis], 2, dtype=dtype, device=device)
-        frequencies = 1.0 / theta ** (exponents / self.axes_dim[axis])
-        if self.method == "interpolation":
-            return frequencies / factor
-        if self.method == "yarn" and factor != 1:
-            turns = self.trained_side * frequencies / (2 * math.pi)
-            kept = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
-            return kept * frequencies + (1 - kept) * frequencies / factor
-        return frequencies
+        gain = self.extension.gain(len(ids))
+        return tuple(
+            table * gain
+            for positions in of_tokens(self.axes, ids, _of_image(ids))
+            for table in cos_and_sin(self.axes, positions)
+        )
 
 
 def _of_image(ids: torch.Tensor) -> torch.Tensor:

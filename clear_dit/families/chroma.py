@@ -69,6 +69,7 @@ FAMILY = Family(
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",
     extend=extend,
+    proportional=True,
     serves_fused=True,
     unsupported=only((), "not wired up so far"),
 )

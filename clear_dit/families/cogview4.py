@@ -7,20 +7,27 @@ neighbours would share a position.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..attention.axes import MARGIN, Axis, along_axes, angles_along, over_grid
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
+from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Family, Reading, only
+from .family import Family, Reading, only, own_positions
 from .joint import JointProcessor
 from .recipe import Defaults, Latents, Recipe
 
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
 (_calculate_shift,) = names_from(
     "diffusers.pipelines.cogview4.pipeline_cogview4", "calculate_shift"
+)
+(CogView4RotaryPosEmbed,) = names_from(
+    "diffusers.models.transformers.transformer_cogview4", "CogView4RotaryPosEmbed"
 )
 
 
@@ -73,11 +80,12 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     config = model.config
     rows, columns = (size // config.patch_size for size in latents.shape[-2:])
     row_limit, column_limit = config.rope_axes_dim
-    if rows > row_limit or columns > column_limit:
+    extended = isinstance(model.rope, ExtendedCogView4RotaryPosEmbed)
+    if not extended and (rows > row_limit or columns > column_limit):
         raise ValueError(
             f"CLEAR: this CogView4 model has {row_limit} x {column_limit} positions, which the "
             f"neighbours among {rows} x {columns} tokens would have to share; make a smaller "
-            "image."
+            "image, or extend the positions (rope)."
         )
     layout = Layout(text.shape[1], rows, columns)
     mask = given.get("attention_mask")
@@ -102,6 +110,68 @@ def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
     )
 
 
+class ExtendedCogView4RotaryPosEmbed(nn.Module):
+    """Stands in for `CogView4RotaryPosEmbed`; bit for bit the same with factors of 1.
+
+    The stock table is interpolated already: an image of any size and shape fills positions 0 to
+    256, rounded down. Extended ones are not rounded, so that no two tokens share any; and distances
+    between tokens are true where they are those of an image of the trained extent: 4 from token to
+    token where that is 64. With "interpolation" the image fills the trained positions, with "yarn"
+    slow frequencies do as in that, and fast ones see true distances, as with "two" all do in the
+    first table. In its others the image keeps a `MARGIN` at both ends. Text is not rotated, which
+    is position 0 either way.
+
+    Args:
+        stock: what it stands in for.
+        extension: how positions are extended.
+    """
+
+    def __init__(self, stock: Any, extension: Extension) -> None:
+        super().__init__()
+        self.dim, self.theta = stock.dim, stock.theta
+        self.patch_size, self.rope_axes_dim = stock.patch_size, stock.rope_axes_dim
+        self.axes = extension.axes(self.theta, (self.dim // 2, self.dim // 2), rows=0)
+
+    def forward(self, hidden_states: torch.Tensor) -> Rotary:
+        """The table of an image.
+
+        Args:
+            hidden_states: latents, (batch, channels, height, width).
+
+        Returns:
+            cos and sin, (image, k * dim) each, float32; k is 1, and more with "two".
+        """
+        sizes = [size // self.patch_size for size in hidden_states.shape[-2:]]
+        along = zip(self.axes, sizes, self.rope_axes_dim, strict=True)
+        axes, positions = zip(*(_placed(*one) for one in along), strict=True)
+        cos, sin = list[torch.Tensor](), list[torch.Tensor]()
+        for each in along_axes(axes, positions):
+            angles = angles_along(axes, each, torch.float32)
+            for table, function in ((cos, torch.cos), (sin, torch.sin)):
+                # By way of the CPU, where the stock one is made.
+                values = over_grid([function(one).to(hidden_states.device) for one in angles])
+                table += [values, values]  # the halves of a head's channels
+        return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
+
+
+def _placed(axis: Axis, tokens: int, limit: int) -> tuple[Axis, torch.Tensor]:
+    """An axis in the model's positions, and those of an image's tokens on it."""
+    places = torch.arange(tokens, device="cpu")
+    if axis.factor == 1:
+        step = limit / tokens
+        return axis, places * step if tokens > limit else (places * limit // tokens).float()
+    trained = tokens / axis.factor
+    if axis.method == "two":
+        trained = (tokens - 1) / axis.factor + 1 + 2 * MARGIN
+    step = limit / trained
+    return replace(axis, margin=MARGIN * step, trained_side=limit), places * step
+
+
+def _extend(model: Any, extension: Extension) -> dict[str, Any]:
+    positions = own_positions(model, "rope", CogView4RotaryPosEmbed, ExtendedCogView4RotaryPosEmbed)
+    return {"rope": ExtendedCogView4RotaryPosEmbed(positions, extension)}
+
+
 FAMILY = Family(
     name="cogview4",
     title="CogView4",
@@ -120,7 +190,10 @@ FAMILY = Family(
     order="text, image",
     grid_from="the latents' shape",
     heads="32 x 128",
-    positions="256 tokens a side: beyond, neighbours share positions",
+    positions="256 tokens a side: beyond, neighbours share positions; extended, no limit: none do",
+    extend=_extend,
+    # The factor of "ntk" is no extent, and these positions have none of their own.
+    methods=("none", "yarn", "interpolation", "two"),
     repeated_blocks=False,
     unsupported=only((), "not wired up so far"),
 )

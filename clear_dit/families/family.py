@@ -62,6 +62,8 @@ class Family:
             are extended: {"pos_embed": module}; None where positions cannot be extended.
         methods: of `Extension.rope` that `extend` knows.
         recipe: how its pipelines make whole images; None where no pipeline is known.
+        proportional: whether its tables bring proportional attention along: each layer rotates all
+            tokens by one table, made at once. Elsewhere only CLEAR's processors can have it.
         tuned: linear layers of an attention layer that distillation trains and CLEAR weights hold,
             where the layer has them.
         kept: prefix of other attention layers to why they stay as they are.
@@ -87,6 +89,7 @@ class Family:
     extend: Callable[[Any, Extension], Mapping[str, Any]] | None = None
     methods: tuple[str, ...] = METHODS
     recipe: Recipe | None = None
+    proportional: bool = False
     was_undone: Callable[[Any, CLEARProcessor], bool] = lambda model, installed: False
     is_fused: Callable[[Any], bool] = lambda attn: getattr(attn, "fused_projections", False)
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -128,6 +131,11 @@ class Family:
                 f"CLEAR: rope {extension.rope!r} does not work with {self.title}; choose from: "
                 f"{known}."
             )
+        if extension.proportional_base is not None and not self.proportional:
+            raise ValueError(
+                f"CLEAR: proportional_base does not work by {self.title}'s position tables, which "
+                "do not know all tokens; set it on CLEAR's processors (apply_clear)."
+            )
         return self.extend(model, extension)
 
     def tuned_names(self, attn: nn.Module) -> list[str]:
@@ -164,6 +172,25 @@ def check_image_length(layout: Layout, source: str, hidden_states: torch.Tensor)
             f"image tokens{layout.and_references}, but hidden_states has {received}. Are "
             "height and width those of these latents?"
         )
+
+
+def own_positions(model: Any, attribute: str, *known: type) -> Any:
+    """What a model has for positions, unless somebody else put it there.
+
+    Args:
+        known: the stock class, and what stands in for it.
+
+    Raises:
+        ValueError: it is of another class.
+    """
+    positions = getattr(model, attribute)
+    if not isinstance(positions, known):
+        raise ValueError(
+            f"CLEAR: only {known[0].__name__} can be extended, but the transformer's {attribute} "
+            f"is a {type(positions).__name__}. Put the stock one back, or use "
+            "Resolution(rope='none', proportional_base=None)."
+        )
+    return positions
 
 
 def adapter_was_unloaded(model: nn.Module, projection: str) -> bool:

@@ -10,7 +10,13 @@ from ..attention.ip_adapter import LayerProcessor
 from ..attention.layout import Layout
 from ..attention.positions import ExtendedPosEmbed, Extension
 from ..compat import names_from
-from .family import Family, Reading, adapter_was_unloaded, check_image_length
+from .family import (
+    Family,
+    Reading,
+    adapter_was_unloaded,
+    check_image_length,
+    own_positions,
+)
 from .recipe import Defaults, Guidance, Recipe
 
 (FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
@@ -42,13 +48,7 @@ def grids_from_ids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int,
 
 def extend(model: Any, extension: Extension) -> dict[str, Any]:
     """`Family.extend` where `pos_embed` is a `FluxPosEmbed`."""
-    positions = model.pos_embed
-    if not isinstance(positions, (FluxPosEmbed, ExtendedPosEmbed)):
-        raise ValueError(
-            "CLEAR: only FluxPosEmbed can be extended, but the transformer's pos_embed is a "
-            f"{type(positions).__name__}. Put the stock one back, or use Resolution(rope='none', "
-            "proportional_base=None)."
-        )
+    positions = own_positions(model, "pos_embed", FluxPosEmbed, ExtendedPosEmbed)
     extended = ExtendedPosEmbed(
         positions.theta,
         positions.axes_dim,
@@ -103,6 +103,7 @@ FAMILY = Family(
         options=_text_length,
         defaults_of=_defaults,
     ),
+    proportional=True,
     serves_fused=True,
     chunked=True,
 )

@@ -10,16 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..attention.axes import cos_and_sin, of_tokens
 from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Family, Reading, only
+from .family import Family, Reading, only, own_positions
 from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor
 from .recipe import Defaults, Latents, Recipe
 
-(_get_qkv_projections,) = names_from(
-    "diffusers.models.transformers.transformer_flux2", "_get_qkv_projections"
+Flux2PosEmbed, _get_qkv_projections = names_from(
+    "diffusers.models.transformers.transformer_flux2", "Flux2PosEmbed", "_get_qkv_projections"
 )
 (_compute_empirical_mu,) = names_from(
     "diffusers.pipelines.flux2.pipeline_flux2", "compute_empirical_mu"
@@ -115,6 +118,45 @@ def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults |
     return Defaults(size=1024, radius=16, steps=4, guidance=1.0)
 
 
+class ExtendedFlux2PosEmbed(nn.Module):
+    """Stands in for `Flux2PosEmbed`; bit for bit the same with factors of 1.
+
+    With "two" the image's rows and columns begin at `MARGIN`. Text keeps its positions, row 0 and
+    column 0 and one after the other on the last axis, and reference images keep theirs.
+
+    Args:
+        stock: what it stands in for.
+        extension: how positions are extended.
+    """
+
+    def __init__(self, stock: Any, extension: Extension) -> None:
+        super().__init__()
+        self.theta = stock.theta
+        self.axes_dim = stock.axes_dim
+        self.axes = extension.axes(self.theta, self.axes_dim, rows=1)
+
+    def forward(self, ids: torch.Tensor) -> Rotary:
+        """The table of some position ids.
+
+        Args:
+            ids: (tokens, 4): group, row, column and text position; of image and references, or of
+                text, as the model asks for them.
+
+        Returns:
+            cos and sin, (tokens, k * sum(axes_dim)) each, float32; k is 1, and more with "two".
+        """
+        ids = ids.float()
+        of_image = (ids[:, :1] == 0) & (ids[:, 1:3] != 0).any()
+        tables = [cos_and_sin(self.axes, each) for each in of_tokens(self.axes, ids, of_image)]
+        cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
+        return cos, sin
+
+
+def _extend(model: Any, extension: Extension) -> dict[str, Any]:
+    positions = own_positions(model, "pos_embed", Flux2PosEmbed, ExtendedFlux2PosEmbed)
+    return {"pos_embed": ExtendedFlux2PosEmbed(positions, extension)}
+
+
 FAMILY = Family(
     name="flux2",
     title="FLUX.2 (dev, klein)",
@@ -140,6 +182,7 @@ FAMILY = Family(
     grid_from="img_ids (four numbers: group, row, column, text position)",
     heads="48 x 128 (dev), 24 x 128 (klein 4B), 32 x 128 (klein 9B)",
     positions="no limit: sine and cosine of any position",
+    extend=_extend,
     tuned=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
     serves_fused=True,
     unsupported=only((), "not wired up so far"),

@@ -10,14 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
+from ..attention.axes import along_axes, angles_along, over_grid
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.positions import Extension
 from ..attention.text_padding import used_length
-from .family import Family, Reading, only
+from ..compat import names_from
+from .family import Family, Reading, only, own_positions
 from .joint import JointProcessor
 from .recipe import Defaults, Guidance, Latents, Recipe
+
+(HunyuanImageRotaryPosEmbed,) = names_from(
+    "diffusers.models.transformers.transformer_hunyuanimage", "HunyuanImageRotaryPosEmbed"
+)
 
 
 class HunyuanImageProcessor(JointProcessor):
@@ -111,6 +119,53 @@ def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults |
     return Defaults(size=2048, radius=16, steps=8, guidance=3.25)
 
 
+class ExtendedHunyuanImageRotaryPosEmbed(nn.Module):
+    """Stands in for `HunyuanImageRotaryPosEmbed`; bit for bit the same with factors of 1.
+
+    With "two" the image's rows and columns begin at `MARGIN`. Text is not rotated, which is
+    position 0 either way.
+
+    Args:
+        stock: what it stands in for.
+        extension: how positions are extended.
+    """
+
+    def __init__(self, stock: Any, extension: Extension) -> None:
+        super().__init__()
+        self.patch_size, self.rope_dim, self.theta = stock.patch_size, stock.rope_dim, stock.theta
+        self.axes = extension.axes(self.theta, self.rope_dim, rows=len(self.rope_dim) - 2)
+
+    def forward(self, hidden_states: torch.Tensor) -> Rotary:
+        """The table of an image.
+
+        Args:
+            hidden_states: latents, (batch, channels, (frames,) height, width).
+
+        Returns:
+            cos and sin, (image, k * sum(rope_dim)) each, float32; k is 1, and more with "two".
+        """
+        sizes = hidden_states.shape[2:]
+        positions = [
+            torch.arange(size // patch, dtype=torch.float32, device=hidden_states.device)
+            for size, patch in zip(sizes, self.patch_size, strict=True)
+        ]
+        angles = torch.cat(
+            [
+                over_grid(angles_along(self.axes, along, torch.float32))
+                for along in along_axes(self.axes, positions)
+            ],
+            dim=1,
+        ).repeat_interleave(2, dim=1)
+        return angles.cos(), angles.sin()
+
+
+def _extend(model: Any, extension: Extension) -> dict[str, Any]:
+    positions = own_positions(
+        model, "rope", HunyuanImageRotaryPosEmbed, ExtendedHunyuanImageRotaryPosEmbed
+    )
+    return {"rope": ExtendedHunyuanImageRotaryPosEmbed(positions, extension)}
+
+
 FAMILY = Family(
     name="hunyuan-image",
     title="HunyuanImage 2.1",
@@ -131,6 +186,7 @@ FAMILY = Family(
     grid_from="the latents' shape",
     heads="28 x 128",
     positions="no limit: sine and cosine of any position",
+    extend=_extend,
     kept={"context_embedder": "attends over text alone"},
     unsupported=only((), "not wired up so far"),
 )

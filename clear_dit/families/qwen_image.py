@@ -16,6 +16,7 @@ from ..attention.text_padding import used_length
 from ..compat import names_from
 from .family import Family, Reading, check_image_length, only
 from .joint import JointProcessor
+from .qwen_positions import ExtendedQwenEmbedRope, Shape, extend, image_shapes
 from .recipe import Defaults, Guidance, Recipe
 
 (_rotate,) = names_from(
@@ -85,7 +86,7 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
             "CLEAR: Qwen-Image-Layered is not supported: it makes several images at once, one "
             "behind the other, and CLEAR's window is one image's."
         )
-    images = _image_shapes(given)
+    images = image_shapes(shapes)
     if isinstance(shapes, list) and any(other != shapes[0] for other in shapes):
         raise ValueError(
             f"CLEAR: all images of a batch must have one size, got img_shapes={shapes}."
@@ -111,16 +112,9 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     return Reading(layout, latents, mask, changes)
 
 
-def _image_shapes(given: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-    """(frames, rows, columns) of the image and the reference images; of the batch's first."""
-    shapes = given["img_shapes"]
-    first = shapes[0] if isinstance(shapes, list) else shapes
-    return first if isinstance(first, list) else [first]
-
-
 def _reference_grids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int, int], ...]:
     """`Family.reference_grids`."""
-    _, *references = _image_shapes(given)
+    _, *references = image_shapes(given["img_shapes"])
     if any(frames != 1 for frames, _, _ in references):
         raise ValueError(
             "CLEAR: references='local' is for reference images of one frame, got img_shapes="
@@ -129,8 +123,10 @@ def _reference_grids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[in
     return tuple((rows, columns) for _, rows, columns in references)
 
 
-def _check_positions(model: Any, images: list[tuple[int, int, int]], text_length: int) -> None:
+def _check_positions(model: Any, images: list[Shape], text_length: int) -> None:
     """The model's table of positions is finite, and slices of it past its end are just shorter."""
+    if isinstance(model.pos_embed, ExtendedQwenEmbedRope):
+        return
     limit = len(model.pos_embed.pos_freqs)
     furthest = max(max(rows - rows // 2, columns - columns // 2) for _, rows, columns in images)
     text_start = max(max(rows // 2, columns // 2) for _, rows, columns in images)
@@ -139,7 +135,8 @@ def _check_positions(model: Any, images: list[tuple[int, int, int]], text_length
         raise ValueError(
             f"CLEAR: Qwen-Image has {limit} positions, but {rows} x {columns} tokens with "
             f"{text_length} text tokens need {max(furthest, text_start + text_length)} (half the "
-            "longer side, and the text behind it); make a smaller image."
+            "longer side, and the text behind it); make a smaller image, or extend the positions "
+            "(rope)."
         )
 
 
@@ -161,6 +158,9 @@ FAMILY = Family(
     order="text, image, references",
     grid_from="img_shapes",
     heads="24 x 128",
-    positions="4096: half the longer side and the text behind it, in tokens",
     unsupported=only((), "not wired up so far"),
+    positions="4096: half the longer side and the text behind it, in tokens; extended, no limit: "
+    "computed",
+    extend=extend,
+    proportional=True,
 )

@@ -21,6 +21,7 @@ from ..compat import names_from
 from .family import Family, Reading, adapter_was_unloaded, only
 from .joint import JointProcessor
 from .recipe import Defaults, Latents, Recipe, linear_shift
+from .sd3_positions import ResampledPatchEmbed, extend
 
 FusedJointAttnProcessor2_0, JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0 = names_from(
     "diffusers.models.attention_processor",
@@ -207,15 +208,24 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     latents, text = given.get("hidden_states"), given.get("encoder_hidden_states")
     if latents is None or text is None:
         return None
-    config = model.config
-    rows, columns = (size // config.patch_size for size in latents.shape[-2:])
-    limit = config.pos_embed_max_size
-    if limit is not None and max(rows, columns) > limit:
-        raise ValueError(
-            f"CLEAR: this SD3 model has positions for {limit} x {limit} tokens, got {rows} x "
-            f"{columns}; make a smaller image."
-        )
+    rows, columns = (size // model.config.patch_size for size in latents.shape[-2:])
+    _check_positions(model, rows, columns)
     return Reading(Layout(text.shape[1], rows, columns, image_first=True), latents)
+
+
+def _check_positions(model: Any, rows: int, columns: int) -> None:
+    """The table of positions is finite."""
+    positions, limit = model.pos_embed, model.config.pos_embed_max_size
+    if limit is None:
+        return
+    resampled = isinstance(positions, ResampledPatchEmbed)
+    row_limit, column_limit = positions.limits if resampled else (limit, limit)
+    if rows > row_limit or columns > column_limit:
+        raise ValueError(
+            f"CLEAR: this SD3 model has positions for {row_limit} x {column_limit} tokens, got "
+            f"{rows} x {columns}; make a smaller image, or extend the positions (rope "
+            '"interpolation").'
+        )
 
 
 def _was_undone(model: Any, installed: CLEARProcessor) -> bool:
@@ -258,7 +268,10 @@ FAMILY = Family(
     order="image, text",
     grid_from="the latents' shape",
     heads="38 x 64 (3.5-large), 24 x 64 (3.5-medium, 3-medium)",
-    positions="192 tokens a side (3-medium, 3.5-large), 384 (3.5-medium): a table, pos_embed",
+    positions="192 tokens a side (3-medium, 3.5-large), 384 (3.5-medium): a table, pos_embed; so "
+    'many times that as rope "interpolation" resamples it',
+    extend=extend,
+    methods=("none", "interpolation"),
     serves_fused=True,
     repeated_blocks=False,
     unsupported=only((), "not wired up so far"),

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.axes import angles_along, of_tokens, table_dtype
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Family, Reading, only
+from .family import Family, Reading, only, own_positions
 from .joint import JointProcessor
 from .recipe import Defaults, Guidance, Latents, Recipe
 
-(MULTIPLE,) = names_from("diffusers.models.transformers.transformer_z_image", "SEQ_MULTI_OF")
+MULTIPLE, RopeEmbedder = names_from(
+    "diffusers.models.transformers.transformer_z_image", "SEQ_MULTI_OF", "RopeEmbedder"
+)
 
 
 class ZImageProcessor(JointProcessor):
@@ -105,13 +109,61 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     return Reading(layout, latents[0], mask)
 
 
+class ExtendedRopeEmbedder(nn.Module):
+    """Stands in for `RopeEmbedder`, without an end; bit for bit the same with factors of 1.
+
+    With "two" the image's rows and columns begin at `MARGIN`. Captions keep their positions, row 0
+    and column 0 and one after the other on the first axis, where the image follows them, and so
+    does padding.
+
+    Args:
+        stock: what it stands in for.
+        extension: how positions are extended.
+    """
+
+    def __init__(self, stock: Any, extension: Extension) -> None:
+        super().__init__()
+        self.theta = stock.theta
+        self.axes_dims = stock.axes_dims
+        self.axes = extension.axes(self.theta, self.axes_dims, rows=1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The table of some position ids.
+
+        Args:
+            ids: (tokens, 3): caption position, row and column; of images with padding, or of
+                captions, as the model asks for them.
+
+        Returns:
+            (tokens, k * sum(axes_dims) / 2), complex64; k is 1, and more with "two".
+        """
+        dtype = table_dtype(ids.device)
+        of_image = (ids[:, :1] > 0) & (ids[:, 1:] > 0).any()
+        angles = torch.cat(
+            [
+                angles
+                for positions in of_tokens(self.axes, ids.to(dtype), of_image)
+                for angles in angles_along(self.axes, positions.unbind(dim=1), dtype)
+            ],
+            dim=1,
+        ).float()
+        return torch.polar(torch.ones_like(angles), angles)
+
+
+def _extend(model: Any, extension: Extension) -> dict[str, Any]:
+    positions = own_positions(model, "rope_embedder", RopeEmbedder, ExtendedRopeEmbedder)
+    return {"rope_embedder": ExtendedRopeEmbedder(positions, extension)}
+
+
 def _check_positions(model: Any, rows: int, columns: int, text_length: int) -> None:
     """The tables of positions are finite; what lies past their end is an error on a GPU."""
+    if isinstance(model.rope_embedder, ExtendedRopeEmbedder):
+        return
     text_limit, row_limit, column_limit = model.config.axes_lens
     if rows > row_limit or columns > column_limit:
         raise ValueError(
             f"CLEAR: this Z-Image model has positions for {row_limit} x {column_limit} tokens, got "
-            f"{rows} x {columns}; make a smaller image."
+            f"{rows} x {columns}; make a smaller image, or extend the positions (rope)."
         )
     if text_length + 2 > text_limit:  # captions begin at 1, the image follows them
         raise ValueError(
@@ -136,7 +188,8 @@ FAMILY = Family(
     order="image, padding, captions",
     grid_from="the latents' shapes",
     heads="30 x 128",
-    positions="512 tokens a side: tables, axes_lens",
+    positions="512 tokens a side: tables, axes_lens; extended, no limit: computed",
+    extend=_extend,
     kept={
         "context_refiner": "attends over text alone",
         "siglip_refiner": "attends over an encoder's image tokens alone",

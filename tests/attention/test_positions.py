@@ -12,7 +12,7 @@ from support.slow import slow
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.attention import processor
 from clear_dit.attention.grid import Layout, layout_from_rotary
-from clear_dit.attention.positions import METHODS, ExtendedPosEmbed
+from clear_dit.attention.positions import METHODS, ExtendedPosEmbed, Extension
 from clear_dit.kernels.two_positions import two_position_attention
 
 THETA, FLUX_AXES = 10000, (16, 56, 56)
@@ -78,19 +78,24 @@ def test_interpolated_grid_keeps_the_trained_extent(position_ids):
 
 def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
     """FLUX.1: of 28 pairs of channels, over 64 tokens 5 turn twice, 18 less than half a turn."""
-    stock = ExtendedPosEmbed(THETA, FLUX_AXES, "none")
-    yarn = ExtendedPosEmbed(THETA, FLUX_AXES, "yarn", (4.0, 1.0), trained_side=64)
+    stock, yarn, shorter = (
+        [axis.frequencies() for axis in extension.axes(THETA, FLUX_AXES, rows=1)]
+        for extension in (
+            Extension(),
+            Extension("yarn", (4.0, 1.0), trained_side=64),
+            Extension("yarn", (4.0, 4.0), trained_side=32),
+        )
+    )
     for axis in (0, 2):
-        assert torch.equal(yarn.frequencies(axis), stock.frequencies(axis))
-    divided = (stock.frequencies(1) / yarn.frequencies(1)).tolist()
+        assert torch.equal(yarn[axis], stock[axis])
+    divided = (stock[1] / yarn[1]).tolist()
     assert divided[:5] == [1.0] * 5
     assert divided[10:] == pytest.approx([4.0] * 18)
     assert all(1 < a < b < 4 for a, b in pairwise(divided[5:10]))
     turns = 64 * THETA ** (-14 / 56) / (2 * math.pi)  # of pair 7
     kept = (turns - 0.5) / 1.5  # the paper's ramp, from half a turn to 2
     assert divided[7] == pytest.approx(1 / (kept + (1 - kept) / 4))
-    shorter = ExtendedPosEmbed(THETA, FLUX_AXES, "yarn", (4.0, 4.0), trained_side=32)
-    assert (shorter.frequencies(1) < yarn.frequencies(1))[3:9].all()
+    assert (shorter[1] < yarn[1])[3:9].all()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -130,8 +130,9 @@ def test_everything_is_set_and_put_back(tiny_pipeline, cls, clear):
         with used_positions(model) as used:
             assert not np.allclose(draw(pipe, prompts), before, atol=1e-3)
         if cls is FluxPipeline:  # the other's stages have settings of their own
-            assert used[0].factors == (1.0, 1.5, 2.5)
-            assert (used[0].method, used[0].trained_side) == ("yarn", 4)
+            extension = used[0].extension
+            assert (extension.rope, extension.trained_side) == ("yarn", 4)
+            assert extension.rope_factors == (1.5, 2.5)
     with pytest.raises(KeyboardInterrupt), applied(pipe, LARGE):
         raise KeyboardInterrupt
 
@@ -181,7 +182,7 @@ def test_stages_within_stages(tiny_pipeline):
         expected = draw(pipe)
         with applied(pipe, Resolution("ntk", (2.0, 2.0))), used_positions(pipe.transformer) as used:
             draw(pipe)
-            assert used[0].method == "ntk"
+            assert used[0].extension.rope == "ntk"
             assert pipe.scheduler.config.shift == 2.0
         assert np.array_equal(draw(pipe), expected)
 
