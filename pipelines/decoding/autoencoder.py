@@ -4,8 +4,8 @@ Tiles are computed with all the surroundings they depend on (`tiles.py`) and sha
 the whole image (`group_norm.py`), so that they fit without blending: the result is that of the
 autoencoder run at once, but for rounding. Several processes can share them out, which changes
 nothing: bit for bit the same comes out. One thing is an approximation, of images with more
-pixels than 1024 x 1024: an AutoencoderKL's attention, quadratic in the pixels, looks a fixed
-distance around (`segments.py`).
+latents than 128 x 128: the autoencoder's attention, quadratic in them, looks a fixed distance
+around (`kinds/layers.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,24 @@ from clear_dit.process_group import RankGroup
 
 from .group_norm import SharedGroupNorm, measure
 from .offloading import loaded
-from .segments import decoder_stages, encoder_stages, side_factor
-from .tiles import Box, Segment, output_box, run_tile, side_before, tile_rows, whole
+from .segments import (
+    decoder_stages,
+    encoder_stages,
+    latent_channels,
+    latent_step,
+    pixel_channels,
+    side_factor,
+)
+from .tiles import (
+    Box,
+    Segment,
+    output_box,
+    run_tile,
+    sees_everything,
+    side_before,
+    tile_rows,
+    whole,
+)
 
 # FLUX's decoder takes about 4 GB for a tile of 1024 x 1024 pixels in float32.
 TILE_PIXELS = 1024
@@ -40,10 +56,12 @@ def encode(
     """An image's latents as the transformer takes them: shifted and scaled, not packed.
 
     Args:
-        vae: diffusers' AutoencoderKL (the mode of its distribution is taken) or AutoencoderTiny.
-        pixels: (1, 3, height, width) in [-1, 1]; sides that are multiples of the autoencoder's
-            factor, which is 8 for FLUX.
-        tile_pixels: side of a tile, in pixels, a multiple of the factor; default: one tile for as
+        vae: an autoencoder of `segments.KINDS`, whatever its own tiling and slicing are set to;
+            the mode of its distribution is taken.
+        pixels: (1, 3, height, width) in [-1, 1], or with alpha as a fourth channel for an
+            autoencoder that has it (without, all is opaque); sides that are multiples of the
+            autoencoder's factor (8 for FLUX.1), or of twice that for FLUX.2.
+        tile_pixels: side of a tile, in pixels, a multiple likewise; default: one tile for as
             many pixels as 1024 x 1024 has, else tiles of 1024.
         group: the ranks that share out the tiles; each is given all pixels and gets all latents.
 
@@ -56,14 +74,14 @@ def encode(
         FloatingPointError: the autoencoder's output is not finite.
     """
     factor = side_factor(vae)
-    _check_image("encode", "pixels", pixels, 3)
+    step = factor * latent_step(vae)
+    _check_image("encode", "pixels", pixels, sorted({3, pixel_channels(vae)}))
     height, width = pixels.shape[-2:]
-    if height % factor or width % factor:
+    if height % step or width % step:
         raise ValueError(
-            f"encode: height and width must be multiples of {factor} pixels, got {height} x "
-            f"{width}."
+            f"encode: height and width must be multiples of {step} pixels, got {height} x {width}."
         )
-    tile = _tile_side("encode", tile_pixels, factor, height, width) // factor
+    tile = _tile_side("encode", tile_pixels, step, height, width) // factor
     stages = encoder_stages(vae, height // factor, width // factor)
     with loaded(vae) as device:
         return _last_tiles(stages, pixels, tile, device, vae.dtype, RankGroup(group)).together()
@@ -77,7 +95,7 @@ def decode(
     tile_pixels: int | None = None,
     group: ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """The image of `decode_rows`, (1, 3, factor * height, factor * width), on all ranks."""
+    """The image of `decode_rows`, (1, 3 or 4, factor * height, factor * width), on all ranks."""
     stages, tile = _plan_decoding(vae, latents, tile_pixels)
     with loaded(vae) as device:
         return _last_tiles(stages, latents, tile, device, vae.dtype, RankGroup(group)).together()
@@ -93,18 +111,21 @@ def decode_rows(
     """An image from latents, strip by strip, in memory that hardly grows with the image.
 
     Args:
-        vae: diffusers' AutoencoderKL or AutoencoderTiny.
+        vae: an autoencoder of `segments.KINDS`, whatever its own tiling and slicing are set to.
         latents: (1, channels, height, width) as the transformer gives them: shifted and scaled,
-            unpacked.
+            unpacked. Of FLUX.2 both sides are even.
         tile_pixels: side of a tile, in pixels, a multiple of the autoencoder's factor (8 for
-            FLUX); default: one tile for as many pixels as 1024 x 1024 has, else tiles of 1024.
+            FLUX.1), or of twice that for FLUX.2; default: one tile for as many pixels as
+            1024 x 1024 has, else tiles of 1024.
         group: the ranks that share out the tiles; each is given all latents. All must iterate: the
             first one gets the strips, the others nothing.
 
     Returns:
-        Strips (3, rows, factor * width) from top to bottom, in [-1, 1] but for overshoot (not
-        clamped), in the autoencoder's dtype, on the device of `latents`. An AutoencoderKL first
-        goes over the image for its statistics, which takes about ten times as long as the rest.
+        Strips (3, rows, factor * width) from top to bottom, in [-1, 1] but for overshoot (clamped
+        only where the autoencoder itself does), in the autoencoder's dtype, on the device of
+        `latents`. They have alpha as a fourth channel where the autoencoder makes it. One with
+        group norms (all but Qwen-Image's and AutoencoderTiny) first goes over the image for its
+        statistics, which takes about ten times as long as the rest.
 
     Raises:
         ValueError: another autoencoder, shape or tile, or latents that are not finite; at once.
@@ -128,10 +149,15 @@ def _decode_rows(
 def _plan_decoding(
     vae: Any, latents: torch.Tensor, tile_pixels: int | None
 ) -> tuple[list[list[Segment]], int]:
-    factor = side_factor(vae)
-    _check_image("decode", "latents", latents, vae.config.latent_channels)
+    factor, step = side_factor(vae), latent_step(vae)
+    _check_image("decode", "latents", latents, [latent_channels(vae)])
     height, width = latents.shape[-2:]
-    tile = _tile_side("decode", tile_pixels, factor, factor * height, factor * width)
+    if height % step or width % step:
+        raise ValueError(
+            f"decode: height and width must be multiples of {step} latent pixels, got {height} x "
+            f"{width}."
+        )
+    tile = _tile_side("decode", tile_pixels, factor * step, factor * height, factor * width)
     return decoder_stages(vae, height, width), tile
 
 
@@ -160,7 +186,8 @@ class _Tiles:
     Args:
         segments: the network.
         image: its input, (1, channels, height, width), on any device.
-        tile: side of a tile, in output pixels.
+        tile: side of a tile, in output pixels; there is one tile where each would need all of
+            the image.
         device, dtype: of the network.
         process_group: the ranks that share out the tiles.
     """
@@ -177,7 +204,10 @@ class _Tiles:
         self._segments = [Segment(lambda x: x.to(device, dtype)), *segments]
         self._image = image
         self._device, self._dtype, self._process_group = device, dtype, process_group
-        self._rows = list(tile_rows(output_box(segments, whole(image)), tile))
+        everything = output_box(segments, whole(image))
+        if sees_everything(segments, whole(image)):
+            tile = max(everything.bottom, everything.right)
+        self._rows = list(tile_rows(everything, tile))
         self._boxes = [box for row in self._rows for box in row]
         self._owner = {box: process_group.owner(index) for index, box in enumerate(self._boxes)}
         alone = len(self._boxes) == 1
@@ -265,10 +295,11 @@ def _check_output(tile: torch.Tensor) -> None:
         )
 
 
-def _check_image(who: str, what: str, image: torch.Tensor, channels: int) -> None:
+def _check_image(who: str, what: str, image: torch.Tensor, channels: Sequence[int]) -> None:
     shape = tuple(image.shape)
-    if len(shape) != 4 or shape[:2] != (1, channels) or 0 in shape:
-        raise ValueError(f"{who}: {what} must be (1, {channels}, height, width), got {shape}.")
+    if len(shape) != 4 or shape[0] != 1 or shape[1] not in channels or 0 in shape:
+        allowed = " or ".join(map(str, channels))
+        raise ValueError(f"{who}: {what} must be (1, {allowed}, height, width), got {shape}.")
     if not image.isfinite().all():
         raise ValueError(f"{who}: {what} are not finite (NaN or infinity in them).")
 

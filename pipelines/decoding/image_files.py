@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,8 +56,8 @@ def save_rows(
     """Write an image from its strips, whole or not at all (see `whole_file`).
 
     Args:
-        strips: (3, rows, width) in [-1, 1] from top to bottom, such as `decode_rows` gives; any
-            numbers of rows that add up to `height`.
+        strips: (3, rows, width) in [-1, 1] from top to bottom, such as `decode_rows` gives, or
+            (4, rows, width) with alpha; any numbers of rows that add up to `height`.
         path: a .png, .tif or .tiff: 8 bits, sRGB and saying so, compressed without loss; a TIFF
             beyond 4 GB becomes a BigTIFF.
         height, width: in pixels.
@@ -76,11 +77,12 @@ def save_rows(
 
 
 def _checked(strips: Iterable[torch.Tensor], height: int, width: int) -> Iterator[np.ndarray]:
-    """Strips as uint8 (rows, width, 3); refuses another size once it is known."""
-    done = 0
+    """Strips as uint8 (rows, width, 3 or 4); refuses another size once it is known."""
+    done = channels = 0
     for strip in strips:
+        channels = channels or (4 if len(strip) == 4 else 3)
         done += strip.shape[1]
-        if strip.shape != (3, strip.shape[1], width) or done > height:
+        if strip.shape != (channels, strip.shape[1], width) or done > height:
             break
         if not strip.isfinite().all():
             raise ValueError("save_rows: the image is not finite (NaN or infinity in it).")
@@ -90,8 +92,8 @@ def _checked(strips: Iterable[torch.Tensor], height: int, width: int) -> Iterato
         if done == height:
             return
     raise ValueError(
-        f"save_rows: strips of (3, rows, {width}) must add up to {height} rows; the last was "
-        f"{tuple(strip.shape)}, up to row {done}."
+        f"save_rows: strips of ({channels}, rows, {width}) must add up to {height} rows; the "
+        f"last was {tuple(strip.shape)}, up to row {done}."
     )
 
 
@@ -114,16 +116,17 @@ def _png_chunks(
     Rows are stored as differences to the row above, modulo 256, which its own writer cannot do: a
     image of the demo is 1.5 times as large without.
     """
-    # 8 bits a sample, RGB, deflate, filters by row, not interlaced.
-    yield b"IHDR", struct.pack("!2I5B", width, height, 8, 2, 0, 0, 0)
+    channels, strips = _channels(strips)
+    # 8 bits a sample, RGB or with alpha, deflate, filters by row, not interlaced.
+    yield b"IHDR", struct.pack("!2I5B", width, height, 8, 6 if channels == 4 else 2, 0, 0, 0)
     yield SRGB_CHUNK
     # Not compressed, no language, no translated keyword.
     yield b"iTXt", f"{METADATA_KEY}\0\0\0\0\0{text}".encode()
     compressor = zlib.compressobj()
-    above = np.zeros((1, 3 * width), np.uint8)
+    above = np.zeros((1, channels * width), np.uint8)
     for strip in strips:
         rows = strip.reshape(len(strip), -1)
-        filtered = np.full((len(rows), 1 + 3 * width), _UP_FILTER, np.uint8)
+        filtered = np.full((len(rows), 1 + channels * width), _UP_FILTER, np.uint8)
         np.subtract(rows, np.concatenate([above, rows[:-1]]), out=filtered[:, 1:])
         above = rows[-1:]
         if data := compressor.compress(filtered.data):
@@ -139,22 +142,30 @@ def _write_tiff(
     width: int,
     settings: Mapping[str, object],
 ) -> None:
+    channels, strips = _channels(strips)
     tifffile.imwrite(
         file,
         _tiles(strips),
-        shape=(height, width, 3),
+        shape=(height, width, channels),
         dtype=np.uint8,
         photometric="rgb",
+        extrasamples=["unassalpha"] if channels == 4 else None,
         tile=(_TIFF_TILE, _TIFF_TILE),
         compression="zlib",
         predictor=True,
-        bigtiff=3 * height * width > _CLASSIC_TIFF,
+        bigtiff=channels * height * width > _CLASSIC_TIFF,
         description=json.dumps(settings),
         metadata=None,
         software=METADATA_KEY,
         iccprofile=srgb_profile(),
         maxworkers=1,
     )
+
+
+def _channels(strips: Iterator[np.ndarray]) -> tuple[int, Iterator[np.ndarray]]:
+    """How many channels strips have, and all of them again."""
+    first = next(strips)
+    return first.shape[2], chain([first], strips)
 
 
 def _tiles(strips: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from importlib import import_module
+from math import prod
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import Decoder, Encoder
-from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from diffusers.models.unets.unet_2d_blocks import (
-    AutoencoderTinyBlock,
-    DownEncoderBlock2D,
-    UNetMidBlock2D,
-    UpDecoderBlock2D,
-)
-from torch import nn
 
-from clear_dit.kernels.tiled.bands import tiled_attention
-from clear_dit.kernels.window import Window
 from clear_dit.wrappers import unwrapped
 
+from .kinds.kind import Kind
 from .tiles import Segment
 
-# Attention of the autoencoder: over all latent pixels up to as many as an image of 1024 x 1024
-# pixels has, the largest size autoencoders are trained at; above, over a disc with as many.
-WHOLE_ATTENTION = 128 * 128
-ATTENTION_RADIUS = 72
+# Class of an autoencoder in diffusers: the file of its kind, which defines KIND and is imported
+# when one of the kind is met.
+KINDS = {
+    "AutoencoderKL": "kl",
+    "AutoencoderTiny": "tiny",
+    "AutoencoderKLFlux2": "flux2",
+    "AutoencoderKLQwenImage": "qwen_image",
+    "AutoencoderKLQwenImage21": "qwen_image",
+    "AutoencoderKLHunyuanImage": "hunyuan_image",
+}
 
 
 def decoder_stages(vae: Any, height: int, width: int) -> list[list[Segment]]:
     """A decoder, from latents as the transformer gives them to pixels in [-1, 1].
 
     Args:
-        vae: an AutoencoderKL or AutoencoderTiny of diffusers.
+        vae: an autoencoder of `KINDS`.
         height, width: of the whole image, in latent pixels.
 
     Returns:
@@ -46,31 +40,19 @@ def decoder_stages(vae: Any, height: int, width: int) -> list[list[Segment]]:
         ValueError: another autoencoder, or one with a layer that is not known here.
     """
     vae = unwrapped(vae)
-    check_autoencoder(vae)
-    scale, shift = latent_scaling(vae)
-    first = [Segment(lambda x: x / scale + shift)]
-    if isinstance(vae, AutoencoderTiny):
-        first.append(Segment(lambda x: torch.tanh(x / 3) * 3))
-        first += map(_layer, unwrapped(vae.decoder).layers)
-        return [[*first, Segment(lambda x: x.mul(2).sub(1))]]
-    if vae.post_quant_conv is not None:
-        first.append(_layer(vae.post_quant_conv))
-    decoder = unwrapped(vae.decoder)
-    first += [_layer(decoder.conv_in), *_mid_block(decoder.mid_block, height, width)]
-    last: list[Segment] = []
-    for block in decoder.up_blocks:
-        _check_type(block, UpDecoderBlock2D)
-        last += map(_layer, [*block.resnets, *(block.upsamplers or ())])
-    return [first, [*last, _head(decoder)]]
+    kind = _kind_of(vae)
+    first, *others = kind.decoder(vae, height, width)
+    return [[*kind.scaling(vae).undone(), *first], *others]
 
 
 def encoder_stages(vae: Any, height: int, width: int) -> list[list[Segment]]:
     """An encoder, from pixels in [-1, 1] to latents as the transformer takes them.
 
-    An AutoencoderKL's latents are the mode of their distribution.
+    Latents that have a distribution are the mode of it. Pixels without alpha are opaque where the
+    autoencoder takes four channels.
 
     Args:
-        vae: an AutoencoderKL or AutoencoderTiny of diffusers.
+        vae: an autoencoder of `KINDS`.
         height, width: of the whole image, in latent pixels.
 
     Returns:
@@ -80,44 +62,21 @@ def encoder_stages(vae: Any, height: int, width: int) -> list[list[Segment]]:
         ValueError: another autoencoder, or one with a layer that is not known here.
     """
     vae = unwrapped(vae)
-    check_autoencoder(vae)
-    scale, shift = latent_scaling(vae)
-    scaled = Segment(lambda x: (x - shift) * scale)
-    if isinstance(vae, AutoencoderTiny):
-        layers = unwrapped(vae.encoder).layers
-        return [[Segment(lambda x: x.add(1).div(2)), *map(_layer, layers), scaled]]
-    encoder = unwrapped(vae.encoder)
-    layers = [encoder.conv_in]
-    for block in encoder.down_blocks:
-        _check_type(block, DownEncoderBlock2D)
-        layers += [*block.resnets, *(block.downsamplers or ())]
-    # The last layers work on latent pixels already.
-    strided = [index for index, layer in enumerate(layers) if isinstance(layer, Downsample2D)]
-    small = strided[-1] + 1 if strided else len(layers)
-    last = [*map(_layer, layers[small:]), *_mid_block(encoder.mid_block, height, width)]
-    last.append(_head(encoder))
-    if vae.quant_conv is not None:
-        last.append(_layer(vae.quant_conv))
-    last += [Segment(lambda x: x.chunk(2, dim=1)[0]), scaled]
-    return [[*map(_layer, layers[:small])], last]
+    kind = _kind_of(vae)
+    *others, last = kind.encoder(vae, height, width)
+    stages = [*others, [*last, *kind.scaling(vae).applied()]]
+    missing = Segment(lambda x: F.pad(x, (0, 0, 0, 0, 0, 4 - x.shape[1]), value=1.0))
+    return [[missing, *stages[0]], *stages[1:]] if pixel_channels(vae) == 4 else stages
 
 
 def check_autoencoder(vae: Any) -> None:
-    """Refuse what is not an AutoencoderKL or AutoencoderTiny as FLUX's pipelines have them.
+    """Refuse an autoencoder that cannot be run in tiles.
 
     Raises:
-        ValueError: it is something else, or normalises by spatial norms.
+        ValueError: its class is none of `KINDS`, or it has a layer that is not known here.
     """
-    vae = unwrapped(vae)
-    if isinstance(vae, AutoencoderTiny):
-        return
-    if not isinstance(vae, AutoencoderKL):
-        raise ValueError(
-            "autoencoder: must be diffusers' AutoencoderKL or AutoencoderTiny, got "
-            f"{type(vae).__name__}."
-        )
-    _check_type(unwrapped(vae.encoder), Encoder)
-    _check_type(unwrapped(vae.decoder), Decoder)
+    decoder_stages(vae, 1, 1)
+    encoder_stages(vae, 1, 1)
 
 
 def side_factor(vae: Any) -> int:
@@ -126,83 +85,36 @@ def side_factor(vae: Any) -> int:
     Raises:
         ValueError: as `check_autoencoder`.
     """
-    check_autoencoder(vae)
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    segments = [segment for stage in decoder_stages(vae, 1, 1) for segment in stage]
+    up, down = (prod(getattr(each, name) for each in segments) for name in ("up", "down"))
+    return up // down
 
 
-def latent_scaling(vae: Any) -> tuple[float, float]:
-    """(scaling factor, shift): the transformer takes (latents - shift) * factor."""
-    config = vae.config
-    return config.scaling_factor, config.shift_factor or 0.0
+def latent_step(vae: Any) -> int:
+    """What the sides of an image are multiples of, in latent pixels: 2 for FLUX.2, else 1.
+
+    Raises:
+        ValueError: as `check_autoencoder`.
+    """
+    vae = unwrapped(vae)
+    return _kind_of(vae).scaling(vae).patch
 
 
-def _layer(layer: Any) -> Segment:
-    """A layer that looks a known number of pixels around, with its factor."""
-    match layer:
-        case nn.Conv2d():
-            return Segment(layer, reach=layer.kernel_size[0] // 2, down=layer.stride[0])
-        case nn.Upsample(scale_factor=float(factor)):
-            return Segment(layer, up=int(factor))
-        case nn.ReLU() | nn.SiLU() | nn.GELU() | nn.Mish():
-            return Segment(layer)
-        case AutoencoderTinyBlock():
-            return Segment(layer, reach=3)
-        case ResnetBlock2D() if layer.upsample is None and layer.downsample is None:
-            return Segment(lambda x: layer(x, None), reach=2, norms=2)
-        case Upsample2D():
-            return Segment(layer, reach=1, up=2)
-        case Downsample2D():
-            return Segment(layer, reach=2, down=2)
-    raise ValueError(f"autoencoder: a {type(layer).__name__} cannot be run in tiles.")
+def latent_channels(vae: Any) -> int:
+    """Channels of an autoencoder's latents: 16 for FLUX."""
+    return _kind_of(unwrapped(vae)).channels(unwrapped(vae).config)[0]
 
 
-def _mid_block(block: Any, height: int, width: int) -> Iterator[Segment]:
-    _check_type(block, UNetMidBlock2D)
-    yield _layer(block.resnets[0])
-    for attention, resnet in zip(block.attentions, block.resnets[1:], strict=True):
-        if attention is not None:
-            yield _attention(attention, height, width)
-        yield _layer(resnet)
+def pixel_channels(vae: Any) -> int:
+    """Channels of an autoencoder's images: 3, or 4 with alpha (Qwen-Image 2.1)."""
+    return _kind_of(unwrapped(vae)).channels(unwrapped(vae).config)[1]
 
 
-def _attention(attention: Attention, height: int, width: int) -> Segment:
-    everywhere = height * width <= WHOLE_ATTENTION
-    radius = None if everywhere else ATTENTION_RADIUS
-    return Segment(
-        lambda x: _attend(attention, x, radius),
-        reach=max(height, width) if everywhere else ATTENTION_RADIUS,
-        norms=1,
+def _kind_of(vae: Any) -> Kind:
+    for cls in type(vae).__mro__:  # FSDP makes a subclass
+        if cls.__name__ in KINDS and cls.__module__.startswith("diffusers."):
+            return import_module(f".kinds.{KINDS[cls.__name__]}", __package__).KIND
+    *names, last = KINDS
+    raise ValueError(
+        f"autoencoder: must be diffusers' {', '.join(names)} or {last}, got {type(vae).__name__}."
     )
-
-
-def _attend(attention: Attention, hidden: torch.Tensor, radius: int | None) -> torch.Tensor:
-    """What diffusers' AttnProcessor2_0 does, over all pixels (radius None) or those of a disc."""
-    height, width = hidden.shape[-2:]
-    normal = attention.group_norm(hidden).flatten(2).transpose(1, 2)
-    q, k, v = (
-        project(normal).unflatten(-1, (attention.heads, -1))
-        for project in (attention.to_q, attention.to_k, attention.to_v)
-    )  # (1, pixels, heads, head_dim)
-    if radius is None:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    else:
-        window = Window(height, width, 0, radius)
-        out = tiled_attention(q, k, v, window, scale=q.shape[-1] ** -0.5)[0]
-    out = attention.to_out[0](out.flatten(2))
-    out = out.transpose(1, 2).unflatten(2, (height, width)) + hidden
-    return out / attention.rescale_output_factor
-
-
-def _head(network: Any) -> Segment:
-    _check_type(network.conv_norm_out, nn.GroupNorm)
-    norm, activation, conv = network.conv_norm_out, network.conv_act, network.conv_out
-    return Segment(lambda x: conv(activation(norm(x))), reach=1, norms=1)
-
-
-def _check_type(layer: object, kind: type) -> None:
-    if type(layer) is not kind:
-        raise ValueError(
-            f"autoencoder: a {type(layer).__name__} in place of a {kind.__name__} cannot be run "
-            "in tiles."
-        )

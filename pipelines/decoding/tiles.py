@@ -100,6 +100,15 @@ def output_box(segments: Sequence[Segment], image: Box) -> Box:
     return image
 
 
+def sees_everything(segments: Sequence[Segment], image: Box) -> bool:
+    """Whether a segment looks as far as its whole input, so that a tile would save nothing."""
+    for segment in segments:
+        if segment.reach >= max(image.bottom, image.right):
+            return True
+        image = image.scaled(segment.up, segment.down)
+    return False
+
+
 def side_before(segments: Sequence[Segment], side: int) -> int:
     """What a side in a network's output pixels is in its input pixels."""
     for segment in segments:

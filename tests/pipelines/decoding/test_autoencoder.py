@@ -10,9 +10,9 @@ from support.slow import slow, slow_but
 
 from clear_dit.evaluation.seams import measure_seams
 from clear_dit.generation.models import DEMO
-from clear_dit.pipelines.decoding import segments
 from clear_dit.pipelines.decoding.autoencoder import decode, decode_rows, encode
 from clear_dit.pipelines.decoding.image_files import to_bytes
+from clear_dit.pipelines.decoding.kinds import layers
 
 SIZES = [(12, 12), (17, 9), (5, 21)]  # in latent pixels
 
@@ -115,8 +115,8 @@ def test_other_layers_of_an_autoencoder_kl():
 
 
 def test_attention_of_a_large_image_is_local_and_knows_no_tiles(kl, monkeypatch):
-    monkeypatch.setattr(segments, "WHOLE_ATTENTION", 100)
-    monkeypatch.setattr(segments, "ATTENTION_RADIUS", 6)
+    monkeypatch.setattr(layers, "WHOLE_ATTENTION", 100)
+    monkeypatch.setattr(layers, "ATTENTION_RADIUS", 6)
     latents = make_latents(24, 20)
     one, many = (decode(kl, latents, tile_pixels=tile) for tile in (192, 64))
     assert psnr(one, many) > 90
@@ -184,7 +184,9 @@ def test_bad_sizes_and_autoencoders_are_refused(kl):
     for tile in (0, -8, 100):
         with pytest.raises(ValueError, match=f"tile_pixels must be a positive.* got {tile}"):
             decode(kl, torch.zeros(1, 16, 4, 4), tile_pixels=tile)
-    with pytest.raises(ValueError, match="AutoencoderKL or AutoencoderTiny, got Linear"):
+    with pytest.raises(
+        ValueError, match=r"AutoencoderTiny, .* or AutoencoderKLHunyuanImage, got Linear"
+    ):
         decode(torch.nn.Linear(1, 1), torch.zeros(1, 16, 4, 4))
     other = make_kl(up_block_types=("AttnUpDecoderBlock2D",) * 4)
     with pytest.raises(ValueError, match="AttnUpDecoderBlock2D in place of a UpDecoderBlock2D"):

@@ -16,9 +16,9 @@ from clear_dit.pipelines.decoding.image_files import IMAGE_SUFFIXES, save_rows, 
 SETTINGS = {"prompt": "ein Häuschen am Meer, 海", "seed": 7, "sizes": [1, 2]}
 
 
-def make_image(height, width):
+def make_image(height, width, channels=3):
     """Beyond [-1, 1] too."""
-    return torch.randn(3, height, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def save(image, path, rows=7, **changes):
@@ -35,12 +35,13 @@ def test_rounding_is_that_of_diffusers(dtype):
 
 @pytest.mark.parametrize("suffix", [*IMAGE_SUFFIXES, ".PNG"])
 @pytest.mark.parametrize("size", [(1, 1), (30, 17), (300, 530)])
-def test_pixels_and_settings_come_back(tmp_path, suffix, size):
-    path, image = tmp_path / f"image{suffix}", make_image(*size)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_pixels_and_settings_come_back(tmp_path, suffix, size, mode):
+    path, image = tmp_path / f"image{suffix}", make_image(*size, len(mode))
     check_writable(path, IMAGE_SUFFIXES)
     save(image, path)
     with Image.open(path) as opened:
-        assert opened.mode == "RGB"
+        assert opened.mode == mode
         found = np.array(opened)
     assert np.array_equal(found, to_bytes(image).permute(1, 2, 0).numpy())
     assert read_settings(path) == SETTINGS
@@ -79,6 +80,11 @@ def test_what_fails_leaves_nothing_behind(tmp_path, suffix):
     for changes in ({"height": 19}, {"height": 21}, {"width": 8}):
         with pytest.raises(ValueError, match="must add up to"):
             save(image, path, **changes)
+    strips = [torch.zeros(4, 10, 9), image[:, 10:]]
+    with pytest.raises(
+        ValueError, match=r"of \(4, rows, 9\) must add up to 20 rows; .* \(3, 10, 9\)"
+    ):
+        save_rows(strips, path, height=20, width=9, settings={})
     with pytest.raises(ValueError, match="not finite"):
         save(image * float("nan"), path)
     assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,1 @@
+"""Autoencoders of diffusers, a file for each kind: its layers as segments, its scaling."""
