@@ -30,15 +30,24 @@ def check_inputs(
             f"got {query.ndim} dimensions {tuple(query.shape)}."
         )
     whole = window.query_rows is None
+    if key.ndim != 4 or not key.shape[2] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            "local_attention: key must be (batch, sequence, key heads, head_dim), query's "
+            f"{query.shape[2]} heads a multiple of its own, got {tuple(key.shape)}."
+        )
+    length = query.shape[1] if whole else window.key_length
+    shape = (query.shape[0], length, key.shape[2], query.shape[3])
     for name, tensor in (("key", key), ("value", value)):
-        for what in ("shape", "dtype", "device"):
-            expected = getattr(query, what)
-            if what == "shape" and not whole:
-                expected = torch.Size([query.shape[0], window.key_length, *query.shape[2:]])
-            if getattr(tensor, what) != expected:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"local_attention: {name} must be (batch, sequence, key heads, head_dim) {shape}, "
+                f"got {tuple(tensor.shape)}."
+            )
+        for what in ("dtype", "device"):
+            if getattr(tensor, what) != getattr(query, what):
                 raise ValueError(
                     f"local_attention: {name} must have query's {what} "
-                    f"{_plain(expected)}, got {_plain(getattr(tensor, what))}."
+                    f"{getattr(query, what)}, got {getattr(tensor, what)}."
                 )
     if not query.is_floating_point():
         raise ValueError(f"local_attention: query must be floating point, got {query.dtype}.")
@@ -49,7 +58,7 @@ def check_inputs(
             f"{window.text_length} text + {window.height} x {window.width} image = "
             f"{window.sequence_length}{queries}."
         )
-    _check_pooled(query, window, pooled)
+    _check_pooled(key, window, pooled)
     heads, levels, factor = query.shape[2], window.far_levels, window.down_factor
     if far_offset is not None and (
         not levels
@@ -83,23 +92,19 @@ def check_inputs(
 
 
 def _check_pooled(
-    query: torch.Tensor, window: Window, pooled: tuple[torch.Tensor, torch.Tensor] | None
+    key: torch.Tensor, window: Window, pooled: tuple[torch.Tensor, torch.Tensor] | None
 ) -> None:
     if pooled is None:
         if window.key_rows is not None and window.far_levels:
             raise ValueError("local_attention: a window with key_rows needs its pooled keys.")
         return
-    wanted = (query.shape[0], window.pooled_length, *query.shape[2:])
+    wanted = (key.shape[0], window.pooled_length, *key.shape[2:])
     for tensor in pooled:
-        if tuple(tensor.shape) != wanted or tensor.dtype != query.dtype:
+        if tuple(tensor.shape) != wanted or tensor.dtype != key.dtype:
             raise ValueError(
-                f"local_attention: pooled key and value must be {wanted}, {query.dtype}, got "
+                f"local_attention: pooled key and value must be {wanted}, {key.dtype}, got "
                 f"{tuple(tensor.shape)}, {tensor.dtype}."
             )
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, torch.Size) else value
 
 
 def local_attention(
@@ -118,9 +123,13 @@ def local_attention(
     """CLEAR's local attention (arXiv 2412.16112): softmax attention under `Window.mask()`.
 
     Args:
-        q, k, v: query, key, value: (batch, text + image, heads, head_dim), float16, bfloat16,
-            float32 or float64, any strides; text tokens first, image tokens in raster order;
-            QK-norm and RoPE applied. With `window.query_rows` the queries are those rows' alone.
+        q: query: (batch, text + image, heads, head_dim), float16, bfloat16, float32 or float64, any
+            strides; text tokens first, image tokens in raster order; QK-norm and RoPE applied. With
+            `window.query_rows` the queries are those rows' alone.
+        k, v: key, value: (batch, text + image, key heads, head_dim), likewise. Of fewer key heads
+            than heads each serves a group of heads (arXiv 2305.13245): query head h reads key head
+            h // (heads / key heads), as with `enable_gqa` of PyTorch's attention; no key is
+            repeated in memory.
         window: the geometry, in tokens.
         scale: factor on query times key; default head_dim^-0.5.
         spatial_weight: weights of the pooling cell, (1, 1, 1, f, 1, f, 1) or (f, f) with
@@ -129,7 +138,7 @@ def local_attention(
         far_offset: (far_levels or more, heads), added to the scores of far keys besides the log of
             the tokens they stand for; default 0.
         pooled: pooled key and value, where they are known or come from elsewhere: (batch,
-            window.pooled_length, heads, head_dim) each. Otherwise they are made of k and v.
+            window.pooled_length, key heads, head_dim) each. Otherwise they are made of k and v.
         impl: one of `auto, triton, flex, tiled, reference`. "auto" takes the first of `preference`
             that can run; an explicit choice never falls back.
         return_lse: return the log-sum-exp of the scaled scores too.

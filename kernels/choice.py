@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .flex import flex_attention, why_not_flex
+from .groups import group_of
 from .pooling import pool_cells_by_operators, pool_cells_op
 from .reference import reference_attention
 from .tiled.bands import tiled_attention
@@ -80,6 +81,7 @@ def select_impl(
     return_lse: bool = False,
     kernels: tuple[str, ...] = (),
     but: tuple[str, ...] = (),
+    group: int = 1,
 ) -> str:
     """The implementation that runs for a request.
 
@@ -90,6 +92,7 @@ def select_impl(
         kernels: names of Triton's (triton/device.py `kernels_of`) that must be right on this
             device; each is looked at on its first use.
         but: implementations that "auto" does not take.
+        group: query heads that read the same key head.
 
     Raises:
         ValueError: unknown `impl`, or an explicit one that cannot run here.
@@ -98,7 +101,7 @@ def select_impl(
     def cannot(name: str) -> str | None:
         reason = why_not(name, query, needs_grad, return_lse)
         if reason is None and name == "triton" and kernels:
-            reason = why_not_trusted(query, kernels)
+            reason = why_not_trusted(query, kernels, group)
         return reason
 
     if impl not in IMPLS:
@@ -149,7 +152,8 @@ def run_chosen(
     """
     options = {"scale": scale, "return_lse": return_lse, **of_pooled}
     kernels = kernels_of(window.far_levels > 0, window.down_factor > 1, needs_grad)
-    name = select_impl(impl, query, needs_grad, return_lse, kernels)
+    group = group_of(query, key)
+    name = select_impl(impl, query, needs_grad, return_lse, kernels, group=group)
     try:
         return _RUN[name](query, key, value, window, **options)
     except NoEntryError:  # what failed was logged as a warning
@@ -159,25 +163,30 @@ def run_chosen(
     return _RUN[name](query, key, value, window, **options)
 
 
-def why_not_trusted(query: torch.Tensor, kernels: tuple[str, ...]) -> str | None:
+def why_not_trusted(query: torch.Tensor, kernels: tuple[str, ...], group: int = 1) -> str | None:
     """Why one of Triton's kernels may not be used for such queries; None if all may.
 
     What is traced for torch.compile has the answer of the time it was traced.
+
+    Args:
+        group: query heads that read the same key head.
     """
-    # A plain number even where the compiler keeps sizes symbolic.
-    head_dim = operator.index(query.shape[-1])
-    return _why_not_trusted(query.device, query.dtype, head_dim, kernels)
+    # Plain numbers even where the compiler keeps sizes symbolic.
+    head_dim, group = operator.index(query.shape[-1]), operator.index(group)
+    return _why_not_trusted(query.device, query.dtype, head_dim, kernels, group)
 
 
 @torch.compiler.assume_constant_result
 def _why_not_trusted(
-    device: torch.device, dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...]
+    device: torch.device, dtype: torch.dtype, head_dim: int, kernels: tuple[str, ...], group: int
 ) -> str | None:
     if device.type != "cuda":
         return None
     from .triton import trust
 
-    reasons = (trust.why_not_trusted(Kernel(device, dtype, head_dim, name)) for name in kernels)
+    reasons = (
+        trust.why_not_trusted(Kernel(device, dtype, head_dim, name, group)) for name in kernels
+    )
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .choice import select_impl
+from .groups import group_of
 from .opaque import channels_contiguous
 from .tiled.partial import attend_all
 from .triton.device import NoEntryError
@@ -29,7 +30,7 @@ def dense_attention(
 
     Args:
         query: (batch, queries, heads, head_dim), at least one.
-        key, value: (batch, keys, heads, head_dim), at least one.
+        key, value: (batch, keys, key heads, head_dim), at least one; heads as in `local_attention`.
         impl: as in `local_attention`; all but "triton" are PyTorch's own attention here.
 
     Returns:
@@ -40,7 +41,8 @@ def dense_attention(
         ValueError: unknown `impl`, or an explicit one that cannot run here.
         NoEntryError: an explicit "triton" whose kernel fails on this device.
     """
-    by_triton = select_impl(impl, query, kernels=("text",)) == "triton"
+    group = group_of(query, key)
+    by_triton = select_impl(impl, query, kernels=("text",), group=group) == "triton"
     try:
         return _op(query, key, value, scale, by_triton)
     except NoEntryError:  # what failed was logged as a warning

@@ -72,6 +72,7 @@ def flex_attention(
             score_mod=_score_mod(bias, key.shape[1]) if len(bias) else None,
             block_mask=block_mask(window, query.device),
             scale=scale,
+            enable_gqa=query.shape[2] != key.shape[2],
             return_aux=AuxRequest(lse=return_lse),
         )
     return out.transpose(1, 2), aux.lse.transpose(1, 2) if return_lse else None

@@ -20,6 +20,7 @@ import torch
 
 from .attention import check_inputs, local_attention
 from .dense import dense_attention
+from .groups import from_members, group_of, members
 from .merge import merge_
 from .pooling import pool_cells, pool_tokens
 from .window import Window
@@ -64,16 +65,17 @@ def two_position_attention(
     Where `near` and all of `scaled` are equal, it is `local_attention`.
 
     Args:
-        near: query and key, (batch, text + image, heads, head_dim) each, rotated by true positions:
-            for pairs of image tokens inside the disc, and for near levels of far keys.
+        near: query and key, (batch, text + image, heads or key heads, head_dim) each, rotated by
+            true positions: for pairs of image tokens inside the disc, and for near levels of far
+            keys.
         scaled: the same query and key, rotated by scaled positions: for pairs with a text token,
             and for pooled and all other far keys.
-        value: of the same shape.
+        value: of the key's shape.
         window, scale, impl: as in `local_attention`.
         of_pooled: spatial_weight and far_offset, as in `local_attention`.
 
     Returns:
-        The attention output, shape and dtype of `value`.
+        The attention output, shape and dtype of the query.
 
     Raises:
         ValueError: gradients are asked for, which no merged part carries; a window with
@@ -249,9 +251,10 @@ def full_two_position_attention(
             down_factor means nothing here.
 
     Returns:
-        The attention output, shape and dtype of `value`.
+        The attention output, shape and dtype of the query.
     """
-    batch, sequence, heads, head_dim = value.shape
+    batch, sequence, heads, head_dim = near[0].shape
+    group = group_of(near[0], value)
     text, width = window.text_length, window.width
     scale = head_dim**-0.5 if scale is None else float(scale)
     image = torch.arange(window.image_length, device=value.device)
@@ -264,12 +267,19 @@ def full_two_position_attention(
     for block in torch.arange(sequence, device=value.device).split(
         max(1, SCORES // (batch * heads * sequence))
     ):
-        scores = far_query[:, :, block] @ far_key.mT
+        scores = _scores(far_query[:, :, block], far_key, group)
         tokens = block[block >= text] - text
         if len(tokens):
             inside = (rows[tokens, None] - rows) ** 2 + (columns[tokens, None] - columns) ** 2
-            true_scores = near_query[:, :, tokens + text] @ near_key[:, :, text:].mT
+            true_scores = _scores(near_query[:, :, tokens + text], near_key[:, :, text:], group)
             of_image = scores[:, :, -len(tokens) :, text:]
             of_image.copy_(torch.where(inside < window.disc_radius**2, true_scores, of_image))
-        parts.append((scores * scale).softmax(dim=-1) @ values)
+        probability = (scores * scale).softmax(dim=-1)
+        outs = [of_member @ values for of_member in members(probability, group)]
+        parts.append(from_members(outs))
     return torch.cat(parts, dim=2).transpose(1, 2).to(value.dtype)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, group: int) -> torch.Tensor:
+    """Products of (batch, heads, queries, head_dim) and (batch, key heads, keys, head_dim)."""
+    return from_members([of_member @ key.mT for of_member in members(query, group)])

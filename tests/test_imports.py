@@ -32,7 +32,7 @@ ROOMS = (
 )
 INSIDE = {
     "kernels": (
-        "cells merge numbers",
+        "cells groups merge numbers",
         "window",
         "pooling",
         "opaque reference flex",

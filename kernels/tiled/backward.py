@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..groups import group_of
 from ..opaque import Geometry, Gradients, channels_contiguous
 from .lists import keys_of_tiles
 from .partial import KEYS, attend_backward, compute_dtype
@@ -27,21 +28,24 @@ def backward_in_bands(
 
     A bias is like one more channel of the keys, where all queries have a one: there the gradient of
     a key is that of its bias, times scale. So image queries get a channel of ones, everything else
-    one of zeros.
+    one of zeros. Every query that reads a key has a bias of its own: of a group each gets its one
+    in another channel.
     """
     height, width, text_length, radius, scale, *_ = geometry
     grad, query, key, value = channels_contiguous(grad, query, key, value)
     pooled_key, pooled_value = channels_contiguous(pooled_key, pooled_value)
     dtype = compute_dtype(query.dtype, query.device)
     sum_dtype = torch.promote_types(dtype, torch.float32)
-    head_dim, more = query.shape[-1], min(len(bias), 1)
+    head_dim, per_key = query.shape[-1], group_of(query, key)
+    more = per_key if len(bias) else 0
     grads = [
         torch.zeros(*x.shape[:-1], head_dim + more, dtype=sum_dtype, device=x.device)
         for x in (query, key, value, pooled_key, pooled_value)
     ]
-    keys = keys_of_tiles(geometry, bias, grads[0].shape[2:].numel(), sum_dtype)
+    keys = keys_of_tiles(geometry, bias, grads[1].shape[2:].numel(), sum_dtype)
     query_width = tile_columns(width, radius).query_width
     dense_mask = dense_bias(bias, geometry, sum_dtype)
+    ones = torch.eye(per_key, more, dtype=dtype, device=query.device)
 
     def wide(tokens: torch.Tensor) -> torch.Tensor:
         if not more:
@@ -51,7 +55,7 @@ def backward_in_bands(
         return more_channels
 
     text = [x[:, :text_length].transpose(1, 2).to(dtype) for x in (grad, query, out)]
-    text_lse = lse[:, :text_length].transpose(1, 2).contiguous()
+    text_lse = lse[:, :text_length].transpose(1, 2)
     for start in range(0, key.shape[1] if text_length else 0, KEYS):
         block = slice(start, start + KEYS)
         block_key, block_value = (x[:, block].transpose(1, 2).to(dtype) for x in (key, value))
@@ -75,7 +79,7 @@ def backward_in_bands(
             q_band, g_band, o_band = (
                 wide(column_major(x[item], width, own, dtype, query_width)) for x in (q, g, o)
             )
-            q_band[..., head_dim:] = 1
+            q_band.unflatten(-2, (-1, per_key))[..., head_dim:] = ones
             l_band = column_major(of_lse[item], width, own, lse.dtype, query_width)
             k_band = wide(keys.copy(k[item], pooled_key[item], band, dtype))
             v_band = wide(keys.copy(v[item], pooled_value[item], band, dtype))
@@ -90,7 +94,7 @@ def backward_in_bands(
                     keys.take(k_band, group),
                     keys.take(v_band, group),
                     query_tiles(o_band, tiles),
-                    query_tiles(l_band, tiles).contiguous(),
+                    query_tiles(l_band, tiles),
                     scale,
                     group.mask,
                 )
@@ -104,7 +108,7 @@ def backward_in_bands(
                     dense_key[item : item + 1],
                     dense_value[item : item + 1],
                     heads_first(o_band.flatten(0, 1)),
-                    heads_first(l_band.flatten(0, 1)).contiguous(),
+                    heads_first(l_band.flatten(0, 1)),
                     scale,
                     dense_mask,
                 )
@@ -123,6 +127,6 @@ def backward_in_bands(
         whole[:, :text_length] += part[:, :text_length]
         if not geometry.far_levels:
             pooled += part[:, text_length:]
-    grad_bias = grad_pooled_key[..., head_dim:].sum((0, 3)) / scale
+    grad_bias = (grad_pooled_key[..., head_dim:].sum(0) / scale).reshape(bias.shape)
     dq, dk, dv, dpk, dpv = (x[..., :head_dim].to(query.dtype).contiguous() for x in grads)
-    return dq, dk, dv, dpk, dpv, grad_bias[: len(bias)].to(bias.dtype)
+    return dq, dk, dv, dpk, dpv, grad_bias.to(bias.dtype)

@@ -97,7 +97,7 @@ def _attend_in_bands(
     dtype = compute_dtype(query.dtype, query.device)
     dense_key, dense_value = dense_key.to(dtype), dense_value.to(dtype)
     dense_mask = dense_bias(bias, geometry, lse.dtype)
-    keys = keys_of_tiles(geometry, bias, query.shape[2:].numel(), lse.dtype)
+    keys = keys_of_tiles(geometry, bias, key.shape[2:].numel(), lse.dtype)
     query_width = tile_columns(width, radius).query_width
 
     for band in bands(height, radius, range(query_start, query_stop)):

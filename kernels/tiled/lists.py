@@ -40,8 +40,8 @@ def keys_of_tiles(
     """The way to the keys of tiles.
 
     Args:
-        bias: (pooled, H), added to the scores of pooled keys.
-        elements: of a token, H * D.
+        bias: (pooled, heads of the query), added to the scores of pooled keys.
+        elements: of a key, H * D.
         dtype: of masks.
     """
     if by_lists(geometry):

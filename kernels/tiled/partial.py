@@ -6,8 +6,11 @@ are exp(score - lse), so the gradients of the subsets simply add (arXiv 2205.141
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from ..groups import from_members, members
 from ..merge import merge_
 
 # Keys and queries that `attend_all` takes at a time: where there is no fused attention, scores are
@@ -42,12 +45,29 @@ def attend(
 
     Args:
         query: (batch, heads, queries, head_dim), head_dim contiguous.
-        key, value: (batch, heads, keys, head_dim), at least one key, head_dim contiguous.
+        key, value: (batch, key heads, keys, head_dim), at least one key, head_dim contiguous.
         bias: (batch, 1 or heads, queries, keys) added to the scaled scores, or None.
 
     Returns:
         out (batch, heads, queries, head_dim) and lse (batch, heads, queries), float32 or wider.
     """
+    group = query.shape[1] // key.shape[1]
+    parts = [
+        _attend(one_query, key, value, scale, one_bias)
+        for one_query, one_bias in zip(members(query, group), _biases(bias, group), strict=True)
+    ]
+    outs, lses = zip(*parts, strict=True)
+    return from_members(outs), from_members(lses)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` with as many key heads as heads."""
     if has_flash(query.device):
         return _flash(query, key, value, attn_mask=bias, scale=scale)
     scores = _scores(query, key, scale, bias)
@@ -57,6 +77,13 @@ def attend(
     return out.to(lse.dtype), lse
 
 
+def _biases(bias: torch.Tensor | None, group: int) -> Sequence[torch.Tensor | None]:
+    """Those of the members of a group, of all heads or of each."""
+    if bias is None or bias.shape[1] == 1:
+        return [bias] * group
+    return members(bias, group)
+
+
 def attend_all(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +91,7 @@ def attend_all(
 
     Args:
         query: (batch, queries, heads, head_dim), head_dim contiguous.
-        key, value: (batch, keys, heads, head_dim), at least one key, head_dim contiguous.
+        key, value: (batch, keys, key heads, head_dim), at least one key, head_dim contiguous.
 
     Returns:
         out, shaped as `query`, and lse (batch, queries, heads), float32 or wider.
@@ -97,6 +124,35 @@ def attend_backward(
         grad: gradient of the loss by the merged output; (batch, heads, queries, head_dim).
         out, lse: merged over all keys the query sees, in the shapes `attend` returns.
     """
+    group = query.shape[1] // key.shape[1]
+    of_members = (members(x, group) for x in (grad, query, out, lse))
+    queries, sums = [], None
+    for one_grad, one_query, one_out, one_lse, one_bias in zip(
+        *of_members, _biases(bias, group), strict=True
+    ):
+        of_query, *of_keys = _attend_backward(
+            one_grad, one_query, key, value, one_out, one_lse.contiguous(), scale, one_bias
+        )
+        queries.append(of_query)
+        if sums is None:
+            sums = of_keys
+        else:  # of half precision in a wider one
+            sums = [total + part.to(lse.dtype) for total, part in zip(sums, of_keys, strict=True)]
+    assert sums is not None
+    return from_members(queries), sums[0], sums[1]
+
+
+def _attend_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`attend_backward` with as many key heads as heads; lse is contiguous."""
     if has_flash(query.device):
         return _flash_backward(
             grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale

@@ -9,6 +9,8 @@ text, the pooled keys and the disc are walked one after the other, by whom they 
 - a text query: all tokens; a text key: all tokens; a pooled key: all image tokens. These are few
   owners with long walks: a walk is split over programs and the parts are added, in a fixed order.
 
+Of a group of GROUP heads that read the same keys, a key's program walks one after the other.
+
 No atomics: the result does not change from run to run.
 """
 
@@ -24,6 +26,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..groups import group_of
 from ..opaque import Geometry, Gradients
 from .forward import load_tile
 from .geometry import visits
@@ -242,20 +245,22 @@ def image_query_backward(
     heads, head_dim, height, width, text_length, pooled_length, bias_token, bias_head,
     tiles_x, tiles, column_classes, radius, scale, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
-    D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
-    BIAS: tl.constexpr,
+    D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the image queries; one program per query tile, head and batch item.
 
-    grad, query, key, value: (batch, text + image, heads, head_dim) with strides grad_batch,
-    grad_token, grad_head and so on; pooled_key, pooled_value, grad_query: contiguous; bias, where
-    BIAS: (pooled, heads); lse, delta: as `prepare_rows` writes them; the lists: see geometry.py.
+    grad, query: (batch, text + image, heads, head_dim), and key, value of heads / GROUP heads, with
+    strides grad_batch, grad_token, grad_head and so on; pooled_key, pooled_value of as many heads,
+    grad_query: contiguous; bias, where BIAS: (pooled, heads); lse, delta: as `prepare_rows` writes
+    them; the lists: see geometry.py.
     """
     M: tl.constexpr = R * C
     N: tl.constexpr = STEP_R * STEP_C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     item, place = plane // heads, plane % heads
     batch, head = item.to(tl.int64), place.to(tl.int64)
+    key_heads, own_key_head = heads // GROUP, head // GROUP
     tile_y, tile_x = tile // tiles_x * R, tile % tiles_x * C
     own_y, own_x = tile_y + tile_rows(R, C), tile_x + tile_columns(R, C)
     tokens, valid = locate_tile(tile_y, tile_x, height, width, R, C, True)
@@ -264,8 +269,8 @@ def image_query_backward(
 
     grad += batch * grad_batch + head * grad_head
     query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
+    key += batch * key_batch + own_key_head * key_head
+    value += batch * value_batch + own_key_head * value_head
     g = load_rows(grad, grad_token, tokens, valid, head_dim, D, EVEN_D)
     q = load_rows(query, query_token, tokens, valid, head_dim, D, EVEN_D)
     row = plane.to(tl.int64) * sequence
@@ -277,27 +282,29 @@ def image_query_backward(
         query_sum, q, g, row_lse, row_delta, key, value, key_token, value_token, 0, text_length,
         scale_log2, head_dim, None, 0, N, D, EVEN_D, False, STAGES,
     )  # fmt: skip
-    pooled = (batch * pooled_length * heads + head) * head_dim
+    pooled = (batch * pooled_length * key_heads + own_key_head) * head_dim
     query_sum = walk_keys(
         query_sum, q, g, row_lse, row_delta, pooled_key + pooled, pooled_value + pooled,
-        heads * head_dim, heads * head_dim, 0, pooled_length, scale_log2, head_dim,
+        key_heads * head_dim, key_heads * head_dim, 0, pooled_length, scale_log2, head_dim,
         bias + head * bias_head, bias_token, N, D, EVEN_D, BIAS, STAGES,
     )  # fmt: skip
     if not DESCRIPTOR:
-        image_key += batch * key_batch + head * key_head
-        image_value += batch * value_batch + head * value_head
+        image_key += batch * key_batch + own_key_head * key_head
+        image_value += batch * value_batch + own_key_head * value_head
     row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
     entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
     begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     query_sum = walk_key_tiles(
         query_sum, q, g, row_lse, row_delta, image_key, image_value, key_token, value_token,
-        offsets, begin, border, item, place, tile_y, tile_x, own_y, own_x, height, width, radius,
-        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
+        offsets, begin, border, item, place // GROUP, tile_y, tile_x, own_y, own_x,
+        height, width, radius, scale_log2, head_dim,
+        M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
     query_sum = walk_key_tiles(
         query_sum, q, g, row_lse, row_delta, image_key, image_value, key_token, value_token,
-        offsets, border, end, item, place, tile_y, tile_x, own_y, own_x, height, width, radius,
-        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
+        offsets, border, end, item, place // GROUP, tile_y, tile_x, own_y, own_x,
+        height, width, radius, scale_log2, head_dim,
+        M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
     )  # fmt: skip
     grad_query += (batch * sequence * heads + head) * head_dim
     store_rows(grad_query, heads * head_dim, tokens, valid, query_sum * scale, head_dim, D, EVEN_D)
@@ -312,62 +319,65 @@ def image_key_backward(
     heads, head_dim, height, width, text_length,
     tiles_x, tiles, column_classes, radius, scale, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
-    D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTOR: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the image keys and values; one program per key tile, head and batch item.
+    """Gradients of the image keys and values; one program per key tile and head, and batch item.
 
     The disc is symmetric: the lists of `image_query_backward` are read with the roles exchanged.
     """
     M: tl.constexpr = R * C
     N: tl.constexpr = STEP_R * STEP_C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    item, place = plane // heads, plane % heads
-    batch, head = item.to(tl.int64), place.to(tl.int64)
+    key_heads = heads // GROUP
+    item, place = plane // key_heads, plane % key_heads
+    batch, own_key_head = item.to(tl.int64), place.to(tl.int64)
     tile_y, tile_x = tile // tiles_x * R, tile % tiles_x * C
     own_y, own_x = tile_y + tile_rows(R, C), tile_x + tile_columns(R, C)
     tokens, valid = locate_tile(tile_y, tile_x, height, width, R, C, True)
     tokens += text_length
     sequence = text_length + height * width
 
-    grad += batch * grad_batch + head * grad_head
-    query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
-    lse += plane.to(tl.int64) * sequence
-    delta += plane.to(tl.int64) * sequence
+    key += batch * key_batch + own_key_head * key_head
+    value += batch * value_batch + own_key_head * value_head
     k = load_rows(key, key_token, tokens, valid, head_dim, D, EVEN_D)
     v = load_rows(value, value_token, tokens, valid, head_dim, D, EVEN_D)
 
     key_sum = tl.zeros([M, D], tl.float32)
     value_sum = tl.zeros([M, D], tl.float32)
-    key_sum, value_sum, _ = walk_queries(
-        key_sum, value_sum, tl.zeros([M], tl.float32), k, v, None, query, grad, lse, delta,
-        query_token, grad_token, 0, text_length, scale_log2, head_dim,
-        N, D, EVEN_D, False, STAGES,
-    )  # fmt: skip
-    if not DESCRIPTOR:
-        image_query += batch * query_batch + head * query_head
-        image_grad += batch * grad_batch + head * grad_head
-    lse += text_length
-    delta += text_length
-    row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
-    entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
-    begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    key_sum, value_sum = walk_query_tiles(
-        key_sum, value_sum, k, v, image_query, image_grad, lse, delta, query_token, grad_token,
-        offsets, begin, border, item, place, tile_y, tile_x, own_y, own_x, height, width, radius,
-        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
-    )  # fmt: skip
-    key_sum, value_sum = walk_query_tiles(
-        key_sum, value_sum, k, v, image_query, image_grad, lse, delta, query_token, grad_token,
-        offsets, border, end, item, place, tile_y, tile_x, own_y, own_x, height, width, radius,
-        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
-    )  # fmt: skip
-    start = (batch * sequence * heads + head) * head_dim
-    store_rows(
-        grad_key + start, heads * head_dim, tokens, valid, key_sum * scale, head_dim, D, EVEN_D
-    )
-    store_rows(grad_value + start, heads * head_dim, tokens, valid, value_sum, head_dim, D, EVEN_D)
+    for member in range(GROUP):
+        head = own_key_head * GROUP + member
+        row = (plane.to(tl.int64) * GROUP + member) * sequence
+        key_sum, value_sum, _ = walk_queries(
+            key_sum, value_sum, tl.zeros([M], tl.float32), k, v, None,
+            query + batch * query_batch + head * query_head,
+            grad + batch * grad_batch + head * grad_head, lse + row, delta + row,
+            query_token, grad_token, 0, text_length, scale_log2, head_dim,
+            N, D, EVEN_D, False, STAGES,
+        )  # fmt: skip
+        own_query, own_grad = image_query, image_grad
+        if not DESCRIPTOR:
+            own_query += batch * query_batch + head * query_head
+            own_grad += batch * grad_batch + head * grad_head
+        row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
+        entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
+        begin, border, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        key_sum, value_sum = walk_query_tiles(
+            key_sum, value_sum, k, v, own_query, own_grad, lse + row + text_length,
+            delta + row + text_length, query_token, grad_token, offsets, begin, border,
+            item, place * GROUP + member, tile_y, tile_x, own_y, own_x, height, width, radius,
+            scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
+        )  # fmt: skip
+        key_sum, value_sum = walk_query_tiles(
+            key_sum, value_sum, k, v, own_query, own_grad, lse + row + text_length,
+            delta + row + text_length, query_token, grad_token, offsets, border, end,
+            item, place * GROUP + member, tile_y, tile_x, own_y, own_x, height, width, radius,
+            scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
+        )  # fmt: skip
+    start = (batch * sequence * key_heads + own_key_head) * head_dim
+    stride = key_heads * head_dim
+    store_rows(grad_key + start, stride, tokens, valid, key_sum * scale, head_dim, D, EVEN_D)
+    store_rows(grad_value + start, stride, tokens, valid, value_sum, head_dim, D, EVEN_D)
 
 
 @triton.jit
@@ -378,7 +388,7 @@ def text_query_backward(
     heads, head_dim, text_length, first_key, sequence, keys_per_split, blocks, planes,
     scale, scale_log2,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a block of text queries from one split of the keys from `first_key` on.
 
@@ -388,12 +398,13 @@ def text_query_backward(
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     plane, split = rest % planes, rest // planes
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
+    own_key_head = head // GROUP
     tokens = block * M + tl.arange(0, M)
     valid = tokens < text_length
     grad += batch * grad_batch + head * grad_head
     query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
+    key += batch * key_batch + own_key_head * key_head
+    value += batch * value_batch + own_key_head * value_head
     g = load_rows(grad, grad_token, tokens, valid, head_dim, D, EVEN_D)
     q = load_rows(query, query_token, tokens, valid, head_dim, D, EVEN_D)
     row = plane.to(tl.int64) * sequence
@@ -419,26 +430,23 @@ def common_key_backward(
     heads, head_dim, key_length, first_query, sequence, queries_per_split, blocks, planes,
     scale, scale_log2,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values that every query from `first_query` on sees.
 
-    key, value: (batch, key_length or more, heads, head_dim), the text's or the pooled ones.
-    key_part, value_part: (splits, batch, key_length, heads, head_dim); strides part_split and
-    part_batch, else contiguous. Where BIAS, bias: (key_length, heads), and its gradient, bias_part:
-    float32 (splits, batch, key_length, heads), contiguous.
+    key, value: (batch, key_length or more, heads / GROUP, head_dim), the text's or the pooled ones.
+    key_part, value_part: (splits, batch, key_length, heads / GROUP, head_dim); strides part_split
+    and part_batch, else contiguous. Where BIAS, bias: (key_length, heads), and its gradient,
+    bias_part: float32 (splits, batch, key_length, heads), contiguous. planes: of key heads.
     """
+    key_heads = heads // GROUP
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     plane, split = rest % planes, rest // planes
-    batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
+    batch, own_key_head = (plane // key_heads).to(tl.int64), (plane % key_heads).to(tl.int64)
     tokens = block * M + tl.arange(0, M)
     valid = tokens < key_length
-    grad += batch * grad_batch + head * grad_head
-    query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
-    lse += plane.to(tl.int64) * sequence
-    delta += plane.to(tl.int64) * sequence
+    key += batch * key_batch + own_key_head * key_head
+    value += batch * value_batch + own_key_head * value_head
     k = load_rows(key, key_token, tokens, valid, head_dim, D, EVEN_D)
     v = load_rows(value, value_token, tokens, valid, head_dim, D, EVEN_D)
 
@@ -446,20 +454,24 @@ def common_key_backward(
     end = tl.minimum(begin + queries_per_split, sequence)
     key_sum = tl.zeros([M, D], tl.float32)
     value_sum = tl.zeros([M, D], tl.float32)
-    key_sum, value_sum, bias_sum = walk_queries(
-        key_sum, value_sum, tl.zeros([M], tl.float32), k, v,
-        load_bias(bias + head * bias_head, bias_token, tokens, valid, BIAS),
-        query, grad, lse, delta, query_token, grad_token, begin, end,
-        scale_log2, head_dim, N, D, EVEN_D, BIAS, STAGES,
-    )  # fmt: skip
-    start = split.to(tl.int64) * part_split + batch * part_batch + head * head_dim
-    store_rows(
-        key_part + start, heads * head_dim, tokens, valid, key_sum * scale, head_dim, D, EVEN_D
-    )
-    store_rows(value_part + start, heads * head_dim, tokens, valid, value_sum, head_dim, D, EVEN_D)
-    if BIAS:
-        row = (split.to(tl.int64) * (planes // heads) + batch) * key_length * heads + head
-        tl.store(bias_part + row + tokens.to(tl.int64) * heads, bias_sum, mask=valid)
+    for member in range(GROUP):
+        head = own_key_head * GROUP + member
+        row = (plane.to(tl.int64) * GROUP + member) * sequence
+        key_sum, value_sum, bias_sum = walk_queries(
+            key_sum, value_sum, tl.zeros([M], tl.float32), k, v,
+            load_bias(bias + head * bias_head, bias_token, tokens, valid, BIAS),
+            query + batch * query_batch + head * query_head,
+            grad + batch * grad_batch + head * grad_head, lse + row, delta + row,
+            query_token, grad_token, begin, end, scale_log2, head_dim,
+            N, D, EVEN_D, BIAS, STAGES,
+        )  # fmt: skip
+        if BIAS:
+            row = (split.to(tl.int64) * (planes // key_heads) + batch) * key_length * heads + head
+            tl.store(bias_part + row + tokens.to(tl.int64) * heads, bias_sum, mask=valid)
+    start = split.to(tl.int64) * part_split + batch * part_batch + own_key_head * head_dim
+    stride = key_heads * head_dim
+    store_rows(key_part + start, stride, tokens, valid, key_sum * scale, head_dim, D, EVEN_D)
+    store_rows(value_part + start, stride, tokens, valid, value_sum, head_dim, D, EVEN_D)
 
 
 def split_walk(length: int, step: int, owners: int, programs: int) -> tuple[int, int]:
@@ -502,9 +514,19 @@ class Walked:
         return self.query.shape[2], self.query.shape[3]
 
     @property
+    def group(self) -> int:
+        """Heads that read the same key head."""
+        return group_of(self.query, self.key)
+
+    @property
     def planes(self) -> int:
         """Heads of all batch items."""
         return self.query.shape[0] * self.query.shape[2]
+
+    @property
+    def key_planes(self) -> int:
+        """Key heads of all batch items."""
+        return self.key.shape[0] * self.key.shape[2]
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -515,6 +537,7 @@ def _walk_image(
     kernel: Any,
     config: TileConfig,
     walked: Walked,
+    planes: int,
     more: Sequence[torch.Tensor],
     visited: tuple[torch.Tensor, torch.Tensor],
     targets: Sequence[torch.Tensor],
@@ -523,6 +546,7 @@ def _walk_image(
 ) -> None:
     """Launch a kernel whose programs own tiles; `visited` are the two tensors its lists lead to.
 
+    planes: of the owners, which are queries or keys.
     more, more_numbers, flags: of this kernel only.
     """
     height, width, text_length, radius, *_ = walked.geometry
@@ -539,13 +563,13 @@ def _walk_image(
             for image in images
         ]
     four = (walked.grad, walked.query, walked.key, walked.value)
-    kernel[(tiles * walked.planes,)](
+    kernel[(tiles * planes,)](
         *four, *more, *images, walked.lse, walked.delta, *targets,
         lists.offsets, lists.ranges, lists.row_class, lists.column_class, *strides_of(*four),
         *walked.heads, height, width, text_length, *more_numbers,
         tiles_x, tiles, lists.ranges.shape[1], radius, *walked.scales,
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
-        **size, DESCRIPTOR=descriptor, STAGES=config.num_stages, **flags,
+        **size, DESCRIPTOR=descriptor, GROUP=walked.group, STAGES=config.num_stages, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
 
@@ -555,6 +579,7 @@ def _walk_runs(
     config: RunConfig,
     walked: Walked,
     programs: int,
+    planes: int,
     owners: int,
     first: int,
     targets: Sequence[torch.Tensor],
@@ -562,26 +587,27 @@ def _walk_runs(
 ) -> None:
     """Launch a kernel whose owners walk all tokens from `first` on, and add up the splits.
 
+    planes: of the owners, which are queries or keys.
     biases: of `common_key_backward`, what is added to the keys' scores and its gradient.
     """
     sequence, (heads, head_dim) = walked.query.shape[1], walked.heads
     blocks = triton.cdiv(owners, config.block)
-    splits, split_size = split_walk(sequence - first, config.step, blocks * walked.planes, programs)
+    splits, split_size = split_walk(sequence - first, config.step, blocks * planes, programs)
     parts = [parts_of(target, splits) for target in targets]
     bias, bias_parts = biases[:1], []
     strides: tuple[int, ...] = ()
     flags = {}
     for each in bias:
         length = min(owners, len(each))
-        bias_parts = [each.new_empty(splits, walked.planes // heads, length, heads)]
+        bias_parts = [each.new_empty(splits, len(walked.query), length, heads)]
         strides, flags = each.stride(), {"BIAS": length > 0}
     four = (walked.grad, walked.query, walked.key, walked.value)
-    kernel[(blocks * walked.planes * splits,)](
+    kernel[(blocks * planes * splits,)](
         *four, *bias, walked.lse, walked.delta, *parts, *bias_parts,
         *strides_of(*four), *parts[0].stride()[:2], *strides,
-        heads, head_dim, owners, first, sequence, split_size, blocks, walked.planes,
-        *walked.scales,
-        M=config.block, N=config.step, **channels(head_dim), STAGES=config.num_stages, **flags,
+        heads, head_dim, owners, first, sequence, split_size, blocks, planes, *walked.scales,
+        M=config.block, N=config.step, **channels(head_dim), GROUP=walked.group,
+        STAGES=config.num_stages, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
     add_up(targets, parts)
@@ -643,10 +669,13 @@ def text_gradients(
         return
     text = [x[:, :text_length] for x in grads]
     no_bias = walked.delta.new_empty(0, walked.heads[0])
-    _walk_runs(text_query_backward, config.text_query, walked, programs, text_length, 0, text[:1])
     _walk_runs(
-        common_key_backward, config.common_key, walked, programs, text_length, 0, text[1:],
-        (no_bias, no_bias),
+        text_query_backward, config.text_query, walked, programs, walked.planes, text_length, 0,
+        text[:1],
+    )  # fmt: skip
+    _walk_runs(
+        common_key_backward, config.common_key, walked, programs, walked.key_planes, text_length, 0,
+        text[1:], (no_bias, no_bias),
     )  # fmt: skip
 
 
@@ -670,8 +699,10 @@ def attention_backward(
     Args:
         grad: gradient of `out`.
         query, key, value, out, grad: (batch, text + image, heads, head_dim), float16, bfloat16 or
-            float32, any strides but channels side by side; summed in float32.
-        pooled_key, pooled_value: (batch, pooled, heads, head_dim), contiguous; pooled may be 0.
+            float32, any strides but channels side by side; summed in float32. Key and value may
+            have fewer heads, each for a group of the query's.
+        pooled_key, pooled_value: (batch, pooled, the key's heads, head_dim), contiguous; pooled may
+            be 0.
         bias: float32 (pooled, heads), any strides, or (0, heads) where nothing is added.
         lse: float32 (batch, text + image, heads), contiguous: natural-log log-sum-exp of the
             scaled scores of all keys a query sees.
@@ -687,18 +718,19 @@ def attention_backward(
     grad_query, grad_key, grad_value, grad_pooled_key, grad_pooled_value, grad_bias = grads
     walked = prepare(grad, query, key, value, out, lse, geometry)
     _walk_image(
-        image_query_backward, config.query, walked, (pooled_key, pooled_value, bias),
+        image_query_backward, config.query, walked, walked.planes,
+        (pooled_key, pooled_value, bias),
         (key, value), (grad_query,), (pooled_length, *bias.stride()), BIAS=len(bias) > 0,
     )  # fmt: skip
     _walk_image(
-        image_key_backward, config.key, walked,
+        image_key_backward, config.key, walked, walked.key_planes,
         (), (query, grad), (grad_key, grad_value), (),
     )  # fmt: skip
     text_gradients(walked, config, programs, grads[:3])
     if pooled_length:
         _walk_runs(
             common_key_backward, config.common_key,
-            replace(walked, key=pooled_key, value=pooled_value), programs,
+            replace(walked, key=pooled_key, value=pooled_value), programs, walked.key_planes,
             pooled_length, text_length, (grad_pooled_key, grad_pooled_value), (bias, grad_bias),
         )  # fmt: skip
     return grads

@@ -20,9 +20,9 @@ def text_forward(
     value_batch, value_token, value_head,
     heads, head_dim, text_length, sequence, keys_per_split, blocks, planes, scale_log2,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
-    NEGATIVE: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+    NEGATIVE: tl.constexpr, DESCRIPTOR: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block of text queries against one split of the keys.
+    """A block of text queries against one split of the keys, which have heads / GROUP heads.
 
     key, value: tensor descriptors where DESCRIPTOR, else pointers to the first token; part_out:
     float32 (splits, batch, text, heads, head_dim); part_lse: float32 (splits, batch, text, heads),
@@ -32,11 +32,13 @@ def text_forward(
     plane, split = rest % planes, rest // planes
     item, place = plane // heads, plane % heads
     batch, head = item.to(tl.int64), place.to(tl.int64)
+    own_key_head = place // GROUP
     tokens = block * M + tl.arange(0, M)
     valid = tokens < text_length
     if not DESCRIPTOR:
-        key += batch * key_batch + head * key_head
-        value += batch * value_batch + head * value_head
+        wide_key_head = own_key_head.to(tl.int64)
+        key += batch * key_batch + wide_key_head * key_head
+        value += batch * value_batch + wide_key_head * value_head
     q = load_rows(
         query + batch * query_batch + head * query_head, query_token, tokens, valid, head_dim,
         D, EVEN_D,
@@ -50,8 +52,8 @@ def text_forward(
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, sequence)
     row_max, row_sum, acc = attend_run(
-        q, row_max, row_sum, acc, key, value, key_token, value_token, item, place, begin, end,
-        scale_log2, head_dim, None, 0, N, D, EVEN_D, False, False, DESCRIPTOR, STAGES,
+        q, row_max, row_sum, acc, key, value, key_token, value_token, item, own_key_head,
+        begin, end, scale_log2, head_dim, None, 0, N, D, EVEN_D, False, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
 
     row = (split.to(tl.int64) * (planes // heads) + batch) * text_length * heads + head

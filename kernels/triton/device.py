@@ -41,16 +41,22 @@ class Kernel(NamedTuple):
 
     Attributes:
         name: one of trust.KERNELS.
+        group: query heads that read the same key head: each is a binary of its own.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     name: str
+    group: int = 1
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"Triton's {self.name} kernel on {self.device} ({dtype}, head_dim {self.head_dim})"
+        group = f", {self.group} heads a key head" if self.group > 1 else ""
+        return (
+            f"Triton's {self.name} kernel on {self.device} "
+            f"({dtype}, head_dim {self.head_dim}{group})"
+        )
 
 
 def kernels_of(far: bool, pooled: bool, needs_grad: bool) -> tuple[str, ...]:

@@ -141,27 +141,29 @@ def far_forward(
     query_start, query_stop, text_queries, tiles_x, tiles, scale_log2,
     R: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr,
     D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr, NEGATIVE: tl.constexpr,
-    STAGES: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per tile, head and batch item.
 
     query: (batch, text_queries + image rows query_start to query_stop, heads, head_dim), key and
-    value: (batch, text_length + token_keys, heads, head_dim), with strides query_batch,
+    value: (batch, text_length + token_keys, heads / GROUP, head_dim), with strides query_batch,
     query_token, query_head and so on; image_key, image_value: the same from the first image token
-    on; bias: (total - token_keys, heads); pooled_key, pooled_value of as many, out, lse:
-    contiguous; the lists: see cell_lists.py. NEGATIVE: the scale is that of the negated queries.
+    on; bias: (total - token_keys, heads); pooled_key, pooled_value of as many and of the keys'
+    heads, out, lse: contiguous; the lists: see cell_lists.py. NEGATIVE: the scale is that of the
+    negated queries.
     """
     M: tl.constexpr = R * C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
+    key_heads, own_key_head = heads // GROUP, head // GROUP
     tile_y, tile_x, own_y, own_x, valid = own_tile(
         tile, tiles_x, query_start, query_stop, width, R, C
     )
     tokens = text_queries + (own_y - query_start) * width + own_x
     query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
-    pooled = (batch * (total - token_keys) * heads + head) * head_dim
+    key += batch * key_batch + own_key_head * key_head
+    value += batch * value_batch + own_key_head * value_head
+    pooled = (batch * (total - token_keys) * key_heads + own_key_head) * head_dim
     q = load_rows(query, query_token, tokens, tl.full([M], True, tl.int1), head_dim, D, EVEN_D)
     if NEGATIVE:
         q = -q
@@ -170,11 +172,12 @@ def far_forward(
     row_sum = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     row_max, row_sum, acc = attend_run(
-        q, row_max, row_sum, acc, key, value, key_token, value_token, batch, head, 0, text_length,
-        scale_log2, head_dim, None, 0, N, D, EVEN_D, EVEN_TEXT, False, False, STAGES,
+        q, row_max, row_sum, acc, key, value, key_token, value_token, batch, own_key_head,
+        0, text_length, scale_log2, head_dim, None, 0,
+        N, D, EVEN_D, EVEN_TEXT, False, False, STAGES,
     )  # fmt: skip
-    image_key += batch * key_batch + head * key_head
-    image_value += batch * value_batch + head * value_head
+    image_key += batch * key_batch + own_key_head * key_head
+    image_value += batch * value_batch + own_key_head * value_head
     begin, border, end = (
         tl.load(ranges + 3 * tile), tl.load(ranges + 3 * tile + 1), tl.load(ranges + 3 * tile + 2)
     )  # fmt: skip
@@ -182,14 +185,14 @@ def far_forward(
     row_max, row_sum, acc = attend_listed(
         q, row_max, row_sum, acc, image_key, image_value, pooled_key + pooled,
         pooled_value + pooled, bias + head * bias_head,
-        key_token, value_token, heads * head_dim, bias_token,
+        key_token, value_token, key_heads * head_dim, bias_token,
         keys, begin, border, token_keys, total, comparisons, own_y, own_x, 2 * tile_y, 2 * tile_x,
         scale_log2, head_dim, STEP, D, EVEN_D, False, STAGES,
     )  # fmt: skip
     row_max, row_sum, acc = attend_listed(
         q, row_max, row_sum, acc, image_key, image_value, pooled_key + pooled,
         pooled_value + pooled, bias + head * bias_head,
-        key_token, value_token, heads * head_dim, bias_token,
+        key_token, value_token, key_heads * head_dim, bias_token,
         keys, border, end, token_keys, total, comparisons, own_y, own_x, 2 * tile_y, 2 * tile_x,
         scale_log2, head_dim, STEP, D, EVEN_D, True, STAGES,
     )  # fmt: skip

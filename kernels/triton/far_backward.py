@@ -70,7 +70,7 @@ def far_query_backward(
     heads, head_dim, height, width, text_length, token_keys, total, tiles_x, tiles,
     scale, scale_log2,
     R: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the image queries; one program per query tile, head and batch item.
 
@@ -78,16 +78,17 @@ def far_query_backward(
     """
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
+    key_heads, own_key_head = heads // GROUP, head // GROUP
     tile_y, tile_x, own_y, own_x, valid = own_tile(tile, tiles_x, 0, height, width, R, C)
     tokens = text_length + own_y * width + own_x
     sequence = text_length + height * width
     grad += batch * grad_batch + head * grad_head
     query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
-    image_key += batch * key_batch + head * key_head
-    image_value += batch * value_batch + head * value_head
-    pooled = (batch * (total - token_keys) * heads + head) * head_dim
+    key += batch * key_batch + own_key_head * key_head
+    value += batch * value_batch + own_key_head * value_head
+    image_key += batch * key_batch + own_key_head * key_head
+    image_value += batch * value_batch + own_key_head * value_head
+    pooled = (batch * (total - token_keys) * key_heads + own_key_head) * head_dim
     g = load_rows(grad, grad_token, tokens, valid, head_dim, D, EVEN_D)
     q = load_rows(query, query_token, tokens, valid, head_dim, D, EVEN_D)
     row = plane.to(tl.int64) * sequence
@@ -105,14 +106,14 @@ def far_query_backward(
     query_sum = walk_listed(
         query_sum, q, g, row_lse, row_delta, image_key, image_value, pooled_key + pooled,
         pooled_value + pooled, bias + head * bias_head,
-        key_token, value_token, heads * head_dim, bias_token,
+        key_token, value_token, key_heads * head_dim, bias_token,
         keys, begin, border, token_keys, total, comparisons, own_y, own_x, 2 * tile_y, 2 * tile_x,
         scale_log2, head_dim, N, D, EVEN_D, False, STAGES,
     )  # fmt: skip
     query_sum = walk_listed(
         query_sum, q, g, row_lse, row_delta, image_key, image_value, pooled_key + pooled,
         pooled_value + pooled, bias + head * bias_head,
-        key_token, value_token, heads * head_dim, bias_token,
+        key_token, value_token, key_heads * head_dim, bias_token,
         keys, border, end, token_keys, total, comparisons, own_y, own_x, 2 * tile_y, 2 * tile_x,
         scale_log2, head_dim, N, D, EVEN_D, True, STAGES,
     )  # fmt: skip
@@ -142,34 +143,30 @@ def far_key_backward(
     heads, head_dim, height, width, text_length, rows, columns, total,
     tiles_x, tiles, query_tiles_x, tiles_per_split, planes, scale, scale_log2,
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
-    D: tl.constexpr, EVEN_D: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, EVEN_D: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of one level's cells from one split of the query tiles that may see it.
 
-    key, value: (batch, rows * columns or more, heads, head_dim), from the level's first cell on,
-    as comparisons (6, total). Where not BIAS these are the image's tokens, which text queries see
-    too. key_part, value_part: (splits, batch, rows * columns, heads, head_dim), strides part_split
-    and part_batch, else contiguous; bias_part, where BIAS: float32 (splits, batch, rows * columns,
-    heads), contiguous. visited, ranges: see `QueryLists`.
+    key, value: (batch, rows * columns or more, heads / GROUP, head_dim), from the level's first
+    cell on, as comparisons (6, total). Where not BIAS these are the image's tokens, which text
+    queries see too. key_part, value_part: (splits, batch, rows * columns, heads / GROUP, head_dim),
+    strides part_split and part_batch, else contiguous; bias_part, where BIAS: float32 (splits,
+    batch, rows * columns, heads), contiguous. visited, ranges: see `QueryLists`. planes: of key
+    heads.
     """
     M: tl.constexpr = R * C
     N: tl.constexpr = STEP_R * STEP_C
     tile, rest = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     plane, split = rest % planes, rest // planes
-    batch, head = (plane // heads).to(tl.int64), (plane % heads).to(tl.int64)
+    key_heads = heads // GROUP
+    batch, own_key_head = (plane // key_heads).to(tl.int64), (plane % key_heads).to(tl.int64)
     _, _, own_y, own_x, valid = own_tile(tile, tiles_x, 0, rows, columns, R, C)
     cells = own_y * columns + own_x
-    grad += batch * grad_batch + head * grad_head
-    query += batch * query_batch + head * query_head
-    image_grad += batch * grad_batch + head * grad_head
-    image_query += batch * query_batch + head * query_head
-    key += batch * key_batch + head * key_head
-    value += batch * value_batch + head * value_head
-    lse += plane.to(tl.int64) * (text_length + height * width)
-    delta += plane.to(tl.int64) * (text_length + height * width)
+    key += batch * key_batch + own_key_head * key_head
+    value += batch * value_batch + own_key_head * value_head
     k = load_rows(key, key_token, cells, valid, head_dim, D, EVEN_D)
     v = load_rows(value, value_token, cells, valid, head_dim, D, EVEN_D)
-    b = load_bias(bias + head * bias_head, bias_token, cells, valid, BIAS)
     inner_y, inner_x = tl.load(comparisons + cells), tl.load(comparisons + total + cells)
     inner2 = tl.load(comparisons + 2 * total + cells)
     outer_y = tl.load(comparisons + 3 * total + cells)
@@ -178,47 +175,55 @@ def far_key_backward(
 
     key_sum = tl.zeros([M, D], tl.float32)
     value_sum = tl.zeros([M, D], tl.float32)
-    bias_sum = tl.zeros([M], tl.float32)
-    if not BIAS:
-        key_sum, value_sum, bias_sum = walk_queries(
-            key_sum, value_sum, bias_sum, k, v, b, query, grad, lse, delta, query_token,
-            grad_token, 0, tl.where(split == 0, text_length, 0), scale_log2, head_dim,
-            N, D, EVEN_D, False, STAGES,
+    for member in range(GROUP):
+        head = own_key_head * GROUP + member
+        of_query, of_grad = (
+            batch * query_batch + head * query_head, batch * grad_batch + head * grad_head
         )  # fmt: skip
-    lse += text_length
-    delta += text_length
-    begin = tl.load(ranges + tile) + split * tiles_per_split
-    end = tl.minimum(begin + tiles_per_split, tl.load(ranges + tile + 1))
-    for step in tl.range(begin, end, num_stages=STAGES):
-        number = tl.load(visited + step)
-        y, x = number // query_tiles_x * STEP_R, number % query_tiles_x * STEP_C
-        q = load_tile(
-            image_query, query_token, batch, head, y, x, height, width, head_dim,
-            STEP_R, STEP_C, D, EVEN_D, True, False,
-        )  # fmt: skip
-        g = load_tile(
-            image_grad, grad_token, batch, head, y, x, height, width, head_dim,
-            STEP_R, STEP_C, D, EVEN_D, True, False,
-        )  # fmt: skip
-        # Queries beyond the border have no probability: 1 times a cell's count overflows float16.
-        tokens, exists = locate_tile(y, x, height, width, STEP_R, STEP_C, True)
-        row_lse = tl.load(lse + tokens, mask=exists, other=float("inf"))
-        row_delta = tl.load(delta + tokens, mask=exists, other=0.0)
-        within = nearer(outer_y, outer_x, outer2, y, x, M, STEP_R, STEP_C)
-        inside = nearer(inner_y, inner_x, inner2, y, x, M, STEP_R, STEP_C)
-        key_sum, value_sum, bias_sum = add_key_gradients(
-            key_sum, value_sum, bias_sum, k, v, b, q, g, row_lse, row_delta,
-            within & (inside == 0), scale_log2, True, BIAS,
-        )  # fmt: skip
+        row = (plane.to(tl.int64) * GROUP + member) * (text_length + height * width)
+        b = load_bias(bias + head * bias_head, bias_token, cells, valid, BIAS)
+        bias_sum = tl.zeros([M], tl.float32)
+        if not BIAS:
+            key_sum, value_sum, bias_sum = walk_queries(
+                key_sum, value_sum, bias_sum, k, v, b, query + of_query, grad + of_grad,
+                lse + row, delta + row, query_token, grad_token,
+                0, tl.where(split == 0, text_length, 0), scale_log2, head_dim,
+                N, D, EVEN_D, False, STAGES,
+            )  # fmt: skip
+        row += text_length
+        begin = tl.load(ranges + tile) + split * tiles_per_split
+        end = tl.minimum(begin + tiles_per_split, tl.load(ranges + tile + 1))
+        for step in tl.range(begin, end, num_stages=STAGES):
+            number = tl.load(visited + step)
+            y, x = number // query_tiles_x * STEP_R, number % query_tiles_x * STEP_C
+            q = load_tile(
+                image_query + of_query, query_token, batch, head, y, x, height, width, head_dim,
+                STEP_R, STEP_C, D, EVEN_D, True, False,
+            )  # fmt: skip
+            g = load_tile(
+                image_grad + of_grad, grad_token, batch, head, y, x, height, width, head_dim,
+                STEP_R, STEP_C, D, EVEN_D, True, False,
+            )  # fmt: skip
+            # Queries beyond the border have no probability: 1 times a cell's count overflows
+            # float16.
+            tokens, exists = locate_tile(y, x, height, width, STEP_R, STEP_C, True)
+            row_lse = tl.load(lse + row + tokens, mask=exists, other=float("inf"))
+            row_delta = tl.load(delta + row + tokens, mask=exists, other=0.0)
+            within = nearer(outer_y, outer_x, outer2, y, x, M, STEP_R, STEP_C)
+            inside = nearer(inner_y, inner_x, inner2, y, x, M, STEP_R, STEP_C)
+            key_sum, value_sum, bias_sum = add_key_gradients(
+                key_sum, value_sum, bias_sum, k, v, b, q, g, row_lse, row_delta,
+                within & (inside == 0), scale_log2, True, BIAS,
+            )  # fmt: skip
+        if BIAS:
+            row = (split.to(tl.int64) * (planes // key_heads) + batch) * rows * columns * heads
+            row += head
+            tl.store(bias_part + row + cells.to(tl.int64) * heads, bias_sum, mask=valid)
 
-    start = split.to(tl.int64) * part_split + batch * part_batch + head * head_dim
-    store_rows(
-        key_part + start, heads * head_dim, cells, valid, key_sum * scale, head_dim, D, EVEN_D
-    )
-    store_rows(value_part + start, heads * head_dim, cells, valid, value_sum, head_dim, D, EVEN_D)
-    if BIAS:
-        row = (split.to(tl.int64) * (planes // heads) + batch) * rows * columns * heads + head
-        tl.store(bias_part + row + cells.to(tl.int64) * heads, bias_sum, mask=valid)
+    start = split.to(tl.int64) * part_split + batch * part_batch + own_key_head * head_dim
+    stride = key_heads * head_dim
+    store_rows(key_part + start, stride, cells, valid, key_sum * scale, head_dim, D, EVEN_D)
+    store_rows(value_part + start, stride, cells, valid, value_sum, head_dim, D, EVEN_D)
 
 
 def far_attention_backward(
@@ -281,7 +286,7 @@ def _walk_lists(
         lists.keys, lists.ranges, table, *strides_of(*four), *bias.stride(),
         *walked.heads, height, width, text_length, height * width, table.shape[1],
         triton.cdiv(width, tiling.columns), tiles, *walked.scales,
-        R=tiling.rows, C=tiling.columns, N=step, **channels(walked.heads[1]),
+        R=tiling.rows, C=tiling.columns, N=step, **channels(walked.heads[1]), GROUP=walked.group,
         STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
@@ -308,19 +313,19 @@ def _walk_level(
     table = key_comparisons(shared, device)[:, first_keys(shared)[level] :]
     rows, columns = cell_count(height, level), cell_count(width, level)
     tiles, (heads, head_dim) = len(lists.ranges) - 1, walked.heads
-    splits, per_split = split_walk(lists.longest, 1, tiles * walked.planes, programs)
+    splits, per_split = split_walk(lists.longest, 1, tiles * walked.key_planes, programs)
     parts = [parts_of(target, splits) for target in targets]
-    bias_part = walked.delta.new_empty(splits, walked.planes // heads, len(bias), heads)
+    bias_part = walked.delta.new_empty(splits, len(walked.query), len(bias), heads)
     image = [x[:, text_length:] for x in (walked.query, walked.grad)]
     four = (walked.grad, walked.query, *keys)
-    far_key_backward[(tiles * walked.planes * splits,)](
+    far_key_backward[(tiles * walked.key_planes * splits,)](
         *four, bias, *image, walked.lse, walked.delta, *parts, bias_part,
         lists.tiles, lists.ranges, table, *strides_of(*four), *parts[0].stride()[:2],
         *bias.stride(), heads, head_dim, height, width, text_length, rows, columns,
         table.stride(0), triton.cdiv(columns, tiling.columns), tiles,
-        triton.cdiv(width, tiling.step_columns), per_split, walked.planes, *walked.scales,
+        triton.cdiv(width, tiling.step_columns), per_split, walked.key_planes, *walked.scales,
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
-        **channels(head_dim), BIAS=level > 0, STAGES=config.num_stages,
+        **channels(head_dim), BIAS=level > 0, GROUP=walked.group, STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
     add_up(targets, parts)

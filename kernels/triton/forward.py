@@ -1,8 +1,9 @@
 """CLEAR attention of image queries: two-dimensional tiles, straight out of raster order.
 
-A program owns one tile of queries of one head. It attends to the text keys, to the pooled keys,
-then to the key tiles of its list (geometry.py): without a mask where all is inside the disc, with
-one comparison per pair elsewhere. Nothing is permuted and no mask is stored.
+A program owns one tile of queries of one head, whose keys all GROUP heads of its group read. It
+attends to the text keys, to the pooled keys, then to the key tiles of its list (geometry.py):
+without a mask where all is inside the disc, with one comparison per pair elsewhere. Nothing is
+permuted and no mask is stored.
 """
 
 from __future__ import annotations
@@ -159,20 +160,21 @@ def image_forward(
     R: tl.constexpr, C: tl.constexpr, STEP_R: tl.constexpr, STEP_C: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, EVEN_D: tl.constexpr, EVEN_TEXT: tl.constexpr,
     POOLED: tl.constexpr, BIAS: tl.constexpr, NEGATIVE: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    STAGES: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per tile, head and batch item.
 
     query: (batch, text_queries + image rows query_start to query_stop, heads, head_dim), key and
-    value: (batch, text + image, heads, head_dim), with strides query_batch, query_token, query_head
-    and so on; pooled_key, pooled_value, out, lse: contiguous; bias, where BIAS: (pooled, heads).
-    image_key, image_value: the image's part of key and value. Keys and values are tensor
-    descriptors where DESCRIPTOR, else pointers to the first token. Rows are counted from the first
-    that is given. NEGATIVE: the scale is that of the negated queries.
+    value: (batch, text + image, heads / GROUP, head_dim), with strides query_batch, query_token,
+    query_head and so on; pooled_key, pooled_value of as many heads, out, lse: contiguous; bias,
+    where BIAS: (pooled, heads). image_key, image_value: the image's part of key and value. Keys and
+    values are tensor descriptors where DESCRIPTOR, else pointers to the first token. Rows are
+    counted from the first that is given. NEGATIVE: the scale is that of the negated queries.
     """
     M: tl.constexpr = R * C
     tile, plane = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     batch, head = plane // heads, plane % heads
+    key_heads, own_key_head = heads // GROUP, head // GROUP
     tile_y, tile_x = query_start + tile // tiles_x * R, tile % tiles_x * C
     own_y, own_x = tile_y + tile_rows(R, C), tile_x + tile_columns(R, C)
     valid = (own_y < query_stop) & (own_x < width)
@@ -184,10 +186,11 @@ def image_forward(
     wide_batch, wide_head = batch.to(tl.int64), head.to(tl.int64)
     query += wide_batch * query_batch + wide_head * query_head
     if not DESCRIPTOR:
-        key += wide_batch * key_batch + wide_head * key_head
-        value += wide_batch * value_batch + wide_head * value_head
-        image_key += wide_batch * key_batch + wide_head * key_head
-        image_value += wide_batch * value_batch + wide_head * value_head
+        wide_key_head = own_key_head.to(tl.int64)
+        key += wide_batch * key_batch + wide_key_head * key_head
+        value += wide_batch * value_batch + wide_key_head * value_head
+        image_key += wide_batch * key_batch + wide_key_head * key_head
+        image_value += wide_batch * value_batch + wide_key_head * value_head
     # Long before they are needed: what is loaded by them waits for them.
     row_of_ranges = tl.load(row_class + tile // tiles_x) * column_classes
     entry = ranges + 3 * (row_of_ranges + tl.load(column_class + tile % tiles_x))
@@ -200,30 +203,33 @@ def image_forward(
     row_sum = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     row_max, row_sum, acc = attend_run(
-        q, row_max, row_sum, acc, key, value, key_token, value_token, batch, head, 0, text_length,
-        scale_log2, head_dim, None, 0, N, D, EVEN_D, EVEN_TEXT, False, DESCRIPTOR, STAGES,
+        q, row_max, row_sum, acc, key, value, key_token, value_token, batch, own_key_head,
+        0, text_length, scale_log2, head_dim, None, 0,
+        N, D, EVEN_D, EVEN_TEXT, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
     if POOLED:
         if not DESCRIPTOR:
-            plane_start = (wide_batch * pooled_length * heads + head) * head_dim
+            plane_start = (wide_batch * pooled_length * key_heads + own_key_head) * head_dim
             pooled_key += plane_start
             pooled_value += plane_start
         row_max, row_sum, acc = attend_run(
             q, row_max, row_sum, acc, pooled_key, pooled_value,
-            heads * head_dim, heads * head_dim, batch, head, 0, pooled_length,
+            key_heads * head_dim, key_heads * head_dim, batch, own_key_head, 0, pooled_length,
             scale_log2, head_dim, bias + wide_head * bias_head, bias_token,
             N, D, EVEN_D, False, BIAS, DESCRIPTOR, STAGES,
         )  # fmt: skip
 
     row_max, row_sum, acc = attend_tiles(
         q, row_max, row_sum, acc, image_key, image_value, key_token, value_token,
-        offsets, begin, border, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius,
-        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
+        offsets, begin, border, batch, own_key_head, tile_y, tile_x, own_y, own_x,
+        height, width, radius, scale_log2, head_dim,
+        M, STEP_R, STEP_C, D, EVEN_D, False, DESCRIPTOR, STAGES,
     )  # fmt: skip
     row_max, row_sum, acc = attend_tiles(
         q, row_max, row_sum, acc, image_key, image_value, key_token, value_token,
-        offsets, border, end, batch, head, tile_y, tile_x, own_y, own_x, height, width, radius,
-        scale_log2, head_dim, M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
+        offsets, border, end, batch, own_key_head, tile_y, tile_x, own_y, own_x,
+        height, width, radius, scale_log2, head_dim,
+        M, STEP_R, STEP_C, D, EVEN_D, True, DESCRIPTOR, STAGES,
     )  # fmt: skip
 
     queries = text_queries + (query_stop - query_start) * width

@@ -9,6 +9,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..groups import group_of
 from ..opaque import Geometry
 from .cell_lists import key_comparisons, key_lists, of_lists
 from .dense import text_forward, text_merge
@@ -99,7 +100,7 @@ def image_attention(
         R=tiling.rows, C=tiling.columns, STEP_R=tiling.step_rows, STEP_C=tiling.step_columns,
         N=config.dense_keys, **size, EVEN_TEXT=text_length % config.dense_keys == 0,
         POOLED=pooled > 0, BIAS=len(bias) > 0, DESCRIPTOR=config.descriptor,
-        STAGES=config.num_stages,
+        GROUP=group_of(query, key), STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
 
@@ -132,7 +133,7 @@ def far_attention(
         start, stop, text_queries, tiles_x, tiles, **scale_of(scale),
         R=tiling.rows, C=tiling.columns, N=config.dense_keys, STEP=config.far_keys,
         **channels(head_dim), EVEN_TEXT=text_length % config.dense_keys == 0,
-        STAGES=config.num_stages,
+        GROUP=group_of(query, key), STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
 
@@ -171,7 +172,7 @@ def text_attention(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         heads, head_dim, text_length, sequence, per_split, blocks, planes,
         **scale_of(scale), M=config.block, N=config.step, **size, DESCRIPTOR=descriptor,
-        STAGES=config.num_stages,
+        GROUP=group_of(query, key), STAGES=config.num_stages,
         num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
     )  # fmt: skip
     rows = batch * text_length * heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..groups import group_of
 from ..opaque import Geometry, Gradients, attention_op, channels_contiguous
 from . import tables
 from .backward import attention_backward
@@ -20,7 +21,7 @@ def triton_dense_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dense_attention` by the kernel of the text queries."""
     query, key, value = channels_contiguous(query, key, value)
-    kernel = Kernel(query.device, query.dtype, query.shape[-1], "text")
+    kernel = Kernel(query.device, query.dtype, query.shape[-1], "text", group_of(query, key))
     out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query), without_choice(kernel):
@@ -44,7 +45,7 @@ def _forward(
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     far, pooled = geometry.far_levels > 0, pooled_key.shape[1] > 0
     name = "far" if far else "pooled" if pooled else "forward"
-    kernel = Kernel(query.device, query.dtype, query.shape[-1], name)
+    kernel = Kernel(query.device, query.dtype, query.shape[-1], name, group_of(query, key))
     entry_key = table_key(*kernel[:3])
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
@@ -90,9 +91,8 @@ def _backward(
     grad, query, key, value = channels_contiguous(grad, query, key, value)
     pooled_key, pooled_value = pooled_key.contiguous(), pooled_value.contiguous()
     far = geometry.far_levels > 0
-    kernel = Kernel(
-        query.device, query.dtype, query.shape[-1], "backward far" if far else "backward"
-    )
+    name = "backward far" if far else "backward"
+    kernel = Kernel(query.device, query.dtype, query.shape[-1], name, group_of(query, key))
     backward = far_attention_backward if far else attention_backward
     with torch.cuda.device_of(query), without_choice(kernel):
         return backward(

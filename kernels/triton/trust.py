@@ -37,7 +37,7 @@ from .norm_rope import norm_rope, norm_rope_backward
 from .pooling import pool_cells
 
 SWITCH = "CLEAR_DIT_SELF_CHECK"
-BATCH, HEADS = 2, 2
+BATCH, KEY_HEADS = 2, 2
 # What begins the finding of a kernel of which nothing is known.
 UNTRIED = "could not be tried"
 # A process that looks at one kernel may take, its start and compilation included.
@@ -214,8 +214,8 @@ def look_in_a_process(kernel: Kernel, entry: str, anew: bool = False) -> Finding
     begin, name = time.perf_counter(), _name_on_disk(kernel, entry)
     kept = None if anew else _findings.get(name)
     if kept is None or kept.get("tries") == 1:
-        asked = [str(kernel.device), str(kernel.dtype).removeprefix("torch."), kernel.head_dim]
-        told = _ask([*asked, kernel.name, entry])
+        dtype = str(kernel.dtype).removeprefix("torch.")
+        told = _ask([str(kernel.device), dtype, *kernel[2:], entry])
         if told is None:
             tries = 1 if kept is None else 2
             kept = {"errors": {}, "wrong": f"did not end within {SECONDS} s", "tries": tries}
@@ -260,14 +260,14 @@ def _untried(why: str) -> dict[str, Any]:
 
 def _name_on_disk(kernel: Kernel, entry: str) -> str:
     device = torch.cuda.get_device_name(kernel.device)
-    return on_disk.name(device, str(kernel.dtype), kernel.head_dim, kernel.name, entry)
+    return on_disk.name(device, str(kernel.dtype), *kernel[2:], entry)
 
 
 def main(asked: str) -> None:
     """Print a finding as a line of JSON; ends itself should nobody be left to do so."""
     signal.alarm(int(SECONDS) + 1)
-    device, dtype, head_dim, name, entry = json.loads(asked)
-    kernel = Kernel(torch.device(device), getattr(torch, dtype), head_dim, name)
+    device, dtype, *others, entry = json.loads(asked)
+    kernel = Kernel(torch.device(device), getattr(torch, dtype), *others)
     torch.empty(1, device=kernel.device)  # a device that cannot be had is no kernel's fault
     found = look_at(kernel, entry)
     print(json.dumps({"errors": dict(found.errors), "wrong": found.wrong}))
@@ -304,10 +304,10 @@ class _Random:
         made = torch.randn(shape, generator=generator, dtype=torch.float32) * scale + mean
         return made.to(self._dtype)
 
-    def tokens(self, window: Window, head_dim: int) -> list[torch.Tensor]:
+    def tokens(self, window: Window, head_dim: int, group: int = 1) -> list[torch.Tensor]:
         """Query, key and value on the CPU."""
-        shape = BATCH, window.sequence_length, HEADS, head_dim
-        return [self(*shape) for _ in range(3)]
+        heads = KEY_HEADS * group, KEY_HEADS, KEY_HEADS
+        return [self(BATCH, window.sequence_length, each, head_dim) for each in heads]
 
 
 def _pooled(key: torch.Tensor, value: torch.Tensor, window: Window) -> list[torch.Tensor]:
@@ -325,10 +325,10 @@ def _pooled(key: torch.Tensor, value: torch.Tensor, window: Window) -> list[torc
 # All entries of a kernel, and the text's, are compared with the same.
 @functools.lru_cache(maxsize=8)
 def _truth(
-    dtype: torch.dtype, head_dim: int, window: Window
+    dtype: torch.dtype, head_dim: int, group: int, window: Window
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Query, key, value and pooled ones on the CPU; output and log-sum-exp in float64."""
-    query, key, value = _Random(dtype).tokens(window, head_dim)
+    query, key, value = _Random(dtype).tokens(window, head_dim, group)
     pooled_key, pooled_value = _pooled(key, value, window)
     exact, exact_lse = reference_attention(
         query.double(), key.double(), value.double(), window, scale=head_dim**-0.5,
@@ -339,9 +339,9 @@ def _truth(
 
 def _look_at_forward(kernel: Kernel, entry: str, window: Window) -> Results:
     scale, text = kernel.head_dim**-0.5, window.text_length
-    given, exact, exact_lse = _truth(kernel.dtype, kernel.head_dim, window)
+    given, exact, exact_lse = _truth(kernel.dtype, kernel.head_dim, kernel.group, window)
     inputs = [x.to(kernel.device) for x in given]
-    bias = pooled_bias(window, HEADS, None, kernel.device)
+    bias = pooled_bias(window, inputs[0].shape[2], None, kernel.device)
     out = torch.full_like(inputs[0], float("nan"))
     lse = torch.full(out.shape[:3], float("nan"), dtype=torch.float32, device=kernel.device)
     if kernel.name == "text" and not text:
@@ -365,7 +365,7 @@ def _look_at_forward(kernel: Kernel, entry: str, window: Window) -> Results:
 
 def _look_at_backward(kernel: Kernel, entry: str, window: Window) -> Results:
     random, scale = _Random(kernel.dtype), kernel.head_dim**-0.5
-    query, key, value = random.tokens(window, kernel.head_dim)
+    query, key, value = random.tokens(window, kernel.head_dim, kernel.group)
     grad = random(*query.shape)
     inputs = [query, key, value, *_pooled(key, value, window)]
     wide = [x.double().requires_grad_() for x in inputs]
@@ -377,7 +377,7 @@ def _look_at_backward(kernel: Kernel, entry: str, window: Window) -> Results:
     device = kernel.device
     given = [x.to(device) for x in (grad, *inputs)]
     rest = [
-        pooled_bias(window, HEADS, None, device),
+        pooled_bias(window, query.shape[2], None, device),
         out.detach().to(device, kernel.dtype),
         lse.detach().to(device, torch.float32).contiguous(),
     ]
@@ -411,13 +411,13 @@ def _look_at_pooling(kernel: Kernel, entry: str, window: Window) -> Results:
 def _look_at_norm_rope(kernel: Kernel, entry: str, window: Window) -> Results:
     random, head_dim = _Random(kernel.dtype), kernel.head_dim
     image, text = (
-        random(BATCH, length, HEADS, head_dim)
+        random(BATCH, length, KEY_HEADS, head_dim)
         for length in (window.image_length, window.text_length)
     )
     weights = [random(head_dim, mean=1.0, scale=0.5) for _ in range(2)]
     angles = 100 * random(window.sequence_length, head_dim // 2).float()
     cos, sin = (f(angles).repeat_interleave(2, dim=1) for f in (torch.cos, torch.sin))
-    grad = random(BATCH, window.sequence_length, HEADS, head_dim)
+    grad = random(BATCH, window.sequence_length, KEY_HEADS, head_dim)
 
     wide = [x.double().requires_grad_() for x in (image, text, *weights)]
     with torch.enable_grad():

@@ -197,5 +197,5 @@ def _milliseconds(run: Callable[[E], object], entry: E) -> float:
 def _key(kind: Kind) -> str:
     kernel = kind.kernel
     device = torch.cuda.get_device_name(kernel.device)
-    about = device, str(kernel.dtype), kernel.head_dim, kernel.name
+    about = device, str(kernel.dtype), kernel.head_dim, kernel.name, kernel.group
     return on_disk.name(*about, kind.radius, kind.text, kind.size)

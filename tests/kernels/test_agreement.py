@@ -54,6 +54,9 @@ CASES = {
     "overlapping tiles": problem(WIDE),
     "no text": problem(Window(26, 70, 0, 6), batch=1),
     "counts": problem(Window(14, 19, 3, 4, 4, pooled_weight="count")),
+    "grouped heads": problem(Window(9, 33, 7, 4, 2), batch=1, group=3),
+    "grouped heads without text": problem(Window(9, 11, 0, 4), batch=1, heads=3, group=2),
+    "grouped heads, counts": problem(Window(9, 11, 3, 4, 4, pooled_weight="count"), group=2),
 }
 
 
@@ -94,6 +97,7 @@ def test_any_problem_is_the_definition(monkeypatch, impl, dtype, case):
 @settings(thorough, max_examples=12)
 @given(case=problems(far=True))
 @example(case=problem(FAR))
+@example(case=problem(FAR, heads=3, group=2, batch=1))
 @example(case=problem(Window(18, 41, 0, 2, far_levels=10), batch=1, head_dim=64))
 @example(case=problem(Window(9, 14, 3, 17, far_levels=3)))
 def test_far_keys_are_the_definition(monkeypatch, impl, dtype, case):
@@ -117,9 +121,12 @@ def check_flex_mask(case, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [WIDE, Window(9, 17, 0, 4)])
-def test_flex_mask_is_the_definition(window):
-    check_flex_mask(problem(window), torch.float32)
+@pytest.mark.parametrize(
+    "case",
+    [problem(WIDE), problem(Window(9, 17, 0, 4)), problem(FAR, batch=1, heads=2, group=2)],
+)
+def test_flex_mask_is_the_definition(case):
+    check_flex_mask(case, torch.float32)
 
 
 @slow
@@ -136,6 +143,7 @@ def test_flex_mask_of_any_problem_is_the_definition(dtype, case):
     ("case", "dtype"),
     [
         (problem(Window(20, 13, 7, 3), head_dim=16), torch.float32),
+        (problem(Window(20, 13, 0, 2, far_levels=3), group=3, head_dim=16), torch.float32),
         (problem(Window(18, 33, 64, 6, 4), batch=1, head_dim=64), torch.bfloat16),
     ],
 )
@@ -170,8 +178,9 @@ def test_tiled_without_fused_attention(monkeypatch, dtype):
     # 66 bands: what is merged so often must be held in float32.
     weighed = Window(11, 18, 7, 4, 2, pooled_weight="count")
     for window in (Window(11, 18, 7, 4, 2), weighed, FAR, Window(523, 8, 64, 3)):
-        case = problem(window, batch=1, heads=1)
-        check(run_impl("tiled", window), case, dtype)
+        for heads, group in ((1, 1), (2, 3)):
+            case = problem(window, batch=1, heads=heads, group=group)
+            check(run_impl("tiled", window), case, dtype)
 
 
 def test_float16_scores_do_not_overflow(monkeypatch):

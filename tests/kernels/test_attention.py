@@ -19,8 +19,14 @@ def tensors(shape=(1, 27, 2, 8), dtype=torch.float32):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": torch.zeros(1, 26, 2, 8)}, "key must have query's shape (1, 27, 2, 8)"),
-        ({"v": torch.zeros(1, 27, 1, 8)}, "value must have query's shape (1, 27, 2, 8)"),
+        (
+            {"k": torch.zeros(1, 26, 2, 8)},
+            "key must be (batch, sequence, key heads, head_dim) (1, 27, 2, 8), got",
+        ),
+        (
+            {"v": torch.zeros(1, 27, 1, 8)},
+            "value must be (batch, sequence, key heads, head_dim) (1, 27, 2, 8), got",
+        ),
         ({"k": torch.zeros(1, 27, 2, 8, dtype=torch.float64)}, "key must have query's dtype"),
         ({"k": torch.zeros(1, 27, 2, 8, device="meta")}, "key must have query's device cpu"),
         ({"q": torch.zeros(27, 2, 8)}, "query must be (batch, sequence, heads, head_dim)"),

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from support.oracle import mask_by_definition, pool_by_definition, relative_error
+from support.oracle import mask_by_definition, pool_by_definition, relative_error, repeated
 from support.triton_mode import interpreted
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,15 +28,17 @@ WINDOWS = {
 windows = pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 
 
-def inputs(window, dtype=torch.float32, batch=2, heads=2, head_dim=16):
+def inputs(window, dtype=torch.float32, batch=2, heads=2, head_dim=16, group=1):
     generator = torch.Generator().manual_seed(0)
-    shape = 3, batch, window.sequence_length, heads, head_dim
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).unbind()
+    shape = 3, batch, window.sequence_length, heads * group, head_dim
+    query, *keys = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return query, *(x[:, :, :heads] for x in keys)
 
 
 def definition(query, key, value, window, scale):
     """(out, lse) in float64: one row of keys after the other, and pooled keys for the image."""
     query, key, value = (x.double() for x in (query, key, value))
+    key, value = (repeated(x, query.shape[2] // x.shape[2]) for x in (key, value))
     mask = mask_by_definition(window)
     before = window.text_length - sum(h * w for h, w in window.local_references)
     for rows, columns in window.local_references:
@@ -60,11 +62,13 @@ def definition(query, key, value, window, scale):
 
 @windows
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_references_see_all_but_of_themselves_their_disc(window, impl, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "group"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 3)]
+)
+def test_references_see_all_but_of_themselves_their_disc(window, impl, dtype, group, monkeypatch):
     monkeypatch.setattr(partial, "KEYS", 16)
     monkeypatch.setattr(partial, "QUERIES", 7)
-    tensors = inputs(window, dtype)
+    tensors = inputs(window, dtype, group=group)
     found = local_attention(*tensors, window, scale=0.3, impl=impl, return_lse=True)
     assert (found[0].dtype, found[1].dtype) == (dtype, torch.float32)
     for value, exact in zip(found, definition(*tensors, window, 0.3), strict=True):

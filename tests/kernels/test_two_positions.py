@@ -12,6 +12,7 @@ from support.oracle import (
     mask_by_definition,
     pool_by_definition,
     relative_error,
+    repeated,
 )
 
 from clear_dit.kernels import two_positions
@@ -41,12 +42,17 @@ IDS = [
 ]
 
 
-def inputs(window, dtype, between=0, batch=2, heads=2, head_dim=16):
-    """Query and key by every position, value, and what is learned."""
+def inputs(window, dtype, between=0, batch=2, heads=2, head_dim=16, group=1):
+    """Query and key by every position, value, and what is learned.
+
+    heads: of keys and value, each of which a group of the query's reads.
+    """
     generator = torch.Generator().manual_seed(0)
+    key_heads, heads = heads, heads * group
     shape = (5 + 2 * between, batch, window.sequence_length, heads, head_dim)
     value, *tensors = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    rotated = list(zip(tensors[::2], tensors[1::2], strict=True))
+    value, *keys = (x[:, :, :key_heads] for x in (value, *tensors[1::2]))
+    rotated = list(zip(tensors[::2], keys, strict=True))
     learned = {}
     if window.down_factor > 1:
         f = window.down_factor
@@ -65,8 +71,10 @@ def attend(rotated, value, window, **options):
 
 def definition(rotated, value, window, learned, scale, full=False):
     """Dense, in float64: which query and key score a pair is chosen pair by pair."""
-    near, *between, far = rotated = [[x.double() for x in each] for each in rotated]
-    value, text = value.double(), window.text_length
+    group = rotated[0][0].shape[2] // value.shape[2]
+    rotated = [(query.double(), repeated(key.double(), group)) for query, key in rotated]
+    near, *between, far = rotated
+    value, text = repeated(value.double(), group), window.text_length
     scores = torch.einsum("bqhd,bkhd->bhqk", *far) * scale
     if window.far_levels and not full:
         inside = far_mask_by_definition(window)
@@ -139,12 +147,21 @@ def test_each_pair_is_scored_by_its_own_positions(window, impl, between, dtype):
     assert relative_error(out, exact) < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("window", [WINDOWS[1], WINDOWS[2], WINDOWS[6], WINDOWS[7]])
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_grouped_heads_score_each_pair_by_its_own_positions(window, impl):
+    rotated, value, learned = inputs(window, torch.float32, between=1, group=3)
+    out = attend(rotated, value, window, scale=0.3, impl=impl, **learned)
+    exact = definition(rotated, value, window, learned, 0.3)
+    assert relative_error(out, exact) < 2e-6
+
+
 @pytest.mark.parametrize("window", WINDOWS, ids=IDS)
-@pytest.mark.parametrize("block", [1, 1000, 2**25])
-def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window, block):
+@pytest.mark.parametrize(("block", "group"), [(1, 1), (1000, 3), (2**25, 1)])
+def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window, block, group):
     monkeypatch.setattr(two_positions, "SCORES", block)
     window = replace(window, down_factor=1, far_levels=0)
-    rotated, value, _ = inputs(window, torch.float32)
+    rotated, value, _ = inputs(window, torch.float32, group=group)
     out = full_two_position_attention(*rotated, value, window, scale=0.3)
     exact = definition(rotated, value, window, None, 0.3, full=True)
     assert relative_error(out, exact) < 2e-6

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from clear_dit.kernels.window import Window
 
-from .oracle import attention_by_definition, relative_error
+from .oracle import attention_by_definition, relative_error, repeated
 
 # Wide enough for several tiles that read overlapping keys, and a last one over the border.
 WIDE = Window(20, 57, 7, 4, 2)
@@ -46,23 +46,28 @@ def problems(draw, far=False):
         "head_dim": draw(st.sampled_from((16, 24, 64, 128))),
         "weighted": draw(st.booleans()),
         "seed": draw(st.integers(0, 99)),
+        "group": draw(st.sampled_from((1, 3))),
     }
 
 
-def problem(window, batch=2, heads=2, head_dim=32, weighted=True, seed=0):
+def problem(window, batch=2, heads=2, head_dim=32, weighted=True, seed=0, group=1):
     return dict(
-        window=window, batch=batch, heads=heads, head_dim=head_dim, weighted=weighted, seed=seed
-    )
+        window=window, batch=batch, heads=heads, head_dim=head_dim, weighted=weighted, seed=seed,
+        group=group,
+    )  # fmt: skip
 
 
-def inputs(window, batch, heads, head_dim, weighted, seed, dtype=torch.float64):
+def inputs(window, batch, heads, head_dim, weighted, seed, group=1, dtype=torch.float64):
     """Query, key, value, what is learned of pooled keys, and a gradient; `dtype` rounds them once.
 
-    What is learned is spatial_weight and, for far keys, far_offset; None each where there is none.
+    `heads` are the keys', each of which a group of the query's reads. What is learned is
+    spatial_weight and, for far keys, far_offset; None each where there is none.
     """
     generator = torch.Generator().manual_seed(seed)
+    key_heads, heads = heads, heads * group
     shape = (batch, window.sequence_length, heads, head_dim)
     query, key, value, grad = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    key, value = key[:, :, :key_heads], value[:, :, :key_heads]
     weight, offset = None, None
     if weighted and window.far_levels:
         weight = torch.rand(window.far_levels, 2, 2, generator=generator).double() / 2
@@ -93,7 +98,7 @@ def by_definition(dtype, gradients, **case):
 
     exact_inputs = [None if x is None else x.double() for x in rounded]
     exact, plain = (results(definition, x, gradients) for x in (exact_inputs, rounded))
-    query, key = exact_inputs[:2]
+    query, key = exact_inputs[0], repeated(exact_inputs[1], group=case["group"])
     largest = scale * float(torch.einsum("bqhd,bkhd->bhqk", query, key).abs().max())
     return rounded, exact, plain, largest
 

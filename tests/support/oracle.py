@@ -113,12 +113,18 @@ def far_means_by_definition(tokens, key, window, scale, weight=None):
     return torch.stack(cells, dim=1)
 
 
+def repeated(tokens, group):
+    """(batch, tokens, heads, head_dim): every key head once for each query head that reads it."""
+    return tokens.repeat_interleave(group, dim=2)
+
+
 def far_attention_by_definition(q, k, v, window, scale, weight=None, offset=None, allowed=None):
     """As `attention_by_definition`, with far keys.
 
     Args:
         allowed: (1 or batch, 1, 1 or sequence, sequence) bool: no other tokens are attended to.
     """
+    k, v = (repeated(x, q.shape[2] // x.shape[2]) for x in (k, v))
     mask = far_mask_by_definition(window)
     bias = torch.zeros(q.shape[2], mask.shape[1], dtype=torch.float64)
     cells = [(level, rows * columns) for level, _, _, rows, columns in far_cells(window)]
@@ -145,6 +151,7 @@ def attention_by_definition(q, k, v, window, scale, weight=None, offset=None):
     """
     if window.far_levels:
         return far_attention_by_definition(q, k, v, window, scale, weight, offset)
+    k, v = (repeated(x, q.shape[2] // x.shape[2]) for x in (k, v))
     mask = mask_by_definition(window)
     if window.down_factor > 1:
         f = window.down_factor

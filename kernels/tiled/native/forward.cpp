@@ -46,7 +46,7 @@ struct Problem {
   Tensor packed_key, packed_value;  // float32, of a head one after the other: text, then pooled
   Tensor bias;                      // float32, of the pooled keys
   int32_t dtype, text_queries, text_length, height, width, radius, query_start, pooled_length;
-  int32_t far_levels;
+  int32_t far_levels, group;        // group: query heads that read the same key head
   struct { int32_t start, stop; } given[MOST_LEVELS + 1];  // rows of tokens, of a level's cells
   float scale;
 };
@@ -275,11 +275,12 @@ int64_t attend_text(const Problem &p, int64_t b, int64_t h, int first, int stop)
       tiles[i].token[lane] = std::min(first + i * LANES + lane, stop - 1);
     tiles[i].load<T>(p, b, h);
   }
+  const int64_t key_head = h / p.group;
   float keys[CHUNK * D], values[CHUNK * D];
   for (int start = 0; start < length; start += CHUNK) {
     const int some = std::min(CHUNK, length - start);
-    widen_tokens<T>(p.key, b, start, h, some, keys);
-    widen_tokens<T>(p.value, b, start, h, some, values);
+    widen_tokens<T>(p.key, b, start, key_head, some, keys);
+    widen_tokens<T>(p.value, b, start, key_head, some, values);
     for (int i = 0; i < count; ++i) {
       tiles[i].see_all(keys, values, some);
       tiles[i].update();
@@ -292,13 +293,13 @@ int64_t attend_text(const Problem &p, int64_t b, int64_t h, int first, int stop)
 // The image queries of the rows first_row .. stop - 1.
 template <class T>
 int64_t attend_image(const Problem &p, int64_t b, int64_t h, int first_row, int stop) {
-  const int64_t step = p.bias.token;
+  const int64_t step = p.bias.token, key_head = h / p.group;
   std::vector<Level> levels;
   int64_t cells = 0;  // of the levels below
   for (int number = 0; number <= p.far_levels; ++number) {
     Level level(p, number);
-    level.key = p.packed_key.at<float>(b, p.text_length + cells, h);
-    level.value = p.packed_value.at<float>(b, p.text_length + cells, h);
+    level.key = p.packed_key.at<float>(b, p.text_length + cells, key_head);
+    level.value = p.packed_value.at<float>(b, p.text_length + cells, key_head);
     level.bias = p.bias.at<float>(0, cells, h);
     if (number) cells += int64_t(p.given[number].stop - p.given[number].start) * level.columns;
     levels.push_back(level);
@@ -326,8 +327,8 @@ int64_t attend_image(const Problem &p, int64_t b, int64_t h, int first_row, int 
         } else {
           float *key = keys.get() + at % slots * size, *value = values.get() + at % slots * size;
           if (at >= next) {
-            widen_tokens<T>(p.key, b, p.text_length + cell, h, p.width, key);
-            widen_tokens<T>(p.value, b, p.text_length + cell, h, p.width, value);
+            widen_tokens<T>(p.key, b, p.text_length + cell, key_head, p.width, key);
+            widen_tokens<T>(p.value, b, p.text_length + cell, key_head, p.width, value);
             next = at + 1;
           }
           row.key = key, row.value = value;
@@ -345,8 +346,8 @@ int64_t attend_image(const Problem &p, int64_t b, int64_t h, int first_row, int 
         place[lane] = 2 * lane_x;
       }
       tile.load<T>(p, b, h);
-      tile.see_all(p.packed_key.at<float>(b, 0, h), p.packed_value.at<float>(b, 0, h),
-                   p.text_length);
+      tile.see_all(p.packed_key.at<float>(b, 0, key_head),
+                   p.packed_value.at<float>(b, 0, key_head), p.text_length);
       if (!p.far_levels)
         tile.see(levels[0].key, levels[0].value, p.pooled_length, [&](int i, vec score) {
           return score + levels[0].bias[i * step] * LOG2_E;

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...cells import MOST_LEVELS
+from ...groups import group_of
 from ...opaque import Geometry
 from ...window import LARGEST_FAR_GRID, Window
 from .build import load_for
@@ -37,7 +38,7 @@ class _Problem(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 *("dtype", "text_queries", "text_length", "height", "width", "radius"),
-                *("query_start", "pooled_length", "far_levels"),
+                *("query_start", "pooled_length", "far_levels", "group"),
             )
         ),
         ("given", (ctypes.c_int32 * 2) * (MOST_LEVELS + 1)),
@@ -91,8 +92,8 @@ def attend_compiled(
 
     Args:
         query, out: (batch, text and image queries, heads, head_dim), head_dim contiguous.
-        key, value: (batch, text and given image tokens, heads, head_dim), head_dim contiguous.
-        pooled_key, pooled_value: (batch, pooled, heads, head_dim), none or more.
+        key, value: (batch, text and given image tokens, key heads, head_dim), head_dim contiguous.
+        pooled_key, pooled_value: (batch, pooled, key heads, head_dim), none or more.
         bias: (pooled, heads) float32, any strides, added to the scores of pooled keys; (0, heads)
             where nothing is.
         lse: (batch, text and image queries, heads), float32.
@@ -120,6 +121,8 @@ def attend_compiled(
     assert not levels or pooled_length == geometry.first_cell(levels + 1)
     assert 0 <= query_start < query_stop <= height
     assert text_queries >= 0
+    assert query.shape[2] == group_of(query, key) * key.shape[2]
+    assert key.shape[2] == value.shape[2] == pooled_key.shape[2] == pooled_value.shape[2]
     packed_key, packed_value = (
         _packed(x[:, :text_length], pooled)
         for x, pooled in ((key, pooled_key), (value, pooled_value))
@@ -128,7 +131,7 @@ def attend_compiled(
     problem = _Problem(
         *(Tensor.of(x) for x in tensors),
         DTYPES.index(query.dtype), text_queries, text_length, height, width, radius,
-        query_start, pooled_length, levels, tuple(given), scale,
+        query_start, pooled_length, levels, group_of(query, key), tuple(given), scale,
     )  # fmt: skip
     rows, columns = _tile(library)
     text_share = share_of(text_queries, SHARE_TEXT, rows * columns)

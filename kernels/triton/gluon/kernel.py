@@ -330,14 +330,14 @@ def image_forward(
     heads, head_dim, height, width, text_length, pooled_length, query_start, query_stop,
     text_queries, tiles_x, tiles, column_classes, radius2, scale_log2, sign,
     D: gl.constexpr, EVEN_D: gl.constexpr, POOLED: gl.constexpr, BIAS: gl.constexpr,
-    STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of all image queries; one program per 8x16 tile, head and batch item.
 
     query, out, lse: as in `forward.image_forward`. text_key, text_value: tensor descriptors of
-    (batch, sequence, heads, head_dim); image_key, image_value: of (batch, rows, columns, heads,
-    head_dim). scale_log2 > 0: of scores of the queries times `sign`, which is 1, -1 or 0.
-    LAYOUT: of a [64, D] tile in shared memory.
+    (batch, sequence, heads / GROUP, head_dim); image_key, image_value: of (batch, rows, columns,
+    heads / GROUP, head_dim). scale_log2 > 0: of scores of the queries times `sign`, which is 1, -1
+    or 0. LAYOUT: of a [64, D] tile in shared memory.
     """
     tile, plane = gl.program_id(0) % tiles, gl.program_id(0) // tiles
     batch, head = plane // heads, plane % heads
@@ -385,7 +385,7 @@ def image_forward(
             (produce, (
                 text_key, text_value, pooled_key, pooled_value, image_key, image_value,
                 offsets, begin, text_length, pooled_length, text_blocks, dense, total,
-                batch, head, tile_y, tile_x, keys, values, full, empty, D, POOLED, STAGES,
+                batch, head // GROUP, tile_y, tile_x, keys, values, full, empty, D, POOLED, STAGES,
             )),
         ],
         [4, 1],

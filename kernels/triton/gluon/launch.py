@@ -6,6 +6,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...groups import group_of
 from ...opaque import Geometry
 from ..launch import OPTIONS, channels, scale_of
 from ..tables import GluonConfig
@@ -55,7 +56,8 @@ def gluon_attention(
         queries - geometry.image_queries,
         tiles_x, tiles_y * tiles_x, found.ranges.shape[1], radius**2,
         scale_of(scale)["scale_log2"], float((scale > 0) - (scale < 0)),
-        **size, POOLED=pooled, BIAS=len(bias) > 0, STAGES=config.num_stages,
+        **size, POOLED=pooled, BIAS=len(bias) > 0, GROUP=group_of(query, key),
+        STAGES=config.num_stages,
         LAYOUT=gl.NVMMASharedLayout.get_default_for(
             [SIDE * SIDE, size["D"]], DTYPES[query.dtype]
         ),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from support.agreement import FAR
 from support.compiled import needs_compiler
-from support.oracle import relative_error
+from support.oracle import relative_error, repeated
 from support.slow import slow_but
 
 from clear_dit.kernels.opaque import Geometry
@@ -71,8 +71,20 @@ MUTANTS = {
     "log-sum-exp to the base 2": ("* LN_2;\n    }", ";\n    }"),
     "a term of the exponential left out": ("+ 1.0f / 120;", ";"),
     "values of another head": (
-        "(p.value, b, p.text_length + cell, h,",
+        "(p.value, b, p.text_length + cell, key_head,",
         "(p.value, b, p.text_length + cell, 0,",
+    ),
+    "text queries of a group read other keys": (
+        "key_head = h / p.group;\n  float",
+        "key_head = h % p.group;\n  float",
+    ),
+    "image queries of a group read other keys": (
+        "bias.token, key_head = h / p.group",
+        "bias.token, key_head = h % p.group",
+    ),
+    "the bias of a key head": (
+        "level.bias = p.bias.at<float>(0, cells, h)",
+        "level.bias = p.bias.at<float>(0, cells, key_head)",
     ),
     "rows of a tile taken for one": (
         "side(of.outer2, query - around)",
@@ -98,8 +110,8 @@ def battery(library: ctypes.CDLL, monkeypatch) -> float:
         # Values far from zero on average: a key more or less is then always seen.
         pooled = window.pooled_length
         key, value = torch.randn(2, 1, window.key_length + pooled, 2, 20) + 0.5
-        query = torch.randn(1, window.query_length, 2, 20) + 0.5
-        bias = torch.randn(pooled, 2)
+        query = torch.randn(1, window.query_length, 4, 20) + 0.5
+        bias = torch.randn(pooled, 4)
         out, lse = torch.full_like(query, 9.0), torch.full(query.shape[:-1], 9.0)
         (own_key, pooled_key), (own_value, pooled_value) = (
             x.split((window.key_length, pooled), dim=1) for x in (key, value)
@@ -108,10 +120,11 @@ def battery(library: ctypes.CDLL, monkeypatch) -> float:
             query, own_key, own_value, pooled_key, pooled_value, bias, out, lse,
             Geometry.of(window, 0.5),
         )  # fmt: skip
-        scores = torch.einsum("bqhd,bkhd->bqhk", query.double(), key.double()) * 0.5
+        key, value = (repeated(x, 2).double() for x in (key, value))
+        scores = torch.einsum("bqhd,bkhd->bqhk", query.double(), key) * 0.5
         scores += F.pad(bias.T, (window.key_length, 0))
         scores = scores.masked_fill(~window.mask()[None, :, None], float("-inf"))
-        exact = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), value.double())
+        exact = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), value)
         errors = relative_error(out, exact), relative_error(lse, scores.logsumexp(-1))
         worst = max(worst, *(error if error == error else 1.0 for error in errors))
     return worst

@@ -73,6 +73,13 @@ def test_half_precision_is_the_definition(name, dtype):
     check(run(CASES[name]), case, dtype)
 
 
+@pytest.mark.parametrize("text", slow_but((0, 5), 0))
+def test_grouped_heads_are_the_definition(text):
+    """With an offset for every query head."""
+    window = Window(5, 9, text, 2, far_levels=2)
+    check(run(window), problem(window, batch=1, heads=2, head_dim=16, group=2), torch.float16)
+
+
 def parts_of(window, cuts):
     """Windows of the keys above and below a row of tokens and of every level's cells."""
     ends = [cell_count(window.height, level) for level in range(window.far_levels + 1)]

@@ -49,6 +49,8 @@ CASES = {
     "odd head_dim": problem(Window(9, 10, 7, 4), batch=1, heads=3, head_dim=24),
     "wide heads": problem(Window(9, 10, 7, 4), batch=1, heads=1, head_dim=128),
     "batch of three": problem(Window(9, 10, 2, 4, 2), batch=3, heads=1, head_dim=16),
+    "grouped heads": problem(Window(6, 10, 7, 3, 2), batch=1, heads=2, head_dim=16, group=2),
+    "grouped heads without text": problem(Window(5, 9, 0, 3), heads=1, head_dim=16, group=3),
 }
 
 
@@ -56,7 +58,7 @@ CASES = {
 HALF = slow_but(
     product(CASES, HALVES),
     *product(("less than a tile", "inner tiles", "wide heads"), HALVES[1:]),
-    *product(("itself and the text", "one token"), HALVES[:1]),
+    *product(("itself and the text", "one token", "grouped heads"), HALVES[:1]),
 )
 FLOAT32 = slow_but(CASES, "pooled, two blocks", "odd head_dim", "one token")
 

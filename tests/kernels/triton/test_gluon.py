@@ -29,19 +29,22 @@ FEWEST_STAGES = lists.WIDEST_STEP + 1
 
 def error(
     monkeypatch, window, rows=None, batch=1, heads=1, head_dim=64, scale=None, dtype=torch.float16,
-    stages=FEWEST_STAGES, seed=0, faults=(), head_first=False,
+    stages=FEWEST_STAGES, seed=0, faults=(), head_first=False, group=1,
 ):  # fmt: skip
     """Error of image queries' output in units of its tolerance, and relative of log-sum-exp.
 
     Tolerance: twice the error of a plain implementation in the same dtype, and two roundings.
+    heads: of the keys, each of which a group of the queries' reads.
     """
     monkeypatch.setattr(launch, "image_forward", Kernel(kernel, "image_forward", seed, faults))
     scale = head_dim**-0.5 if scale is None else scale
     text, width = window.text_length, window.width
     start, stop = rows or (0, window.height)
     generator = torch.Generator().manual_seed(seed)
+    key_heads, heads = heads, heads * group
     shape = (3, batch, window.sequence_length, heads, head_dim)
     q, k, v = torch.randn(shape, generator=generator).to(dtype)
+    k, v = (x[:, :, :key_heads].contiguous() for x in (k, v))
     if head_first:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     kept = torch.cat([torch.arange(text), text + torch.arange(start * width, stop * width)])
@@ -108,6 +111,7 @@ CASES = {
     "counts without text": dict(
         window=Window(23, 37, 0, 4, 2, pooled_weight="count"), scale=-0.1, batch=2
     ),
+    "grouped heads": dict(window=Window(11, 19, 7, 4, 2), heads=2, group=2),
     "heads before tokens": dict(window=Window(11, 19, 7, 4), heads=3, head_first=True),
 }
 
@@ -122,6 +126,7 @@ QUICK = (
     "a scale below zero",
     "bfloat16",
     "pooled with counts",
+    "grouped heads",
 )
 
 
@@ -220,6 +225,7 @@ FAULTS = {
     "the bias of another key": ("length) + token", "length) + token * 0"),
     "pooled keys are text": ("(\n                pooled_key", "(\n                text_key"),
     "text one token late": ("(blocks - block) * TOKENS, 0)", "(blocks - block) * TOKENS + 1, 0)"),
+    "key heads in turns": ("head // GROUP, tile_y", "head % (heads // GROUP), tile_y"),
     "queries of the first group": ("tile_x + SIDE * GROUP + row", "tile_x + row"),
     "the sum is not rescaled": ("(stage), rescale(acc, factor)", "(stage), acc"),
     "the sum of a row is not rescaled": ("= rescale(row_sums, factor)", "= row_sums"),
@@ -235,7 +241,7 @@ def is_noticed(monkeypatch, **kwargs):
     """By one of a few problems and orders of events."""
     windows = (
         # A tile that begins above the image, and one over each other border.
-        dict(window=Window(9, 20, 70, 6), rows=(4, 9), heads=2, scale=-0.3),
+        dict(window=Window(9, 20, 70, 6), rows=(4, 9), heads=2, group=2, scale=-0.3),
         # Four tiles that only one group sees, after the other's last.
         dict(window=Window(27, 27, 0, 10), rows=(8, 16), scale=0.7),
         # Tiles that only one group sees, in turns.

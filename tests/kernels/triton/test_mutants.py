@@ -15,7 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.oracle import far_means_by_definition, pool_by_definition, relative_error
+from support.oracle import (
+    far_means_by_definition,
+    pool_by_definition,
+    relative_error,
+    repeated,
+)
 from support.slow import slow_but
 from support.triton_mode import interpreted
 
@@ -127,8 +132,8 @@ MUTANTS = {
     ),
     "pooled keys of another head": (
         "triton/forward.py",
-        "plane_start = (wide_batch * pooled_length * heads + head) * head_dim",
-        "plane_start = wide_batch * pooled_length * heads * head_dim",
+        "plane_start = (wide_batch * pooled_length * key_heads + own_key_head) * head_dim",
+        "plane_start = wide_batch * pooled_length * key_heads * head_dim",
     ),
     "far: a level dropped": (
         "triton/cell_lists.py",
@@ -215,6 +220,61 @@ MUTANTS = {
         "for start in tl.range(begin, end, N, num_stages=STAGES):",
         "for start in tl.range(begin, end - N, N, num_stages=STAGES):",
     ),
+    "groups: image queries read the key heads in turns": (
+        "triton/forward.py",
+        "heads // GROUP, head // GROUP",
+        "heads // GROUP, head % (heads // GROUP)",
+    ),
+    "groups: text queries read the key heads in turns": (
+        "triton/dense.py",
+        "own_key_head = place // GROUP",
+        "own_key_head = place % (heads // GROUP)",
+    ),
+    "groups far: image queries read the key heads in turns": (
+        "triton/far.py",
+        "heads // GROUP, head // GROUP",
+        "heads // GROUP, head % (heads // GROUP)",
+    ),
+    "gradients groups: image queries read the key heads in turns": (
+        "triton/backward.py",
+        "heads // GROUP, head // GROUP",
+        "heads // GROUP, head % (heads // GROUP)",
+    ),
+    "gradients groups: text queries read the key heads in turns": (
+        "triton/backward.py",
+        "own_key_head = head // GROUP",
+        "own_key_head = head % (heads // GROUP)",
+    ),
+    "gradients groups: heads of other keys": (
+        "triton/backward.py",
+        "head = own_key_head * GROUP + member",
+        "head = own_key_head + member * key_heads",
+    ),
+    "gradients groups: log-sum-exp of the first of a group": (
+        "triton/backward.py",
+        "row = (plane.to(tl.int64) * GROUP + member) * sequence",
+        "row = plane.to(tl.int64) * GROUP * sequence",
+    ),
+    "gradients groups: the last of a group left out": (
+        "triton/backward.py",
+        "for member in range(GROUP):",
+        "for member in range(GROUP - 1):",
+    ),
+    "gradients groups far: image queries read the key heads in turns": (
+        "triton/far_backward.py",
+        "heads // GROUP, head // GROUP",
+        "heads // GROUP, head % (heads // GROUP)",
+    ),
+    "gradients groups far: heads of other keys": (
+        "triton/far_backward.py",
+        "head = own_key_head * GROUP + member",
+        "head = own_key_head + member * key_heads",
+    ),
+    "gradients groups far: the last of a group left out": (
+        "triton/far_backward.py",
+        "for member in range(GROUP):",
+        "for member in range(GROUP - 1):",
+    ),
     "replay: lists that a graph reads are freed": (
         "triton/resident.py",
         "            if in_capture:\n                self._replayed",
@@ -262,6 +322,8 @@ MUTANTS = {
 QUICK = (
     "disc with its rim",
     "last split of the text queries dropped",
+    "groups: image queries read the key heads in turns",
+    "gradients groups: heads of other keys",
     "pooling: what tokens of a cell weigh is not passed on",
     "replay: lists that a graph reads are freed",
 )
@@ -275,9 +337,12 @@ WIDE_WINDOW = original.Window(17, 41, 1, 32)
 
 
 def battery(
-    launch, tables, geometry, backward, far_backward, pooling, resident, part, far
+    launch, tables, geometry, backward, far_backward, pooling, resident, part, far, group=1
 ) -> Iterator[float]:
-    """Relative errors of the pooling, the forward or the backward pass, of a few small problems."""
+    """Relative errors of the pooling, the forward or the backward pass, of a few small problems.
+
+    group: query heads that read each of two key heads.
+    """
     if part == "pooling":
         yield from pooling_battery(pooling)
         return
@@ -299,11 +364,13 @@ def battery(
         numbers = Geometry.of(window, 0.25)
         torch.manual_seed(0)
         # Values far from zero on average: a key more or less is then always seen.
-        shape = (1, window.sequence_length, 2, 16)
-        query, key, value = (torch.randn(shape, dtype=torch.float64) + 0.5 for _ in range(3))
+        shape, heads = (1, window.sequence_length, 2 * group, 16), 2 * group
+        query, key, value = (
+            torch.randn(*shape[:2], each, 16, dtype=torch.float64) + 0.5 for each in (heads, 2, 2)
+        )
         pooled_key, pooled_value = (pool(x, key, window) for x in (key, value))
-        offset = torch.randn(window.far_levels, 2, dtype=torch.float64)
-        bias = pooled_bias(window, 2, offset, query.device).double()
+        offset = torch.randn(window.far_levels, heads, dtype=torch.float64)
+        bias = pooled_bias(window, heads, offset, query.device).double()
         tensors = (query, key, value, pooled_key, pooled_value, bias)
         truth = by_definition(tensors, window)
         tensors = [x.detach().float() for x in tensors]
@@ -370,11 +437,15 @@ def by_definition(tensors, window):
     query, key, value, pooled_key, pooled_value, bias = leaves = [
         x.requires_grad_() for x in tensors
     ]
-    scores = torch.einsum("bqhd,bkhd->bqhk", query, torch.cat([key, pooled_key], 1)) * 0.25
+    keys, values = (
+        repeated(torch.cat(pair, 1), query.shape[2] // key.shape[2])
+        for pair in ((key, pooled_key), (value, pooled_value))
+    )
+    scores = torch.einsum("bqhd,bkhd->bqhk", query, keys) * 0.25
     scores = scores + torch.nn.functional.pad(bias.T, (scores.shape[-1] - len(bias), 0))
     mask = window.mask()[None, :, None, :]
     scores = scores.masked_fill(~mask, float("-inf"))
-    out = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), torch.cat([value, pooled_value], 1))
+    out = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), values)
     grads = torch.autograd.grad(out, leaves, out.detach())
     return [x.detach() for x in (out, scores.logsumexp(-1), *grads)]
 
@@ -415,10 +486,11 @@ PARTS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("group", slow_but((1, 2), 1))
 @pytest.mark.parametrize(("part", "far"), slow_but(PARTS, PARTS[0]))
-def test_the_battery_passes_without_a_fault(part, far, tmp_path, monkeypatch):
-    modules = load(tmp_path, f"unchanged_{part}_{far}", monkeypatch)
-    assert max(battery(*modules, part, far)) < 1e-5
+def test_the_battery_passes_without_a_fault(part, far, group, tmp_path, monkeypatch):
+    modules = load(tmp_path, f"unchanged_{part}_{far}_{group}", monkeypatch)
+    assert max(battery(*modules, part, far, group)) < 1e-5
 
 
 @pytest.mark.parametrize("fault", slow_but(MUTANTS, *QUICK))
@@ -428,4 +500,5 @@ def test_a_fault_is_noticed(fault, tmp_path, monkeypatch):
     own = {"gradients": "backward"} | {part: part for part in ("pooling", "replay", "wide")}
     part = own.get(first, "forward")
     modules = load(tmp_path, name, monkeypatch, MUTANTS[fault])
-    assert any(error > 1e-3 for error in battery(*modules, part, "far:" in fault))
+    group = 2 if "groups" in fault else 1
+    assert any(error > 1e-3 for error in battery(*modules, part, "far:" in fault, group))

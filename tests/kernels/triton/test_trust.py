@@ -45,8 +45,8 @@ def forgetful(monkeypatch):
     trust._why_wrong.cache_clear()
 
 
-def kernel(name, dtype=torch.float16, device=CPU):
-    return Kernel(device, dtype, 16, name)
+def kernel(name, dtype=torch.float16, device=CPU, group=1):
+    return Kernel(device, dtype, 16, name, group)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,39 @@ def kernel(name, dtype=torch.float16, device=CPU):
 )
 @pytest.mark.parametrize("name", slow_but(trust.KERNELS, "text", "far", "backward"))
 def test_right_kernels_are_found_right(name, dtype):
-    asked = kernel(name, dtype)
+    check_right(kernel(name, dtype))
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(("text", "forward", "pooled", "far", "backward", "backward far"), "text")
+)
+def test_right_kernels_of_grouped_heads_are_found_right(name):
+    check_right(kernel(name, group=2))
+
+
+def check_right(asked):
     found = trust.look_at(asked, trust.entries_of(asked)[0], SMALL)
     assert found.wrong is None
     assert found.errors
     assert all(0 < error <= trust._limit(asked, name) / 2 for name, error in found.errors.items())
+
+
+def test_heads_that_read_other_keys_are_noticed(monkeypatch):
+    """As if key heads took turns."""
+
+    def take_turns(query, *others):
+        places = torch.arange(query.shape[2]).view(2, -1).T.flatten()
+        text_attention(query[:, :, places], *others)
+
+    monkeypatch.setattr(trust, "text_attention", take_turns)
+    asked = kernel("text", group=2)
+    assert "output" in trust.look_at(asked, trust.entries_of(asked)[0], SMALL).wrong
+
+
+def test_grouped_heads_are_named():
+    assert str(kernel("far", group=4)) == (
+        "Triton's far kernel on cpu (float16, head_dim 16, 4 heads a key head)"
+    )
 
 
 def test_the_products_problems_are_of_both_binaries_with_whole_tiles_within():
@@ -244,8 +272,8 @@ def test_a_compiled_graph_asks_while_it_is_traced(monkeypatch, triton_here, dyna
     asked = []
 
     @torch.compiler.assume_constant_result
-    def trusted(device, dtype, head_dim, kernels):
-        asked.append((device.type, dtype, head_dim, kernels))
+    def trusted(device, dtype, head_dim, kernels, group):
+        asked.append((device.type, dtype, head_dim, kernels, group))
         return "does not work"
 
     monkeypatch.setattr(choice, "_why_not_trusted", trusted)
@@ -257,7 +285,7 @@ def test_a_compiled_graph_asks_while_it_is_traced(monkeypatch, triton_here, dyna
     torch.testing.assert_close(
         run(query, key, value), local_attention(query, key, value, WINDOW, impl="reference")
     )
-    assert asked[0] == ("cpu", torch.float32, 16, ("text", "forward"))
+    assert asked[0] == ("cpu", torch.float32, 16, ("text", "forward"), 1)
 
 
 @pytest.fixture
@@ -289,7 +317,7 @@ def test_a_kernel_that_may_hang_is_looked_at_once_in_a_process(monkeypatch, foun
     for _ in range(2):
         found = trust.look_in_a_process(kernel("forward", device=GPU), "gluon")
         assert (found.errors, found.wrong) == ({"output": 0.001}, None)
-    assert asked == [["cuda:0", "float16", 16, "forward", "gluon"]]
+    assert asked == [["cuda:0", "float16", 16, "forward", 1, "gluon"]]
 
 
 def test_a_kernel_that_hangs_twice_is_wrong_for_good(monkeypatch, found_out):
@@ -314,14 +342,14 @@ def test_a_true_process_that_finds_no_device_is_tried_again_by_the_next(found_ou
 
 def test_a_true_process_that_does_not_end_is_ended(monkeypatch):
     monkeypatch.setattr(trust, "SECONDS", 0.01)
-    assert trust._ask(["cpu", "float16", 16, "forward", "gluon"]) is None
+    assert trust._ask(["cpu", "float16", 16, "forward", 1, "gluon"]) is None
 
 
 def test_what_a_process_prints_is_what_it_found(monkeypatch, capsys):
     monkeypatch.setattr(
         trust, "look_at", lambda asked, entry: trust.Finding(asked, entry, {"output": 0.5}, "no", 1)
     )
-    trust.main(json.dumps(["cpu", "float16", 16, "forward", "gluon"]))
+    trust.main(json.dumps(["cpu", "float16", 16, "forward", 1, "gluon"]))
     assert json.loads(capsys.readouterr().out) == {"errors": {"output": 0.5}, "wrong": "no"}
 
 
