@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from ..kernels.two_positions import Rotated, Scaled, two_position_attention
 from ..kernels.window import POOLED_WEIGHTS, Window
 from .layout import Layout
 from .norm_rope import Rotary, norm_and_rotate
-from .text_padding import Projected, ValidText, attend_without_padding
+from .text_padding import Projected, Row, ValidText, attend_without_padding
 from .tracker import Forward, WindowTracker
 
 _get_qkv_projections, FluxAttention, FluxAttnProcessor = names_from(
@@ -44,6 +44,28 @@ SETTINGS = (
 LEARNED = ("spatial_weight", "far_weight", "far_offset")
 # How reference images attend within themselves.
 REFERENCES = ("dense", "local")
+
+
+class Shared(NamedTuple):
+    """An image that ranks share, in one layer.
+
+    Attributes:
+        image: a `pipelines.parallel.SharedImage`.
+        arrived: key and value of the neighbours' rows, (batch, tokens, heads, head_dim) each; waits
+            for them.
+    """
+
+    image: Any
+    arrived: Callable[[], Rotated]
+
+    @classmethod
+    def of(cls, image: Any, arrived: Callable[[], Rotated]) -> Shared:
+        """Arguments are the attributes; what arrives is made once, as attention takes it."""
+        return cls(image, functools.cache(lambda: _pair(_autocast(arrived()))))
+
+    def of_row(self, row: Row) -> Shared:
+        """The same of one sample of the batch."""
+        return Shared(self.image, lambda: _pair(row.sample(x) for x in self.arrived()))
 
 
 class CLEARProcessor(nn.Module):
@@ -90,8 +112,10 @@ class CLEARProcessor(nn.Module):
             or "triton" where it cannot run.
     """
 
-    # Whether image tokens attend to their disc alone (see `FullTwoPositionProcessor`).
+    # Whether image tokens attend to their disc alone (see `FullTwoPositions`).
     local = True
+    # Whether the layers get a rotary table, in which a token may have several positions.
+    rotary = True
     spatial_weight: nn.Parameter | None
     far_weight: nn.Parameter | None
     far_offset: nn.Parameter | None
@@ -287,19 +311,18 @@ class CLEARProcessor(nn.Module):
             )
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
-        whole_rotary, window, share = rotary, None, None
+        window, share = None, None
         exported = torch.compiler.is_exporting() and self.tracker.announced is None
         if torch.compiler.is_compiling() and not (exported and self.grid is not None):
             layout, window = self.tracker.compiled()
             valid_text = None
         else:
             layout, valid_text, share = self._find_forward(sequence, text_length, rotary)
+        tables, of_halo = _tables(rotary, layout, share)
         if share is not None:
-            layout, rotary = share.layout, share.own_rotary(rotary)
+            layout = share.layout
         stream = layout if text_length is None else layout.image_only
         hidden_states = stream.to_local(hidden_states)
-        if rotary is not None and layout.reference_length:
-            rotary = tuple(layout.to_local(table[None])[0] for table in rotary)
         halo = None if share is None else share.send(attn, hidden_states)
 
         query, key, value, text_query, text_key, text_value = _get_qkv_projections(
@@ -316,28 +339,17 @@ class CLEARProcessor(nn.Module):
             )
             text_norms = attn.norm_added_q, attn.norm_added_k
             value = torch.cat([text_value, value], dim=1)
-        scaled = None
-        if rotary is not None and len(rotary) > 2:
-            # Positions between are of far keys.
-            tables = rotary[2:] if self.tracker.far_levels else rotary[-2:]
-            scaled = _scaled(attn, (query, key), (text_query, text_key), text_norms, tables)
-            rotary = rotary[:2]
-        query = norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0])
-        key = norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1])
+        near, *further = tables
+        place = functools.partial(_place, attn, (query, key), (text_query, text_key), text_norms)
+        scaled = self._scaled(place, further)
+        del place
+        query = norm_and_rotate(query, attn.norm_q, near, text_query, text_norms[0])
+        key = norm_and_rotate(key, attn.norm_k, near, text_key, text_norms[1])
 
-        if share is None:
-            out = self._local((query, key, value), layout, valid_text, window, scaled)
-        else:
-            out = share.attend(
-                halo,
-                _autocast((query, key, value)),
-                scaled,
-                key_value=functools.partial(_key_value, attn),
-                rotary=whole_rotary,
-                scale=self._scale(share.whole.sequence_length, query.shape[-1]),
-                impl=self.impl,
-                **self._learned(query.device),
-            )
+        shared = None
+        if share is not None:
+            shared = Shared.of(share, functools.partial(_key_value, attn, halo, of_halo))
+        out = self._local((query, key, value), layout, valid_text, window, scaled, shared)
         out = out.flatten(2, 3).to(query.dtype)
         del query, key, value, scaled  # three tensors of the sequence's size, or more
         if encoder_hidden_states is None:
@@ -347,6 +359,27 @@ class CLEARProcessor(nn.Module):
         text = attn.to_add_out(text.contiguous())
         return (image, text) if beside is None else (image, text, stream.to_layer(beside))
 
+    def _scaled(
+        self, place: Callable[[Rotary], Rotated], tables: Sequence[Rotary]
+    ) -> Scaled | None:
+        """Query and key by scaled positions, where tokens have several.
+
+        Args:
+            place: makes query and key, (batch, sequence, heads, head_dim) each, by a table.
+            tables: by scaled positions, the least scaled first; none where tokens have one.
+        """
+        if not tables:
+            return None
+        # Positions between are of far keys.
+        *between, last = tables if self.tracker.far_levels else tables[-1:]
+        if not between:  # what is projected need not be kept
+            far = _autocast_by(place, last)
+            return Scaled(lambda: far)
+        return Scaled(
+            functools.partial(_autocast_by, place, last),
+            [functools.partial(_autocast_by, place, each) for each in between],
+        )
+
     def _local(
         self,
         tensors: Projected,
@@ -354,6 +387,7 @@ class CLEARProcessor(nn.Module):
         valid_text: ValidText | None = None,
         window: Window | None = None,
         scaled: Scaled | None = None,
+        shared: Shared | None = None,
     ) -> torch.Tensor:
         """Local attention with the processor's settings.
 
@@ -362,31 +396,34 @@ class CLEARProcessor(nn.Module):
                 `Layout.to_local`.
             valid_text: where the batch's prompts have different lengths.
             window: of the layout, where torch.compile traces it; else the tracker's.
-            scaled: query and key again, rotated by scaled positions, where tokens have two.
+            scaled: query and key again, rotated by scaled positions, where tokens have several.
+            shared: the image, where ranks share it; layout and tensors are then of this rank.
         """
         tensors = _autocast(tensors)
-        query = tensors[0]
         if valid_text is not None:
-            if scaled is not None:
-                raise ValueError(
-                    "CLEARProcessor: prompts of different lengths in one batch do not go with two "
-                    "positions a token; run them one by one."
-                )
             return attend_without_padding(
-                tensors,
+                tensors[0].shape[0],
                 valid_text,
                 layout.text_length,
-                lambda row, text_length: self._local(row, layout._replace(text_length=text_length)),
+                lambda row: self._local(
+                    row.tokens(*tensors),
+                    layout._replace(text_length=len(row.places)),
+                    scaled=None if scaled is None else _scaled_of_row(scaled, row),
+                    shared=None if shared is None else shared.of_row(row),
+                ),
             )
-        compiling = torch.compiler.is_compiling()
-        return self._attention(
-            tensors,
-            scaled,
-            self.tracker.window(layout) if window is None else window,
-            scale=self._scale(query.shape[1], query.shape[-1]),
-            impl=self.tracker.impl if compiling else self.impl,
+        compiling, query = torch.compiler.is_compiling(), tensors[0]
+        elsewhere = 0 if shared is None else shared.image.elsewhere
+        options = {
+            "scale": self._scale(query.shape[1] + elsewhere, query.shape[-1]),
+            "impl": self.tracker.impl if compiling else self.impl,
             **self._learned(query.device),
-        )
+        }
+        if shared is not None:
+            out: torch.Tensor = shared.image.attend(tensors, scaled, shared.arrived, **options)
+            return out
+        window = self.tracker.window(layout) if window is None else window
+        return self._attention(tensors, scaled, window, **options)
 
     def _attention(
         self,
@@ -480,25 +517,54 @@ def _autocast(tensors: tuple[torch.Tensor, ...]) -> Any:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _scaled(
-    attn: Any,
-    projected: Rotated,
-    of_text: tuple[torch.Tensor | None, torch.Tensor | None],
-    text_norms: tuple[Any, Any],
-    tables: Rotary,
-) -> Scaled:
-    """Query and key by every pair of tables, the least scaled first."""
-    rotate = functools.partial(_rotate, attn, projected, of_text, text_norms)
-    *between, last = zip(tables[::2], tables[1::2], strict=True)
-    if not between:  # what is projected need not be kept
-        far = rotate(last)
-        return Scaled(lambda: far)
+def _autocast_by(place: Callable[[Rotary], Rotated], table: Rotary) -> Rotated:
+    """What `place` makes, as attention takes it."""
+    return _pair(_autocast(place(table)))
+
+
+def _scaled_of_row(scaled: Scaled, row: Row) -> Scaled:
+    """The same of one sample of the batch, without its padding."""
+
+    def of_row(rotate: Callable[[], Rotated]) -> Rotated:
+        return _pair(row.tokens(*rotate()))
+
     return Scaled(
-        functools.partial(rotate, last), [functools.partial(rotate, each) for each in between]
+        functools.partial(of_row, scaled.far),
+        [functools.partial(of_row, each) for each in scaled.between],
     )
 
 
-def _rotate(
+def _pair(tensors: Iterable[torch.Tensor]) -> Rotated:
+    query, key = tensors
+    return query, key
+
+
+def _tables(
+    rotary: Rotary | None, layout: Layout, share: Any
+) -> tuple[list[Rotary | None], Rotary | None]:
+    """FLUX's table position by position, and where ranks share the image that of the halo.
+
+    Args:
+        rotary: (cos, sin, ...) of the whole sequence in a layer's order.
+        layout: of the whole sequence.
+        share: a `pipelines.parallel.SharedImage`, if any; the tables are then of this rank.
+    """
+    if rotary is None:
+        return [None], None
+    if share is not None:
+        found: tuple[list[Rotary | None], Rotary]
+        found = share.tables(rotary[0], lambda: _by_position(rotary, layout))
+        return found
+    return [*_by_position(rotary, layout)], None
+
+
+def _by_position(rotary: Rotary, layout: Layout) -> list[Rotary]:
+    if layout.reference_length:
+        rotary = tuple(layout.to_local(table[None])[0] for table in rotary)
+    return list(zip(rotary[::2], rotary[1::2], strict=True))
+
+
+def _place(
     attn: Any,
     projected: Rotated,
     of_text: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -506,29 +572,22 @@ def _rotate(
     rotary: Rotary,
 ) -> Rotated:
     """Query and key, (batch, text + image, heads, head_dim) each; see `norm_and_rotate`."""
-    query, key = projected
-    text_query, text_key = of_text
-    rotated: Rotated = _autocast(
-        (
-            norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0]),
-            norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1]),
-        )
+    (query, key), (text_query, text_key) = projected, of_text
+    return (
+        norm_and_rotate(query, attn.norm_q, rotary, text_query, text_norms[0]),
+        norm_and_rotate(key, attn.norm_k, rotary, text_key, text_norms[1]),
     )
-    return rotated
 
 
-def _key_value(
-    attn: Any, hidden_states: torch.Tensor, rotary: Rotary | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value, (batch, tokens, heads, head_dim), of image tokens alone."""
+def _key_value(attn: Any, halo: Any, rotary: Rotary | None) -> Rotated:
+    """Key and value, (batch, tokens, heads, head_dim), of the neighbours' rows."""
+    hidden_states = halo.wait()
     if attn.fused_projections:
         _, key, value, *_ = _get_qkv_projections(attn, hidden_states)
     else:
         key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
     key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (key, value))
-    found: tuple[torch.Tensor, torch.Tensor]
-    found = _autocast((norm_and_rotate(key, attn.norm_k, rotary), value))
-    return found
+    return norm_and_rotate(key, attn.norm_k, rotary), value
 
 
 def _tokens(sequence: int, text_length: int | None) -> str:

@@ -7,6 +7,7 @@ the places of every row's own tokens, and local attention runs row by row over t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,35 +30,58 @@ def valid_text(mask: torch.Tensor | None) -> ValidText | None:
     return tuple(row.nonzero().flatten() for row in mask)
 
 
+class Row(NamedTuple):
+    """One sample of a batch of prompts of different lengths.
+
+    Attributes:
+        number: in the batch.
+        places: of its text, (valid,) long.
+        text_length: tokens of text in the batch, padding included.
+    """
+
+    number: int
+    places: torch.Tensor
+    text_length: int
+
+    def sample(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Its own of (batch, ...), (1, ...)."""
+        return tensor[self.number : self.number + 1]
+
+    def tokens(self, *tensors: torch.Tensor) -> Any:
+        """Its own of (batch, text + image, ...) each, without padding, in a batch of one."""
+        return tuple(
+            torch.cat([one[:, self.places], one[:, self.text_length :]], dim=1)
+            for one in map(self.sample, tensors)
+        )
+
+
 def attend_without_padding(
-    tensors: Projected,
+    batch: int,
     valid: ValidText,
     text_length: int,
-    attend: Callable[[Projected, int], torch.Tensor],
+    attend: Callable[[Row], torch.Tensor],
 ) -> torch.Tensor:
     """Attention in which padded text takes no part: nobody sees it, and it gets zeros.
 
     Args:
-        tensors: query, key and value, (batch, sequence, heads, head_dim), text first.
+        batch: number of samples.
         valid: see `valid_text`.
         text_length: tokens of text, padding included.
-        attend: of such tensors for one row without its padding, and the length of its text.
+        attend: what the tokens of one sample get, (1, valid + image, heads, head_dim).
+
+    Returns:
+        (batch, text + image, heads, head_dim).
 
     Raises:
         ValueError: as many rows of `valid` as of the batch are needed.
     """
-    batch = tensors[0].shape[0]
     if len(valid) != batch:
         raise ValueError(
             f"CLEAR: the mask of padded text is for a batch of {len(valid)}, the layer got {batch}."
         )
     rows = []
-    for row, places in enumerate(valid):
-        query, key, value = (
-            torch.cat([x[row : row + 1, places], x[row : row + 1, text_length:]], dim=1)
-            for x in tensors
-        )
-        out = attend((query, key, value), len(places))
+    for number, places in enumerate(valid):
+        out = attend(Row(number, places, text_length))
         text = out.new_zeros(1, text_length, *out.shape[2:])
         text = text.index_copy(1, places, out[:, : len(places)])
         rows.append(torch.cat([text, out[:, len(places) :]], dim=1))

@@ -71,5 +71,5 @@ FAMILY = Family(
     extend=extend,
     proportional=True,
     serves_fused=True,
-    unsupported=only((), "not wired up so far"),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

@@ -18,8 +18,8 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Family, Reading, only, own_positions
-from .joint import JointProcessor
+from .family import Cut, Family, Reading, only, own_positions
+from .joint import JointProcessor, Stream, Turn, image_tables
 from .recipe import Defaults, Latents, Recipe
 
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
@@ -45,32 +45,40 @@ class CogView4Processor(JointProcessor):
         """Image and text, (batch, tokens, channels) each; arguments are the stock processor's."""
         self._refuse_foreign_settings(attention_mask)
         assert image_rotary_emb is not None
-        image = _projected(attn, hidden_states, image_rotary_emb)
-        text = _projected(attn, encoder_hidden_states, None)
-        out, text_out = self.attend_streams(image, text, key=image_rotary_emb[0])
-        del image, text
+        # One set of projections and norms for both.
+        linears = attn.to_q, attn.to_k, attn.to_v
+        stream = Stream(linears, (attn.norm_q, attn.norm_k), attn.inner_dim // attn.heads)
+        out, text_out = self.attend(
+            attn,
+            hidden_states,
+            stream,
+            encoder_hidden_states,
+            stream,
+            image_rotary_emb,
+            image_rotary_emb[0],
+        )
         out, text_out = (attn.to_out[1](attn.to_out[0](x)) for x in (out, text_out))
         return out, text_out
 
+    def tables(self, rotary: Rotary, turn: Turn) -> Rotary:
+        return image_tables(rotary, turn)
 
-def _projected(
-    attn: Any, tokens: torch.Tensor, rotary: Rotary | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query and key normed and rotated, and value, (batch, tokens, heads, head_dim) each."""
-    query, key, value = (
-        linear(tokens).unflatten(-1, (attn.heads, -1))
-        for linear in (attn.to_q, attn.to_k, attn.to_v)
-    )
-    query, key = (
-        norm(x).to(tokens.dtype) for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
-    )
-    if rotary is not None:
-        query, key = (
-            # Angles of the first half of the channels come again in the second.
-            apply_rotary_emb(x, rotary, use_real_unbind_dim=-2, sequence_dim=1)
-            for x in (query, key)
+    def place(
+        self,
+        tokens: torch.Tensor,
+        norm: Any,
+        table: Rotary | None,
+        text: torch.Tensor | None = None,
+        text_norm: Any = None,
+    ) -> torch.Tensor:
+        tokens = norm(tokens)
+        if text is not None:
+            tokens = torch.cat([text_norm(text), tokens], dim=1)
+        # Angles of the first half of the channels come again in the second.
+        rotated: torch.Tensor = apply_rotary_emb(
+            tokens, table, use_real_unbind_dim=-2, sequence_dim=1
         )
-    return query, key, value
+        return rotated
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -195,5 +203,6 @@ FAMILY = Family(
     # The factor of "ntk" is no extent, and these positions have none of their own.
     methods=("none", "yarn", "interpolation", "two"),
     repeated_blocks=False,
-    unsupported=only((), "not wired up so far"),
+    cut=Cut(output_of="patch_embed"),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

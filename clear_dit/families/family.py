@@ -37,6 +37,35 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Where a forward's tokens are cut into bands of the image's rows, for ranks that share it.
+
+    What is cut is image tokens, and others behind them, which all ranks keep: (batch, tokens, ...).
+    It is done by name: arguments of the forward, or modules that the forward calls once.
+
+    Attributes:
+        arguments: of the forward, that are such tokens, or lists or dicts of them.
+        output_of: module whose output they are, or the first of its outputs.
+        input_of: module whose first argument they are.
+        of_blocks: arguments by name of every block of `Family.stacks`.
+        whole_after: module, or modules in one, whose output is put together again; it has the
+            image's tokens first.
+        time: (the forward's arguments by name) to a number that falls from step to step.
+    """
+
+    arguments: tuple[str, ...] = ()
+    output_of: str | None = None
+    input_of: str | None = None
+    of_blocks: tuple[str, ...] = ()
+    whole_after: str = "proj_out"
+    time: Callable[[Mapping[str, Any]], torch.Tensor] = lambda given: given["timestep"]
+
+
+# Of FLUX.1 and its like, whose forward gets tokens. Embedders then run on a rank's own.
+OF_TOKENS = Cut(("hidden_states", "controlnet_block_samples", "controlnet_single_block_samples"))
+
+
+@dataclass(frozen=True)
 class Family:
     """One row of the table of families.
 
@@ -67,6 +96,9 @@ class Family:
         tuned: linear layers of an attention layer that distillation trains and CLEAR weights hold,
             where the layer has them.
         kept: prefix of other attention layers to why they stay as they are.
+        text_processors: class name of a stock processor of those that get the rotary table to what
+            takes its place where the table holds several positions a token: it takes the first.
+        cut: where ranks that share an image cut its tokens.
         unsupported: feature of `FEATURES` to why the family is not for it.
         serves_fused: whether the processors work on layers with fused projections.
         chunked: whether `chunk_feed_forward` knows the blocks.
@@ -94,10 +126,16 @@ class Family:
     is_fused: Callable[[Any], bool] = lambda attn: getattr(attn, "fused_projections", False)
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     kept: Mapping[str, str] = field(default_factory=dict)
+    text_processors: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    cut: Cut = OF_TOKENS
     unsupported: Mapping[str, str] = field(default_factory=dict)
     serves_fused: bool = False
     chunked: bool = False
     repeated_blocks: bool = True
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks of `stacks`, in their order."""
+        return [block for stack in self.stacks for block in getattr(model, stack, None) or ()]
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """The attention layers CLEAR runs in, by name: "transformer_blocks.0.attn"."""
@@ -108,6 +146,15 @@ class Family:
             for name, child in unwrapped(block).named_children()
             if hasattr(child, "set_processor")
         }
+
+    def text_layers(self, model: nn.Module) -> list[Any]:
+        """The attention layers over text alone that get the model's rotary table."""
+        return [
+            module
+            for name, module in model.named_modules()
+            if name.partition(".")[0] in self.kept
+            and type(getattr(module, "processor", None)).__name__ in self.text_processors
+        ]
 
     def kept_layers(self, model: nn.Module) -> dict[str, list[str]]:
         """Names of the attention layers that stay as they are, by why."""

@@ -13,17 +13,16 @@ import torch
 from torch import nn
 
 from ..attention.axes import cos_and_sin, of_tokens
-from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..compat import names_from
+from ..kernels.two_positions import Rotated
 from .family import Family, Reading, only, own_positions
 from .flux1 import grids_from_ids, read_ids
-from .joint import JointProcessor
+from .joint import JointProcessor, Stream
 from .recipe import Defaults, Latents, Recipe
 
-Flux2PosEmbed, _get_qkv_projections = names_from(
-    "diffusers.models.transformers.transformer_flux2", "Flux2PosEmbed", "_get_qkv_projections"
-)
+(Flux2PosEmbed,) = names_from("diffusers.models.transformers.transformer_flux2", "Flux2PosEmbed")
 (_compute_empirical_mu,) = names_from(
     "diffusers.pipelines.flux2.pipeline_flux2", "compute_empirical_mu"
 )
@@ -43,23 +42,31 @@ class Flux2Processor(JointProcessor):
         """Image and text, (batch, tokens, channels) each; arguments are the stock processor's."""
         self._refuse_foreign_settings(attention_mask)
         assert image_rotary_emb is not None
-        layout, _, window = self.under_way(image_rotary_emb[0])
-        stream = layout.image_only
-        rotary = _in_order(image_rotary_emb, layout)
-        projected = _get_qkv_projections(
-            attn, stream.to_local(hidden_states), encoder_hidden_states
+        linears = attn.to_q, attn.to_k, attn.to_v
+        text_linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        if attn.fused_projections:
+            linears, text_linears = (attn.to_qkv,), (attn.to_added_qkv,)
+        image, text = self.attend(
+            attn,
+            hidden_states,
+            Stream(linears, (attn.norm_q, attn.norm_k), attn.head_dim),
+            encoder_hidden_states,
+            Stream(text_linears, (attn.norm_added_q, attn.norm_added_k), attn.head_dim),
+            image_rotary_emb,
+            image_rotary_emb[0],
         )
-        query, key, value, text_query, text_key, text_value = (
-            x.unflatten(-1, (-1, attn.head_dim)) for x in projected
-        )
-        query = norm_and_rotate(query, attn.norm_q, rotary, text_query, attn.norm_added_q)
-        key = norm_and_rotate(key, attn.norm_k, rotary, text_key, attn.norm_added_k)
-        value = torch.cat([text_value, value], dim=1)
-        out = self.attend_joint((query, key, value), layout, None, window)
-        del query, key, value
-        text, image = out.tensor_split([layout.text_length], dim=1)
-        image = attn.to_out[1](attn.to_out[0](stream.to_layer(image)))
-        return image, attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+
+
+class _KeyValue(Stream):
+    """A stream whose neighbours send key and value, side by side, instead of tokens.
+
+    That is twice the bytes, but the one product that makes them makes the feed-forward's input too.
+    """
+
+    def key_value(self, tokens: torch.Tensor) -> Rotated:
+        key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in tokens.chunk(2, dim=-1))
+        return key, value
 
 
 class Flux2ParallelProcessor(JointProcessor):
@@ -75,25 +82,20 @@ class Flux2ParallelProcessor(JointProcessor):
         """(batch, text + image, channels); arguments are the stock processor's."""
         self._refuse_foreign_settings(attention_mask)
         assert image_rotary_emb is not None
-        layout, _, window = self.under_way(image_rotary_emb[0])
-        rotary = _in_order(image_rotary_emb, layout)
-        projected = attn.to_qkv_mlp_proj(layout.to_local(hidden_states))
+        turn = self.turn(hidden_states.shape[1], key=image_rotary_emb[0])
+        projected = attn.to_qkv_mlp_proj(turn.order.to_local(hidden_states))
         # By proportion: under tensor parallelism a rank has its share of both.
         whole = 3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor
         part = projected.shape[-1] * 3 * attn.inner_dim // whole
         qkv, feed_forward = projected.tensor_split([part], dim=-1)
+        halo = self.send(turn, attn, qkv[..., part // 3 :])
+        stream = _KeyValue((), (attn.norm_q, attn.norm_k), attn.head_dim)
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv.chunk(3, dim=-1))
-        query = norm_and_rotate(query, attn.norm_q, rotary)
-        key = norm_and_rotate(key, attn.norm_k, rotary)
-        out = self.attend_joint((query, key, value), layout, None, window)
-        del query, key, value
+        out = self.attend_projected(
+            turn, (query, key, value), stream, rotary=image_rotary_emb, halo=halo
+        )
         out = torch.cat([out, attn.mlp_act_fn(feed_forward)], dim=-1)
-        return layout.to_layer(attn.to_out(out))
-
-
-def _in_order(rotary: Rotary, layout: Any) -> Rotary:
-    cos, sin = (layout.to_local(table[None])[0] for table in rotary)
-    return cos, sin
+        return turn.order.to_layer(attn.to_out(out))
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -185,5 +187,5 @@ FAMILY = Family(
     extend=_extend,
     tuned=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
     serves_fused=True,
-    unsupported=only((), "not wired up so far"),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

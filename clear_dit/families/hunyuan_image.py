@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ..attention.axes import along_axes, angles_along, over_grid
 from ..attention.layout import Layout
-from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..attention.text_padding import used_length
 from ..compat import names_from
-from .family import Family, Reading, only, own_positions
-from .joint import JointProcessor
+from .family import Cut, Family, Reading, only, own_positions
+from .joint import JointProcessor, Stream, Turn, image_tables
 from .recipe import Defaults, Guidance, Latents, Recipe
 
 (HunyuanImageRotaryPosEmbed,) = names_from(
@@ -45,34 +44,30 @@ class HunyuanImageProcessor(JointProcessor):
         """
         self._refuse_foreign_settings(None)
         assert image_rotary_emb is not None
-        layout, valid_text, window = self.under_way(image_rotary_emb[0])
-        cos, sin = image_rotary_emb
-        # Text is not rotated: an angle of zero.
-        before = (0, 0, layout.text_length, 0)
-        rotary = functional.pad(cos, before, value=1.0), functional.pad(sin, before)
         single = attn.add_q_proj is None  # one set of projections and norms for both streams
         linears = attn.to_q, attn.to_k, attn.to_v
-        text_linears = linears if single else (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        norms = attn.norm_q, attn.norm_k
-        text_norms = norms if single else (attn.norm_added_q, attn.norm_added_k)
-        image, text = (
-            [linear(tokens).unflatten(-1, (attn.heads, -1)) for linear in stream]
-            for tokens, stream in (
-                (hidden_states, linears),
-                (encoder_hidden_states, text_linears),
-            )
-        )
-        query = norm_and_rotate(image[0], norms[0], rotary, text[0], text_norms[0])
-        key = norm_and_rotate(image[1], norms[1], rotary, text[1], text_norms[1])
-        value = torch.cat([text[2], image[2]], dim=1)
-        del image, text
-        out = self.attend_joint((query, key, value), layout, valid_text, window)
-        del query, key, value
-        text_out, image_out = out.tensor_split([layout.text_length], dim=1)
+        stream = Stream(linears, (attn.norm_q, attn.norm_k), attn.inner_dim // attn.heads)
+        text_stream = stream
         if not single:
-            image_out = attn.to_out[1](attn.to_out[0](image_out))
-            text_out = attn.to_add_out(text_out)
-        return image_out, text_out
+            text_linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+            text_norms = attn.norm_added_q, attn.norm_added_k
+            text_stream = stream._replace(linears=text_linears, norms=text_norms)
+        image, text = self.attend(
+            attn,
+            hidden_states,
+            stream,
+            encoder_hidden_states,
+            text_stream,
+            image_rotary_emb,
+            image_rotary_emb[0],
+        )
+        if not single:
+            image = attn.to_out[1](attn.to_out[0](image))
+            text = attn.to_add_out(text)
+        return image, text
+
+    def tables(self, rotary: Rotary, turn: Turn) -> Rotary:
+        return image_tables(rotary, turn)
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -188,5 +183,6 @@ FAMILY = Family(
     positions="no limit: sine and cosine of any position",
     extend=_extend,
     kept={"context_embedder": "attends over text alone"},
-    unsupported=only((), "not wired up so far"),
+    cut=Cut(output_of="x_embedder"),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

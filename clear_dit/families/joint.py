@@ -1,21 +1,99 @@
 """What the processors of the families beside FLUX.1 share.
 
-Such a processor projects, norms and rotates as the stock one does, and gives query, key and value
-to `attend_streams` (text and image apart) or `attend_joint` (one sequence). Where the tokens are it
-is told: by `apply_clear`'s hook on the model, which reads the arguments of every forward.
+A family says how its layers project and norm tokens (`Stream`), how they are rotated by a table
+(`place`, `tables`), and what becomes of the output; `attend` does the rest: the order of tokens,
+padded text, several positions a token, and ranks that share an image. Where the tokens are it is
+told: by `apply_clear`'s hook on the model, which reads the arguments of every forward.
+
+A rotary table that holds several positions a token has them side by side in its last dimension,
+the true ones first, then the least scaled: (tokens, positions * head_dim), or half as many complex
+numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from ..attention.layout import Layout
-from ..attention.processor import CLEARProcessor
+from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.processor import CLEARProcessor, Shared
 from ..attention.text_padding import Projected, ValidText
-from ..attention.tracker import WindowTracker
+from ..attention.tracker import Forward, WindowTracker
+from ..kernels.two_positions import Rotated
 from ..kernels.window import Window
+
+
+class Stream(NamedTuple):
+    """How a layer projects and norms tokens of one kind.
+
+    Attributes:
+        linears: of query, key and value; or one for all three, one behind the other.
+        norms: of query and key, over head_dim; None for no norm.
+        head_dim: channels of a head. Under tensor parallelism a rank holds only some heads.
+    """
+
+    linears: tuple[Any, ...]
+    norms: tuple[Any, Any]
+    head_dim: int
+
+    def project(self, tokens: torch.Tensor) -> Projected:
+        """Query, key and value, (batch, tokens, heads, head_dim) each."""
+        if len(self.linears) == 1:
+            parts = self.linears[0](tokens).chunk(3, dim=-1)
+        else:
+            parts = [linear(tokens) for linear in self.linears]
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        return query, key, value
+
+    def key_value(self, tokens: torch.Tensor) -> Rotated:
+        """Key and value alone."""
+        if len(self.linears) == 1:
+            return self.project(tokens)[1:]
+        key, value = (
+            linear(tokens).unflatten(-1, (-1, self.head_dim)) for linear in self.linears[1:]
+        )
+        return key, value
+
+
+class Turn(NamedTuple):
+    """A layer's turn in the forward under way.
+
+    Attributes:
+        layout: of the layer's tokens; where ranks share the image, of this rank's.
+        whole: of all ranks' together.
+        apart: whether the layer has text and image apart, or the image alone.
+        forward: what the layers share.
+        window: where torch.compile traces the layer.
+    """
+
+    layout: Layout
+    whole: Layout
+    apart: bool
+    forward: Forward
+    window: Window | None = None
+
+    @property
+    def order(self) -> Layout:
+        """The layout of the tokens beside which text may come."""
+        return self.layout.image_only if self.apart else self.layout
+
+    @property
+    def valid_text(self) -> ValidText | None:
+        """Which text tokens of the layer are no padding."""
+        return self.forward.valid_text if self.layout.text_length else None
+
+    def with_text(self, length: int) -> Turn:
+        """The same with other tokens of text, all valid, which every query sees."""
+        return self._replace(
+            layout=self.layout._replace(text_length=length),
+            whole=self.whole._replace(text_length=length),
+            forward=self.forward._replace(valid_text=None),
+            window=None,
+        )
 
 
 class JointProcessor(CLEARProcessor):
@@ -47,86 +125,217 @@ class JointProcessor(CLEARProcessor):
         """What it takes the place of, where one layer may have several such; else None."""
         return None
 
-    def under_way(
-        self, key: torch.Tensor | None = None
-    ) -> tuple[Layout, ValidText | None, Window | None]:
-        """Layout, places of valid text, and window where torch.compile traces the layer.
+    def tables(self, rotary: Rotary, turn: Turn) -> Rotary:
+        """A family's rotary table for text, references and image, in this order.
 
         Args:
-            key: see `WindowTracker.told`.
+            rotary: what the layer got, of the tokens of all ranks.
+            turn: whose `whole` is their layout.
+
+        Returns:
+            For `place`: (tokens, channels) each, or (1 or batch, tokens, channels).
         """
+        return tuple(turn.whole.to_local(table[None])[0] for table in rotary)
+
+    def place(
+        self,
+        tokens: torch.Tensor,
+        norm: Any,
+        table: Rotary | None,
+        text: torch.Tensor | None = None,
+        text_norm: Any = None,
+    ) -> torch.Tensor:
+        """Query or key normed, text before image, and rotated by one position of `tables`.
+
+        Arguments and result are those of `norm_and_rotate`.
+        """
+        return norm_and_rotate(tokens, norm, table, text, text_norm)
+
+    def turn(self, image: int, text: int | None = None, key: torch.Tensor | None = None) -> Turn:
+        """The layer's turn.
+
+        Args:
+            image: tokens the layer got: of the image and references, or of the whole sequence.
+            text: tokens of text that came apart from them, if so.
+            key: see `WindowTracker.told`.
+
+        Raises:
+            ValueError: the numbers contradict the forward under way.
+        """
+        window = None
         if torch.compiler.is_compiling():
             layout, window = self.tracker.compiled()
-            return layout, None, window
-        forward = self.tracker.told(key)
-        return forward.layout, forward.valid_text, None
+            forward = Forward(layout)
+        else:
+            forward = self.tracker.told(key)
+            layout = forward.layout if forward.share is None else forward.share.layout
+        whole = forward.layout
+        if text is not None:
+            _check_length(layout, layout.text_length, text, "text")
+            _check_length(layout, layout.image_only.sequence_length, image, "image")
+        elif image == layout.image_only.sequence_length:  # alone
+            layout, whole, window = layout.image_only, whole.image_only, None
+        else:
+            _check_length(layout, layout.sequence_length, image, "sequence")
+        return Turn(layout, whole, text is not None, forward, window)
 
-    def attend_streams(
-        self, image: Projected, text: Projected | None = None, key: torch.Tensor | None = None
+    def attend(
+        self,
+        attn: Any,
+        tokens: torch.Tensor,
+        stream: Stream,
+        text: torch.Tensor | None = None,
+        text_stream: Stream | None = None,
+        rotary: Rotary | None = None,
+        key: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Local attention over text and image that a layer has apart.
+        """A layer's attention, from its input to what its output projections take.
 
         Args:
-            image: query, key, value of image and references, (batch, image, heads, head_dim).
-            text: the same of the text, (batch, text, heads, head_dim); None in a layer in which
-                image tokens attend to each other only.
+            attn: the layer.
+            tokens: (batch, tokens, channels): image and references, or the whole sequence.
+            stream: how they are projected.
+            text: (batch, text, channels), where the layer has text apart; and how it is projected.
+            rotary: what `tables` takes; None where tokens are not rotated.
             key: see `WindowTracker.told`.
 
         Returns:
-            (image, text), (batch, tokens, heads * head_dim) each; text is empty where none came.
+            The same tokens, and the text where it is apart (else an empty tensor), (batch, tokens,
+            heads * head_dim) each.
         """
-        layout, valid_text, window = self.under_way(key)
-        if text is None:
-            layout, valid_text, window = layout.image_only, None, None
-        _check_length(layout.image_only, image[0], "image")
-        stream = layout.image_only
-        query, key_, value = (stream.to_local(x) for x in image)
-        if text is not None:
-            _check_text(layout, text[0])
-            query, key_, value = (
-                torch.cat(pair, dim=1) for pair in zip(text, (query, key_, value), strict=True)
-            )
-        out = self._local((query, key_, value), layout, valid_text, window).flatten(2, 3)
-        text_out, image_out = out.to(query.dtype).tensor_split([layout.text_length], dim=1)
-        return stream.to_layer(image_out), text_out
+        turn = self.turn(tokens.shape[1], None if text is None else text.shape[1], key)
+        tokens = turn.order.to_local(tokens)
+        halo = self.send(turn, attn, tokens)
+        out = self.attend_projected(
+            turn,
+            stream.project(tokens),
+            stream,
+            None if text is None or text_stream is None else text_stream.project(text),
+            text_stream,
+            rotary,
+            halo,
+        )
+        return self.split(turn, out)
 
-    def attend_joint(
-        self,
-        tensors: Projected,
-        layout: Layout,
-        valid_text: ValidText | None = None,
-        window: Window | None = None,
-    ) -> torch.Tensor:
-        """Local attention over one sequence in the order of `Layout.to_local`.
+    def split(self, turn: Turn, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `attend` returns, of what `attend_projected` does."""
+        text, image = out.tensor_split([turn.layout.text_length if turn.apart else 0], dim=1)
+        return turn.order.to_layer(image), text
 
-        A layer brings its hidden states into that order before it projects them, and its output
-        back with `Layout.to_layer`: one copy each way instead of three, and none where the orders
-        are the same.
+    def send(self, turn: Turn, attn: Any, tokens: torch.Tensor) -> Any:
+        """Where ranks share the image, start to send neighbours what they need of it.
 
         Args:
-            tensors: query, key, value, (batch, sequence, heads, head_dim) each.
-            layout, valid_text, window: from `under_way`.
+            tokens: (batch, ... + image, channels), from which `Stream.key_value` makes keys and
+                values.
+        """
+        share = turn.forward.share
+        return None if share is None else share.send(attn, tokens)
+
+    def attend_projected(
+        self,
+        turn: Turn,
+        projected: Projected,
+        stream: Stream,
+        of_text: Projected | None = None,
+        text_stream: Stream | None = None,
+        rotary: Rotary | None = None,
+        halo: Any = None,
+    ) -> torch.Tensor:
+        """Local attention of what `Stream.project` returned; see `attend`.
+
+        Args:
+            projected: query, key, value of tokens in the order of `turn.order.to_local`.
+            halo: from `send`.
 
         Returns:
-            (batch, sequence, heads * head_dim), in the same order.
+            (batch, sequence, heads * head_dim), in the order of `turn.layout.to_local`.
         """
-        _check_length(layout, tensors[0], "sequence")
-        out = self._local(tensors, layout, valid_text, window).flatten(2, 3)
-        return out.to(tensors[0].dtype)
+        query, key, value = projected
+        text_query, text_key, text_value = of_text or (None, None, None)
+        text_norms = (None, None) if text_stream is None else text_stream.norms
+        if text_value is not None:
+            value = torch.cat([text_value, value], dim=1)
+        (near, *further), of_halo = self._positions(turn, rotary, stream.head_dim)
+        both, both_of_text = (query, key), (text_query, text_key)
+        place = functools.partial(self._place, both, stream.norms, both_of_text, text_norms)
+        scaled = self._scaled(place, further)
+        del projected, of_text, text_value, both, both_of_text, place
+        query = self.place(query, stream.norms[0], near, text_query, text_norms[0])
+        key = self.place(key, stream.norms[1], near, text_key, text_norms[1])
+        shared = None
+        if halo is not None:
+            arrived = functools.partial(self._arrived, stream, halo, of_halo)
+            shared = Shared.of(turn.forward.share, arrived)
+        tensors = query, key, value
+        out = self._local(tensors, turn.layout, turn.valid_text, turn.window, scaled, shared)
+        return out.flatten(2, 3).to(query.dtype)
+
+    def _positions(
+        self, turn: Turn, rotary: Rotary | None, head_dim: int
+    ) -> tuple[list[Rotary | None], Rotary | None]:
+        """The tables by position, the true ones first; where ranks share the image of the halo."""
+        if rotary is None:
+            return [None], None
+        share = turn.forward.share
+        if share is not None:
+            found: tuple[list[Rotary | None], Rotary]
+            found = share.tables(
+                rotary[0], lambda: by_position(self.tables(rotary, turn), head_dim)
+            )
+            return found
+        return [*by_position(self.tables(rotary, turn), head_dim)], None
+
+    def _place(
+        self,
+        projected: Rotated,
+        norms: tuple[Any, Any],
+        of_text: tuple[torch.Tensor | None, torch.Tensor | None],
+        text_norms: tuple[Any, Any],
+        table: Rotary,
+    ) -> Rotated:
+        query, key = (
+            self.place(tokens, norm, table, text, text_norm)
+            for tokens, norm, text, text_norm in zip(
+                projected, norms, of_text, text_norms, strict=True
+            )
+        )
+        return query, key
+
+    def _arrived(self, stream: Stream, halo: Any, table: Rotary | None) -> Rotated:
+        key, value = stream.key_value(halo.wait())
+        return self.place(key, stream.norms[1], table), value
 
 
-def _check_length(layout: Layout, query: torch.Tensor, what: str) -> None:
-    if query.shape[1] != layout.sequence_length:
+def image_tables(rotary: Rotary, turn: Turn) -> Rotary:
+    """`JointProcessor.tables` where the table is the image's alone: text has an angle of zero.
+
+    Args:
+        rotary: cos and sin, (image, channels) each.
+    """
+    cos, sin = rotary
+    before = (0, 0, turn.whole.text_length, 0)
+    return functional.pad(cos, before, value=1.0), functional.pad(sin, before)
+
+
+def by_position(tables: Rotary, head_dim: int) -> list[Rotary]:
+    """A table, position by position: the true ones first, then the least scaled.
+
+    Args:
+        tables: (..., tokens, positions * head_dim) each, or half as many complex numbers.
+    """
+    channels = head_dim // 2 if tables[0].is_complex() else head_dim
+    positions = tables[0].shape[-1] // channels
+    if positions == 1:
+        return [tables]
+    parts = ((part.contiguous() for part in one.chunk(positions, dim=-1)) for one in tables)
+    return list(zip(*parts, strict=True))
+
+
+def _check_length(layout: Layout, expected: int, received: int, what: str) -> None:
+    if received != expected:
         raise ValueError(
             f"CLEARProcessor: the forward under way has {layout.text_length} text tokens and "
             f"{layout.rows} x {layout.columns} image tokens{layout.and_references}, but the "
-            f"layer's {what} has {query.shape[1]}."
-        )
-
-
-def _check_text(layout: Layout, query: torch.Tensor) -> None:
-    if query.shape[1] != layout.text_length:
-        raise ValueError(
-            f"CLEARProcessor: the forward under way has {layout.text_length} text tokens, but the "
-            f"layer got {query.shape[1]}."
+            f"layer's {what} has {received}."
         )

@@ -7,15 +7,17 @@ its end only: the tokens that stay keep their positions.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..attention.layout import Layout
+from ..attention.norm_rope import Rotary
 from ..attention.text_padding import used_length
 from ..compat import names_from
-from .family import Family, Reading, check_image_length, only
-from .joint import JointProcessor
+from .family import OF_TOKENS, Family, Reading, check_image_length, only
+from .joint import JointProcessor, Stream, Turn
 from .qwen_positions import ExtendedQwenEmbedRope, Shape, extend, image_shapes
 from .recipe import Defaults, Guidance, Recipe
 
@@ -42,37 +44,41 @@ class QwenProcessor(JointProcessor):
         """
         self._refuse_foreign_settings(attention_mask)
         assert image_rotary_emb is not None
-        image_rotary, text_rotary = image_rotary_emb
         # The shared Attention has no head_dim; under tensor parallelism a rank has fewer heads.
         head_dim = attn.inner_dim // attn.heads
-        image = _projected(
-            hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k),
-            image_rotary, head_dim,
-        )  # fmt: skip
-        text = _projected(
-            encoder_hidden_states, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-            (attn.norm_added_q, attn.norm_added_k), text_rotary, head_dim,
-        )  # fmt: skip
-        out, text_out = self.attend_streams(image, text, key=image_rotary)
-        del image, text
+        linears = attn.to_q, attn.to_k, attn.to_v
+        text_linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        out, text_out = self.attend(
+            attn,
+            hidden_states,
+            Stream(linears, (attn.norm_q, attn.norm_k), head_dim),
+            encoder_hidden_states,
+            Stream(text_linears, (attn.norm_added_q, attn.norm_added_k), head_dim),
+            image_rotary_emb,
+            image_rotary_emb[0],
+        )
         out = attn.to_out[1](attn.to_out[0](out.contiguous()))
         return out, attn.to_add_out(text_out.contiguous())
 
+    def tables(self, rotary: Rotary, turn: Turn) -> Rotary:
+        image, text = rotary
+        return (torch.cat([text, turn.whole.image_only.to_local(image[None])[0]]),)
 
-def _projected(
-    tokens: torch.Tensor,
-    linears: tuple[Any, Any, Any],
-    norms: tuple[Any, Any],
-    rotary: torch.Tensor,
-    head_dim: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query and key normed and rotated, and value, (batch, tokens, heads, head_dim) each."""
-    query, key, value = (linear(tokens).unflatten(-1, (-1, head_dim)) for linear in linears)
-    query, key = (
-        _rotate(tensor if norm is None else norm(tensor), rotary, use_real=False)
-        for tensor, norm in zip((query, key), norms, strict=True)
-    )
-    return query, key, value
+    def place(
+        self,
+        tokens: torch.Tensor,
+        norm: Any,
+        table: Rotary | None,
+        text: torch.Tensor | None = None,
+        text_norm: Any = None,
+    ) -> torch.Tensor:
+        assert table is not None
+        tokens = tokens if norm is None else norm(tokens)
+        if text is not None:
+            text = text if text_norm is None else text_norm(text)
+            tokens = torch.cat([text, tokens], dim=1)
+        rotated: torch.Tensor = _rotate(tokens, table[0], use_real=False)
+        return rotated
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -158,9 +164,10 @@ FAMILY = Family(
     order="text, image, references",
     grid_from="img_shapes",
     heads="24 x 128",
-    unsupported=only((), "not wired up so far"),
     positions="4096: half the longer side and the text behind it, in tokens; extended, no limit: "
     "computed",
     extend=extend,
     proportional=True,
+    cut=replace(OF_TOKENS, of_blocks=("modulate_index",)),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

@@ -6,20 +6,20 @@ layer may have an IP-adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..attention.layout import Layout
-from ..attention.norm_rope import norm_and_rotate
 from ..attention.processor import CLEARProcessor
 from ..attention.text_padding import Projected
 from ..attention.tracker import WindowTracker
 from ..compat import names_from
-from .family import Family, Reading, adapter_was_unloaded, only
-from .joint import JointProcessor
+from .family import Cut, Family, Reading, adapter_was_unloaded, only
+from .joint import JointProcessor, Stream, Turn
 from .recipe import Defaults, Latents, Recipe, linear_shift
 from .sd3_positions import ResampledPatchEmbed, extend
 
@@ -34,6 +34,8 @@ FusedJointAttnProcessor2_0, JointAttnProcessor2_0, SD3IPAdapterJointAttnProcesso
 class SD3Processor(JointProcessor):
     """In the place of `JointAttnProcessor2_0`, of `attn` and of `attn2`."""
 
+    rotary = False
+
     def stock(self) -> Any:
         return JointAttnProcessor2_0()
 
@@ -46,46 +48,44 @@ class SD3Processor(JointProcessor):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Image and text, (batch, tokens, channels) each, or the image alone in `attn2`."""
         self._refuse_foreign_settings(attention_mask)
-        image = self._image(attn, hidden_states)
-        return self._attended(attn, image, encoder_hidden_states)
+        return self._attended(attn, hidden_states, encoder_hidden_states)
 
-    def _image(self, attn: Any, hidden_states: torch.Tensor) -> Projected:
-        """Query, key, value of the image, (batch, image, heads, head_dim) each."""
-        return _by_head(attn, *(one(hidden_states) for one in (attn.to_q, attn.to_k, attn.to_v)))
+    def _stream(self, attn: Any) -> Stream:
+        """How the image is projected."""
+        linears = attn.to_q, attn.to_k, attn.to_v
+        return Stream(linears, (attn.norm_q, attn.norm_k), _head_dim(attn))
 
-    def _text(self, attn: Any, hidden_states: torch.Tensor) -> Projected:
-        """The same of the text."""
+    def _text_stream(self, attn: Any) -> Stream:
+        """The same of the text, which an `attn2` has not."""
         linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-        return _by_head(attn, *(one(hidden_states) for one in linears))
+        return Stream(linears, (attn.norm_added_q, attn.norm_added_k), _head_dim(attn))
 
     def _attended(
         self,
         attn: Any,
-        image: Projected,
-        encoder_hidden_states: torch.Tensor | None,
-        beside: torch.Tensor | None = None,
+        image: torch.Tensor,
+        text: torch.Tensor | None,
+        branch: Callable[[Turn, Projected, Any], torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The layer's output.
 
         Args:
-            image: from `_image`.
-            beside: (batch, image, channels), added to what the image attends to.
+            branch: of the layer's turn, the image's query, key and value, and the halo: (batch,
+                image, channels), added to what the image attends to.
         """
-        query, key, value = image
-        if encoder_hidden_states is None:
-            query = norm_and_rotate(query, attn.norm_q, None)
-            key = norm_and_rotate(key, attn.norm_k, None)
-            image_out, _ = self.attend_streams((query, key, value))
-            return _projected_out(attn, image_out, beside)
-        text = self._text(attn, encoder_hidden_states)
-        query = norm_and_rotate(query, attn.norm_q, None, text[0], attn.norm_added_q)
-        key = norm_and_rotate(key, attn.norm_k, None, text[1], attn.norm_added_k)
-        value = torch.cat([text[2], value], dim=1)
-        del image, text
-        layout, _, window = self.under_way()
-        out = self.attend_joint((query, key, value), layout, None, window)
-        del query, key, value
-        text_out, image_out = out.tensor_split([layout.text_length], dim=1)
+        stream = self._stream(attn)
+        turn = self.turn(image.shape[1], None if text is None else text.shape[1])
+        halo = self.send(turn, attn, image)
+        projected = stream.project(image)
+        beside = None if branch is None else branch(turn, projected, halo)
+        if text is None:
+            out = self.attend_projected(turn, projected, stream, halo=halo)
+            return _projected_out(attn, out, beside)
+        text_stream = self._text_stream(attn)
+        of_text = text_stream.project(text)
+        out = self.attend_projected(turn, projected, stream, of_text, text_stream, halo=halo)
+        del projected, of_text
+        image_out, text_out = self.split(turn, out)
         if not attn.context_pre_only:  # the last block has no use for text any more
             text_out = attn.to_add_out(text_out)
         return _projected_out(attn, image_out, beside), text_out
@@ -102,11 +102,11 @@ class FusedSD3Processor(SD3Processor):
     def stock(self) -> Any:
         return FusedJointAttnProcessor2_0()
 
-    def _image(self, attn: Any, hidden_states: torch.Tensor) -> Projected:
-        return _by_head(attn, *attn.to_qkv(hidden_states).chunk(3, dim=-1))
+    def _stream(self, attn: Any) -> Stream:
+        return super()._stream(attn)._replace(linears=(attn.to_qkv,))
 
-    def _text(self, attn: Any, hidden_states: torch.Tensor) -> Projected:
-        return _by_head(attn, *attn.to_added_qkv(hidden_states).chunk(3, dim=-1))
+    def _text_stream(self, attn: Any) -> Stream:
+        return super()._text_stream(attn)._replace(linears=(attn.to_added_qkv,))
 
 
 class _OfAdapters(SD3IPAdapterJointAttnProcessor2_0):  # type: ignore[valid-type, misc]
@@ -171,33 +171,36 @@ class SD3IPAdapterProcessor(SD3Processor, _OfAdapters):
             temb: the timestep's embedding for it, (batch, channels).
         """
         self._refuse_foreign_settings(attention_mask)
-        image, beside = self._image(attn, hidden_states), None
+        branch = None
         if ip_hidden_states is not None and self.scale != 0:
-            beside = self.scale * self._prompted(attn, image, ip_hidden_states, temb)
-        return self._attended(attn, image, encoder_hidden_states, beside)
+            branch = functools.partial(self._prompted, attn, ip_hidden_states, temb)
+        return self._attended(attn, hidden_states, encoder_hidden_states, branch)
 
     def _prompted(
-        self, attn: Any, image: Projected, prompt: torch.Tensor, temb: torch.Tensor | None
+        self,
+        attn: Any,
+        prompt: torch.Tensor,
+        temb: torch.Tensor | None,
+        turn: Turn,
+        image: Projected,
+        halo: Any,
     ) -> torch.Tensor:
         """What the image attends to by the adapter, (batch, image, channels)."""
         adapter = self.adapter
+        stream = self._stream(attn)._replace(norms=(adapter.norm_q, adapter.norm_k))
+        linears, norms = (adapter.to_k_ip, adapter.to_v_ip), (adapter.norm_ip_k, adapter.norm_ip_k)
         prompt = adapter.norm_ip(prompt, temb=temb)
-        key, value = _by_head(attn, adapter.to_k_ip(prompt), adapter.to_v_ip(prompt))
+        key, value = (one(prompt).unflatten(-1, (-1, stream.head_dim)) for one in linears)
         # The prompt stands where text does. It asks for nothing: any query will do.
-        tensors = (
-            norm_and_rotate(image[0], adapter.norm_q, None, key, adapter.norm_ip_k),
-            norm_and_rotate(image[1], adapter.norm_k, None, key, adapter.norm_ip_k),
-            torch.cat([value, image[2]], dim=1),
-        )
         length = key.shape[1]
-        layout = self.under_way()[0]._replace(text_length=length)
-        return self.attend_joint(tensors, layout)[:, length:]
+        turn = turn.with_text(length)
+        of_prompt = stream._replace(norms=norms)
+        out = self.attend_projected(turn, image, stream, (key, key, value), of_prompt, halo=halo)
+        return self.scale * out[:, length:]
 
 
-def _by_head(attn: Any, *projected: torch.Tensor) -> Any:
-    """(batch, tokens, heads, head_dim) each."""
-    head_dim = attn.inner_dim // attn.heads
-    return tuple(one.unflatten(-1, (-1, head_dim)) for one in projected)
+def _head_dim(attn: Any) -> int:
+    return attn.inner_dim // attn.heads
 
 
 def _projected_out(attn: Any, image: torch.Tensor, beside: torch.Tensor | None) -> torch.Tensor:
@@ -274,5 +277,6 @@ FAMILY = Family(
     methods=("none", "interpolation"),
     serves_fused=True,
     repeated_blocks=False,
-    unsupported=only((), "not wired up so far"),
+    cut=Cut(("block_controlnet_hidden_states",), output_of="pos_embed"),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

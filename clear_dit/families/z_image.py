@@ -19,12 +19,15 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Family, Reading, only, own_positions
-from .joint import JointProcessor
+from .family import Cut, Family, Reading, only, own_positions
+from .joint import JointProcessor, Stream, Turn
 from .recipe import Defaults, Guidance, Latents, Recipe
 
-MULTIPLE, RopeEmbedder = names_from(
-    "diffusers.models.transformers.transformer_z_image", "SEQ_MULTI_OF", "RopeEmbedder"
+MULTIPLE, RopeEmbedder, ZSingleStreamAttnProcessor = names_from(
+    "diffusers.models.transformers.transformer_z_image",
+    "SEQ_MULTI_OF",
+    "RopeEmbedder",
+    "ZSingleStreamAttnProcessor",
 )
 
 
@@ -45,36 +48,55 @@ class ZImageProcessor(JointProcessor):
         """
         self._refuse_foreign_settings(None)
         assert freqs_cis is not None
-        layout, valid_text, window = self.under_way(freqs_cis)
-        # The image's positions follow the caption's: one table where captions have one length.
-        tables = freqs_cis[:1] if valid_text is None else freqs_cis
-        if hidden_states.shape[1] == layout.image_only.sequence_length:
-            layout, valid_text, window = layout.image_only, None, None
-        rotary = [_real(table) for table in layout.to_local(tables)]
-        hidden_states = layout.to_local(hidden_states)
-        query, key, value = (
-            linear(hidden_states).unflatten(-1, (attn.heads, -1))
-            for linear in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        query = _rotated(query, attn.norm_q, rotary)
-        key = _rotated(key, attn.norm_k, rotary)
-        out = self.attend_joint((query, key, value), layout, valid_text, window)
-        del query, key, value
-        out = attn.to_out[0](layout.to_layer(out))
+        linears = attn.to_q, attn.to_k, attn.to_v
+        stream = Stream(linears, (attn.norm_q, attn.norm_k), attn.inner_dim // attn.heads)
+        out, _ = self.attend(attn, hidden_states, stream, rotary=(freqs_cis,), key=freqs_cis)
+        out = attn.to_out[0](out)
         return attn.to_out[1](out) if len(attn.to_out) > 1 else out
 
+    def tables(self, rotary: Rotary, turn: Turn) -> Rotary:
+        """cos and sin of a complex table, (1 or batch, sequence, channels / 2)."""
+        (table,) = rotary
+        if turn.forward.valid_text is None:
+            # The image's positions follow the caption's: one table where these have one length.
+            table = table[:1]
+        table = turn.whole.to_local(table)
+        return table.real.repeat_interleave(2, dim=-1), table.imag.repeat_interleave(2, dim=-1)
 
-def _real(table: torch.Tensor) -> Rotary:
-    """(cos, sin), (sequence, head_dim) each, of a complex table (sequence, head_dim / 2)."""
-    return table.real.repeat_interleave(2, dim=-1), table.imag.repeat_interleave(2, dim=-1)
+    def place(
+        self,
+        tokens: torch.Tensor,
+        norm: Any,
+        table: Rotary | None,
+        text: torch.Tensor | None = None,
+        text_norm: Any = None,
+    ) -> torch.Tensor:
+        assert table is not None
+        tables = list(zip(*table, strict=True))
+        if len(tables) == 1:
+            return norm_and_rotate(tokens, norm, tables[0])
+        rows = zip(tokens.split(1), tables, strict=True)
+        return torch.cat([norm_and_rotate(row, norm, own) for row, own in rows])
 
 
-def _rotated(tokens: torch.Tensor, norm: nn.Module | None, rotary: list[Rotary]) -> torch.Tensor:
-    """Query or key, normed and rotated by a table for all of the batch, or by each one's own."""
-    if len(rotary) == 1:
-        return norm_and_rotate(tokens, norm, rotary[0])
-    rows = zip(tokens.split(1), rotary, strict=True)
-    return torch.cat([norm_and_rotate(row, norm, table) for row, table in rows])
+class TextProcessor(ZSingleStreamAttnProcessor):  # type: ignore[valid-type, misc]
+    """The stock processor, over captions alone, by the true positions of a table of several."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        freqs_cis: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the stock processor, of freqs_cis (batch, tokens, positions * head_dim / 2)."""
+        assert freqs_cis is not None
+        true = freqs_cis[..., : attn.inner_dim // attn.heads // 2]
+        out: torch.Tensor = super().__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, true
+        )
+        return out
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -194,5 +216,12 @@ FAMILY = Family(
         "context_refiner": "attends over text alone",
         "siglip_refiner": "attends over an encoder's image tokens alone",
     },
-    unsupported=only((), "not wired up so far"),
+    text_processors={"ZSingleStreamAttnProcessor": TextProcessor},
+    cut=Cut(
+        ("controlnet_block_samples",),
+        input_of="noise_refiner.0",
+        whole_after="all_final_layer",
+        time=lambda given: -given["t"],
+    ),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

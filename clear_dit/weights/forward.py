@@ -161,7 +161,8 @@ class ClearForward:
         if call is not None:
             given |= call.changes
         if sharing is not None:
-            given, share = sharing.before(model, call, given)
+            local = call if call is not None and call.is_local else None
+            given, share = sharing.before(model, local, given)
         with ExitStack() as stack:
             if call is not None:
                 forward = call.forward._replace(share=share)
@@ -170,8 +171,10 @@ class ClearForward:
                 if compiled:
                     told = call.tracker.announced_to_compiled(forward, call.impl)
                     stack.enter_context(told)
+            if share is not None:
+                stack.enter_context(sharing.cut(model, share))
             output = self.stock(**given)
-        return output if sharing is None else sharing.after(share, output)
+        return output if sharing is None else sharing.after(output)
 
 
 def parameter_names(model: nn.Module) -> tuple[str, ...]:
@@ -183,11 +186,9 @@ def parameter_names(model: nn.Module) -> tuple[str, ...]:
 
 def _has_compiled_blocks(model: nn.Module) -> bool:
     """Whether torch.compile traces a block of the model."""
-    blocks = (
-        block for stack in family_of(model).stacks for block in getattr(model, stack, None) or ()
-    )
     return any(
-        block._compiled_call_impl is not None or hasattr(block, "_orig_mod") for block in blocks
+        block._compiled_call_impl is not None or hasattr(block, "_orig_mod")
+        for block in family_of(model).blocks(model)
     )
 
 

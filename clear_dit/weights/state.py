@@ -50,12 +50,14 @@ class Call(NamedTuple):
         forward: what they share.
         impl: the implementation that runs it.
         changes: arguments that the forward gets in place of those given.
+        is_local: whether CLEAR runs in it, not full attention.
     """
 
     tracker: WindowTracker
     forward: Forward
     impl: str
     changes: Mapping[str, Any]
+    is_local: bool = True
 
 
 class ClearState:
@@ -236,10 +238,10 @@ class ClearState:
         Raises:
             ValueError: a size that the family cannot have, or arguments without names.
         """
-        if self.tracker is None or not self._runs(model):
+        settings = self._running(model)
+        if settings is None:
             return None
-        given = self.by_name(args, kwargs)
-        settings, family = next(iter(self.installed.values())), family_of(model)
+        given, family = self.by_name(args, kwargs), family_of(model)
         try:
             reading = family.read(model, given, settings.grid)
             text = None if reading is None else valid_text(reading.text_mask)
@@ -258,8 +260,9 @@ class ClearState:
         if settings.references == "local" and family.reference_grids and layout.reference_length:
             grids = family.reference_grids(given, layout)
             layout = layout._replace(local_references=grids)
-        impl = self._chosen_impl(model, reading.like)
-        return Call(self.tracker, Forward(layout, text), impl, reading.changes)
+        impl = self._chosen_impl(model, settings, reading.like)
+        forward = Forward(layout, text)
+        return Call(settings.tracker, forward, impl, reading.changes, settings.local)
 
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A forward's arguments by name.
@@ -276,25 +279,28 @@ class ClearState:
             )
         return dict(zip(self._names, args, strict=False)) | dict(kwargs)
 
-    def _chosen_impl(self, model: nn.Module, like: torch.Tensor) -> str:
+    def _chosen_impl(self, model: nn.Module, settings: CLEARProcessor, like: torch.Tensor) -> str:
         """The implementation that will run, also chosen (and logged) here for compiled blocks.
 
-        like: a tensor of the device and dtype the layers run in.
+        settings: a processor that runs; like: a tensor of the device and dtype the layers run in.
         """
-        impl = next(iter(self.installed.values())).impl
-        if impl != "auto":
+        impl, tracker = settings.impl, settings.tracker
+        if impl != "auto" or not settings.local:
             return impl
-        assert self.tracker is not None
         query = like.new_empty(1, 1, 1, head_dim_of(model))
         needs_grad = torch.is_grad_enabled()
-        far, pooled = self.tracker.far_levels > 0, self.tracker.down_factor > 1
+        far, pooled = tracker.far_levels > 0, tracker.down_factor > 1
         kernels = kernels_of(far, pooled, needs_grad)
         return select_impl(impl, query, needs_grad=needs_grad, kernels=kernels)
 
-    def _runs(self, model: nn.Module) -> bool:
-        """Whether a layer of the model runs CLEAR in the forward that begins."""
+    def _running(self, model: nn.Module) -> CLEARProcessor | None:
+        """A processor of ours that runs in the forward that begins: CLEAR, or full attention."""
         layers = attention_layers(model)
-        return any(attn.processor is self.installed.get(name) for name, attn in layers.items())
+        for name, attn in layers.items():
+            if name in self.installed and attn.processor is self.installed[name]:
+                return self.installed[name]
+        ours = (attn.processor for attn in layers.values())
+        return next((p for p in ours if isinstance(p, CLEARProcessor) and not p.local), None)
 
 
 def _has_local(model: nn.Module) -> bool:

@@ -65,7 +65,6 @@ class SharedImage:
         self.traffic = traffic
         self.forward_pass = 0
         self.stale = False
-        self._text = whole.text_length + whole.reference_length
         self._tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._cells = [
             CellBands.of(self.window, self.bands, level) for level in range(1, levels + 1)
@@ -97,40 +96,55 @@ class SharedImage:
         image = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
         return torch.cat([*image, tokens[:, own:]], dim=1)
 
-    def own_rotary(self, rotary: Rotary | None) -> Rotary | None:
-        """Of a table of the whole sequence, the rows of text, this rank's image and references."""
-        return None if rotary is None else self._tables_of(rotary)[0]
+    def tables(
+        self, key: torch.Tensor, make: Callable[[], list[Rotary]]
+    ) -> tuple[list[Rotary], Rotary]:
+        """A rotary table's rows of this rank, position by position, and those of its halo.
 
-    def _halo_rotary(self, rotary: Rotary | None) -> Rotary | None:
-        return None if rotary is None else self._tables_of(rotary)[1]
+        Remembered for the forward under way, whose layers share the table.
 
-    def _tables_of(self, rotary: Rotary) -> tuple[Rotary, Rotary]:
-        """(own, halo), remembered while the table lives: all layers of a forward share it."""
-        found = self._tables.get(rotary[0])
+        Args:
+            key: a tensor of the table.
+            make: the tables of the whole sequence by position, the true ones first; (..., tokens,
+                channels) each, the image's tokens last.
+        """
+        found = self._tables.get(key)
         if found is None:
             above, below = self.bands.halo(self.bands.rank)
-            text, image = self.whole.text_length, self.whole.image_length
 
             def rows(table: torch.Tensor, part: range) -> torch.Tensor:
-                columns = self.whole.columns
-                return table[text + part.start * columns : text + part.stop * columns]
+                columns, length = self.whole.columns, self.whole.image_length
+                image = table[..., table.shape[-2] - length :, :]
+                return image[..., part.start * columns : part.stop * columns, :]
 
-            own = [
-                torch.cat([table[:text], rows(table, self.bands.own), table[text + image :]])
-                for table in rotary
-            ]
-            halo = [torch.cat([rows(table, above), rows(table, below)]) for table in rotary]
+            def own(table: torch.Tensor) -> torch.Tensor:
+                first = table.shape[-2] - self.whole.image_length
+                return torch.cat([table[..., :first, :], rows(table, self.bands.own)], dim=-2)
+
+            positions = make()
             # Keys of the halo are near ones: their true positions will do.
-            found = self._tables[rotary[0]] = tuple(own), tuple(halo[:2])
+            found = self._tables[key] = (
+                [tuple(map(own, tables)) for tables in positions],
+                tuple(
+                    torch.cat([rows(table, above), rows(table, below)], dim=-2)
+                    for table in positions[0]
+                ),
+            )
         return found
+
+    def begin_forward(self) -> None:
+        """Forget the tables of the forward before."""
+        self._tables.clear()
 
     def send(self, layer: Any, hidden_states: torch.Tensor) -> HaloRows:
         """Start the exchange of a layer's halo; with stale halos return what came a step before.
 
         Args:
             layer: the attention module.
-            hidden_states: its input, (batch, ... + own rows * width, channels).
+            hidden_states: (batch, ... + own rows * width, channels), from which a rank makes key
+                and value of the rows: the layer's input.
         """
+        self.traffic.layers += 1
         tokens = hidden_states[:, hidden_states.shape[1] - self.layout.image_length :]
         rows = HaloRows(tokens, self.bands, self.whole.columns, self.group, self.traffic)
         if not self._keeps_halos:
@@ -147,12 +161,10 @@ class SharedImage:
 
     def attend(
         self,
-        halo: HaloRows,
         tensors: Projected,
         scaled: Scaled | None,
+        arrived: Callable[[], KeyValue],
         *,
-        key_value: Callable[[torch.Tensor, Rotary | None], KeyValue],
-        rotary: Rotary | None,
         scale: float,
         spatial_weight: torch.Tensor | None,
         far_offset: torch.Tensor | None,
@@ -161,21 +173,19 @@ class SharedImage:
         """What `local_attention` gives the text and this rank's rows in the whole image.
 
         Args:
-            halo: what `send` returned for this layer.
             tensors: query, key and value, (batch, text + own rows * width, heads, head_dim) each.
+                Text here is whatever all ranks have and every query sees, maybe nothing.
             scaled: query and key again, rotated by scaled positions, where tokens have two (see
                 `two_position_attention`).
-            key_value: makes key and value (batch, tokens, heads, head_dim) of rows of the layer's
-                input, (batch, tokens, channels), and their part of the rotary table.
-            rotary: the table of the whole sequence.
+            arrived: key and value of the halo, (batch, tokens, heads, head_dim), made of what
+                `send` returned for this layer; waits for it.
             scale, spatial_weight, far_offset, impl: as in `local_attention`.
 
         Returns:
             Shape and dtype of the query.
         """
-        self.traffic.layers += 1
-        text, own = self._text, self.bands.own
         query, key, value = tensors
+        own, text = self.bands.own, query.shape[1] - self.layout.image_length
         far = (query, key) if scaled is None else scaled.far()
         between = [] if scaled is None else scaled.between
         queries: list[torch.Tensor] = []
@@ -271,11 +281,11 @@ class SharedImage:
         if merged is not None:
             merged.start_sum()
         if self.bands.borders:
-            arrived = key_value(halo.wait(), self._halo_rotary(rotary))
+            of_halo = arrived()
             for piece in self.bands.borders:
                 keys, values = (
                     torch.cat([*parts, *self._rows(x[:, text:], other, piece.keys)], dim=1)
-                    for parts, x, other in zip(in_front, (key, value), arrived, strict=True)
+                    for parts, x, other in zip(in_front, (key, value), of_halo, strict=True)
                 )
                 compute(piece, keys, values)
         if merged is not None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from clear_dit.compat import names_from
+from clear_dit.families.table import family_of
 
 FBCHeadBlockHook, FBC_HEAD = names_from(
     "diffusers.hooks.first_block_cache", "FBCHeadBlockHook", "_FBC_LEADER_BLOCK_HOOK"
@@ -73,7 +74,7 @@ class SharedDecisions:
 
 
 def _first_block(model: nn.Module) -> nn.Module:
-    return next(iter(model.transformer_blocks))  # type: ignore[arg-type]
+    return next(iter(family_of(model).blocks(model)))
 
 
 def _hook(module: nn.Module, name: str) -> Any:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -32,34 +32,33 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from clear_dit.attention.layout import Layout
 from clear_dit.attention.processor import CLEARProcessor
-from clear_dit.families.table import attention_layers, transformer_of
+from clear_dit.families.table import attention_layers, family_of, transformer_of
 from clear_dit.kernels.numbers import integer
 from clear_dit.weights.state import Call, ClearState
 
 from .attention import SharedImage
 from .bands import Bands
 from .caches import SharedDecisions
+from .cutting import cut_arguments, cut_inside
 from .exchange import Gathered, Traffic
 
 logger = logging.getLogger(__name__)
 
 WHO = "patch parallel"
 DIMENSIONS = ("guidance", "patch")
-# Image tokens come second in these too.
-CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 
 
 def parallelize(
     pipe_or_model: Any, mesh: DeviceMesh, stale_halos_after: int | None = None
 ) -> PatchParallel:
-    """Share every image that a FLUX transformer under CLEAR generates among the ranks of a mesh.
+    """Share every image that a transformer under CLEAR generates among the ranks of a mesh.
 
     `CLEARFluxPipeline.enable_patch_parallel` does this and more; this is for stock pipelines.
     Every rank must call it, and the model, with the same arguments. ControlNets run whole on
     every rank.
 
     Args:
-        pipe_or_model: a pipeline with a FLUX transformer, or the transformer, under `apply_clear`.
+        pipe_or_model: a pipeline with a transformer of a family, or that, under `apply_clear`.
         mesh: with a dimension "patch", from the top of the image to the bottom.
         stale_halos_after: None is exact. A number of steps, at least 1, is an approximation
             (DistriFusion, arXiv 2402.19481): after so many steps every layer takes the neighbours'
@@ -212,18 +211,18 @@ class PatchParallel:
         if call is not None:
             _refuse_other_processors(model)
             share = self._shared(call)
-            self._announce_step(share, given["timestep"])
+            self._announce_step(share, family_of(model).cut.time(given))
         if share is not None and torch.is_grad_enabled():
             raise ValueError(f"{WHO} has no backward pass; use torch.no_grad().")
         self._decisions.follow(model, None if share is None else share.layout.image_length)
         if share is None:
             _announce_whole()
             return given, None
-        changed: dict[str, Any] = {"hidden_states": share.own_part(given["hidden_states"])}
-        for name in CONTROL:
-            if given.get(name) is not None:
-                changed[name] = [share.own_part(sample) for sample in given[name]]
-        return given | changed, share
+        return cut_arguments(model, share, given), share
+
+    def cut(self, model: nn.Module, share: SharedImage) -> AbstractContextManager[None]:
+        """Within it a forward of the transformer has this rank's tokens; see `Family.cut`."""
+        return cut_inside(model, share)
 
     def _shared(self, call: Call) -> SharedImage:
         tracker, layout = call.tracker, call.forward.layout
@@ -248,28 +247,28 @@ class PatchParallel:
             self._shares[key] = SharedImage(
                 *key, self.group, self.traffic, keeps_halos=self.stale_halos_after is not None
             )
+        self._shares[key].begin_forward()
         return self._shares[key]
 
-    def _announce_step(self, image: SharedImage, timestep: torch.Tensor) -> None:
+    def _announce_step(self, image: SharedImage, time: torch.Tensor) -> None:
         if self.stale_halos_after is None:
             return
-        if self._steps.count(float(timestep.flatten()[0])):
+        if self._steps.count(float(time.flatten()[0])):
             for share in self._shares.values():
                 share.forget_halos()
         image.forward_pass = self._steps.forward_pass
         image.stale = self._steps.step >= self.stale_halos_after
 
     @torch.compiler.disable
-    def after(self, image: SharedImage | None, output: Any) -> Any:
-        """The whole output on every rank, of both passes where ranks share those."""
+    def after(self, output: Any) -> Any:
+        """The output on every rank, of both passes where ranks share those."""
+        if self._guidance_scale is None:
+            return output
+        assert self.guidance_group is not None
         is_tuple = isinstance(output, tuple)
         sample = output[0] if is_tuple else output.sample
-        if image is not None:
-            sample = image.whole_image(sample)
-        if self._guidance_scale is not None:
-            assert self.guidance_group is not None
-            both = Gathered(sample, self.guidance_group, self.traffic, "guidance").wait()
-            sample = both[1] + self._guidance_scale * (both[0] - both[1])
+        both = Gathered(sample, self.guidance_group, self.traffic, "guidance").wait()
+        sample = both[1] + self._guidance_scale * (both[0] - both[1])
         return (sample, *output[1:]) if is_tuple else type(output)(sample=sample)
 
 

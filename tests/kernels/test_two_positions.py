@@ -1,19 +1,11 @@
 """Attention whose far pairs have a query and key of their own."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
-from support.oracle import (
-    far_cells,
-    far_mask_by_definition,
-    far_means_by_definition,
-    mask_by_definition,
-    pool_by_definition,
-    relative_error,
-    repeated,
-)
+from support.oracle import relative_error
+from support.oracle import two_positions_by_definition as definition
 
 from clear_dit.kernels import two_positions
 from clear_dit.kernels.attention import local_attention
@@ -42,17 +34,12 @@ IDS = [
 ]
 
 
-def inputs(window, dtype, between=0, batch=2, heads=2, head_dim=16, group=1):
-    """Query and key by every position, value, and what is learned.
-
-    heads: of keys and value, each of which a group of the query's reads.
-    """
+def inputs(window, dtype, between=0, batch=2, heads=2, head_dim=16):
+    """Query and key by every position, value, and what is learned."""
     generator = torch.Generator().manual_seed(0)
-    key_heads, heads = heads, heads * group
     shape = (5 + 2 * between, batch, window.sequence_length, heads, head_dim)
     value, *tensors = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    value, *keys = (x[:, :, :key_heads] for x in (value, *tensors[1::2]))
-    rotated = list(zip(tensors[::2], keys, strict=True))
+    rotated = list(zip(tensors[::2], tensors[1::2], strict=True))
     learned = {}
     if window.down_factor > 1:
         f = window.down_factor
@@ -69,72 +56,6 @@ def attend(rotated, value, window, **options):
     return two_position_attention(near, scaled, value, window, **options)
 
 
-def definition(rotated, value, window, learned, scale, full=False):
-    """Dense, in float64: which query and key score a pair is chosen pair by pair."""
-    group = rotated[0][0].shape[2] // value.shape[2]
-    rotated = [(query.double(), repeated(key.double(), group)) for query, key in rotated]
-    near, *between, far = rotated
-    value, text = repeated(value.double(), group), window.text_length
-    scores = torch.einsum("bqhd,bkhd->bhqk", *far) * scale
-    if window.far_levels and not full:
-        inside = far_mask_by_definition(window)
-        cells = inside[:, len(inside) :]
-        inside = inside[:, : len(inside)]
-    else:
-        inside = mask_by_definition(window)
-    is_near = inside.clone()
-    is_near[:text] = is_near[:, :text] = False
-    true_scores = torch.einsum("bqhd,bkhd->bhqk", *near) * scale
-    scores = torch.where(is_near, true_scores, scores)
-    if not full:
-        scores = scores.masked_fill(~inside, float("-inf"))
-    if window.far_levels and not full:
-        weight, offset = (x.double() for x in learned.values())
-        # Near levels end within a quarter of the longer side, or less where there are more
-        # positions; then each position has those that end within twice as far. The last has no end.
-        most = max(window.height, window.width) / max(4, 2 ** (len(between) + 1))
-        positions = torch.tensor(
-            [
-                next(
-                    (
-                        position
-                        for position in range(len(between) + 1)
-                        if level < window.far_levels
-                        and window.radius * 2**level <= most * 2**position
-                    ),
-                    len(between) + 1,
-                )
-                for level, *_ in far_cells(window)
-            ]
-        )
-
-        def scores_and_values(query, key):
-            keys, values = (
-                far_means_by_definition(x, key, window, scale, weight) for x in (key, value)
-            )
-            return torch.einsum("bqhd,bkhd->bhqk", query, keys) * scale, values
-
-        pooled, more = 0, 0
-        for position, each in enumerate(rotated):
-            own = positions == position
-            scores_of, values_of = scores_and_values(*each)
-            pooled, more = pooled + own * scores_of, more + own[:, None, None] * values_of
-        bias = [
-            offset[level - 1] + math.log(rows * columns)
-            for level, _, _, rows, columns in far_cells(window)
-        ]
-        pooled = pooled + torch.stack(bias, dim=1)[:, None]
-        pooled = pooled.masked_fill(~cells, float("-inf"))
-        scores, value = torch.cat([scores, pooled], dim=-1), torch.cat([value, more], dim=1)
-    if window.down_factor > 1:
-        square = learned["spatial_weight"].double().reshape(window.down_factor, window.down_factor)
-        key, more = (pool_by_definition(x, window, square) for x in (far[1], value))
-        pooled = torch.einsum("bqhd,bkhd->bhqk", far[0], key) * scale
-        pooled[:, :, :text] = float("-inf")
-        scores, value = torch.cat([scores, pooled], dim=-1), torch.cat([value, more], dim=1)
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value)
-
-
 @pytest.mark.parametrize("window", WINDOWS, ids=IDS)
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("between", [0, 1, 3])
@@ -147,21 +68,12 @@ def test_each_pair_is_scored_by_its_own_positions(window, impl, between, dtype):
     assert relative_error(out, exact) < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("window", [WINDOWS[1], WINDOWS[2], WINDOWS[6], WINDOWS[7]])
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
-def test_grouped_heads_score_each_pair_by_its_own_positions(window, impl):
-    rotated, value, learned = inputs(window, torch.float32, between=1, group=3)
-    out = attend(rotated, value, window, scale=0.3, impl=impl, **learned)
-    exact = definition(rotated, value, window, learned, 0.3)
-    assert relative_error(out, exact) < 2e-6
-
-
 @pytest.mark.parametrize("window", WINDOWS, ids=IDS)
-@pytest.mark.parametrize(("block", "group"), [(1, 1), (1000, 3), (2**25, 1)])
-def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window, block, group):
+@pytest.mark.parametrize("block", [1, 1000, 2**25])
+def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window, block):
     monkeypatch.setattr(two_positions, "SCORES", block)
     window = replace(window, down_factor=1, far_levels=0)
-    rotated, value, _ = inputs(window, torch.float32, group=group)
+    rotated, value, _ = inputs(window, torch.float32)
     out = full_two_position_attention(*rotated, value, window, scale=0.3)
     exact = definition(rotated, value, window, None, 0.3, full=True)
     assert relative_error(out, exact) < 2e-6

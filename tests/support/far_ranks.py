@@ -69,28 +69,32 @@ class Tokens:
     def key_value(self, hidden, rotary):
         return self.project(hidden, 1) * rotary[0][:, None], self.project(hidden, 2)
 
-    def tensors(self, hidden, rotary, layout):
+    def by_position(self):
+        """The table in local attention's order, position by position."""
+        tables = [self.layout.to_local(table[None])[0] for table in self.rotary]
+        return list(zip(tables[::2], tables[1::2], strict=True))
+
+    def tensors(self, hidden, by_position, layout):
         """Query, key and value in local attention's order, and the scaled ones."""
         hidden = layout.to_local(hidden)
-        tables = [layout.to_local(table[None])[0] for table in rotary]
-        key, value = self.key_value(hidden, tables)
+        near, *further = by_position
+        key, value = self.key_value(hidden, near)
         query = self.project(hidden, 0)
         scaled = None
-        if len(tables) > 2:
+        if further:
             # The query is turned against the key, as rotary embedding does it.
             *between, far = (
-                (query / table[:, None], self.key_value(hidden, [table])[0])
-                for table in tables[2::2]
+                (query / table[0][:, None], self.key_value(hidden, table)[0]) for table in further
             )
             scaled = Scaled(lambda: far, [lambda each=each: each for each in between])
-        return (query / tables[0][:, None], key, value), scaled
+        return (query / near[0][:, None], key, value), scaled
 
 
 @torch.no_grad()
 def whole(case):
     """(batch, text + references + image, heads, head_dim), by one process."""
     tokens = Tokens(case)
-    tensors, scaled = tokens.tensors(tokens.hidden, tokens.rotary, tokens.layout)
+    tensors, scaled = tokens.tensors(tokens.hidden, tokens.by_position(), tokens.layout)
     window = Window(case.rows, case.columns, tokens.first, case.radius, far_levels=case.levels)
     if scaled is None:
         return local_attention(*tensors, window, impl="reference", **tokens.learned)
@@ -108,7 +112,8 @@ def shared(case, group):
     )
     text = case.text
     hidden = torch.cat([tokens.hidden[:, :text], share.own_part(tokens.hidden[:, text:])], dim=1)
-    tensors, scaled = tokens.tensors(hidden, share.own_rotary(tokens.rotary), share.layout)
+    by_position, of_halo = share.tables(tokens.rotary[0], tokens.by_position)
+    tensors, scaled = tokens.tensors(hidden, by_position, share.layout)
     exchange = mock.Mock(side_effect=dist.batch_isend_irecv)
     reduce = mock.Mock(side_effect=dist.all_reduce)
     gather = mock.Mock(side_effect=dist.all_gather)
@@ -119,11 +124,9 @@ def shared(case, group):
     ):
         halo = share.send("layer", share.layout.to_local(hidden))
         out = share.attend(
-            halo,
             tensors,
             scaled,
-            key_value=tokens.key_value,
-            rotary=tokens.rotary,
+            lambda: tokens.key_value(halo.wait(), of_halo),
             scale=HEAD_DIM**-0.5,
             impl="reference",
             **tokens.learned,

@@ -1,5 +1,7 @@
 """CLEAR attention from its definition, in float64, written without the package's own helpers."""
 
+import math
+
 import torch
 
 
@@ -174,6 +176,85 @@ def attention_by_definition(q, k, v, window, scale, weight=None, offset=None):
         scores[..., -len(counts) :] += torch.tensor(counts).log().to(scores.dtype)
     probability = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return torch.einsum("bhqk,bkhd->bqhd", probability, v)
+
+
+def two_positions_by_definition(rotated, value, window, learned, scale, full=False, allowed=None):
+    """Dense, in float64: which query and key score a pair is chosen pair by pair.
+
+    Args:
+        rotated: query and key, (batch, text + image, heads, head_dim) each, by true positions,
+            then by scaled ones, the least scaled first.
+        learned: spatial_weight and far_offset, where there are any.
+        full: whether attention is full, and the window says only which pairs are near.
+        allowed: (1 or batch, 1, 1 or sequence, sequence) bool: no other tokens are attended to.
+    """
+    learned = learned or {}
+    group = rotated[0][0].shape[2] // value.shape[2]
+    rotated = [(query.double(), repeated(key.double(), group)) for query, key in rotated]
+    near, *between, far = rotated
+    value, text = repeated(value.double(), group), window.text_length
+    scores = torch.einsum("bqhd,bkhd->bhqk", *far) * scale
+    if window.far_levels and not full:
+        inside = far_mask_by_definition(window)
+        cells = inside[:, len(inside) :]
+        inside = inside[:, : len(inside)]
+    else:
+        inside = mask_by_definition(window)
+    is_near = inside.clone()
+    is_near[:text] = is_near[:, :text] = False
+    true_scores = torch.einsum("bqhd,bkhd->bhqk", *near) * scale
+    scores = torch.where(is_near, true_scores, scores)
+    if not full:
+        scores = scores.masked_fill(~inside, float("-inf"))
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if window.far_levels and not full:
+        weight = learned["spatial_weight"].double() if learned else None
+        offset = learned.get("far_offset", torch.zeros(window.far_levels, value.shape[2])).double()
+        # Near levels end within a quarter of the longer side, or less where there are more
+        # positions; then each position has those that end within twice as far. The last has no end.
+        most = max(window.height, window.width) / max(4, 2 ** (len(between) + 1))
+        positions = torch.tensor(
+            [
+                next(
+                    (
+                        position
+                        for position in range(len(between) + 1)
+                        if level < window.far_levels
+                        and window.radius * 2**level <= most * 2**position
+                    ),
+                    len(between) + 1,
+                )
+                for level, *_ in far_cells(window)
+            ]
+        )
+
+        def scores_and_values(query, key):
+            keys, values = (
+                far_means_by_definition(x, key, window, scale, weight) for x in (key, value)
+            )
+            return torch.einsum("bqhd,bkhd->bhqk", query, keys) * scale, values
+
+        pooled, more = 0, 0
+        for position, each in enumerate(rotated):
+            own = positions == position
+            scores_of, values_of = scores_and_values(*each)
+            pooled, more = pooled + own * scores_of, more + own[:, None, None] * values_of
+        bias = [
+            offset[level - 1] + math.log(rows * columns)
+            for level, _, _, rows, columns in far_cells(window)
+        ]
+        pooled = pooled + torch.stack(bias, dim=1)[:, None]
+        pooled = pooled.masked_fill(~cells, float("-inf"))
+        scores, value = torch.cat([scores, pooled], dim=-1), torch.cat([value, more], dim=1)
+    if window.down_factor > 1:
+        square = learned["spatial_weight"].double().reshape(window.down_factor, window.down_factor)
+        key, more = (pool_by_definition(x, window, square) for x in (far[1], value))
+        pooled = torch.einsum("bqhd,bkhd->bhqk", far[0], key) * scale
+        pooled[:, :, :text] = float("-inf")
+        scores, value = torch.cat([scores, pooled], dim=-1), torch.cat([value, more], dim=1)
+    probability = scores.softmax(dim=-1).nan_to_num(0.0)  # a padded query attends to nothing
+    return torch.einsum("bhqk,bkhd->bqhd", probability, value)
 
 
 def relative_error(value, exact) -> float:

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["support.distilling", "support.patches", "support.rank_tasks"])
+_CONTEXT.set_forkserver_preload(
+    ["support.distilling", "support.family_ranks", "support.patches", "support.rank_tasks"]
+)
 
 
 def free_port():

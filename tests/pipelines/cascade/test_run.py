@@ -16,7 +16,7 @@ from clear_dit.pipelines import memory_need
 from clear_dit.pipelines.cascade.resolution import Resolution
 from clear_dit.pipelines.cascade.run import Request
 from clear_dit.pipelines.cascade.stages import Stage
-from clear_dit.pipelines.cascade.two_position_processor import FullTwoPositionProcessor
+from clear_dit.pipelines.cascade.two_position_processor import full_processor
 from clear_dit.weights.format import parameters_by_key
 
 
@@ -301,7 +301,7 @@ def test_clear_above_the_native_size_only(pipe, tmp_path):
     handle = pipe.transformer.transformer_blocks[0].norm1.register_forward_pre_hook(look)
     local = generate(pipe)
     handle.remove()
-    full = FullTwoPositionProcessor  # the first stage is no square
+    full = full_processor(LayerProcessor)  # the first stage is no square
     assert set(processors) == {("full", full), ("clear", LayerProcessor)}
     assert pipe.transformer.attn_processors == installed
     for key, parameter in parameters_by_key(pipe.transformer).items():
