@@ -72,7 +72,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -177,7 +177,7 @@ def settings_for(
         rope_factors=factors,
         trained_side=side,
         shift=recipe.shift if large else None,
-        proportional_base=side**2 + text_length if large and "ntk" in family.methods else None,
+        proportional_base=side**2 + text_length if large else None,
     )
 
 
@@ -190,10 +190,12 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
 
     Proportional attention comes by way of the position table, so that it holds whatever computes
     attention: CLEAR, the stock processors, any backend. A `proportional_base` that CLEAR's
-    processors have is suspended where the resolution names one: it is the same thing.
+    processors have is suspended where the resolution names one: it is the same thing. In families
+    whose tables cannot bring it along (`Family.proportional`) CLEAR's processors have it, and stock
+    ones do without.
 
     Args:
-        pipe: a pipeline with a FLUX transformer, stock or CLEAR's; torch.compile may have wrapped
+        pipe: a pipeline of a family, with stock processors or CLEAR's; torch.compile may have wrapped
             the transformer or compiled its blocks.
         resolution: what to set.
 
@@ -211,11 +213,14 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
             two = TwoPositionsInFullAttention(max(1, round(NEAR * resolution.trained_side)))
             two.check(model)
             changes.append(two)
-        if resolution.changes_positions:
-            extended = family_of(model).extended(model, resolution)
-            changes.append(partial(_with_positions, extended))
-        if resolution.proportional_base is not None:
-            changes.append(_without_proportional_base)
+        family, base = family_of(model), resolution.proportional_base
+        of_tables = (
+            resolution if family.proportional else replace(resolution, proportional_base=None)
+        )
+        if of_tables.changes_positions:
+            changes.append(partial(_with_positions, family.extended(model, of_tables)))
+        if base is not None:
+            changes.append(partial(_with_base, None if family.proportional else base))
     with ExitStack() as stack:
         for change in changes:
             stack.enter_context(changed_in_forwards(model, change))
@@ -235,8 +240,8 @@ def _with_positions(extended: Mapping[str, Any], model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _without_proportional_base(model: nn.Module) -> Iterator[None]:
+def _with_base(base: int | None, model: nn.Module) -> Iterator[None]:
     processors = [attn.processor for attn in attention_layers(model).values()]
     clear = [one for one in processors if isinstance(one, CLEARProcessor)]
-    with other_attributes("proportional_base", dict.fromkeys(clear)):
+    with other_attributes("proportional_base", dict.fromkeys(clear, base)):
         yield
