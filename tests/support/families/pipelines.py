@@ -81,10 +81,9 @@ def draw(pipe: Any, name: str, rows: int = 4, columns: int = 6, **options: Any) 
             prompt=["a red house", "the small house by the sea"],
             height=side * rows,
             width=side * columns,
-            num_inference_steps=2,
             generator=torch.Generator().manual_seed(0),
             output_type="np",
-            **call_options(name) | options,
+            **{"num_inference_steps": 2} | call_options(name) | options,
         ).images
     )
 

@@ -1,0 +1,224 @@
+"""CLEARPipeline of every family: tiny random models, compared with stock diffusers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from support.families.models import FAMILIES
+from support.families.pipelines import PIPELINES, call_options, draw, make_pipeline
+from torch.nn.functional import interpolate
+
+from clear_dit import CLEARFluxPipeline, CLEARPipeline, apply_clear
+from clear_dit.pipelines.cascade import run
+from clear_dit.pipelines.cascade.resolution import Resolution
+from clear_dit.pipelines.cascade.schedule import sigmas_for
+
+NAMES = [name for name in FAMILIES if name in PIPELINES]
+FAR = 1000
+# Sides of a native image, in tokens.
+NATIVE = 5
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+def side_of(name):
+    return PIPELINES[name][2]
+
+
+def clear(name, radius=FAR, **options):
+    pipe = CLEARPipeline(make_pipeline(name), native_size=NATIVE * side_of(name))
+    apply_clear(pipe, radius=radius, **options)
+    return pipe
+
+
+def stock_pipeline(name):
+    """Without CLEAR; Chroma's has its mask hide padded text, which stock diffusers only adds."""
+    pipe = make_pipeline(name)
+    if name == "chroma":
+        apply_clear(pipe, radius=FAR)
+    return pipe
+
+
+def as_trained(height, width):
+    return Resolution()
+
+
+def close(images, expected):
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-5)
+
+
+def test_at_the_native_size_it_is_the_stock_pipeline(name):
+    expected = draw(stock_pipeline(name), name, 4, 4)
+    pipe = clear(name)
+    assert isinstance(pipe, (CLEARPipeline, PIPELINES[name][0]))
+    close(draw(pipe, name, 4, 4), expected)
+    close(draw(pipe, name, 4, 6, cascade=False, resolution=as_trained),
+          draw(stock_pipeline(name), name, 4, 6))  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cascade(name, size, dtype):
+    pipe, stages = clear(name, radius=3), []
+    pipe.to(dtype)
+
+    def callback(pipe, step, timestep, tensors):
+        stages.append(pipe.stage)
+        assert tensors["latents"].isfinite().all()
+        return {}
+
+    images = draw(pipe, name, *size, callback_on_step_end=callback)
+    side = side_of(name)
+    assert images.shape == (2, size[0] * side, size[1] * side, 3)
+    assert images.isfinite().all()
+    assert images.std() > 1e-3
+    planned = list(dict.fromkeys(stages))
+    assert len(planned) == 2
+    assert (planned[0].attention, planned[1].attention) == ("full", "clear")
+    assert planned[1].resolution != Resolution()
+
+
+def test_an_enlarged_image_is_repainted_by_the_stock_pipeline(name, monkeypatch):
+    """With noise, levels and latents made here, by stock parts alone."""
+    side, pipe, stock = side_of(name), clear(name), stock_pipeline(name)
+    image = torch.rand(1, 3, 4 * side, 6 * side)
+    height, width = 8 * side, 12 * side
+    pixels = interpolate(image * 2 - 1, (height, width), mode="bicubic", antialias=True)
+    latents = encoded(name, stock, pixels.clamp(-1, 1))
+    noise = torch.randn(2, *latents.shape[1:], generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(run, "randn_tensor", lambda *args: noise)
+    steps, strength = 4, 0.6
+    got = draw(
+        pipe, name, 8, 12, strength=strength, num_inference_steps=steps, resolution=as_trained,
+        **{source_of(name): image},
+    )  # fmt: skip
+    levels = sigmas_for(stock.scheduler, steps, height, width, strength=strength, token_pixels=side)
+    assert levels[0] == strength
+    start = strength * noise + (1 - strength) * latents
+    stock.scheduler = FlowMatchEulerDiscreteScheduler()
+    expected = draw(
+        stock, name, 8, 12, num_inference_steps=len(levels), sigmas=levels,
+        latents=given(name, start),
+    )  # fmt: skip
+    close(got, expected)
+
+
+def source_of(name):
+    """The argument for an image to enlarge: FLUX.2's `image` is a reference."""
+    return "enlarge" if name == "flux2" else "image"
+
+
+def encoded(name, pipe, pixels):
+    """Latents as the transformer takes them, (1, channels, height, width), by diffusers alone."""
+    vae = pipe.vae
+    if name == "qwen-image":
+        config = vae.config
+        mode = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
+        mean, std = (
+            torch.tensor(x).view(1, -1, 1, 1) for x in (config.latents_mean, config.latents_std)
+        )
+        return (mode - mean) / std
+    mode = vae.encode(pixels).latent_dist.mode()
+    if name == "flux2":
+        patches = pipe._patchify_latents(mode)
+        mean = vae.bn.running_mean.view(1, -1, 1, 1)
+        std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
+        return pipe._unpatchify_latents((patches - mean) / std)
+    return (mode - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+
+def given(name, latents):
+    """What `latents=` of a stock pipeline takes, by its own packing."""
+    if name == "flux2":
+        return make_pipeline(name)._patchify_latents(latents)
+    if name in ("flux", "chroma", "qwen-image"):
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+    return latents
+
+
+def test_kill_and_resume(name, tmp_path):
+    options = {"stages_dir": tmp_path, "output_type": "latent"}
+
+    def latents(pipe, **more):
+        return pipe(
+            prompt=["a red house", "the small house by the sea"],
+            height=8 * side_of(name),
+            width=12 * side_of(name),
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            **call_options(name) | options | more,
+        ).images
+
+    def stop(pipe, step, timestep, tensors):
+        if pipe.stages.index(pipe.stage) == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        latents(clear(name, radius=3), callback_on_step_end=stop)
+    assert [file.name.split("-")[1] for file in tmp_path.glob("stage-*")] == ["1"]
+    resumed = latents(clear(name, radius=3))
+    assert torch.equal(resumed, latents(clear(name, radius=3), stages_dir=None))
+
+
+def test_a_pipeline_is_left_as_it_was(name):
+    stock = make_pipeline(name)
+    expected, before = draw(stock, name, 4, 4), dict(vars(stock))
+    pipe = CLEARPipeline(stock, native_size=NATIVE * side_of(name))
+    draw(pipe, name, 8, 8, resolution=as_trained)
+    assert type(stock) is PIPELINES[name][0]
+    assert vars(stock).keys() == before.keys()
+    assert stock.scheduler is before["scheduler"]
+    assert torch.equal(draw(stock, name, 4, 4), expected)
+
+
+def test_prompts_are_encoded_once(name, monkeypatch):
+    pipe, calls = clear(name, radius=3), []
+    forward = type(pipe.text_encoder).forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.text_encoder), "forward", counted)
+    draw(pipe, name, 4, 4)
+    of_one_stage = len(calls)
+    assert of_one_stage > 0
+    draw(pipe, name, 8, 8)
+    assert len(calls) == 2 * of_one_stage
+
+
+def test_the_face_of_flux_1():
+    pipe = CLEARPipeline(make_pipeline("flux"), native_size=16)
+    assert type(pipe) is CLEARFluxPipeline
+    assert CLEARPipeline(pipe).native_size == 16
+
+
+def test_saved_and_loaded(tmp_path):
+    pipe = CLEARPipeline(make_pipeline("sd3"), native_size=16)
+    pipe.save_pretrained(tmp_path)
+    again = CLEARPipeline.from_pretrained(tmp_path)
+    assert again.native_size == 16
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again, "sd3", 8, 8), draw(pipe, "sd3", 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (lambda: torch.nn.Linear(1, 1), "takes a pipeline of diffusers, got Linear"),
+        (lambda: make_pipeline("flux").transformer, "takes a pipeline of diffusers, got Flux"),
+    ],
+)
+def test_no_pipeline(thing, message):
+    with pytest.raises(ValueError, match=f"CLEARPipeline: {message}"):
+        CLEARPipeline(thing())
+
+
+def test_an_image_by_two_names():
+    image = np.zeros((16, 16, 3))
+    with pytest.raises(ValueError, match="image and enlarge are the same here"):
+        clear("sd3")("a house", image=image, enlarge=image)
