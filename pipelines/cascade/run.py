@@ -225,6 +225,8 @@ def _denoise(
                 tensors |= request.callback(pipe, step, timestep, given)
         return tensors
 
+    # Z-Image writes its chat template into the list it is given.
+    options = {name: list(x) if type(x) is list else x for name, x in request.options.items()}
     return pipe.stock.__call__(
         pipe,
         height=stage.height,
@@ -233,7 +235,7 @@ def _denoise(
         return_dict=False,
         callback_on_step_end=on_step_end,
         callback_on_step_end_tensor_inputs=list({"latents", *request.callback_inputs}),
-        **request.options,
+        **options,
         **arguments,
     )[0]
 
