@@ -27,8 +27,13 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 KINDS = (("bfloat16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 128))
 
 
-def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str, Callable]]:
-    """(label, launch) of every table entry that serves a kind of problem, on meta tensors."""
+def launches(
+    architecture: str, dtype: str, head_dim: int, group: int = 1
+) -> Iterator[tuple[str, Callable]]:
+    """(label, launch) of every table entry that serves a kind of problem, on meta tensors.
+
+    group: heads that read the same key head.
+    """
     import torch
 
     from clear_dit.kernels.cells import cell_count
@@ -43,11 +48,12 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     (height, width), scale, programs = GRID, head_dim**-0.5, 1056
     sequence = TEXT_LENGTH + height * width
     shape = (1, sequence, HEADS, head_dim)
-    query, key, value, out, grad = (
-        torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _ in range(5)
+    query, out, grad = (
+        torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for _ in range(3)
     )
+    key, value = (torch.empty_like(query[:, :, : HEADS // group]) for _ in range(2))
     lse = torch.empty(shape[:3], device="meta")
-    none, pooled = query[:, :0], torch.empty_like(query[:, : height * width // 16])
+    none, pooled = key[:, :0], torch.empty_like(key[:, : height * width // 16])
     key_of_table = architecture, launch.channels(head_dim)["D"], query.element_size()
     geometry = Geometry(height, width, TEXT_LENGTH, RADIUS, scale, 0, height)
     no_bias = torch.empty(0, HEADS, device="meta")
@@ -69,7 +75,7 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
                 ),
             )
     cells = sum(cell_count(height, one) * cell_count(width, one) for one in range(1, LEVELS + 1))
-    far, of_cells = geometry._replace(far_levels=LEVELS), (query[:, :cells].contiguous(),) * 2
+    far, of_cells = geometry._replace(far_levels=LEVELS), (key[:, :cells].contiguous(),) * 2
     bias = torch.empty(cells, 1, device="meta").expand(-1, HEADS)
     for entry in tables.forward_configs(*key_of_table, far=True):
         yield (
@@ -111,13 +117,15 @@ def launches(architecture: str, dtype: str, head_dim: int) -> Iterator[tuple[str
     yield "norm_rope", lambda: run_backward(stream, 1e-6)
 
 
-def compile_kind(architecture: str, dtype: str, head_dim: int) -> list[dict[str, Any]]:
+def compile_kind(
+    architecture: str, dtype: str, head_dim: int, group: int = 1
+) -> list[dict[str, Any]]:
     """Rows of one architecture and kind; `error` instead of figures where it does not compile."""
     from clear_dit.kernels.triton.compile import compile_only, usage
     from clear_dit.kernels.triton.tables import SHARED_MEMORY
 
     rows = []
-    for label, run in launches(architecture, dtype, head_dim):
+    for label, run in launches(architecture, dtype, head_dim, group):
         about = {
             "architecture": architecture, "dtype": dtype, "head_dim": head_dim, "entry": label,
             "shared_limit": SHARED_MEMORY[architecture],

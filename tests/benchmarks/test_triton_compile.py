@@ -31,13 +31,14 @@ KERNELS = {
 
 
 @slow
-def test_every_kernel_compiles_for_one_gpu(monkeypatch):
+@pytest.mark.parametrize("group", [1, 4])
+def test_every_kernel_compiles_for_one_gpu(group, monkeypatch):
     """Of few channels, which compile soonest; all else is the same."""
     # Triton decides at its import whether it interprets: a process of its own.
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = pool.submit(triton_compile.compile_kind, "sm_90", "bfloat16", 16).result()
+        rows = pool.submit(triton_compile.compile_kind, "sm_90", "bfloat16", 16, group).result()
     assert not [row["error"] for row in rows if "error" in row]
     assert {entry.name for entry in tables.FORWARD["sm_90"]} <= {row["entry"] for row in rows}
     assert {row["name"] for row in rows} >= KERNELS
