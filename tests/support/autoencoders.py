@@ -52,7 +52,6 @@ KL = {
     "latent_channels": 3,
 }
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.3], "latents_std": [1.0, 2.0, 0.5]}
-# 16 or 64 channels where attention is: for these there are compiled kernels anyway.
 QWEN = STATISTICS | {
     "base_dim": 8,
     "z_dim": 3,
@@ -77,6 +76,6 @@ TINY = {
     "kl, by channels": (AutoencoderKL, KL | STATISTICS),  # GLM-Image's
     "flux2": (AutoencoderKLFlux2, KL),
     "qwen": (AutoencoderKLQwenImage, QWEN),
-    "qwen21": (AutoencoderKLQwenImage21, QWEN | {"decoder_base_dim": 32}),
+    "qwen21": (AutoencoderKLQwenImage21, QWEN | {"decoder_base_dim": 16}),
     "hunyuan": (AutoencoderKLHunyuanImage, HUNYUAN),
 }

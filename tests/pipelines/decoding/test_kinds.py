@@ -49,7 +49,7 @@ def of_kinds(*quick):
     return pytest.mark.parametrize("vae", slow_but(KINDS, *quick), indirect=True)
 
 
-def make_latents(vae, height=18, width=14):
+def make_latents(vae, height=12, width=10):
     """Noisier to the right: no two tiles have the same statistics."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(1, latent_channels(vae), height, width, generator=generator)
@@ -123,13 +123,13 @@ def test_one_tile_is_what_the_pipelines_make(vae):
 
 @of_kinds("flux2", "qwen", "qwen21", "hunyuan")
 def test_tiles_are_the_whole(vae):
-    compare(vae, 40)
+    compare(vae, 24)
 
 
 def compare(vae, tile):
-    latents, pixels = make_latents(vae), make_pixels(vae, 72, 56)
+    latents, pixels = make_latents(vae), make_pixels(vae, 48, 40)
     expected = decode_at_once(vae, latents)
-    assert expected.shape == (1, pixel_channels(vae), 72, 56)
+    assert expected.shape == (1, pixel_channels(vae), 48, 40)
     assert expected.abs().lt(1).float().mean() > 0.5  # not just what was clamped
     torch.testing.assert_close(decode(vae, latents, tile_pixels=tile), expected, **CLOSE)
     expected = encode_at_once(vae, pixels)
@@ -141,44 +141,48 @@ def test_no_layer_looks_further_than_it_says(vae, monkeypatch):
     monkeypatch.setattr(layers, "WHOLE_ATTENTION", 0)
     monkeypatch.setattr(layers, "ATTENTION_RADIUS", 3)
     for stages, image in (
-        (decoder_stages(vae, 18, 14), make_latents(vae)),
-        (encoder_stages(vae, 18, 14), make_pixels(vae, 72, 56)),
+        (decoder_stages(vae, 20, 20), make_latents(vae, 20, 20)),
+        (encoder_stages(vae, 20, 20), make_pixels(vae, 80, 80)),
     ):
         for segment in itertools.chain(*stages):
             layer = [Segment(lambda x: x), segment]
             with torch.no_grad():
                 out = segment.run(image)
-                moments = measure(layer, image, 72, RankGroup(None))
+                moments = measure(layer, image, 80, RankGroup(None))
                 for first in range(4, 8):  # odd and even corners
-                    box = Box(first, first + 3, 11 - first, 15 - first)
+                    box = Box(first, first + 3, 10 - first, 13 - first)
                     with SharedGroupNorm(moments):
                         tile = run_tile(layer, image, box)
-                    torch.testing.assert_close(tile, box.of(out), **CLOSE)
+                    off = (tile - box.of(out)).abs().max()
+                    assert off < 1e-5 * out.abs().max()
             image = out
 
 
-@of_kinds("qwen", "qwen21", "hunyuan")
+@of_kinds(*KINDS)
 def test_attention_over_a_disc(vae, monkeypatch):
-    """Past the diagonal it is the whole; a small one knows no tiles, of the middle neither."""
-    latents, pixels = make_latents(vae), make_pixels(vae, 72, 56)
-    monkeypatch.setattr(layers, "WHOLE_ATTENTION", 0)
-    monkeypatch.setattr(layers, "ATTENTION_RADIUS", 24)
-    expected = decode_at_once(vae, latents), encode_at_once(vae, pixels)
-    torch.testing.assert_close(decode(vae, latents, tile_pixels=40), expected[0], **CLOSE)
-    torch.testing.assert_close(encode(vae, pixels, tile_pixels=40), expected[1], **CLOSE)
-    monkeypatch.setattr(layers, "ATTENTION_RADIUS", 3)
-    one, many = (decode(vae, latents, tile_pixels=tile) for tile in (None, 40))
-    torch.testing.assert_close(many, one, **CLOSE)
-    attends = "Attention" in str(vae)
-    assert attends == (not torch.allclose(one, expected[0], **CLOSE))
-    one, many = (encode(vae, pixels, tile_pixels=tile) for tile in (None, 40))
-    torch.testing.assert_close(many, one, **CLOSE)
-    assert attends == (not torch.allclose(one, expected[1], **CLOSE))
+    """Past the diagonal it is attention over all."""
+    monkeypatch.setattr(layers, "WHOLE_ATTENTION", 12 * 10)
+    hidden = make_latents(vae), make_pixels(vae, 48, 40)
+    whole_image = through_all(vae, *hidden)
+    monkeypatch.setattr(layers, "WHOLE_ATTENTION", 12 * 10 - 1)
+    for radius, same in ((16, True), (3, "Attention" not in str(vae))):
+        monkeypatch.setattr(layers, "ATTENTION_RADIUS", radius)
+        for disc, everywhere in zip(through_all(vae, *hidden), whole_image, strict=True):
+            assert torch.allclose(disc, everywhere, **CLOSE) == same
+
+
+@torch.no_grad()
+def through_all(vae, latents, pixels):
+    for segment in itertools.chain(*decoder_stages(vae, 12, 10)):
+        latents = segment.run(latents)
+    for segment in itertools.chain(*encoder_stages(vae, 12, 10)):
+        pixels = segment.run(pixels)
+    return latents, pixels
 
 
 @of_kinds("flux2", "qwen", "hunyuan")
 def test_its_own_tiling_and_slicing_do_not_matter(vae):
-    latents, pixels = make_latents(vae), make_pixels(vae, 72, 56)
+    latents, pixels = make_latents(vae), make_pixels(vae, 48, 40)
     expected = decode(vae, latents), encode(vae, pixels)
     other = copy.deepcopy(vae)
     other.enable_tiling()
@@ -189,14 +193,14 @@ def test_its_own_tiling_and_slicing_do_not_matter(vae):
     assert torch.equal(encode(other, pixels), expected[1])
 
 
-@of_kinds("qwen21")
+@of_kinds()
 def test_bfloat16(vae):
     """No further from float32 than the stock pipelines' own."""
     latents = make_latents(vae)
-    pixels = make_pixels(vae, 72, 56).clamp(-1, 1)
+    pixels = make_pixels(vae, 48, 40).clamp(-1, 1)
     exact = decode_at_once(vae, latents), encode_at_once(vae, pixels)
     half = copy.deepcopy(vae).bfloat16()
-    found = decode(half, latents, tile_pixels=40), encode(half, pixels, tile_pixels=40)
+    found = decode(half, latents, tile_pixels=24), encode(half, pixels, tile_pixels=24)
     stock = decode_at_once(half, latents.bfloat16()), encode_at_once(half, pixels.bfloat16())
     for truth, ours, theirs in zip(exact, found, stock, strict=True):
         assert ours.dtype == torch.bfloat16
