@@ -91,7 +91,7 @@ def along_axes(axes: Sequence[Axis], positions: Sequence[torch.Tensor]) -> list[
     return [
         list(positions),
         *(
-            [axis.scaled(*one) for axis, *one in zip(axes, positions, factors, strict=True)]
+            [axis.scaled(one, by) for axis, one, by in zip(axes, positions, factors, strict=True)]
             for factors in octaves(axes)
         ),
     ]

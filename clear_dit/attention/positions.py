@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +21,6 @@ from .axes import MARGIN as MARGIN
 from .axes import Axis, cos_and_sin, of_tokens
 
 METHODS = ("none", "ntk", "yarn", "interpolation", "two")
-
-AxisKind = TypeVar("AxisKind", bound=Axis)
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,7 @@ class Extension:
         """Whether a model needs other position tables."""
         return self.rope != "none" or self.proportional_base is not None
 
-    def axes(
-        self, theta: float, dims: Sequence[int], rows: int, kind: type[AxisKind] = Axis
-    ) -> tuple[AxisKind, ...]:
+    def axes(self, theta: float, dims: Sequence[int], rows: int) -> tuple[Axis, ...]:
         """Those of a rotary table.
 
         Args:
@@ -94,12 +90,11 @@ class Extension:
             dims: channels of every axis.
             rows: which of them is that of the image's rows; columns are the next. Others, such as
                 one for groups of tokens, stay as they are.
-            kind: class of the axes.
         """
         of_rows, of_columns = (1.0, 1.0) if self.rope == "none" else self.rope_factors
         factors = {rows: of_rows, rows + 1: of_columns}
         return tuple(
-            kind(theta, dim, self.rope, factors.get(place, 1.0), self.trained_side)
+            Axis(theta, dim, self.rope, factors.get(place, 1.0), self.trained_side)
             for place, dim in enumerate(dims)
         )
 

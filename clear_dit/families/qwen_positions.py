@@ -6,6 +6,7 @@ token has the same position on all axes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,11 @@ class CentredAxis(Axis):
         return round((tokens - 1) / factor + 1 + 2 * self.margin)
 
 
+def centred(axes: Sequence[Axis]) -> list[CentredAxis]:
+    """The same axes with the middle of an image at 0."""
+    return [CentredAxis(**vars(axis)) for axis in axes]
+
+
 class ExtendedQwenEmbedRope(nn.Module):
     """Stands in for `QwenEmbedRope`, without an end; bit for bit the same with factors of 1.
 
@@ -72,7 +78,7 @@ class ExtendedQwenEmbedRope(nn.Module):
         super().__init__()
         self.theta, self.axes_dim = stock.theta, stock.axes_dim
         self.extension = extension
-        self.axes = extension.axes(self.theta, self.axes_dim, rows=1, kind=CentredAxis)
+        self.axes = centred(extension.axes(self.theta, self.axes_dim, rows=1))
 
     def forward(
         self,
@@ -123,8 +129,10 @@ class ExtendedQwenEmbedRope(nn.Module):
 def _positions(shape: Shape, place: int) -> list[torch.Tensor]:
     """Of an image on every axis, by its place among the images."""
     frames, *sides = shape
-    centred = (torch.arange(tokens, device="cpu") - (tokens - tokens // 2) for tokens in sides)
-    return [torch.arange(place, place + frames, device="cpu"), *centred]
+    from_the_middle = (
+        torch.arange(tokens, device="cpu") - (tokens - tokens // 2) for tokens in sides
+    )
+    return [torch.arange(place, place + frames, device="cpu"), *from_the_middle]
 
 
 def _rotations(angles: torch.Tensor, gain: float) -> torch.Tensor:
