@@ -195,8 +195,8 @@ def applied(pipe: Any, resolution: Resolution) -> Iterator[None]:
     ones do without.
 
     Args:
-        pipe: a pipeline of a family, with stock processors or CLEAR's; torch.compile may have wrapped
-            the transformer or compiled its blocks.
+        pipe: of a family, with stock processors or CLEAR's; torch.compile may have wrapped the
+            transformer or compiled its blocks.
         resolution: what to set.
 
     Raises:
