@@ -199,11 +199,7 @@ def _refuse_layers(model: nn.Module) -> None:
     """
     family = family_of(model)
     layers = family.layers(model)
-    blocks = {
-        f"{name}.{n}": unwrapped(block)
-        for name in family.stacks
-        for n, block in enumerate(getattr(model, name, ()))
-    }
+    blocks = {name: unwrapped(block) for name, block in family.blocks(model).items()}
     strange = [name for name in blocks if not any(layer.startswith(f"{name}.") for layer in layers)]
     if strange or not blocks:
         got = f"{strange[0]}, {_class(blocks[strange[0]])}" if blocks else "no blocks"

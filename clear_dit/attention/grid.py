@@ -45,7 +45,8 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
 
     Stock pipelines make the ids in the default dtype and cast them to the prompt's; bfloat16 cannot
     tell integers above 256 apart, which is a side of 4096 pixels. Only ids that are exactly the
-    rounded raster of `layout` are replaced; those of reference images stay as they are.
+    rounded raster of `layout`, from 0 on in steps of any size, are replaced; those of reference
+    images stay as they are.
 
     Returns:
         (image, 3 or 4), float32; None where nothing was lost, or the ids are not that raster.
@@ -64,10 +65,12 @@ def unrounded_ids(img_ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
         return None
     size = layout.rows, layout.columns, img_ids.shape[-1]
     exact = torch.zeros(size, dtype=torch.float32, device=img_ids.device)
-    exact[..., 1] = torch.arange(layout.rows, device=img_ids.device)[:, None]
-    exact[..., 2] = torch.arange(layout.columns, device=img_ids.device)
-    exact = exact.flatten(0, 1)
     received = (img_ids[0] if img_ids.ndim == 3 else img_ids).float()
+    # What comes first is not rounded: with a single line of tokens one of these is not used.
+    row, column = received[layout.columns % len(received), 1], received[1 % len(received), 2]
+    exact[..., 1] = row * torch.arange(layout.rows, device=img_ids.device)[:, None]
+    exact[..., 2] = column * torch.arange(layout.columns, device=img_ids.device)
+    exact = exact.flatten(0, 1)
     received, references = received[: len(exact)], received[len(exact) :]
     if torch.equal(received, exact):
         return None

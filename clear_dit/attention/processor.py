@@ -415,7 +415,7 @@ class CLEARProcessor(nn.Module):
         compiling, query = torch.compiler.is_compiling(), tensors[0]
         elsewhere = 0 if shared is None else shared.image.elsewhere
         options = {
-            "scale": self._scale(query.shape[1] + elsewhere, query.shape[-1]),
+            "scale": self._scale(tensors[1].shape[1] + elsewhere, query.shape[-1]),
             "impl": self.tracker.impl if compiling else self.impl,
             **self._learned(query.device),
         }

@@ -73,8 +73,8 @@ class Family:
         name: in commands and file names, such as "flux2".
         title: for people, such as "FLUX.2 (dev, klein)".
         transformer: class name of the transformer in diffusers.
-        stacks: attributes of the model that hold its blocks; a block's attention layers are its
-            children with `set_processor`.
+        stacks: attributes of the model that hold its blocks, such as "mode_blocks.image"; a block's
+            attention layers are its children with `set_processor`.
         processors: class name of a stock processor to CLEAR's that takes its place.
         was_undone: (model, CLEAR's processor of a layer) to whether diffusers has taken the layer's
             IP-adapter or fused projections away again, and put a stock processor there.
@@ -95,7 +95,8 @@ class Family:
             tokens by one table, made at once. Elsewhere only CLEAR's processors can have it.
         tuned: linear layers of an attention layer that distillation trains and CLEAR weights hold,
             where the layer has them.
-        kept: prefix of other attention layers to why they stay as they are.
+        kept: where other attention layers are, such as "mode_blocks.image_cond", to why they stay
+            as they are.
         text_processors: class name of a stock processor of those that get the rotary table to what
             takes its place where the table holds several positions a token: it takes the first.
         cut: where ranks that share an image cut its tokens.
@@ -133,16 +134,24 @@ class Family:
     chunked: bool = False
     repeated_blocks: bool = True
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks of `stacks`, in their order."""
-        return [block for stack in self.stacks for block in getattr(model, stack, None) or ()]
+    def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The blocks of `stacks`, by name: "transformer_blocks.0"; wrapped ones in their wrapper.
+
+        A model may lack a stack (ControlNets do), or have None in its place.
+        """
+        found = {}
+        for stack in self.stacks:
+            blocks: Any = model
+            for name in stack.split("."):
+                blocks = getattr(blocks, name, None)
+            found |= {f"{stack}.{index}": block for index, block in enumerate(blocks or ())}
+        return found
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """The attention layers CLEAR runs in, by name: "transformer_blocks.0.attn"."""
         return {
-            f"{stack}.{index}.{name}": child
-            for stack in self.stacks
-            for index, block in enumerate(getattr(model, stack, ()))
+            f"{block_name}.{name}": child
+            for block_name, block in self.blocks(model).items()
             for name, child in unwrapped(block).named_children()
             if hasattr(child, "set_processor")
         }
@@ -161,8 +170,8 @@ class Family:
         ours, found = list(self.layers(model).values()), dict[str, list[str]]()
         for name, module in model.named_modules():
             if hasattr(module, "set_processor") and module not in ours:
-                prefix = name.partition(".")[0]
-                why = self.kept.get(prefix, "is not attention over the image")
+                reasons = (why for at, why in self.kept.items() if name.startswith(f"{at}."))
+                why = next(reasons, "is not attention over the image")
                 found.setdefault(why, []).append(name)
         return found
 

@@ -173,8 +173,11 @@ class JointProcessor(CLEARProcessor):
         if text is not None:
             _check_length(layout, layout.text_length, text, "text")
             _check_length(layout, layout.image_only.sequence_length, image, "image")
-        elif image == layout.image_only.sequence_length:  # alone
-            layout, whole, window = layout.image_only, whole.image_only, None
+        elif image in (layout.image_only.sequence_length, layout.image_length):  # alone
+            alone = {"text_length": 0}
+            if image == layout.image_length:
+                alone |= {"reference_length": 0, "local_references": ()}
+            layout, whole, window = layout._replace(**alone), whole._replace(**alone), None
         else:
             _check_length(layout, layout.sequence_length, image, "sequence")
         return Turn(layout, whole, text is not None, forward, window)

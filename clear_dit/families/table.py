@@ -22,6 +22,11 @@ MODELS = {
     "ZImageTransformer2DModel": "z_image",
     "HunyuanImageTransformer2DModel": "hunyuan_image",
     "CogView4Transformer2DModel": "cogview4",
+    "Krea2Transformer2DModel": "krea2",
+    "Flux3Transformer2DModel": "flux3",
+    "QwenImage21Transformer2DModel": "qwen_image21",
+    "LongCatImageTransformer2DModel": "longcat_image",
+    "ErnieImageTransformer2DModel": "ernie_image",
 }
 
 # Those of them that run beside a transformer, over the same tokens.
@@ -73,9 +78,15 @@ def head_dim_of(model: Any) -> int:
     config = model.config
     if "attention_head_dim" in config:
         return int(config["attention_head_dim"])
-    if "dim" in config and "n_heads" in config:
-        return int(config["dim"]) // int(config["n_heads"])
+    for channels, heads in (("dim", "n_heads"), ("hidden_size", "num_attention_heads")):
+        if channels in config and heads in config:
+            return int(config[channels]) // int(config[heads])
     return 64
+
+
+def heads_of(attn: Any) -> int:
+    """Heads of a layer's queries, by either name that diffusers has for them."""
+    return int(attn.heads if hasattr(attn, "heads") else attn.num_heads)
 
 
 def channels_of(model: Any) -> int:

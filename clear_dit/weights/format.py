@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..attention.processor import LEARNED, CLEARProcessor
-from ..families.table import attention_layers, family_of
+from ..families.table import attention_layers, family_of, heads_of
 from ..kernels.cells import FAR_LEVELS
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def pooling_shapes(model: nn.Module, down_factor: int, far: bool) -> dict[str, t
             shapes[f"{name}.processor.spatial_weight"] = shape
         if far:
             shapes[f"{name}.processor.far_weight"] = (FAR_LEVELS, 2, 2)
-            shapes[f"{name}.processor.far_offset"] = (FAR_LEVELS, attn.heads)
+            shapes[f"{name}.processor.far_offset"] = (FAR_LEVELS, heads_of(attn))
     return shapes
 
 

@@ -188,7 +188,7 @@ def _has_compiled_blocks(model: nn.Module) -> bool:
     """Whether torch.compile traces a block of the model."""
     return any(
         block._compiled_call_impl is not None or hasattr(block, "_orig_mod")
-        for block in family_of(model).blocks(model)
+        for block in family_of(model).blocks(model).values()
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..attention.processor import LEARNED, CLEARProcessor
-from ..families.table import attention_layers
+from ..families.table import attention_layers, heads_of
 
 
 def settle(model: Any, attn: Any, old: Any = None) -> None:
@@ -61,9 +61,9 @@ def give_learned(name: str, attn: Any, learned: dict[str, torch.Tensor], old: An
     """
     prefix = f"{name}.processor."
     if getattr(old, "far_weight", None) is not None:
-        attn.processor.add_far_parameters(attn.heads)
+        attn.processor.add_far_parameters(heads_of(attn))
     elif f"{prefix}far_weight" in learned:
-        attn.processor.add_far_parameters(attn.heads)
+        attn.processor.add_far_parameters(heads_of(attn))
         for kind in ("far_weight", "far_offset"):
             getattr(attn.processor, kind).data.copy_(learned[prefix + kind])
 
@@ -90,7 +90,7 @@ def make_far_trainable(model: nn.Module) -> None:
     refuse_shared(model, "make_far_trainable: to learn of far keys")
     for attn in layers.values():
         if attn.processor.far_weight is None:
-            attn.processor.add_far_parameters(attn.heads)
+            attn.processor.add_far_parameters(heads_of(attn))
             settle(model, attn)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -312,9 +313,10 @@ def _has_local(model: nn.Module) -> bool:
 def _not_exported(family: Family, grid: tuple[int, int] | None) -> str:
     """What a forward lacks whose tensors have no values."""
     hidden = "CLEAR: torch.export hides the values of tensors, "
-    if grid is None and family.grid_from.startswith("img_ids"):
+    source = re.split("[ ,]", family.grid_from)[0]
+    if grid is None and source.endswith("_ids"):
         return (
-            f"{hidden}of img_ids too, by which {family.title} finds its token grid; name it: "
+            f"{hidden}of {source} too, by which {family.title} finds its token grid; name it: "
             "apply_clear(..., grid=(rows, columns))."
         )
     return (

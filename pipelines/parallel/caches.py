@@ -74,7 +74,7 @@ class SharedDecisions:
 
 
 def _first_block(model: nn.Module) -> nn.Module:
-    return next(iter(family_of(model).blocks(model)))
+    return next(iter(family_of(model).blocks(model).values()))
 
 
 def _hook(module: nn.Module, name: str) -> Any:

@@ -49,7 +49,7 @@ def cut_inside(model: nn.Module, share: SharedImage) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(lambda _, given: first_cut(given)))
         handles += [
             block.register_forward_pre_hook(named_cut, with_kwargs=True)
-            for block in (family.blocks(model) if cut.of_blocks else ())
+            for block in (family.blocks(model).values() if cut.of_blocks else ())
         ]
         last = model.get_submodule(cut.whole_after)
         handles += [

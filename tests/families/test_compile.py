@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.families.models import FAMILIES, make_inputs, make_model, run
+from support.families.models import FAMILIES, make_inputs, make_model, run, sized
 from support.slow import slow
 
 from clear_dit import apply_clear
@@ -31,7 +31,7 @@ def forget_graphs():
 @pytest.mark.parametrize("name", NAMES)
 def test_another_resolution_compiles_nothing(name, far):
     model = make_model(name, **LARGER.get(name, {}))
-    inputs = [make_inputs(name, *size, text=23) for size in SIZES]
+    inputs = [make_inputs(name, *sized(name, *size), text=23) for size in SIZES]
     apply_clear(model, radius=2, far=far)
     expected = [run(model, given) for given in inputs]
     family, options = family_of(model), {"fullgraph": True, "dynamic": True, "backend": "eager"}

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support.families.models import FAMILIES, make_inputs, make_model, run
+from support.families.models import FAMILIES, make_inputs, make_model, run, sized
 from support.families.oracle import FAR, dense_attention, expected
 from support.families.pipelines import draw, make_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +35,7 @@ def assert_differs(value, other):
 
 def check(name, rows, columns, config=None, **inputs):
     """The stock model at a large radius, the oracle at a small one; without and with far keys."""
+    rows, columns = sized(name, rows, columns)
     given = make_inputs(name, rows, columns, **inputs)
     model = make_model(name, **config or {})
     others = [run(model, given)]
@@ -114,7 +115,7 @@ def test_weights_are_saved_loaded_and_taken_away(name, tmp_path, down_factor):
 
 @families
 def test_pooling(name):
-    model, given = make_model(name), make_inputs(name, 5, 7, batch=2)
+    model, given = make_model(name), make_inputs(name, *sized(name, 5, 7), batch=2)
     apply_clear(model, radius=2, far=False)
     plain = run(model, given)
     apply_clear(model, radius=2, down_factor=2, impl="reference")
@@ -192,6 +193,7 @@ def test_gradients(name, far):
         torch.testing.assert_close(local[key], grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # ERNIE-Image's
 @families
 def test_stock_pipeline(name):
     pipe = make_pipeline(name)

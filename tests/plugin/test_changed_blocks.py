@@ -7,7 +7,14 @@ import copy
 
 import pytest
 import torch
-from support.families.models import FAMILIES, make_inputs, make_model, prediction, run
+from support.families.models import (
+    FAMILIES,
+    blocks_of,
+    make_inputs,
+    make_model,
+    prediction,
+    run,
+)
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -19,10 +26,6 @@ from clear_dit.families.table import attention_layers
 
 POOLED = {"radius": 2, "down_factor": 2}
 LOCAL = {"radius": 2, "far": False}
-
-
-def blocks_of(model):
-    return model.layers if hasattr(model, "layers") else model.transformer_blocks
 
 
 def remove_first(blocks):

@@ -9,7 +9,7 @@ from clear_dit import CLEARProcessor, apply_clear, remove_clear
 
 LOCAL = {"radius": 2, "far": False}
 # Their rows and columns are in position ids, whose values export hides.
-BY_IDS = ("flux", "chroma", "flux2")
+BY_IDS = ("flux", "chroma", "flux2", "krea2", "flux3")
 # Their masks tell text from padding.
 MASKED = ("chroma", "hunyuan-image")
 
@@ -37,8 +37,9 @@ def other(given):
     return given | {latents: turned}
 
 
-# Stock HunyuanImage cannot be exported.
-PROGRAMS = [(name, far) for name in FAMILIES if name != "hunyuan-image" for far in (False, True)]
+# Of which the stock models cannot be exported.
+NOT_EXPORTED = ("hunyuan-image", "qwen-image-2.1")
+PROGRAMS = [(name, far) for name in FAMILIES if name not in NOT_EXPORTED for far in (False, True)]
 QUICK = (("sd3", False),)
 
 

@@ -7,7 +7,7 @@ from diffusers import AutoencoderTiny
 from peft import LoraConfig, get_peft_model
 from support import sharded_ranks
 from support.autoencoders import make_autoencoder
-from support.families.models import FAMILIES, make_inputs, make_model, run
+from support.families.models import FAMILIES, blocks_of, make_inputs, make_model, run
 from support.models import draw
 from support.processes import launch
 from support.sharded_ranks import KINDS
@@ -74,8 +74,7 @@ def test_a_model_in_fsdp(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_compiled_one_by_one(name):
     plain, model, given = make_model(name), make_model(name), make_inputs(name, 4, 6)
-    stack = "layers" if name == "z-image" else "transformer_blocks"
-    blocks = getattr(model, stack)
+    blocks = blocks_of(model)
     blocks[0] = compiled(blocks[0])
     (expected,) = apply_clear(plain, radius=2)
     assert apply_clear(model, radius=2) == (expected,)

@@ -5,15 +5,21 @@ of a sample, of which the padded part is masked.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
     CogView4Transformer2DModel,
+    ErnieImageTransformer2DModel,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanImageTransformer2DModel,
+    Krea2Transformer2DModel,
+    LongCatImageTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
@@ -24,6 +30,19 @@ HEADS, HEAD_DIM, TEXT_CHANNELS = 2, 16, 8
 # one of them still longer where they differ: so that no length is that of an image, too.
 Z_IMAGE_MULTIPLE = 32
 Z_IMAGE_LONGER, Z_IMAGE_LONGEST = 2 * Z_IMAGE_MULTIPLE, 5 * Z_IMAGE_MULTIPLE
+
+# Parameters that are zero or small at first, and the deviation they get instead: no test could tell
+# them from none, or attention would have no effect that can be told from rounding.
+BOLD = {
+    "pad_token": 1.0,
+    "scale_shift_table": 1.0,
+    "stream_modulations": 4.0,
+    "adaLN_modulation.1": 0.3,
+    "final_linear": 0.2,
+}
+
+# Whether a block of `TinyFamily.apart` is running, which the oracle leaves alone.
+without_masks = ContextVar("without_masks", default=False)
 
 
 class TinyFamily(NamedTuple):
@@ -38,6 +57,8 @@ class TinyFamily(NamedTuple):
         masks_text: whether padded text can be told.
         takes_references: whether a sequence can hold reference images.
         guided: changes to `config` for a model with a guidance embedding; None: there are none.
+        apart: where blocks are that attend over other images alone, maybe of the image's length.
+        multiple: rows and columns must be multiples of it.
     """
 
     model_class: type
@@ -47,6 +68,8 @@ class TinyFamily(NamedTuple):
     masks_text: bool = False
     takes_references: bool = False
     guided: dict[str, Any] | None = None
+    apart: str | None = None
+    multiple: int = 1
 
 
 def make_model(name: str, seed: int = 0, **config: Any) -> torch.nn.Module:
@@ -55,9 +78,27 @@ def make_model(name: str, seed: int = 0, **config: Any) -> torch.nn.Module:
     torch.manual_seed(seed)
     model = family.model_class(**family.config | config).eval()
     for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("pad_token"):  # zeros else, which no test could tell from none
-            torch.nn.init.normal_(parameter)
+        for kind, deviation in BOLD.items():
+            if kind in parameter_name:
+                torch.nn.init.normal_(parameter, std=deviation)
+    for block in () if family.apart is None else model.get_submodule(family.apart):
+        block.register_forward_pre_hook(_leave_alone)
+        block.register_forward_hook(_leave_alone_no_more)
     return model
+
+
+def _leave_alone(*_: Any) -> None:
+    without_masks.set(True)
+
+
+def _leave_alone_no_more(*_: Any) -> None:
+    without_masks.set(False)
+
+
+def sized(name: str, rows: int, columns: int) -> tuple[int, int]:
+    """The next larger size that a family can have."""
+    multiple = FAMILIES[name].multiple
+    return padded_to(multiple, rows), padded_to(multiple, columns)
 
 
 def make_inputs(
@@ -113,6 +154,12 @@ def prediction(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 def stacked(out: Any) -> torch.Tensor:
     """Images, (batch, ...), of which Z-Image returns a list."""
     return torch.stack(list(out)) if isinstance(out, (list, tuple)) else out
+
+
+def blocks_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The blocks of one kind in which image and text meet."""
+    names = ("layers", "transformer_blocks", "single_transformer_blocks")
+    return next(getattr(model, name) for name in names if hasattr(model, name))
 
 
 def text_mask(batch: int, text: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
@@ -223,6 +270,67 @@ def cogview4_inputs(random, rows, columns, text, batch):
         "original_size": size,
         "target_size": size,
         "crop_coords": torch.zeros_like(size),
+    }
+
+
+def krea2_inputs(random, rows, columns, text, batch, padding=0, references=()):
+    sizes = [(rows, columns), *references]
+    mask = text_mask(batch, text, padding, torch.bool) if padding else None
+    ids = [raster_ids(h, w, i, 3) for i, (h, w) in enumerate(sizes)]
+    return {
+        "hidden_states": random(batch, sum(h * w for h, w in sizes), 4),
+        "encoder_hidden_states": random(batch, text, 2, TEXT_CHANNELS),
+        "timestep": torch.full((batch,), 0.5),
+        "position_ids": torch.cat([torch.zeros(text, 3), *ids]),
+        "encoder_attention_mask": mask,
+    }
+
+
+def flux3_inputs(random, rows, columns, text, batch, references=()):
+    ids = [raster_ids(h, w, 0, 4) / 2 for h, w in [(rows, columns), *references]]
+    for index, each in enumerate(ids):
+        each[:, 3] = -index
+    inputs = flux2_inputs(random, rows, columns, text, batch) | {"img_ids": ids[0]}
+    if references:
+        inputs["image_cond_ids"] = torch.cat(ids[1:])
+        inputs["image_cond_hidden_states"] = random(batch, len(inputs["image_cond_ids"]), 4)
+    return inputs
+
+
+def qwen_image21_inputs(random, rows, columns, text, batch, padding=0):
+    assert rows % 2 == columns % 2 == 0
+    slots = torch.arange(text + rows * columns // 4) >= text
+    return {
+        "hidden_states": random(batch, rows * columns, 4),
+        "encoder_hidden_states": random(batch, text, TEXT_CHANNELS),
+        "encoder_hidden_states_mask": text_mask(batch, text, padding, torch.bool)
+        if padding
+        else None,
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [[(1, rows, columns)]] * batch,
+        "img_mask": slots.expand(batch, -1),
+    }
+
+
+def longcat_image_inputs(random, rows, columns, text, batch, references=()):
+    sizes = [(rows, columns), *references]
+    ids = torch.cat([raster_ids(h, w, i + 1, 3) for i, (h, w) in enumerate(sizes)])
+    ids[:, 1:] += text
+    return {
+        "hidden_states": random(batch, len(ids), 4),
+        "encoder_hidden_states": random(batch, text, TEXT_CHANNELS),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": ids,
+        "txt_ids": torch.arange(text)[:, None] * torch.tensor([0.0, 1.0, 1.0]),
+    }
+
+
+def ernie_image_inputs(random, rows, columns, text, batch, padding=0):
+    return {
+        "hidden_states": random(batch, 4, rows, columns),
+        "timestep": torch.full((batch,), 500.0),
+        "text_bth": random(batch, text, TEXT_CHANNELS),
+        "text_lens": text_mask(batch, text, padding, torch.int64).sum(dim=1),
     }
 
 
@@ -377,5 +485,83 @@ FAMILIES = {
         },
         cogview4_inputs,
         text_first,
+    ),
+    "krea2": TinyFamily(
+        Krea2Transformer2DModel,
+        {
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": HEAD_DIM,
+            "num_attention_heads": 2 * HEADS,
+            "num_key_value_heads": HEADS,
+            "intermediate_size": 32,
+            "timestep_embed_dim": 8,
+            "text_hidden_dim": TEXT_CHANNELS,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 16,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        krea2_inputs,
+        text_first,
+        masks_text=True,
+        takes_references=True,
+    ),
+    "flux3": TinyFamily(
+        Flux3Transformer2DModel,
+        SIZES
+        | {
+            "in_channels": 4,
+            "cond_in_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "joint_attention_dim": TEXT_CHANNELS,
+            "timestep_channels": 8,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
+        flux3_inputs,
+        # First over the image alone.
+        lambda image, text, references: [(text + image + references, text), (image, 0)],
+        takes_references=True,
+        apart="mode_blocks.image_cond",
+    ),
+    "qwen-image-2.1": TinyFamily(
+        QwenImage21Transformer2DModel,
+        SIZES
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "context_in_dim": TEXT_CHANNELS,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        qwen_image21_inputs,
+        text_first,
+        masks_text=True,
+        multiple=2,
+    ),
+    "longcat-image": TinyFamily(
+        LongCatImageTransformer2DModel,
+        FLUX_CONFIG | {"pooled_projection_dim": 8},
+        longcat_image_inputs,
+        text_first,
+        takes_references=True,
+    ),
+    "ernie-image": TinyFamily(
+        ErnieImageTransformer2DModel,
+        {
+            "hidden_size": HEADS * HEAD_DIM,
+            "num_attention_heads": HEADS,
+            "num_layers": 2,
+            "ffn_hidden_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_in_dim": TEXT_CHANNELS,
+            "rope_axes_dim": (4, 6, 6),
+        },
+        ernie_image_inputs,
+        image_first,
+        masks_text=True,
     ),
 }

@@ -10,7 +10,7 @@ from torch.nn import functional
 from clear_dit import Window
 
 from ..oracle import far_attention_within
-from .models import FAMILIES, make_inputs, make_model, run
+from .models import FAMILIES, make_inputs, make_model, run, without_masks
 
 FAR = 100  # a radius past every diagonal here, in tokens
 
@@ -37,13 +37,17 @@ def local_mask(length: int, images: Sequence[tuple[int, int, int]], radius: int)
 
 @contextmanager
 def dense_masks(*masks: torch.Tensor):
-    """Inside, diffusers' self-attention gets the mask that has its length besides its own."""
+    """Inside, diffusers' self-attention gets the mask that has its length besides its own.
+
+    Where there are keys of a whole sequence, but queries of its last tokens alone, the last rows.
+    """
     by_length = {len(mask): mask for mask in masks}
     original = functional.scaled_dot_product_attention
 
     def masked(query, key, value, attn_mask=None, **options):
-        mask = by_length.get(query.shape[-2])
-        if mask is not None and key.shape[-2] == query.shape[-2]:
+        mask = by_length.get(key.shape[-2])
+        if mask is not None and not without_masks.get():
+            mask = mask[-query.shape[-2] :]
             if attn_mask is None:
                 attn_mask = mask
             elif attn_mask.dtype == torch.bool:
@@ -68,8 +72,8 @@ def dense_far_keys(rows: int, columns: int, radius: int, *sequences: tuple[int, 
     original = functional.scaled_dot_product_attention
 
     def attend(query, key, value, attn_mask=None, **options):
-        length = query.shape[-2]
-        if length not in by_length or key.shape[-2] != length:
+        length, queries = key.shape[-2], query.shape[-2]
+        if length not in by_length or without_masks.get():
             return original(query, key, value, attn_mask=attn_mask, **options)
         start, allowed = by_length[length]
         allowed = allowed[None, None]
@@ -77,8 +81,10 @@ def dense_far_keys(rows: int, columns: int, radius: int, *sequences: tuple[int, 
             hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask != 0
             allowed = allowed & ~(hidden if hidden.ndim == 4 else hidden[None, None])
         window = Window(rows, columns, length - rows * columns, radius, far_levels=4)
+        query = functional.pad(query, (0, 0, length - queries, 0))
         tensors = (x.transpose(1, 2) for x in (query, key, value))
-        return far_attention_within(*tensors, start, window, allowed).transpose(1, 2)
+        out = far_attention_within(*tensors, start, window, allowed)
+        return out.transpose(1, 2)[..., -queries:, :]
 
     with mock.patch.object(functional, "scaled_dot_product_attention", attend):
         yield
@@ -108,7 +114,7 @@ def dense_attention(
     for length, start in FAMILIES[name].image_sequences(rows * columns, text, count):
         images = [] if far else [(start, rows, columns)]
         after = start + rows * columns
-        for h, w in references if local_references else ():
+        for h, w in references if local_references and after < length else ():
             images.append((after, h, w))
             after += h * w
         sequences.append((length, start, local_mask(length, images, radius)))

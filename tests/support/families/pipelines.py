@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -47,10 +48,25 @@ def make_pipeline(name: str, cls: type | None = None) -> Any:
         cls: another than the stock text-to-image pipeline, of the same parts.
     """
     cls = cls or PIPELINES[name][0]
-    pipe = cls(**make_parts(name))
+    if issubclass(cls, diffusers.ModularPipeline):
+        blocks = cls().blocks
+        blocks.sub_blocks.pop("prompt_upsampler")  # of FLUX.3: another language model
+        pipe = blocks.init_pipeline()
+        pipe.update_components(**make_parts(name))
+    else:
+        pipe = cls(**make_parts(name))
     if name in ("qwen-image", "hunyuan-image"):
         pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "a small {}", 2
         pipe.tokenizer_max_length = pipe.tokenizer_2_max_length = 12
+    elif name == "krea2":
+        pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_start_idx = "a small ", 2
+        pipe.prompt_template_encode_suffix = " by the sea"
+        pipe.prompt_template_encode_num_suffix_tokens = 3
+    elif name == "qwen-image-2.1":
+        pipe.prompt_template_t2i, pipe._drop_idx, pipe._img_token_id = "a small {}", 2, -1
+    elif name == "longcat-image":
+        pipe.prompt_template_encode_prefix, pipe.prompt_template_encode_suffix = "a small", "sea"
+        pipe.tokenizer_max_length = 12
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -66,6 +82,14 @@ def call_options(name: str) -> dict[str, Any]:
         options = {"negative_prompt": ["a house", "sea"]}
     elif name == "cogview4":
         options["negative_prompt"] = ["a house", "sea"]
+    elif name == "flux3":
+        options |= {"text_encoder_out_layers": (1,), "negative_prompt": "a house"}
+    elif name == "qwen-image-2.1":
+        options = {"true_cfg_scale": 4.0, "negative_prompt": ["a house", "sea"]}
+    elif name == "longcat-image":
+        options = {"negative_prompt": ["a house", "sea"], "enable_prompt_rewrite": False}
+    elif name == "ernie-image":
+        options = {"negative_prompt": ["a house", "sea"]}
     return options
 
 
@@ -75,23 +99,26 @@ def draw(pipe: Any, name: str, rows: int = 4, columns: int = 6, **options: Any) 
     Args:
         rows, columns: even, in tokens.
     """
-    side = PIPELINES[name][2]
-    return torch.from_numpy(
-        pipe(
-            prompt=["a red house", "the small house by the sea"],
-            height=side * rows,
-            width=side * columns,
-            generator=torch.Generator().manual_seed(0),
-            output_type="np",
-            **{"num_inference_steps": 2} | call_options(name) | options,
-        ).images
-    )
+    side, prompts = PIPELINES[name][2], ["a red house", "the small house by the sea"]
+    given = {
+        "height": side * rows,
+        "width": side * columns,
+        "num_inference_steps": 2,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "np",
+        **call_options(name),
+        **options,
+    }
+    if isinstance(pipe, diffusers.ModularPipeline):  # FLUX.3's takes one prompt at a time
+        images = [pipe(prompt=prompt, output="images", **given) for prompt in prompts]
+        return torch.from_numpy(np.concatenate(images))
+    return torch.from_numpy(pipe(prompt=prompts, **given).images)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(cls: type = PreTrainedTokenizerFast) -> Any:
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
+    return cls(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="<eos>",
@@ -99,6 +126,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=8,
         chat_template=CHAT,
     )
+
+
+class Processor(PreTrainedTokenizerFast):
+    """Of text alone, in the place of one of text and images, which holds a tokenizer."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self
+
+    def apply_chat_template(self, *args: Any, tokenize: bool = True, **options: Any) -> Any:
+        """Text, or a batch of tokens."""
+        found = super().apply_chat_template(*args, tokenize=tokenize, **options)
+        return [found] if tokenize else found
 
 
 def make_clip(cls: type, hidden_size: int = 8) -> Any:
@@ -136,6 +176,15 @@ def make_qwen_vl() -> transformers.Qwen2_5_VLForConditionalGeneration:
         vision_config=VISION | {"out_hidden_size": TEXT_CHANNELS},
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def make_qwen3_vl() -> transformers.Qwen3VLForConditionalGeneration:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
+    config = transformers.Qwen3VLConfig(
+        text_config=LANGUAGE | {"rope_parameters": rope},
+        vision_config=VISION | {"out_hidden_size": TEXT_CHANNELS, "deepstack_visual_indexes": [0]},
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config).eval()
 
 
 def make_mistral() -> transformers.Mistral3ForConditionalGeneration:
@@ -192,17 +241,21 @@ def sd3_parts() -> dict[str, Any]:
     }
 
 
+def qwen_image_autoencoder() -> diffusers.AutoencoderKLQwenImage:
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=1,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0],
+        latents_std=[1.0],
+    ).eval()
+
+
 def qwen_image_parts() -> dict[str, Any]:
     return {
-        "vae": diffusers.AutoencoderKLQwenImage(
-            base_dim=4,
-            z_dim=1,
-            dim_mult=[1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False],
-            latents_mean=[0.0],
-            latents_std=[1.0],
-        ).eval(),
+        "vae": qwen_image_autoencoder(),
         "text_encoder": make_qwen_vl(),
         "tokenizer": make_tokenizer(),
     }
@@ -245,6 +298,58 @@ def cogview4_parts() -> dict[str, Any]:
     }
 
 
+def krea2_parts() -> dict[str, Any]:
+    return {
+        "vae": qwen_image_autoencoder(),
+        "text_encoder": make_qwen3_vl().model,
+        "tokenizer": make_tokenizer(),
+        "text_encoder_select_layers": (1, 2),
+    }
+
+
+def flux3_parts() -> dict[str, Any]:
+    return {
+        "vae": tiny_autoencoder(cls=diffusers.AutoencoderKLFlux2),
+        "text_encoder": make_qwen3_vl(),
+        "tokenizer": make_tokenizer(Processor),
+    }
+
+
+def qwen_image21_parts() -> dict[str, Any]:
+    return {
+        "vae": diffusers.AutoencoderKLQwenImage21(
+            base_dim=4,
+            decoder_base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ).eval(),
+        "text_encoder": make_qwen3_vl(),
+        "processor": make_tokenizer(Processor),
+    }
+
+
+def longcat_image_parts() -> dict[str, Any]:
+    return {
+        "transformer": make_model("longcat-image", in_channels=64),  # the pipeline's own number
+        "vae": tiny_autoencoder(16, shift_factor=0.0),
+        "text_encoder": make_qwen_vl(),
+        "tokenizer": make_tokenizer(),
+        "text_processor": make_tokenizer(Processor),
+    }
+
+
+def ernie_image_parts() -> dict[str, Any]:
+    return {
+        "vae": tiny_autoencoder(cls=diffusers.AutoencoderKLFlux2),
+        "text_encoder": make_mistral().model,
+        "tokenizer": make_tokenizer(),
+    }
+
+
 # Class, its parts besides transformer and scheduler, and the side of a token in pixels.
 PIPELINES = {
     "flux": (diffusers.FluxPipeline, flux_parts, 4),
@@ -255,4 +360,10 @@ PIPELINES = {
     "z-image": (diffusers.ZImagePipeline, z_image_parts, 4),
     "hunyuan-image": (diffusers.HunyuanImagePipeline, hunyuan_image_parts, 2),
     "cogview4": (diffusers.CogView4Pipeline, cogview4_parts, 16),
+    "krea2": (diffusers.Krea2Pipeline, krea2_parts, 4),
+    "flux3": (diffusers.Flux3ModularPipeline, flux3_parts, 4),
+    # Whatever the autoencoder's, 16 pixels a latent.
+    "qwen-image-2.1": (diffusers.QwenImage21Pipeline, qwen_image21_parts, 16),
+    "longcat-image": (diffusers.LongCatImagePipeline, longcat_image_parts, 4),
+    "ernie-image": (diffusers.ErnieImagePipeline, ernie_image_parts, 4),
 }

@@ -1,0 +1,89 @@
+"""ERNIE-Image: one stream, image first, a table of angles for every sample of a batch.
+
+The image's first position is the length of its prompt. Angles are of neighbouring channels, but a
+channel is rotated with the one half a head away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..attention.layout import Layout
+from ..attention.norm_rope import Rotary
+from ..attention.text_padding import used_length
+from .family import Family, Reading, only
+from .joint import JointProcessor, Stream, Turn
+
+
+class ErnieProcessor(JointProcessor):
+    """In the place of `ErnieImageSingleStreamAttnProcessor`."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        freqs_cis: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, image + text, channels); arguments are the stock processor's.
+
+        The mask of shorter prompts is known already: it follows from the forward's arguments.
+        """
+        self._refuse_foreign_settings(None)
+        assert freqs_cis is not None
+        linears = attn.to_q, attn.to_k, attn.to_v
+        stream = Stream(linears, (attn.norm_q, attn.norm_k), attn.head_dim)
+        out, _ = self.attend(attn, hidden_states, stream, rotary=(freqs_cis,), key=freqs_cis)
+        return attn.to_out[0](out)
+
+    def tables(self, rotary: Rotary, turn: Turn) -> Rotary:
+        """Angles, (batch, sequence, head_dim)."""
+        (angles,) = rotary
+        return (turn.whole.to_local(angles).squeeze(2),)
+
+    def place(
+        self,
+        tokens: torch.Tensor,
+        norm: Any,
+        table: Rotary | None,
+        text: torch.Tensor | None = None,
+        text_norm: Any = None,
+    ) -> torch.Tensor:
+        """Query or key of one stream, rotated in its own dtype."""
+        assert table is not None
+        tokens, angles = norm(tokens), table[0].unsqueeze(-2)
+        first, second = tokens.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        return tokens * angles.cos().to(tokens.dtype) + turned * angles.sin().to(tokens.dtype)
+
+
+def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
+    latents, text, lengths = (given.get(x) for x in ("hidden_states", "text_bth", "text_lens"))
+    if latents is None or text is None:
+        return None
+    rows, columns = (size // model.config.patch_size for size in latents.shape[-2:])
+    layout = Layout(text.shape[1], rows, columns, image_first=True)
+    if lengths is None:
+        return Reading(layout, latents)
+    mask = torch.arange(text.shape[1], device=lengths.device) < lengths[:, None]
+    length = min(used_length(mask), text.shape[1])
+    layout = layout._replace(text_length=length)
+    return Reading(layout, latents, mask[:, :length], {"text_bth": text[:, :length]})
+
+
+FAMILY = Family(
+    name="ernie-image",
+    title="ERNIE-Image",
+    transformer="ErnieImageTransformer2DModel",
+    stacks=("layers",),
+    processors={"ErnieImageSingleStreamAttnProcessor": ErnieProcessor},
+    read=_read,
+    order="image, text",
+    grid_from="the latents' shape",
+    heads="32 x 128",
+    positions="no limit: sine and cosine of any position",
+    unsupported=only((), "not wired up so far"),
+)

@@ -1,0 +1,88 @@
+"""FLUX.3: blocks of the image alone, of text and of reference images alone, then joint ones.
+
+Ids are four numbers, as FLUX.2's, but rows and columns go in steps of 0.5, and reference images
+come in arguments of their own and differ in the fourth. Text is padded with tokens everybody sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..attention.grid import reference_grids
+from ..attention.layout import Layout
+from ..attention.norm_rope import Rotary, norm_and_rotate
+from .family import Family, Reading, only
+from .flux1 import read_ids
+from .joint import JointProcessor, Stream
+
+
+class Flux3Processor(JointProcessor):
+    """In the place of `Flux3AttnProcessor`, in blocks of the image alone and in joint ones."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> torch.Tensor:
+        """(batch, image or text + image + references, channels); arguments are the stock
+        processor's.
+        """
+        self._refuse_foreign_settings(attention_mask)
+        assert image_rotary_emb is not None
+        linears = (attn.to_qkv,) if attn.fused_projections else (attn.to_q, attn.to_k, attn.to_v)
+        stream, rotary = (
+            Stream(linears, (attn.norm_q, attn.norm_k), attn.head_dim),
+            image_rotary_emb,
+        )
+        out, _ = self.attend(attn, hidden_states, stream, rotary=rotary, key=rotary[0])
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def place(
+        self,
+        tokens: torch.Tensor,
+        norm: Any,
+        table: Rotary | None,
+        text: torch.Tensor | None = None,
+        text_norm: Any = None,
+    ) -> torch.Tensor:
+        """Normed and rotated in float32, and rounded once."""
+        return norm_and_rotate(tokens.float(), norm, table).to(tokens.dtype)
+
+
+def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
+    reading, ids = read_ids(model, given, grid), given.get("image_cond_ids")
+    if reading is None or ids is None:
+        return reading
+    return replace(reading, layout=reading.layout._replace(reference_length=len(ids)))
+
+
+def _reference_grids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int, int], ...]:
+    """`Family.reference_grids`."""
+    return reference_grids(given["image_cond_ids"].roll(1, dims=-1).float())
+
+
+FAMILY = Family(
+    name="flux3",
+    title="FLUX.3",
+    transformer="Flux3Transformer2DModel",
+    stacks=("mode_blocks.image", "single_transformer_blocks"),
+    processors={"Flux3AttnProcessor": Flux3Processor},
+    read=_read,
+    reference_grids=_reference_grids,
+    order="text, image, references",
+    grid_from="img_ids (four numbers, rows and columns in steps of 0.5)",
+    heads="24 x 128",
+    positions="no limit: sine and cosine of any position",
+    kept={
+        "txt_mode_blocks": "attends over text alone",
+        "mode_blocks.image_cond": "attends over reference images alone",
+    },
+    serves_fused=True,
+    unsupported=only((), "not wired up so far"),
+)
