@@ -110,7 +110,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
     def _begin(self, native_size: int | None) -> None:
         """What is CLEAR's on a pipeline that holds its parts."""
         if native_size is not None:
-            native_size = check_side("native_size", native_size, self.token_pixels)
+            native_size = check_side("native_size", native_size, self.side_pixels)
             self.register_to_config(native_size=native_size)
         self._patch_parallel: PatchParallel | None = None
         self._interrupt = False
@@ -156,6 +156,11 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
     def token_pixels(self) -> int:
         """Side of a token, in pixels."""
         return self.recipe.patch * self.vae_scale_factor
+
+    @property
+    def side_pixels(self) -> int:
+        """What sides of images are multiples of, in pixels."""
+        return self.recipe.step * self.token_pixels
 
     @property
     def native_size(self) -> int:
@@ -281,7 +286,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         token_pixels = self.token_pixels
         del given.arguments["self"]
         defaults = {name: each.default for name, each in signature.parameters.items()}
-        options = plain_numbers(given.arguments, defaults, token_pixels)
+        options = plain_numbers(given.arguments, defaults, self.side_pixels)
         if low_resolution_guidance is not None:
             who = f"{WHO}: low_resolution_guidance"
             low_resolution_guidance = number(who, low_resolution_guidance, 0, 1)
@@ -305,6 +310,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             image_size=image_size,
             resolution=resolution,
             family=self.family,
+            step=self.recipe.step,
         )
         check_stages(self, options, stages, pixels, stages_dir is not None)
         ranks = 1
@@ -374,7 +380,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         self, height: int | None, width: int | None, image_size: tuple[int, int] | None
     ) -> tuple[int, int]:
         if image_size is not None:
-            return enlarged_size(height, width, image_size, self.token_pixels)
+            return enlarged_size(height, width, image_size, self.side_pixels)
         return height or self.native_size, width or self.native_size
 
     def _text_length(self, options: dict[str, Any]) -> int:

@@ -36,10 +36,8 @@ class Flux3Processor(JointProcessor):
         self._refuse_foreign_settings(attention_mask)
         assert image_rotary_emb is not None
         linears = (attn.to_qkv,) if attn.fused_projections else (attn.to_q, attn.to_k, attn.to_v)
-        stream, rotary = (
-            Stream(linears, (attn.norm_q, attn.norm_k), attn.head_dim),
-            image_rotary_emb,
-        )
+        stream = Stream(linears, (attn.norm_q, attn.norm_k), attn.head_dim)
+        rotary = image_rotary_emb
         out, _ = self.attend(attn, hidden_states, stream, rotary=rotary, key=rotary[0])
         return attn.to_out[1](attn.to_out[0](out))
 

@@ -17,6 +17,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from .family import Family, Reading, check_image_length, only
 from .joint import JointProcessor, Stream
+from .recipe import Defaults, Guidance, Recipe, linear_shift
 
 
 class Krea2Processor(JointProcessor):
@@ -76,9 +77,31 @@ def _reference_grids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[in
     return reference_grids(given["position_ids"][-layout.reference_length :].float())
 
 
+def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
+    """`Recipe.mu`."""
+    if pipe.config.is_distilled:
+        return 1.15
+    return linear_shift({"max_image_seq_len": 6400} | dict(pipe.scheduler.config), tokens)
+
+
+def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults | None:
+    """`Recipe.defaults_of`: Krea 2 of few steps."""
+    if not index.get("is_distilled"):
+        return None
+    return Defaults(size=1024, radius=16, steps=8, guidance=0.0)
+
+
 FAMILY = Family(
     name="krea2",
     title="Krea 2",
+    recipe=Recipe(
+        pipelines=("Krea2Pipeline",),
+        defaults=Defaults(size=1024, radius=16, steps=28, guidance=4.5),
+        mu=_log_shift,
+        shift=2.5,  # its own at 1024 x 1024 px
+        guidance=Guidance(off=0.0),
+        defaults_of=_defaults,
+    ),
     transformer="Krea2Transformer2DModel",
     stacks=("transformer_blocks",),
     processors={"Krea2AttnProcessor": Krea2Processor},

@@ -33,10 +33,8 @@ class LongCatProcessor(JointProcessor):
         self._refuse_foreign_settings(attention_mask)
         assert image_rotary_emb is not None
         linears = (attn.to_qkv,) if attn.fused_projections else (attn.to_q, attn.to_k, attn.to_v)
-        stream, rotary = (
-            Stream(linears, (attn.norm_q, attn.norm_k), attn.head_dim),
-            image_rotary_emb,
-        )
+        stream = Stream(linears, (attn.norm_q, attn.norm_k), attn.head_dim)
+        rotary = image_rotary_emb
         if encoder_hidden_states is None:
             return self.attend(attn, hidden_states, stream, rotary=rotary, key=rotary[0])[0]
         linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj

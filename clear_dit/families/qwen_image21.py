@@ -21,6 +21,7 @@ from ..compat import names_from
 from ..kernels.window import Window
 from .family import Family, Reading, only
 from .joint import JointProcessor
+from .recipe import Defaults, Guidance, Latents, Recipe
 
 SLOT, _qkv = names_from(
     "diffusers.models.transformers.transformer_qwenimage21",
@@ -172,6 +173,15 @@ def _check_positions(rows: int, columns: int, before: int) -> None:
 FAMILY = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
+    recipe=Recipe(
+        pipelines=("QwenImage21Pipeline",),
+        defaults=Defaults(size=1024, radius=16, steps=40, guidance=1.0),
+        latents=Latents(pack=1),
+        patch=1,
+        step=2,
+        reduction=16,
+        guidance=Guidance("true_cfg_scale", negative=" "),
+    ),
     transformer="QwenImage21Transformer2DModel",
     stacks=("transformer_blocks",),
     processors={

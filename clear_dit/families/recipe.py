@@ -147,6 +147,9 @@ class Recipe:
         defaults: what suits the published models.
         latents: how the pipelines hold them.
         patch: side of a token, in latent pixels.
+        step: sides of images are multiples of so many tokens.
+        reduction: side of a latent pixel in pixels, where the autoencoder's configuration does not
+            say it.
         widest: the longest side over the shortest, of images it was trained at; None where nobody
             has said. A model with another native size than `defaults` is taken to have been
             trained at squares.
@@ -165,6 +168,8 @@ class Recipe:
     defaults: Defaults
     latents: Latents = Latents()
     patch: int = 2
+    step: int = 1
+    reduction: int | None = None
     widest: float | None = None
     mu: Callable[[Any, int, int], float] = log_shift
     shift: float = 3.0

@@ -118,7 +118,7 @@ def _find_model(model: str, path: str, changed: int) -> Model:
         path=path,
         family=family,
         defaults=defaults,
-        token_pixels=recipe.patch * _reduction(autoencoder),
+        token_pixels=recipe.patch * (recipe.reduction or _reduction(autoencoder)),
         native_size=defaults.size if model in DEMOS else index.get("native_size"),
         parts=tuple(name for name, part in index.items() if isinstance(part, (list, tuple))),
     )

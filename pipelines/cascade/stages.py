@@ -59,6 +59,7 @@ def plan_stages(
     image_size: tuple[int, int] | None = None,
     resolution: Callable[[int, int], Resolution] | None = None,
     family: Family | None = None,
+    step: int = 1,
 ) -> tuple[Stage, ...]:
     """The fewest stages that lead to an image by at most doubling, evenly spaced.
 
@@ -73,7 +74,7 @@ def plan_stages(
     attention the pipeline has.
 
     Args:
-        height, width: of the image asked for, in pixels, multiples of `token_pixels`.
+        height, width: of the image asked for, in pixels, multiples of `step * token_pixels`.
         native_size: side of a square of as many pixels as the model was trained at, in pixels.
         token_pixels: side of a token.
         text_length: text tokens the model is given.
@@ -86,6 +87,7 @@ def plan_stages(
         image_size: (height, width) in pixels of the image to start from, any number of pixels.
         resolution: settings for a stage's height and width, in pixels; `settings_for` where None.
         family: of the model; FLUX.1 where None.
+        step: sides of images are multiples of so many tokens.
 
     Returns:
         At least one stage; the last has the size asked for.
@@ -102,11 +104,12 @@ def plan_stages(
             token_pixels=token_pixels,
             local=attention == "clear" and not pooled,
         )
-    target = (height // token_pixels, width // token_pixels)
-    native_tokens = (native_size / token_pixels) ** 2
-    most_native = NATIVE_SLACK * native_tokens
+    unit = step * token_pixels
+    target = (height // unit, width // unit)
+    native_units = (native_size / unit) ** 2
+    most_native = NATIVE_SLACK * native_units
     if image_size is None:
-        excess = target[0] * target[1] / native_tokens
+        excess = target[0] * target[1] / native_units
         wanted = excess > NATIVE_SLACK if cascade is None else cascade and excess > 1
         # As few as leave at most the slack for the first stage, or one where a cascade is forced.
         doublings = max(1, math.ceil(math.log(excess / NATIVE_SLACK, 4))) if wanted else 0
@@ -120,18 +123,18 @@ def plan_stages(
     planned: list[float | None] = [None] * from_noise + list(strengths)
     return tuple(
         Stage(
-            rows * token_pixels,
-            columns * token_pixels,
+            rows * unit,
+            columns * unit,
             part,
             native_attention if len(sizes) > 1 and rows * columns <= most_native else attention,
-            resolution(rows * token_pixels, columns * token_pixels),
+            resolution(rows * unit, columns * unit),
         )
         for (rows, columns), part in zip(sizes, planned, strict=True)
     )
 
 
 def _sizes(target: tuple[int, int], scale: float, enlargements: int) -> list[tuple[int, int]]:
-    """Sizes in tokens from 1 / scale of the target to the target, none over twice the last."""
+    """Sizes in units from 1 / scale of the target to the target, none over twice the last."""
     sizes = [target]
     for index in range(enlargements - 1, -1, -1):
         shrink = scale ** ((index - enlargements) / enlargements)

@@ -4,19 +4,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from support.families.models import FAMILIES
+from support.families.models import FAMILIES, make_model
 from support.families.pipelines import PIPELINES, call_options, draw, make_pipeline
 from torch.nn.functional import interpolate
 
 from clear_dit import CLEARFluxPipeline, CLEARPipeline, apply_clear
+from clear_dit.families.table import find_family
 from clear_dit.pipelines.cascade import run
 from clear_dit.pipelines.cascade.resolution import Resolution
 from clear_dit.pipelines.cascade.schedule import sigmas_for
 
-NAMES = [name for name in FAMILIES if name in PIPELINES]
+NAMES = [name for name in FAMILIES if find_family(make_model(name)).recipe is not None]
 FAR = 1000
-# Sides of a native image, in tokens.
-NATIVE = 5
 
 
 @pytest.fixture(params=NAMES)
@@ -28,8 +27,13 @@ def side_of(name):
     return PIPELINES[name][2]
 
 
+def native_size(name):
+    """5 tokens, or 6 where sides are multiples of two."""
+    return (6 if name == "qwen-image-2.1" else 5) * side_of(name)
+
+
 def clear(name, radius=FAR, **options):
-    pipe = CLEARPipeline(make_pipeline(name), native_size=NATIVE * side_of(name))
+    pipe = CLEARPipeline(make_pipeline(name), native_size=native_size(name))
     apply_clear(pipe, radius=radius, **options)
     return pipe
 
@@ -108,13 +112,13 @@ def test_an_enlarged_image_is_repainted_by_the_stock_pipeline(name, monkeypatch)
 
 def source_of(name):
     """The argument for an image to enlarge: FLUX.2's `image` is a reference."""
-    return "enlarge" if name == "flux2" else "image"
+    return "enlarge" if name in ("flux2", "qwen-image-2.1") else "image"
 
 
 def encoded(name, pipe, pixels):
     """Latents as the transformer takes them, (1, channels, height, width), by diffusers alone."""
     vae = pipe.vae
-    if name == "qwen-image":
+    if name in ("qwen-image", "krea2"):
         config = vae.config
         mode = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
         mean, std = (
@@ -134,7 +138,7 @@ def given(name, latents):
     """What `latents=` of a stock pipeline takes, by its own packing."""
     if name == "flux2":
         return make_pipeline(name)._patchify_latents(latents)
-    if name in ("flux", "chroma", "qwen-image"):
+    if name in ("flux", "chroma", "qwen-image", "krea2"):
         return FluxPipeline._pack_latents(latents, *latents.shape)
     return latents
 
@@ -167,7 +171,7 @@ def test_kill_and_resume(name, tmp_path):
 def test_a_pipeline_is_left_as_it_was(name):
     stock = make_pipeline(name)
     expected, before = draw(stock, name, 4, 4), dict(vars(stock))
-    pipe = CLEARPipeline(stock, native_size=NATIVE * side_of(name))
+    pipe = CLEARPipeline(stock, native_size=native_size(name))
     draw(pipe, name, 8, 8, resolution=as_trained)
     assert type(stock) is PIPELINES[name][0]
     assert vars(stock).keys() == before.keys()
