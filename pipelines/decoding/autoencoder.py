@@ -41,7 +41,8 @@ from .tiles import (
     whole,
 )
 
-# FLUX's decoder takes about 4 GB for a tile of 1024 x 1024 pixels in float32.
+# FLUX's decoder takes about 4 GB for a tile of 1024 x 1024 pixels in float32, CogView4's and
+# Qwen-Image 2.1's 8 GB, the others' less than FLUX's.
 TILE_PIXELS = 1024
 
 

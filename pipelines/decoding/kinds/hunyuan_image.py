@@ -102,7 +102,7 @@ def _mid_block(block: Any, height: int, width: int) -> Iterator[Segment]:
 
 
 def _attend(
-    layer: HunyuanImageAttentionBlock, hidden: torch.Tensor, radius: float | None
+    layer: HunyuanImageAttentionBlock, hidden: torch.Tensor, radius: int | None
 ) -> torch.Tensor:
     normal = layer.norm(hidden)
     q, k, v = (project(normal) for project in (layer.to_q, layer.to_k, layer.to_v))

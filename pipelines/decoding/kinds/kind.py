@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..tiles import Segment
-
-# A number, or one for each channel.
-Scale = TypeVar("Scale", float, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Scaling:
         ]
 
 
-def _like(x: torch.Tensor, scale: Scale) -> Scale:
+def _like(x: torch.Tensor, scale: float | torch.Tensor) -> float | torch.Tensor:
     return scale.to(x) if isinstance(scale, torch.Tensor) else scale
 
 

@@ -99,7 +99,7 @@ def _mid_block(block: Any, height: int, width: int) -> Iterator[Segment]:
     return mid_block(block, _layer, attention)
 
 
-def _attend(layer: Attention, hidden: torch.Tensor, radius: float | None) -> torch.Tensor:
+def _attend(layer: Attention, hidden: torch.Tensor, radius: int | None) -> torch.Tensor:
     """What diffusers' AttnProcessor2_0 does, see `attend`."""
     height, width = hidden.shape[-2:]
     normal = layer.group_norm(hidden).flatten(2).transpose(1, 2)

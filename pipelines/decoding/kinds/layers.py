@@ -34,7 +34,7 @@ def mid_block(
 
 
 def attention_segment(
-    run: Callable[[torch.Tensor, float | None], torch.Tensor],
+    run: Callable[[torch.Tensor, int | None], torch.Tensor],
     height: int,
     width: int,
     norms: int = 0,
@@ -58,7 +58,7 @@ def attend(
     v: torch.Tensor,
     height: int,
     width: int,
-    radius: float | None,
+    radius: int | None,
 ) -> torch.Tensor:
     """Attention over all pixels of a tile (radius None), or those of a disc around each.
 
@@ -78,7 +78,7 @@ def attend(
 
 
 def attend_channels(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, radius: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, radius: int | None
 ) -> torch.Tensor:
     """`attend` with a single head, on (1, channels, height, width)."""
     height, width = q.shape[-2:]

@@ -106,7 +106,7 @@ def _mid_block(block: Any, height: int, width: int) -> Iterator[Segment]:
     return mid_block(block, resnet, attention)
 
 
-def _attend(layer: Any, hidden: torch.Tensor, radius: float | None) -> torch.Tensor:
+def _attend(layer: Any, hidden: torch.Tensor, radius: int | None) -> torch.Tensor:
     q, k, v = layer.to_qkv(layer.norm(hidden)).chunk(3, dim=1)
     return layer.proj(attend_channels(q, k, v, radius)) + hidden
 

@@ -207,6 +207,18 @@ def test_bfloat16(vae):
         assert (ours - truth).square().mean() < 2 * (theirs - truth).square().mean()
 
 
+@of_kinds()
+def test_group_offload(vae):
+    latents, pixels = make_latents(vae), make_pixels(vae, 48, 40)
+    expected = decode(vae, latents, tile_pixels=24), encode(vae, pixels, tile_pixels=24)
+    for kind in ({"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}):
+        other = copy.deepcopy(vae)
+        options = {"offload_type": "block_level", **kind}
+        other.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **options)
+        assert torch.equal(decode(other, latents, tile_pixels=24), expected[0])
+        assert torch.equal(encode(other, pixels, tile_pixels=24), expected[1])
+
+
 def test_alpha():
     """Decoded where the autoencoder makes it; an image without it is opaque."""
     vae = make_kind("qwen21")
