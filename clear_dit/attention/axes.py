@@ -47,7 +47,7 @@ class Axis:
     dim: int
     method: str = "none"
     factor: float = 1.0
-    trained_side: int = 64
+    trained_side: float = 64
     margin: float = MARGIN
 
     def frequencies(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -134,6 +134,18 @@ class ExtendedPosEmbed(nn.Module):
             method, factors, trained_side, proportional_base=proportional_base
         )
         self.axes = self.extension.axes(theta, self.axes_dim, rows=1)
+
+    @classmethod
+    def of(cls, stock: Any, extension: Extension) -> Self:
+        """What stands in for a module with the same `theta` and `axes_dim`."""
+        return cls(
+            stock.theta,
+            stock.axes_dim,
+            extension.rope,
+            extension.rope_factors,
+            extension.trained_side,
+            extension.proportional_base,
+        )
 
     def extra_repr(self) -> str:
         return str(self.extension)

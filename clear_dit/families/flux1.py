@@ -49,15 +49,7 @@ def grids_from_ids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[int,
 def extend(model: Any, extension: Extension) -> dict[str, Any]:
     """`Family.extend` where `pos_embed` is a `FluxPosEmbed`."""
     positions = own_positions(model, "pos_embed", FluxPosEmbed, ExtendedPosEmbed)
-    extended = ExtendedPosEmbed(
-        positions.theta,
-        positions.axes_dim,
-        method=extension.rope,
-        factors=extension.rope_factors,
-        trained_side=extension.trained_side,
-        proportional_base=extension.proportional_base,
-    )
-    return {"pos_embed": extended}
+    return {"pos_embed": ExtendedPosEmbed.of(positions, extension)}
 
 
 def adapter_was_undone(model: Any, installed: Any) -> bool:

@@ -141,14 +141,14 @@ class ExtendedFlux2PosEmbed(nn.Module):
         """The table of some position ids.
 
         Args:
-            ids: (tokens, 4): group, row, column and text position; of image and references, or of
-                text, as the model asks for them.
+            ids: (tokens, 4): group, row, column and text position; of text or of images, as the
+                model asks for them. Those of reference images differ in the first or the last.
 
         Returns:
             cos and sin, (tokens, k * sum(axes_dim)) each, float32; k is 1, and more with "two".
         """
         ids = ids.float()
-        of_image = (ids[:, :1] == 0) & (ids[:, 1:3] != 0).any()
+        of_image = (ids[:, [0, 3]] == 0).all(dim=1, keepdim=True) & (ids[:, 1:3] != 0).any()
         tables = [cos_and_sin(self.axes, each) for each in of_tokens(self.axes, ids, of_image)]
         cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*tables, strict=True))
         return cos, sin

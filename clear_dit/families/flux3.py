@@ -15,9 +15,17 @@ import torch
 from ..attention.grid import reference_grids
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate
-from .family import Family, Reading, only
+from ..attention.positions import Extension
+from ..compat import names_from
+from .family import Family, Reading, only, own_positions
 from .flux1 import read_ids
+from .flux2 import ExtendedFlux2PosEmbed
 from .joint import JointProcessor, Stream
+
+(Flux3PosEmbed,) = names_from("diffusers.models.transformers.transformer_flux3", "Flux3PosEmbed")
+
+# From row to row and from column to column, in positions.
+STEP = 0.5
 
 
 class Flux3Processor(JointProcessor):
@@ -65,6 +73,22 @@ def _reference_grids(given: Mapping[str, Any], layout: Layout) -> tuple[tuple[in
     return reference_grids(given["image_cond_ids"].roll(1, dims=-1).float())
 
 
+class ExtendedFlux3PosEmbed(ExtendedFlux2PosEmbed):
+    """Stands in for `Flux3PosEmbed`, as `ExtendedFlux2PosEmbed` does for FLUX.2's."""
+
+    def __init__(self, stock: Any, extension: Extension) -> None:
+        super().__init__(stock, extension)
+        self.axes = tuple(
+            replace(axis, trained_side=axis.trained_side * STEP, margin=axis.margin * STEP)
+            for axis in self.axes
+        )
+
+
+def _extend(model: Any, extension: Extension) -> dict[str, Any]:
+    positions = own_positions(model, "pos_embed", Flux3PosEmbed, ExtendedFlux3PosEmbed)
+    return {"pos_embed": ExtendedFlux3PosEmbed(positions, extension)}
+
+
 FAMILY = Family(
     name="flux3",
     title="FLUX.3",
@@ -77,6 +101,7 @@ FAMILY = Family(
     grid_from="img_ids (four numbers, rows and columns in steps of 0.5)",
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",
+    extend=_extend,
     kept={
         "txt_mode_blocks": "attends over text alone",
         "mode_blocks.image_cond": "attends over reference images alone",

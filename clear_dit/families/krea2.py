@@ -15,9 +15,15 @@ import torch
 from ..attention.grid import layout_from_ids, reference_grids, unrounded_ids
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
-from .family import Family, Reading, check_image_length, only
+from ..attention.positions import ExtendedPosEmbed, Extension
+from ..compat import names_from
+from .family import Family, Reading, check_image_length, only, own_positions
 from .joint import JointProcessor, Stream
 from .recipe import Defaults, Guidance, Recipe, linear_shift
+
+(Krea2RotaryPosEmbed,) = names_from(
+    "diffusers.models.transformers.transformer_krea2", "Krea2RotaryPosEmbed"
+)
 
 
 class Krea2Processor(JointProcessor):
@@ -91,6 +97,20 @@ def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults |
     return Defaults(size=1024, radius=16, steps=8, guidance=0.0)
 
 
+class ExtendedKrea2RotaryPosEmbed(ExtendedPosEmbed):
+    """Stands in for `Krea2RotaryPosEmbed`, as `ExtendedPosEmbed` does for FLUX.1's."""
+
+    def forward(self, ids: torch.Tensor) -> Rotary:
+        """cos and sin, (text + image, k * sum(axes_dim)) each; k is 1, and more with "two"."""
+        tables = super().forward(ids)
+        return torch.cat(tables[::2], dim=1), torch.cat(tables[1::2], dim=1)
+
+
+def _extend(model: Any, extension: Extension) -> dict[str, Any]:
+    positions = own_positions(model, "rotary_emb", Krea2RotaryPosEmbed, ExtendedKrea2RotaryPosEmbed)
+    return {"rotary_emb": ExtendedKrea2RotaryPosEmbed.of(positions, extension)}
+
+
 FAMILY = Family(
     name="krea2",
     title="Krea 2",
@@ -111,6 +131,8 @@ FAMILY = Family(
     grid_from="position_ids",
     heads="48 x 128, keys and values 12 x 128",
     positions="no limit: sine and cosine of any position",
+    extend=_extend,
+    proportional=True,
     kept={"text_fusion": "attends over text alone"},
     unsupported=only((), "not wired up so far"),
 )

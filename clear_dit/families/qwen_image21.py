@@ -21,6 +21,7 @@ from ..compat import names_from
 from ..kernels.window import Window
 from .family import Family, Reading, only
 from .joint import JointProcessor
+from .qwen21_positions import ExtendedQwenImage21Rope, extend
 from .recipe import Defaults, Guidance, Latents, Recipe
 
 SLOT, _qkv = names_from(
@@ -149,7 +150,7 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
             f"a multiple of {SLOT}, but hidden_states has {tokens}."
         )
     text_length = slots.shape[1] - tokens // SLOT
-    _check_positions(rows, columns, text_length + sum(max(h, w) for _, h, w in references))
+    _check_positions(model, rows, columns, text_length + sum(max(h, w) for _, h, w in references))
     layout = Layout(text_length + of_references, rows, columns)
     mask = given.get("encoder_hidden_states_mask")
     if mask is not None:
@@ -159,8 +160,10 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     return Reading(layout, latents, mask)
 
 
-def _check_positions(rows: int, columns: int, before: int) -> None:
+def _check_positions(model: Any, rows: int, columns: int, before: int) -> None:
     """The model's table of positions is finite, and past one of its ends comes the other."""
+    if isinstance(model.pos_embed, ExtendedQwenImage21Rope):
+        return
     half = max(rows - rows // 2, columns - columns // 2)
     if half > NEGATIVE or before >= POSITIONS:
         raise ValueError(
@@ -192,6 +195,7 @@ FAMILY = Family(
     order="text and references, image",
     grid_from="img_shapes",
     heads="32 x 128",
-    positions="2048 tokens a side: a table",
+    positions="2048 tokens a side: a table; extended, no limit: computed",
+    extend=extend,
     unsupported=only((), "not wired up so far"),
 )

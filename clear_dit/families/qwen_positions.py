@@ -94,7 +94,7 @@ class ExtendedQwenEmbedRope(nn.Module):
         """
         assert max_txt_seq_len is not None
         shapes, text_length = image_shapes(video_fhw), int(max_txt_seq_len)
-        image, *others = (_positions(shape, place) for place, shape in enumerate(shapes))
+        image, *others = (positions_of(shape, place) for place, shape in enumerate(shapes))
         gain = self.extension.gain(sum(f * h * w for f, h, w in shapes) + text_length)
         of_images, of_text = list[torch.Tensor](), list[torch.Tensor]()
         scalings = (None,) * len(self.axes), *octaves(self.axes)
@@ -126,7 +126,7 @@ class ExtendedQwenEmbedRope(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-def _positions(shape: Shape, place: int) -> list[torch.Tensor]:
+def positions_of(shape: Shape, place: int) -> list[torch.Tensor]:
     """Of an image on every axis, by its place among the images."""
     frames, *sides = shape
     from_the_middle = (

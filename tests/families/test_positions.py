@@ -8,8 +8,11 @@ import torch
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.transformers.transformer_cogview4 import CogView4RotaryPosEmbed
 from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
+from diffusers.models.transformers.transformer_flux3 import Flux3PosEmbed
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageRotaryPosEmbed
+from diffusers.models.transformers.transformer_krea2 import Krea2RotaryPosEmbed
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Rope
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder
 from support.families.models import make_inputs, make_model, raster_ids, run
 from support.families.oracle import FAR
@@ -38,6 +41,12 @@ STOCK = {
         lambda: HunyuanImageRotaryPosEmbed((1, 1), (64, 64), 256.0),
         *("rope", 256, [64, 64]),
     ),
+    "flux3": (lambda: Flux3PosEmbed(10000, [32] * 4), "pos_embed", 10000, [32] * 4),
+    "krea2": (lambda: Krea2RotaryPosEmbed(1000, [32, 48, 48]), "rotary_emb", 1000, [32, 48, 48]),
+    "qwen-image-2.1": (
+        lambda: QwenImage21Rope(10000, [16, 56, 56]),
+        *("pos_embed", 10000, [16, 56, 56]),
+    ),
     "cogview4": (
         lambda: CogView4RotaryPosEmbed(128, 2, (LIMIT, LIMIT)),
         *("rope", 10000, [64, 64]),
@@ -54,6 +63,19 @@ def extended(name, *how, **more):
 
 def call(name, module, rows=ROWS, columns=COLUMNS, text=TEXT):
     """The tables of image (and a reference, where there can be one) and text, as the model asks."""
+    if name == "flux3":
+        images = torch.cat(image_positions(name, rows, columns))
+        return [*module(images.float()), *module(text_positions("flux2", text=text).float())]
+    if name == "krea2":
+        images = torch.cat(image_positions(name, rows, columns)).float()
+        tables = module(torch.cat([torch.zeros(text, 3), images]))
+        return [*(t[text:] for t in tables), *(t[:text] for t in tables)]
+    if name == "qwen-image-2.1":  # text, a reference, text, the image
+        lengths = text - 3, REFERENCE[0] * REFERENCE[1], 3, rows * columns
+        is_image = torch.tensor([False, True, False, True]).repeat_interleave(torch.tensor(lengths))
+        table = module([(1, *REFERENCE), (1, rows, columns)], is_image, torch.device("cpu"))
+        first, reference, second, image = table.split(lengths)
+        return [torch.cat([image, reference]), torch.cat([first, second])]
     if name == "flux2":
         ids = [raster_ids(rows, columns, 0, 4), raster_ids(*REFERENCE, 10, 4)]
         text_ids = torch.zeros(text, 4)
@@ -74,7 +96,7 @@ def call(name, module, rows=ROWS, columns=COLUMNS, text=TEXT):
 
 def rotations(name, tables):
     """A complex number for every pair of channels, of image and text: (tokens, k * pairs)."""
-    if name in ("qwen-image", "z-image"):
+    if name in ("qwen-image", "qwen-image-2.1", "z-image"):
         return tables
     if name == "cogview4":  # halves of a head
         tables = [torch.cat(t.chunk(2 * t.shape[1] // 128, dim=1)[::2], dim=1) for t in tables]
@@ -87,8 +109,18 @@ def image_positions(name, rows=ROWS, columns=COLUMNS, text=TEXT):
     """True positions of image, and of what stands behind it: (tokens, axes) each, float64."""
     if name == "flux2":
         return raster_ids(rows, columns, 0, 4).double(), raster_ids(*REFERENCE, 10, 4).double()
-    if name == "qwen-image":
-        image, reference = raster_ids(rows, columns, 0, 3), raster_ids(*REFERENCE, 1, 3)
+    if name == "flux3":
+        image, reference = raster_ids(rows, columns, 0, 4) / 2, raster_ids(*REFERENCE, 0, 4) / 2
+        reference[:, 3] = -1
+        return image.double(), reference.double()
+    if name == "krea2":
+        return raster_ids(rows, columns, 0, 3).double(), raster_ids(*REFERENCE, 1, 3).double()
+    if name in ("qwen-image", "qwen-image-2.1"):
+        places = (0, 1) if name == "qwen-image" else (text + max(REFERENCE), text - 3)
+        image, reference = (
+            raster_ids(*size, place, 3)
+            for size, place in zip(((rows, columns), REFERENCE), places, strict=True)
+        )
         for ids, (h, w) in ((image, (rows, columns)), (reference, REFERENCE)):
             ids -= torch.tensor([0, h - h // 2, w - w // 2])
         return image.double(), reference.double()
@@ -102,7 +134,12 @@ def text_positions(name, start=None, text=TEXT):
     places = torch.arange(text).double()
     if name == "qwen-image":
         return (start + places)[:, None].expand(-1, 3)
-    if name == "flux2":
+    if name == "qwen-image-2.1":
+        places[-3:] += max(REFERENCE)
+        return places[:, None].expand(-1, 3)
+    if name == "krea2":
+        return torch.zeros(text, 3).double()
+    if name in ("flux2", "flux3"):
         return torch.stack([*3 * [0 * places], places], dim=1)
     if name == "z-image":
         return torch.stack([1 + places, 0 * places, 0 * places], dim=1)
@@ -199,6 +236,8 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones(name):
     true = image_positions(name)[0]
     if name == "cogview4":  # as an image half as large has them
         true, side = true * 2 * LIMIT / torch.tensor([ROWS, COLUMNS]), LIMIT
+    if name == "flux3":  # half a position to a token
+        side /= 2
     start = 0
     for axis, dim in enumerate(dims):
         turns = side * theta ** (-torch.arange(0, dim, 2).double() / dim) / (2 * math.pi)
@@ -246,10 +285,10 @@ def test_two_positions_are_the_true_and_the_scaled(name, factors):
     else:
         true, far = image, image / by
         for axis, scaled in zip(axes_of(name), scaled_axes, strict=True):
-            if scaled and name == "qwen-image":  # the trained extent is from -6 to 4
+            if scaled and name.startswith("qwen"):  # the trained extent is from -6 to 4
                 far[:, axis] += -5.5 - far[:, axis].min()
             elif scaled:
-                far[:, axis] += 0.5
+                far[:, axis] += 0.25 if name == "flux3" else 0.5
     assert_close(found[0][:, :pairs], plain(name, torch.cat([true, rest])))
     assert_close(found[0][:, -pairs:], plain(name, torch.cat([far, rest])))
     text = text_positions(name, max(ROWS // 2, COLUMNS // 2))
@@ -276,7 +315,12 @@ def test_positions_of_qwen_image_between():
 
 @pytest.mark.parametrize(
     ("name", "rows", "columns", "text"),
-    [("z-image", 3, 600, 9), ("z-image", 600, 2, 1700), ("qwen-image", 2, 8300, 5)],
+    [
+        ("z-image", 3, 600, 9),
+        ("z-image", 600, 2, 1700),
+        ("qwen-image", 2, 8300, 5),
+        ("qwen-image-2.1", 2, 2100, 8300),
+    ],
 )
 def test_beyond_the_stored_tables(name, rows, columns, text):
     image, of_text = call(name, extended(name), rows, columns, text)
@@ -343,7 +387,7 @@ def test_computed_positions_of_z_image_are_those_of_a_longer_table():
 
 
 # Layers over text alone, without positions.
-UNROTATED = ("context_embedder",)
+UNROTATED = ("context_embedder", "text_fusion")
 
 
 class Recorder:
@@ -362,8 +406,10 @@ class Recorder:
         encoder_hidden_states_mask=None,
         image_rotary_emb=None,
         freqs_cis=None,
+        rotary_emb=None,
+        **unused,
     ):
-        found = [*given[-1:], image_rotary_emb, freqs_cis]
+        found = [*given[-1:], image_rotary_emb, freqs_cis, rotary_emb]
         (table,) = (one for one in found if one is not None)
         self.tables.append(table if isinstance(table, tuple) else (table,))
         if len(given) == 3:
@@ -394,13 +440,16 @@ def test_models_pass_tables_of_two_positions_on(name):
                 assert torch.equal(wide[..., : table.shape[-1]], table)
 
 
-def test_proportional_attention_of_qwen_image_is_that_of_the_processor():
-    given, model = make_inputs("qwen-image", 4, 6, batch=2), make_model("qwen-image")
+@pytest.mark.parametrize("name", ["qwen-image", "krea2"])
+def test_proportional_attention_is_that_of_the_processor(name):
+    given, model = make_inputs(name, 4, 6, batch=2), make_model(name)
     without = run(model, given)
-    extension = Extension(proportional_base=10)
-    vars(model).update(FAMILY["qwen-image"].extended(model, extension))
+    (attribute, positions), *_ = (
+        FAMILY[name].extended(model, Extension(proportional_base=10)).items()
+    )
+    vars(model)[attribute] = positions
     through_table = run(model, given)
-    vars(model).pop("pos_embed")
+    del vars(model)[attribute]
     apply_clear(model, radius=FAR, far=False, proportional_base=10)
     torch.testing.assert_close(through_table, run(model, given), atol=1e-5, rtol=0)
     assert (through_table - without).abs().max() > 1e-3
@@ -478,6 +527,6 @@ def test_what_a_family_cannot_have_is_refused():
     ):
         with pytest.raises(ValueError, match=f"rope '{method}' does not work .* from: {known}"):
             FAMILY[name].extended(make_model(name), Extension(method))
-    for name in ("flux2", "sd3"):
+    for name in ("flux2", "flux3", "sd3"):
         with pytest.raises(ValueError, match="proportional_base does not work by"):
             FAMILY[name].extended(make_model(name), Extension(proportional_base=100))
