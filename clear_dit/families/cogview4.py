@@ -186,7 +186,7 @@ FAMILY = Family(
     recipe=Recipe(
         pipelines=("CogView4Pipeline",),
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=5.0),
-        latents=Latents(packed=False),
+        latents=Latents("grid"),
         mu=_log_shift,
         shift=3.25,  # its own at 1024 x 1024 px
         text_length=1024,

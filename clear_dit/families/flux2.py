@@ -165,7 +165,7 @@ FAMILY = Family(
     recipe=Recipe(
         pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=4.0),
-        latents=Latents(given_in_rows=True),
+        latents=Latents(given="rows"),
         mu=_log_shift,
         defaults_of=_defaults,
         shift=7.5,  # its own at 1024 x 1024 px, in 50 steps

@@ -167,7 +167,7 @@ FAMILY = Family(
     recipe=Recipe(
         pipelines=("HunyuanImagePipeline",),
         defaults=Defaults(size=2048, radius=16, steps=50, guidance=3.5),
-        latents=Latents(packed=False),
+        latents=Latents("grid"),
         guidance=Guidance(None, embedded="distilled_guidance_scale"),
         defaults_of=_defaults,
         patch=1,

@@ -21,47 +21,50 @@ class Latents:
     of the autoencoder's channels and size, shifted and scaled.
 
     Attributes:
-        packed: whether the denoising loop holds (batch, height * width / pack^2, channels *
-            pack^2), as FLUX.1 does; else it holds the grid.
+        held: the form in which the denoising loop holds them: "tokens", (batch, height * width /
+            pack^2, channels * pack^2), as FLUX.1 does; "rows", (batch, channels * pack^2, height /
+            pack, width / pack); or "grid".
+        given: that of `latents=`; the same where None.
         pack: side of the squares of latent pixels that are packed together, row by row within each
             channel.
-        given_in_rows: whether `latents=` of a pipeline that packs is (batch, channels * pack^2,
-            height / pack, width / pack).
     """
 
-    packed: bool = True
+    held: str = "tokens"
+    given: str | None = None
     pack: int = 2
-    given_in_rows: bool = False
 
     def to_grid(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """What the loop holds as a grid of height x width latent pixels."""
-        if not self.packed:
+        if self.held == "grid":
             return latents
         side = self.pack
+        if self.held == "rows":
+            latents = latents.flatten(2).transpose(1, 2)
         split = latents.unflatten(2, (-1, side, side)).unflatten(1, (height // side, -1))
         return split.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
     def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
         """The inverse of `to_grid`."""
-        if not self.packed:
+        return self._packed(grid, self.held)
+
+    def as_given(self, grid: torch.Tensor) -> torch.Tensor:
+        """A grid as a pipeline's `latents=`."""
+        return self._packed(grid, self.given or self.held)
+
+    def _packed(self, grid: torch.Tensor, form: str) -> torch.Tensor:
+        if form == "grid":
             return grid
         side = self.pack
         split = grid.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-        return split.permute(0, 2, 4, 1, 3, 5).flatten(3, 5).flatten(1, 2)
+        rows = split.permute(0, 2, 4, 1, 3, 5).flatten(3, 5)  # [B, rows, columns, C]
+        return rows.flatten(1, 2) if form == "tokens" else rows.permute(0, 3, 1, 2)
 
     def given_shape(self, height: int, width: int) -> tuple[int | str, ...]:
         """Shape of a pipeline's `latents=`, of any batch and channels; sizes in latent pixels."""
-        rows, columns = height // self.pack, width // self.pack
-        if self.packed and not self.given_in_rows:
+        form, rows, columns = self.given or self.held, height // self.pack, width // self.pack
+        if form == "tokens":
             return ("batch", rows * columns, "channels")
-        sides = (rows, columns) if self.packed else (height, width)
-        return ("batch", "channels", *sides)
-
-    def given(self, latents: torch.Tensor, rows: int) -> torch.Tensor:
-        """What the loop holds as a pipeline's `latents=`; rows: of packed squares."""
-        if not self.given_in_rows:
-            return latents
-        return latents.transpose(1, 2).unflatten(2, (rows, -1))
+        return ("batch", "channels", *((rows, columns) if form == "rows" else (height, width)))
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,7 @@ FAMILY = Family(
     recipe=Recipe(
         pipelines=("StableDiffusion3Pipeline",),
         defaults=Defaults(size=1024, radius=16, steps=28, guidance=7.0),
-        latents=Latents(packed=False),
+        latents=Latents("grid"),
         mu=_log_shift,
     ),
     transformer="SD3Transformer2DModel",

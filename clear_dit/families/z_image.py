@@ -200,7 +200,7 @@ FAMILY = Family(
     recipe=Recipe(
         pipelines=("ZImagePipeline",),
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=5.0),
-        latents=Latents(packed=False),
+        latents=Latents("grid"),
         guidance=Guidance(off=0.0),
     ),
     transformer="ZImageTransformer2DModel",

@@ -392,7 +392,7 @@ class _Watch:
             self._on_step(
                 Step(
                     step=step + 1,
-                    steps=pipe.num_timesteps,
+                    steps=len(pipe.scheduler.timesteps),
                     stage=pipe.stages.index(pipe.stage) + 1,
                     stages=len(pipe.stages),
                     height=pipe.stage.height,

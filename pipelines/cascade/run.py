@@ -7,6 +7,7 @@ the end of a schedule where there is an image to start from.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .resolution import applied
 from .schedule import given_sigmas, sigmas_for
 from .stage_attention import full_attention, keeps_between_forwards, runs_clear
 from .stage_files import StageFiles
+from .stage_scheduler import Ended, StageScheduler
 from .stages import Stage
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -191,9 +193,7 @@ def _repaint(
             guidance,
             num_inference_steps=len(sigmas),
             sigmas=sigmas,
-            latents=pipe.recipe.latents.given(
-                _pack(pipe, start).to(dtype), stage.height // pipe.token_pixels
-            ),
+            latents=pipe.recipe.latents.as_given(start).to(dtype),
         )
 
 
@@ -210,9 +210,10 @@ def _denoise(
         pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
     ) -> dict[str, Any]:
         if not tensors["latents"].isfinite().all():
+            steps = len(pipe.scheduler.timesteps)
             raise FloatingPointError(
-                f"CLEARPipeline: latents are NaN or infinite after step {step + 1} of "
-                f"{pipe.num_timesteps} of stage {request.stages.index(stage) + 1} ({stage.name}); "
+                f"CLEARPipeline: latents are NaN or infinite after step {step + 1} of {steps} "
+                f"of stage {request.stages.index(stage) + 1} ({stage.name}); "
                 "use float32 or bfloat16, or less guidance."
             )
         if guidance is not None:
@@ -223,21 +224,45 @@ def _denoise(
             given = {name: tensors[name] for name in request.callback_inputs}
             with as_between_forwards():
                 tensors |= request.callback(pipe, step, timestep, given)
+        if pipe.interrupt and not hasattr(pipe.stock, "interrupt"):
+            raise Ended(tensors["latents"])
         return tensors
 
     # Z-Image writes its chat template into the list it is given.
     options = {name: list(x) if type(x) is list else x for name, x in request.options.items()}
-    return pipe.stock.__call__(
-        pipe,
-        height=stage.height,
-        width=stage.width,
-        output_type="latent",
-        return_dict=False,
-        callback_on_step_end=on_step_end,
-        callback_on_step_end_tensor_inputs=list({"latents", *request.callback_inputs}),
-        **options,
-        **arguments,
-    )[0]
+    known = inspect.signature(pipe.stock.__call__).parameters
+    own, after_step, levels = pipe.scheduler, None, None
+    if "callback_on_step_end" in known:
+        options["callback_on_step_end"] = on_step_end
+        inputs = list({"latents", *request.callback_inputs})
+        options["callback_on_step_end_tensor_inputs"] = inputs
+    else:
+        after_step = partial(_told_by_scheduler, pipe, on_step_end)
+    if "sigmas" not in known:
+        levels = arguments.pop("sigmas")
+    if levels is not None or after_step is not None:
+        pipe.scheduler = StageScheduler.of(own, levels, after_step)
+    try:
+        return pipe.stock.__call__(
+            pipe,
+            height=stage.height,
+            width=stage.width,
+            output_type="latent",
+            return_dict=False,
+            **options,
+            **arguments,
+        )[0]
+    except Ended as ended:
+        return ended.latents
+    finally:
+        pipe.scheduler = own
+
+
+def _told_by_scheduler(
+    pipe: Any, on_step_end: Callable[..., Any], step: int, timestep: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    latents: torch.Tensor = on_step_end(pipe, step, timestep, {"latents": x})["latents"]
+    return latents
 
 
 def _tile_group(pipe: Any) -> ProcessGroup | None:
