@@ -17,7 +17,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.positions import ExtendedPosEmbed, Extension
 from ..compat import names_from
-from .family import Family, Reading, check_image_length, only, own_positions
+from .family import Cut, Family, Reading, check_image_length, only, own_positions
 from .joint import JointProcessor, Stream
 from .recipe import Defaults, Guidance, Recipe, linear_shift
 
@@ -134,5 +134,6 @@ FAMILY = Family(
     extend=_extend,
     proportional=True,
     kept={"text_fusion": "attends over text alone"},
-    unsupported=only((), "not wired up so far"),
+    cut=Cut(("hidden_states",), whole_after="final_layer"),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

@@ -60,5 +60,5 @@ FAMILY = Family(
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",
     serves_fused=True,
-    unsupported=only((), "not wired up so far"),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

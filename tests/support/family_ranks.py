@@ -9,7 +9,7 @@ from diffusers import FirstBlockCacheConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 from clear_dit import apply_clear
-from clear_dit.families.table import attention_layers
+from clear_dit.families.table import attention_layers, find_family
 from clear_dit.pipelines.cascade.two_position_processor import TwoPositionsInFullAttention
 from clear_dit.pipelines.parallel.patch_parallel import parallelize
 from clear_dit.weights.forward import changed_in_forwards
@@ -30,6 +30,9 @@ from .ip_adapter import make_sd3_ip_adapter
 
 ROWS, COLUMNS, RADIUS = 7, 5, 2
 FACTORS = (0.7, 0.5, 0.3)  # of the angles of further positions
+SHARED = [
+    name for name in FAMILIES if "patch-parallel" not in find_family(make_model(name)).unsupported
+]
 # Arguments of `predict` that every family is tried with, in a batch of two.
 SETTINGS = {
     "far": {"far": True},
@@ -189,7 +192,7 @@ def predict_all(folder):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("patch",))
     found = {
         (name, what): predict(name, mesh, **case)
-        for name in FAMILIES
+        for name in SHARED
         for what, case in cases(name).items()
     }
     torch.save(found, folder / os.environ["RANK"])

@@ -29,6 +29,8 @@ EMBEDDERS = {
     "z-image": "rope_embedder",
     "hunyuan-image": "rope",
     "cogview4": "rope",
+    "krea2": "rotary_emb",
+    "longcat-image": "pos_embed",
 }
 TUPLES = ("flux", "chroma")  # which have further tables behind the first, not beside it
 TABLES = ("image_rotary_emb", "freqs_cis")  # names of a processor's argument
