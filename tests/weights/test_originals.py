@@ -218,7 +218,10 @@ def test_saved_models_say_so(files, tmp_path):
     assert_same(run(again, INPUTS), run(other, INPUTS))
     stock = FluxTransformer2DModel.from_pretrained(tmp_path / "stock")
     assert not remove_clear(stock)
-    assert torch.equal(run(stock, INPUTS), run(make_transformer(), INPUTS))
+    weights, expected = stock.state_dict(), make_transformer().state_dict()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    # Where safetensors puts weights in memory, products may be summed in another order.
+    assert_same(run(stock, INPUTS), run(make_transformer(), INPUTS))
 
 
 def test_saved_models_that_a_lora_had_changed_take_no_other_weights(files, tmp_path):
