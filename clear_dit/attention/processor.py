@@ -68,6 +68,31 @@ class Shared(NamedTuple):
         return Shared(self.image, lambda: _pair(row.sample(x) for x in self.arrived()))
 
 
+class Tables(NamedTuple):
+    """A rotary table of a layer's tokens, position by position.
+
+    Attributes:
+        near: by true positions; None where tokens are not rotated.
+        further: by scaled ones, the least scaled first, where tokens have several.
+        halo: of the neighbours' rows by true positions, where ranks share the image.
+    """
+
+    near: Rotary | None = None
+    further: Sequence[Rotary] = ()
+    halo: Rotary | None = None
+
+    @classmethod
+    def of(cls, key: torch.Tensor, make: Callable[[], list[Rotary]], share: Any) -> Tables:
+        """Those of this rank's tokens.
+
+        Args:
+            key, make: see `SharedImage.tables`.
+            share: a `pipelines.parallel.SharedImage`, if any.
+        """
+        (near, *further), halo = (make(), None) if share is None else share.tables(key, make)
+        return cls(near, further, halo)
+
+
 class CLEARProcessor(nn.Module):
     """Attention processor for the double and single blocks of FLUX.1 (arXiv 2412.16112).
 
@@ -318,7 +343,10 @@ class CLEARProcessor(nn.Module):
             valid_text = None
         else:
             layout, valid_text, share = self._find_forward(sequence, text_length, rotary)
-        tables, of_halo = _tables(rotary, layout, share)
+        tables = Tables()
+        if rotary is not None:
+            make = functools.partial(_by_position, rotary, layout)
+            tables = Tables.of(rotary[0], make, share)
         if share is not None:
             layout = share.layout
         stream = layout if text_length is None else layout.image_only
@@ -339,16 +367,15 @@ class CLEARProcessor(nn.Module):
             )
             text_norms = attn.norm_added_q, attn.norm_added_k
             value = torch.cat([text_value, value], dim=1)
-        near, *further = tables
         place = functools.partial(_place, attn, (query, key), (text_query, text_key), text_norms)
-        scaled = self._scaled(place, further)
+        scaled = self._scaled(place, tables.further)
         del place
-        query = norm_and_rotate(query, attn.norm_q, near, text_query, text_norms[0])
-        key = norm_and_rotate(key, attn.norm_k, near, text_key, text_norms[1])
+        query = norm_and_rotate(query, attn.norm_q, tables.near, text_query, text_norms[0])
+        key = norm_and_rotate(key, attn.norm_k, tables.near, text_key, text_norms[1])
 
         shared = None
         if share is not None:
-            shared = Shared.of(share, functools.partial(_key_value, attn, halo, of_halo))
+            shared = Shared.of(share, functools.partial(_key_value, attn, halo, tables.halo))
         out = self._local((query, key, value), layout, valid_text, window, scaled, shared)
         out = out.flatten(2, 3).to(query.dtype)
         del query, key, value, scaled  # three tensors of the sequence's size, or more
@@ -539,26 +566,8 @@ def _pair(tensors: Iterable[torch.Tensor]) -> Rotated:
     return query, key
 
 
-def _tables(
-    rotary: Rotary | None, layout: Layout, share: Any
-) -> tuple[list[Rotary | None], Rotary | None]:
-    """FLUX's table position by position, and where ranks share the image that of the halo.
-
-    Args:
-        rotary: (cos, sin, ...) of the whole sequence in a layer's order.
-        layout: of the whole sequence.
-        share: a `pipelines.parallel.SharedImage`, if any; the tables are then of this rank.
-    """
-    if rotary is None:
-        return [None], None
-    if share is not None:
-        found: tuple[list[Rotary | None], Rotary]
-        found = share.tables(rotary[0], lambda: _by_position(rotary, layout))
-        return found
-    return [*_by_position(rotary, layout)], None
-
-
 def _by_position(rotary: Rotary, layout: Layout) -> list[Rotary]:
+    """FLUX's table, in a layer's order, position by position and in that of local attention."""
     if layout.reference_length:
         rotary = tuple(layout.to_local(table[None])[0] for table in rotary)
     return list(zip(rotary[::2], rotary[1::2], strict=True))

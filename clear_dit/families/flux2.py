@@ -42,8 +42,8 @@ class Flux2Processor(JointProcessor):
         """Image and text, (batch, tokens, channels) each; arguments are the stock processor's."""
         self._refuse_foreign_settings(attention_mask)
         assert image_rotary_emb is not None
-        linears = attn.to_q, attn.to_k, attn.to_v
-        text_linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+        linears: tuple[Any, ...] = (attn.to_q, attn.to_k, attn.to_v)
+        text_linears: tuple[Any, ...] = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         if attn.fused_projections:
             linears, text_linears = (attn.to_qkv,), (attn.to_added_qkv,)
         image, text = self.attend(

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate
-from ..attention.processor import CLEARProcessor, Shared
+from ..attention.processor import CLEARProcessor, Shared, Tables
 from ..attention.text_padding import Projected, ValidText
 from ..attention.tracker import Forward, WindowTracker
 from ..kernels.two_positions import Rotated
@@ -259,35 +259,26 @@ class JointProcessor(CLEARProcessor):
         text_norms = (None, None) if text_stream is None else text_stream.norms
         if text_value is not None:
             value = torch.cat([text_value, value], dim=1)
-        (near, *further), of_halo = self._positions(turn, rotary, stream.head_dim)
+        tables, share = Tables(), turn.forward.share
+        if rotary is not None:
+            make = functools.partial(self._by_position, rotary, turn, stream.head_dim)
+            tables = Tables.of(rotary[0], make, share)
         both, both_of_text = (query, key), (text_query, text_key)
         place = functools.partial(self._place, both, stream.norms, both_of_text, text_norms)
-        scaled = self._scaled(place, further)
+        scaled = self._scaled(place, tables.further)
         del projected, of_text, text_value, both, both_of_text, place
-        query = self.place(query, stream.norms[0], near, text_query, text_norms[0])
-        key = self.place(key, stream.norms[1], near, text_key, text_norms[1])
+        query = self.place(query, stream.norms[0], tables.near, text_query, text_norms[0])
+        key = self.place(key, stream.norms[1], tables.near, text_key, text_norms[1])
         shared = None
         if halo is not None:
-            arrived = functools.partial(self._arrived, stream, halo, of_halo)
-            shared = Shared.of(turn.forward.share, arrived)
+            arrived = functools.partial(self._arrived, stream, halo, tables.halo)
+            shared = Shared.of(share, arrived)
         tensors = query, key, value
         out = self._local(tensors, turn.layout, turn.valid_text, turn.window, scaled, shared)
         return out.flatten(2, 3).to(query.dtype)
 
-    def _positions(
-        self, turn: Turn, rotary: Rotary | None, head_dim: int
-    ) -> tuple[list[Rotary | None], Rotary | None]:
-        """The tables by position, the true ones first; where ranks share the image of the halo."""
-        if rotary is None:
-            return [None], None
-        share = turn.forward.share
-        if share is not None:
-            found: tuple[list[Rotary | None], Rotary]
-            found = share.tables(
-                rotary[0], lambda: by_position(self.tables(rotary, turn), head_dim)
-            )
-            return found
-        return [*by_position(self.tables(rotary, turn), head_dim)], None
+    def _by_position(self, rotary: Rotary, turn: Turn, head_dim: int) -> list[Rotary]:
+        return _positions_of(self.tables(rotary, turn), head_dim)
 
     def _place(
         self,
@@ -321,7 +312,7 @@ def image_tables(rotary: Rotary, turn: Turn) -> Rotary:
     return functional.pad(cos, before, value=1.0), functional.pad(sin, before)
 
 
-def by_position(tables: Rotary, head_dim: int) -> list[Rotary]:
+def _positions_of(tables: Rotary, head_dim: int) -> list[Rotary]:
     """A table, position by position: the true ones first, then the least scaled.
 
     Args:

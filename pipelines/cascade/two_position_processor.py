@@ -38,7 +38,7 @@ class FullTwoPositions(CLEARProcessor):
 
 
 @functools.cache
-def full_processor(local: type[CLEARProcessor]) -> Any:
+def full_processor(local: Any) -> Any:
     """The processor that is like one of a family's, but for full attention with two positions."""
     return type(f"{local.__name__}OfTwoPositions", (FullTwoPositions, local), {})
 
@@ -97,7 +97,7 @@ class TwoPositionsInFullAttention:
 
     def _of(self, family: Family, stock: Any) -> Any:
         if stock not in self._made:
-            local = family.processors[type(stock).__name__]
+            local: Any = family.processors[type(stock).__name__]
             made = full_processor(local).for_layer(self._settings, self._tracker, stock)
             self._made[stock] = made
         return self._made[stock]

@@ -38,7 +38,7 @@ def cut_inside(model: nn.Module, share: SharedImage) -> Iterator[None]:
             for name, value in named.items()
         }
 
-    handles = []
+    handles: list[Any] = []
     with ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in handles])
         if cut.output_of is not None:
