@@ -30,18 +30,19 @@ def check_inputs(
             f"got {query.ndim} dimensions {tuple(query.shape)}."
         )
     whole = window.query_rows is None
-    if key.ndim != 4 or not key.shape[2] or query.shape[2] % key.shape[2]:
+    key_heads = key.shape[2] if key.ndim == 4 else query.shape[2]
+    if not key_heads or query.shape[2] % key_heads:
         raise ValueError(
-            "local_attention: key must be (batch, sequence, key heads, head_dim), query's "
-            f"{query.shape[2]} heads a multiple of its own, got {tuple(key.shape)}."
+            "local_attention: query's heads must be a multiple of key's, got "
+            f"{query.shape[2]} and {key_heads}."
         )
     length = query.shape[1] if whole else window.key_length
-    shape = (query.shape[0], length, key.shape[2], query.shape[3])
+    expected = (query.shape[0], length, key_heads, query.shape[3])
     for name, tensor in (("key", key), ("value", value)):
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != expected:
             raise ValueError(
-                f"local_attention: {name} must be (batch, sequence, key heads, head_dim) {shape}, "
-                f"got {tuple(tensor.shape)}."
+                f"local_attention: {name} must be (batch, sequence, key heads, head_dim), here "
+                f"{expected}, got {tuple(tensor.shape)}."
             )
         for what in ("dtype", "device"):
             if getattr(tensor, what) != getattr(query, what):
@@ -135,8 +136,8 @@ def local_attention(
         spatial_weight: weights of the pooling cell, (1, 1, 1, f, 1, f, 1) or (f, f) with
             f = down_factor, for keys and values alike; default 1 / f^2. With far keys (far_levels
             or more, 2, 2): of a cell's children, level by level; default 1 / 4.
-        far_offset: (far_levels or more, heads), added to the scores of far keys besides the log of
-            the tokens they stand for; default 0.
+        far_offset: (far_levels or more, heads of q), added to the scores of far keys besides the
+            log of the tokens they stand for; default 0.
         pooled: pooled key and value, where they are known or come from elsewhere: (batch,
             window.pooled_length, key heads, head_dim) each. Otherwise they are made of k and v.
         impl: one of `auto, triton, flex, tiled, reference`. "auto" takes the first of `preference`

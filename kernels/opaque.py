@@ -88,10 +88,12 @@ class Geometry(NamedTuple):
 def attention_op(name: str, forward: Forward, backward: Backward) -> Attention:
     """Register `clear_dit::{name}_attention` and its backward op; returns what calls the former.
 
-    An operator takes the numbers of a `Geometry` one by one. Pooled key and value are (batch,
-    pooled, heads, head_dim), empty without pooling, their bias float32 (pooled, heads), any
-    strides, or (0, heads) where none is added; lse is float32 or wider. A query that sees none of
-    the given keys has output 0, and -inf (or a number as good as it) for its lse.
+    An operator takes the numbers of a `Geometry` one by one. Key and value have the query's heads
+    or fewer (see groups.py), pooled ones as many: (batch, pooled, key heads, head_dim), empty
+    without pooling. What is added to the latter's scores belongs to the query's heads: float32
+    (pooled, heads), any strides, or (0, heads) where it is nothing; lse is float32 or wider. A
+    query that sees none of the given keys has output 0, and -inf (or a number as good as it) for
+    its lse.
 
     Returns:
         A function of the arguments of `local_attention`. It returns (out, lse), whether or not

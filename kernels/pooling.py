@@ -111,6 +111,7 @@ def pooled_bias(
     The log of the tokens it stands for and, for far keys, an offset of its level and head.
 
     Args:
+        heads: of the query, each of which has an offset of its own.
         far_offset: (far_levels or more, heads); 0 where None.
 
     Returns:

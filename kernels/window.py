@@ -412,8 +412,9 @@ class Window:
     def attention_flops(self, heads: int, head_dim: int) -> int:
         """Floating-point operations of one attention layer, batch 1.
 
-        4 * attended pairs * heads * head_dim: two for each product of query and key, two for each
-        product of probability and value (as the paper's table 2 counts; softmax not counted).
+        4 * attended pairs * heads of the query * head_dim: two for each product of query and key,
+        two for each product of probability and value (as the paper's table 2 counts; softmax not
+        counted).
         """
         return 4 * self.attended_pairs() * heads * head_dim
 

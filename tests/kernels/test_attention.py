@@ -21,11 +21,11 @@ def tensors(shape=(1, 27, 2, 8), dtype=torch.float32):
     [
         (
             {"k": torch.zeros(1, 26, 2, 8)},
-            "key must be (batch, sequence, key heads, head_dim) (1, 27, 2, 8), got",
+            "key must be (batch, sequence, key heads, head_dim), here (1, 27, 2, 8), got",
         ),
         (
             {"v": torch.zeros(1, 27, 1, 8)},
-            "value must be (batch, sequence, key heads, head_dim) (1, 27, 2, 8), got",
+            "value must be (batch, sequence, key heads, head_dim), here (1, 27, 2, 8), got",
         ),
         ({"k": torch.zeros(1, 27, 2, 8, dtype=torch.float64)}, "key must have query's dtype"),
         ({"k": torch.zeros(1, 27, 2, 8, device="meta")}, "key must have query's device cpu"),

@@ -189,11 +189,11 @@ def test_nothing_is_computed_to_know_the_shapes():
 @pytest.mark.parametrize(
     ("heads", "key_heads", "value_heads", "message"),
     [
-        (4, 3, 3, "query's 4 heads a multiple of its own, got (1, 16, 3, 8)."),
-        (2, 4, 4, "query's 2 heads a multiple of its own, got (1, 16, 4, 8)."),
-        (2, 0, 0, "query's 2 heads a multiple of its own, got (1, 16, 0, 8)."),
-        (4, 2, 4, "value must be (batch, sequence, key heads, head_dim) (1, 16, 2, 8), got (1, 16"),
-        (4, 2, 1, "value must be (batch, sequence, key heads, head_dim) (1, 16, 2, 8), got (1, 16"),
+        (4, 3, 3, "query's heads must be a multiple of key's, got 4 and 3."),
+        (2, 4, 4, "query's heads must be a multiple of key's, got 2 and 4."),
+        (2, 0, 0, "query's heads must be a multiple of key's, got 2 and 0."),
+        (4, 2, 4, "value must be (batch, sequence, key heads, head_dim), here (1, 16, 2, 8), got"),
+        (4, 2, 1, "value must be (batch, sequence, key heads, head_dim), here (1, 16, 2, 8), got"),
     ],
 )
 def test_other_heads_are_refused(heads, key_heads, value_heads, message):

@@ -27,6 +27,7 @@ class Case(NamedTuple):
     positions: int = 1
     references: int = 0
     keeps_halos: bool = False
+    group: int = 1  # query heads that read the same key head
 
 
 CASES = {
@@ -41,6 +42,8 @@ CASES = {
     "past the diagonal": Case(13, 6, 40),
     "one level": Case(17, 8, 2, levels=1, learned=True),
     "reference image": Case(19, 6, 2, references=3),
+    "grouped heads": Case(23, 9, 3, learned=True, group=3),
+    "grouped heads, two positions, no text": Case(21, 7, 2, text=0, positions=2, group=2),
 }
 
 
@@ -53,7 +56,9 @@ class Tokens:
         self.layout, self.first = layout, case.text + case.references
         self.hidden = torch.randn(BATCH, layout.sequence_length, CHANNELS, generator=generator)
         width = HEADS * HEAD_DIM
-        self.projections = torch.randn(3, CHANNELS, width, generator=generator) / 2
+        query, key, value = torch.randn(3, CHANNELS, width, generator=generator) / 2
+        more = torch.randn(CHANNELS, width * (case.group - 1), generator=generator) / 2
+        self.projections = torch.cat([query, more], dim=1), key, value
         tables = 2 * case.positions
         self.rotary = tuple(
             1 + torch.rand(tables, layout.sequence_length, HEAD_DIM, generator=generator)
@@ -61,10 +66,12 @@ class Tokens:
         self.learned = {"spatial_weight": None, "far_offset": None}
         if case.learned:
             self.learned["spatial_weight"] = torch.rand(case.levels, 2, 2, generator=generator)
-            self.learned["far_offset"] = torch.randn(case.levels, HEADS, generator=generator)
+            self.learned["far_offset"] = torch.randn(
+                case.levels, HEADS * case.group, generator=generator
+            )
 
     def project(self, hidden, which):
-        return (hidden @ self.projections[which]).unflatten(-1, (HEADS, HEAD_DIM))
+        return (hidden @ self.projections[which]).unflatten(-1, (-1, HEAD_DIM))
 
     def key_value(self, hidden, rotary):
         return self.project(hidden, 1) * rotary[0][:, None], self.project(hidden, 2)

@@ -28,12 +28,16 @@ def tensors(window, **shape):
 
 
 @pytest.mark.parametrize(
-    "window",
-    [Window(5, 6, 3, 3), Window(5, 6, 3, 3, 2), Window(5, 6, 3, 2, far_levels=3)],
-    ids=["disc", "pooled", "far"],
+    ("window", "group"),
+    [
+        (Window(5, 6, 3, 3), 1),
+        (Window(5, 6, 3, 3, 2), 2),
+        (Window(5, 6, 0, 2, far_levels=3), 2),
+    ],
+    ids=["disc", "pooled, grouped heads", "far, grouped heads without text"],
 )
-def test_custom_op_is_well_formed(window):
-    query, key, value = tensors(window, batch=1, heads=1, head_dim=16)
+def test_custom_op_is_well_formed(window, group):
+    query, key, value = tensors(window, batch=1, heads=1, head_dim=16, group=group)
     check_operator("triton", query, key, value, window)
 
 
@@ -75,7 +79,7 @@ SMALL = Window(5, 9, 3, 2, far_levels=2)
 
 @pytest.mark.parametrize("window", slow_but([Window(9, 10, 7, 4, 2), SMALL]))
 def test_the_same_result_every_time(window):
-    leaves = tensors(window, heads=1)
+    leaves = tensors(window, heads=1, group=2)
     results = []
     for _ in range(2):
         out = ops.triton_attention(*leaves, window, scale=0.25)[0]
