@@ -235,9 +235,10 @@ def _refuse_references(model: nn.Module, settings: CLEARProcessor) -> None:
     family = family_of(model)
     if settings.references == "local" and family.reference_grids is None:
         have = ", ".join(other.title for other in all_families() if other.reference_grids)
+        has = f"them {family.references}" if family.references else "no reference images"
         raise ValueError(
-            f"apply_clear: references='local' is for {have}; {family.title} has no reference "
-            "images. Leave it out."
+            f"apply_clear: references='local' is for {have}; {family.title} has {has}. Leave it "
+            "out."
         )
 
 

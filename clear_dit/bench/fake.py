@@ -97,11 +97,21 @@ def build(config: dict[str, Any]) -> Any:
 
     try:
         if "_class_name" in config:
-            return getattr(diffusers, config["_class_name"]).from_config(config).eval()
+            model = getattr(diffusers, config["_class_name"]).from_config(config).eval()
+            _keep_in_float32(model)
+            return model
         kind = getattr(transformers, config["architectures"][0])
         return kind(kind.config_class.from_dict(config)).eval()
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise RequestError(f"--model: cannot be built: {first_line(error)}") from error
+
+
+def _keep_in_float32(model: nn.Module) -> None:
+    """As `from_pretrained` does with some modules of some models, whatever the dtype asked for."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
 
 
 def tensor_bytes(model: nn.Module) -> int:

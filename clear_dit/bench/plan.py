@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..attention.norm_rope import HAS_TRITON
 from ..chunking import chunk_feed_forward
 from ..errors import RequestError, first_line
-from ..families.table import family_of
+from ..families.table import family_of, head_dim_of, heads_of
 from ..generation.checks import find_window
 from ..kernels.window import Window
 from .configurations import find_configuration
 from .executed import tile_choices
 from .fake import build, defaults, quiet
-from .inputs import clear_applied, model_inputs
+from .inputs import clear_applied, forward, model_inputs
 from .plan_memory import check_memory_options, plan_memory
 from .timing import table
 
@@ -109,14 +109,15 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
         model = build(config)
     inputs = model_inputs(model, window, torch.bfloat16, "meta")
     family = family_of(model)
-    # Masks would be read by their values, of which there are none.
-    plain = {name: value for name, value in inputs.items() if "mask" not in name}
+    # Masks and lengths would be read by their values, which few have.
+    hidden = [name for name, value in inputs.items() if "mask" in name or "lens" in name]
+    plain = inputs | {name: None for name in hidden if inputs[name].is_meta}
     try:
         family.read(model, plain, (window.height, window.width))
     except ValueError as error:
         raise RequestError(first_line(error)) from error
     layers = family.layers(model).values()
-    attn = next(iter(layers))
+    heads, head_dim = heads_of(next(iter(layers))), head_dim_of(model)
     linear, full = _count_products(model, inputs)
     with clear_applied(model, window):
         if family.chunked:
@@ -127,7 +128,7 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     # Not attention, but a weighted sum of keys and of values that PyTorch counts as a product.
     if window.down_factor > 1:
         cells = window.pooled_length * window.down_factor**2
-        local -= len(layers) * 4 * cells * attn.inner_dim
+        local -= len(layers) * 4 * cells * heads * head_dim
     rows = [
         {
             "attention": name,
@@ -143,8 +144,8 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
         "rows": rows,
         "bound": (linear + full) / (linear + local),
         "layers": len(layers),
-        "heads": attn.heads,
-        "head_dim": attn.inner_dim // attn.heads,
+        "heads": heads,
+        "head_dim": head_dim,
         "chunked": family.chunked,
     }
 
@@ -152,7 +153,7 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
 def _count_products(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
     """FLOPs of one forward, those of attention apart: (linear layers, attention)."""
     with FlopCounterMode(display=False) as counter, quiet(), torch.no_grad():
-        model(**inputs)
+        forward(model, inputs)
     counts = dict(counter.get_flop_counts()["Global"])
     attention = sum(counts.pop(op, 0) for op in ATTENTION_OPS)
     assert set(counts) <= set(LINEAR_OPS), counts

@@ -25,7 +25,7 @@ from ..generation.models import TOKEN_PIXELS, quiet_libraries
 from ..kernels.window import Window
 from .eight_bit import DTYPES, use_eight_bit_linears
 from .fake import Memory, build, defaults, measure, quiet, tensor_bytes
-from .inputs import clear_applied, model_inputs
+from .inputs import clear_applied, forward, model_inputs
 from .published import Configuration
 
 OFFLOADS = ("none", "model", "group")
@@ -38,11 +38,15 @@ STREAMED_BLOCKS = 2
 # The autoencoder sees a tile of the image and what lies around it, in pixels.
 TILE_PIXELS, HALO_PIXELS = 1024, 64
 # Stacks of blocks, and what a configuration calls their number.
-COUNTS = {
-    "transformer_blocks": "num_layers",
-    "single_transformer_blocks": "num_single_layers",
-    "layers": "n_layers",
-}
+COUNTS = (
+    ("transformer_blocks", "num_layers"),
+    ("single_transformer_blocks", "num_single_layers"),
+    ("layers", "n_layers"),
+    ("layers", "num_layers"),
+    ("mode_blocks.image", "num_layers"),
+    ("mode_blocks.image_cond", "num_layers"),
+    ("txt_mode_blocks", "num_layers"),
+)
 
 
 def check_memory_options(weights_dtype: str | None, offload: str) -> None:
@@ -145,8 +149,8 @@ class TransformerMemory:
         weights_dtype: str | None,
         chunk_tokens: int | None = CHUNK_TOKENS,
     ) -> None:
-        counts = {stack: config[key] for stack, key in COUNTS.items() if key in config}
-        fewer = {COUNTS[stack]: min(MEASURED_BLOCKS, n) for stack, n in counts.items()}
+        known = {key for _, key in COUNTS if key in config}
+        fewer = {key: min(MEASURED_BLOCKS, config[key]) for key in known}
         with defaults(dtype, TRANSFORMER_DEVICE):
             self._model = build(config | fewer)
             if weights_dtype is not None:
@@ -155,7 +159,9 @@ class TransformerMemory:
         family = family_of(self._model)
         self.cascades = family.recipe is not None
         self._chunked, self._chunk_tokens = family.chunked, chunk_tokens
-        stacks = {stack: list(getattr(self._model, stack)) for stack in counts}
+        parts: Any = dict(self._model.named_modules())
+        counts = {stack: config[key] for stack, key in COUNTS if key in known and stack in parts}
+        stacks = {stack: list(parts[stack]) for stack in counts}
         first = {
             stack: tensor_bytes(blocks[0]) if blocks else 0 for stack, blocks in stacks.items()
         }
@@ -174,7 +180,7 @@ class TransformerMemory:
             if self._chunked:
                 with quiet():
                     chunk_feed_forward(self._model, self._chunk_tokens)
-            return measure(self._model, lambda: self._model(**inputs)).activations
+            return measure(self._model, lambda: forward(self._model, inputs)).activations
 
 
 def _measure_encoder(config: dict[str, Any], text_length: int, dtype: torch.dtype) -> Memory:
@@ -197,7 +203,7 @@ def _measure_decoder(
             min(size * configuration.token_pixels, TILE_PIXELS + 2 * HALO_PIXELS)
             for size in (window.height, window.width)
         )
-        # Qwen-Image's autoencoder is one of videos.
+        # Autoencoders of Qwen-Image and those after it are of videos.
         video = hasattr(model.config, "z_dim")
         channels = model.config.z_dim if video else model.config.latent_channels
         sides = (size // configuration.latent_pixels for size in (height, width))

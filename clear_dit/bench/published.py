@@ -286,10 +286,127 @@ COGVIEW4_AUTOENCODER = FLUX_AUTOENCODER | {
 # https://huggingface.co/zai-org/glm-4-9b-hf: transformers' defaults for the class.
 GLM4_9B = {"architectures": ["GlmModel"]}
 
+# https://huggingface.co/krea/Krea-2-Raw, by the class's defaults and documentation (12.8 billion
+# parameters). The autoencoder is Qwen-Image's.
+KREA_2 = {
+    "_class_name": "Krea2Transformer2DModel",
+    "in_channels": 64,
+    "num_layers": 28,
+    "attention_head_dim": 128,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 12,
+    "intermediate_size": 16384,
+    "text_hidden_dim": 2560,
+    "num_text_layers": 12,
+    "axes_dims_rope": [32, 48, 48],
+}
+# https://huggingface.co/Qwen/Qwen3-VL-4B-Instruct and Qwen3-VL-8B-Instruct.
+QWEN3_VL_4B = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "text_config": {
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20]},
+    },
+    "vision_config": {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "out_hidden_size": 2560,
+        "deepstack_visual_indexes": [5, 11, 17],
+    },
+    "tie_word_embeddings": True,
+}
+QWEN3_VL_8B = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "text_config": QWEN3_VL_4B["text_config"] | {"hidden_size": 4096, "intermediate_size": 12288},
+    "vision_config": {"out_hidden_size": 4096},  # and the class's defaults
+    "tie_word_embeddings": False,
+}
+
+# FLUX.3 by the class's defaults; the width of its text, 20480, is that of eight layers of
+# Qwen3-VL-4B, which its modular pipeline stacks. The autoencoder is FLUX.2's class.
+FLUX3 = {
+    "_class_name": "Flux3Transformer2DModel",
+    "in_channels": 128,
+    "cond_in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 28,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 20480,
+    "axes_dims_rope": [32, 32, 32, 32],
+}
+
+# https://huggingface.co/Qwen/Qwen-Image-2.1, by the class's defaults and documentation; the
+# autoencoder is the class's default.
+QWEN_IMAGE_21 = {
+    "_class_name": "QwenImage21Transformer2DModel",
+    "patch_size": 1,
+    "in_channels": 64,
+    "out_channels": 64,
+    "num_layers": 32,
+    "attention_head_dim": 128,
+    "num_attention_heads": 32,
+    "context_in_dim": 4096,
+    "mlp_ratio": 3,
+    "axes_dims_rope": [16, 56, 56],
+}
+QWEN_IMAGE_21_AUTOENCODER = {"_class_name": "AutoencoderKLQwenImage21"}
+
+# https://huggingface.co/meituan-longcat/LongCat-Image, by the class's defaults; its encoder is
+# Qwen2.5-VL-7B, its autoencoder has FLUX.1's class and channels.
+LONGCAT_IMAGE = {
+    "_class_name": "LongCatImageTransformer2DModel",
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": [16, 56, 56],
+}
+
+# https://huggingface.co/baidu/ERNIE-Image: transformer/config.json and text_encoder/config.json.
+ERNIE_IMAGE = {
+    "_class_name": "ErnieImageTransformer2DModel",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_layers": 36,
+    "ffn_hidden_size": 12288,
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "text_in_dim": 3072,
+    "rope_theta": 256,
+    "rope_axes_dim": [32, 48, 48],
+}
+MINISTRAL_3B = {
+    "architectures": ["Mistral3Model"],
+    "text_config": {
+        "model_type": "mistral",
+        "vocab_size": 131072,
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "tie_word_embeddings": True,
+}
+
 SD35_ENCODERS = (CLIP_L_PROJECTED, CLIP_G_PROJECTED, T5_XXL)
 HUNYUAN_IMAGE_ENCODERS = (QWEN25_VL_7B, BYT5_GLYPH)
 
-# Text lengths are the longest the stock pipelines give by default.
+# Text lengths are the longest the stock pipelines give by default, or long ones where there is no
+# such limit.
 CONFIGURATIONS = {
     "flux-dev": Configuration(
         FLUX_TRANSFORMER | {"guidance_embeds": True}, FLUX_AUTOENCODER, (CLIP_L, T5_XXL), 512
@@ -316,4 +433,12 @@ CONFIGURATIONS = {
         latent_pixels=32,
     ),
     "cogview4": Configuration(COGVIEW4, COGVIEW4_AUTOENCODER, (GLM4_9B,), 1024),
+    "krea-2": Configuration(KREA_2, QWEN_IMAGE_AUTOENCODER, (QWEN3_VL_4B,), 512),
+    # Multiples of 80 tokens, however long the prompt.
+    "flux3": Configuration(FLUX3, FLUX2_AUTOENCODER, (QWEN3_VL_4B,), 480),
+    "qwen-image-2.1": Configuration(
+        QWEN_IMAGE_21, QWEN_IMAGE_21_AUTOENCODER, (QWEN3_VL_8B,), 512, latent_pixels=16
+    ),
+    "longcat-image": Configuration(LONGCAT_IMAGE, FLUX_AUTOENCODER, (QWEN25_VL_7B,), 512),
+    "ernie-image": Configuration(ERNIE_IMAGE, FLUX2_AUTOENCODER, (MINISTRAL_3B,), 512),
 }

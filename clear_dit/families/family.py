@@ -82,7 +82,8 @@ class Family:
         read: (model, the forward's arguments by name, explicit grid) to what they say; None where
             arguments are missing, of which the model itself complains.
         reference_grids: (the forward's arguments by name, their layout) to rows and columns of
-            every reference image; None where the family has none.
+            every reference image; None where the family has none that could be local.
+        references: where a family has other reference images, what they are; else None.
         order: of the tokens in a layer with one sequence.
         grid_from: where rows and columns are found.
         heads: heads x channels of the published models.
@@ -119,6 +120,7 @@ class Family:
     reference_grids: Callable[[Mapping[str, Any], Layout], tuple[tuple[int, int], ...]] | None = (
         None
     )
+    references: str | None = None
     extend: Callable[[Any, Extension], Mapping[str, Any]] | None = None
     methods: tuple[str, ...] = METHODS
     recipe: Recipe | None = None

@@ -14,7 +14,7 @@ import torch
 
 from ..attention.grid import reference_grids
 from ..attention.layout import Layout
-from ..attention.norm_rope import Rotary, norm_and_rotate
+from ..attention.norm_rope import Rotary, norm_and_rotate, why_not_norm_rope
 from ..attention.positions import Extension
 from ..compat import names_from
 from .family import Family, Reading, only, own_positions
@@ -57,7 +57,9 @@ class Flux3Processor(JointProcessor):
         text: torch.Tensor | None = None,
         text_norm: Any = None,
     ) -> torch.Tensor:
-        """Normed and rotated in float32, and rounded once."""
+        """Normed and rotated in float32, and rounded once, as the fused kernel does of itself."""
+        if why_not_norm_rope(tokens, norm, table) is None:
+            return norm_and_rotate(tokens, norm, table)
         return norm_and_rotate(tokens.float(), norm, table).to(tokens.dtype)
 
 

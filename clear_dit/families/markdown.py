@@ -43,11 +43,17 @@ def _attention(family: Family) -> tuple[str, ...]:
         _code([family.transformer]),
         _code(family.processors),
         family.order,
-        "none" if family.reference_grids is None else "dense to all, or local within themselves",
+        _references(family),
         family.grid_from,
         family.heads,
         family.positions,
     )
+
+
+def _references(family: Family) -> str:
+    if family.reference_grids is not None:
+        return "dense to all, or local within themselves"
+    return family.references or "none"
 
 
 def _besides(family: Family) -> tuple[str, ...]:

@@ -192,6 +192,7 @@ FAMILY = Family(
         "QwenImage21FlexAttnProcessor": QwenImage21Processor,
     },
     read=_read,
+    references="within the prompt, where each sees itself and what stands before it",
     order="text and references, image",
     grid_from="img_shapes",
     heads="32 x 128",

@@ -40,8 +40,11 @@ def known_models(controlnets: bool = True) -> str:
 
 
 def all_families() -> list[Family]:
-    """Every family, in the table's order."""
-    return [_load(file) for file in dict.fromkeys(MODELS.values())]
+    """Every family that the installed diffusers has, in the table's order."""
+    import diffusers
+
+    known = (file for name, file in MODELS.items() if hasattr(diffusers, name))
+    return [_load(file) for file in dict.fromkeys(known)]
 
 
 def find_family(model: Any) -> Family | None:

@@ -24,6 +24,22 @@ MODELS_AT_4096 = {
     "z-image": (6_155, 32, 30, 128, 2),
     "hunyuanimage-2.1": (17_426, 60, 28, 128, 0),
     "cogview4": (6_369, 28, 32, 128, 0),
+    "krea-2": (12_820, 28, 48, 128, 0),
+    "flux3": (5_538, 33, 24, 128, 5),
+    "qwen-image-2.1": (7_115, 32, 32, 128, 0),
+    "longcat-image": (11_878, 57, 24, 128, 0),
+    "ernie-image": (8_033, 36, 32, 128, 0),
+}
+
+
+# FLOPs of attention over text alone, from the tokens of text, which stays as it is.
+KEPT = {
+    "z-image": lambda text: 2 * 4 * text**2 * 30 * 128,
+    "hunyuanimage-2.1": lambda text: 2 * 4 * text**2 * 28 * 128,
+    # Over the text of each of 12 layers' tokens together, and of the tokens.
+    "krea-2": lambda text: 2 * 4 * (text * 12**2 + text**2) * 20 * 128,
+    "flux3": lambda text: 5 * 4 * text**2 * 24 * 128,
+    "qwen-image-2.1": lambda text: 32 * 4 * text**2 * 32 * 128,
 }
 
 
@@ -47,8 +63,9 @@ def test_flops_are_the_windows(name):
     channels = heads * head_dim
     joint = (layers - alone) * window.attention_flops(heads, head_dim)
     joint += alone * Window(side, side, 0, 16).attention_flops(heads, head_dim)
-    # Two layers over text alone, which stay as they are.
-    kept = 2 * 4 * text**2 * channels if name in ("z-image", "hunyuanimage-2.1") else 0
+    kept = KEPT.get(name, lambda text: 0)(text)
+    if name == "qwen-image-2.1":  # what stands before the image does not see it
+        joint -= layers * 4 * channels * text * window.sequence_length
     full, local = result["rows"]
     assert local["attention_tflop"] == pytest.approx((joint + kept) / 1e12, rel=1e-12)
     dense = (
@@ -56,6 +73,8 @@ def test_flops_are_the_windows(name):
         * channels
         * ((layers - alone) * window.sequence_length**2 + alone * window.image_length**2)
     )
+    if name == "qwen-image-2.1":
+        dense -= layers * 4 * channels * text * window.sequence_length
     assert full["attention_tflop"] == pytest.approx((dense + kept) / 1e12, rel=1e-12)
     # Two products for each parameter of a linear layer and token; some see text or nothing only.
     products = 2 * millions * 1e6 * window.sequence_length / 1e12

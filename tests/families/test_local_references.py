@@ -188,6 +188,10 @@ def test_many_large_references_are_announced():
         (lambda: CLEARProcessor(references=True), "must be dense or local, got True"),
         (lambda: CLEARProcessor(grid=(4, 6), references="local"), "leave grid out"),
         (lambda: local(make_model("chroma")), r"is for FLUX\.1 .*; Chroma has no reference images"),
+        (
+            lambda: local(make_model("qwen-image-2.1")),
+            r"LongCat-Image .*; Qwen-Image 2\.1 has them within the prompt, .*\. Leave it out",
+        ),
         (lambda: local(make_model("z-image")), r"FLUX\.2.*, Qwen-.*; Z-Image has no reference"),
     ],
 )

@@ -1,5 +1,8 @@
 """What a family cannot do is refused by name, before anything is changed."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -33,6 +36,12 @@ def test_the_table():
     flux.require("distil", "a test")
     with pytest.raises(ValueError, match=r"^a test: distil does not work with Chroma: .+\.$"):
         families[1].require("distil", "a test")
+
+
+def test_an_older_diffusers_has_fewer(monkeypatch):
+    older = SimpleNamespace(FluxTransformer2DModel=None, SD3Transformer2DModel=None)
+    monkeypatch.setitem(sys.modules, "diffusers", older)
+    assert [family.name for family in all_families()] == ["flux1", "sd3"]
 
 
 def test_classes():

@@ -9,7 +9,7 @@ from clear_dit import CLEARProcessor, apply_clear, remove_clear
 
 LOCAL = {"radius": 2, "far": False}
 # Their rows and columns are in position ids, whose values export hides.
-BY_IDS = ("flux", "chroma", "flux2", "krea2", "flux3")
+BY_IDS = ("flux", "chroma", "flux2", "krea2", "flux3", "longcat-image")
 # Their masks tell text from padding.
 MASKED = ("chroma", "hunyuan-image")
 
@@ -37,8 +37,8 @@ def other(given):
     return given | {latents: turned}
 
 
-# Of which the stock models cannot be exported.
-NOT_EXPORTED = ("hunyuan-image", "qwen-image-2.1")
+# The stock models cannot be exported; ERNIE-Image cannot do without the lengths of its prompts.
+NOT_EXPORTED = ("hunyuan-image", "qwen-image-2.1", "ernie-image")
 PROGRAMS = [(name, far) for name in FAMILIES if name not in NOT_EXPORTED for far in (False, True)]
 QUICK = (("sd3", False),)
 
@@ -73,7 +73,7 @@ def test_ids_are_hidden(name):
     assert torch.equal(run(model, given), expected)
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", [*MASKED, "ernie-image"])
 def test_masks_are_hidden(name):
     model, given = make_model(name), make_inputs(name, 4, 6)
     apply_clear(model, **LOCAL, grid=(4, 6))
