@@ -50,6 +50,7 @@ class Cut:
         of_blocks: arguments by name of every block of `Family.stacks`.
         whole_after: module, or modules in one, whose output is put together again; it has the
             image's tokens first.
+        tokens_first: whether that is (tokens, batch, channels).
         time: (the forward's arguments by name) to a number that falls from step to step.
     """
 
@@ -58,6 +59,7 @@ class Cut:
     input_of: str | None = None
     of_blocks: tuple[str, ...] = ()
     whole_after: str = "proj_out"
+    tokens_first: bool = False
     time: Callable[[Mapping[str, Any]], torch.Tensor] = lambda given: given["timestep"]
 
 
@@ -163,7 +165,7 @@ class Family:
         return [
             module
             for name, module in model.named_modules()
-            if name.partition(".")[0] in self.kept
+            if any(name.startswith(f"{at}.") for at in self.kept)
             and type(getattr(module, "processor", None)).__name__ in self.text_processors
         ]
 

@@ -22,7 +22,9 @@ from .flux1 import read_ids
 from .flux2 import ExtendedFlux2PosEmbed
 from .joint import JointProcessor, Stream
 
-(Flux3PosEmbed,) = names_from("diffusers.models.transformers.transformer_flux3", "Flux3PosEmbed")
+Flux3AttnProcessor, Flux3PosEmbed = names_from(
+    "diffusers.models.transformers.transformer_flux3", "Flux3AttnProcessor", "Flux3PosEmbed"
+)
 
 # From row to row and from column to column, in positions.
 STEP = 0.5
@@ -61,6 +63,23 @@ class Flux3Processor(JointProcessor):
         if why_not_norm_rope(tokens, norm, table) is None:
             return norm_and_rotate(tokens, norm, table)
         return norm_and_rotate(tokens.float(), norm, table).to(tokens.dtype)
+
+
+class AloneProcessor(Flux3AttnProcessor):  # type: ignore[valid-type, misc]
+    """The stock processor, over text or references alone, by the true positions of a table."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> torch.Tensor:
+        """As the stock processor, of tables (tokens, positions * head_dim)."""
+        assert image_rotary_emb is not None
+        true = tuple(table[..., : attn.head_dim] for table in image_rotary_emb)
+        out: torch.Tensor = super().__call__(attn, hidden_states, attention_mask, true)
+        return out
 
 
 def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) -> Reading | None:
@@ -108,6 +127,7 @@ FAMILY = Family(
         "txt_mode_blocks": "attends over text alone",
         "mode_blocks.image_cond": "attends over reference images alone",
     },
+    text_processors={"Flux3AttnProcessor": AloneProcessor},
     serves_fused=True,
-    unsupported=only((), "not wired up so far"),
+    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

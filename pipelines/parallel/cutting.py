@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from clear_dit.families.table import family_of
@@ -38,6 +39,11 @@ def cut_inside(model: nn.Module, share: SharedImage) -> Iterator[None]:
             for name, value in named.items()
         }
 
+    def whole(_: nn.Module, given: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        if cut.tokens_first:
+            return share.whole_image(out.transpose(0, 1)).transpose(0, 1)
+        return share.whole_image(out)
+
     handles: list[Any] = []
     with ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in handles])
@@ -53,7 +59,7 @@ def cut_inside(model: nn.Module, share: SharedImage) -> Iterator[None]:
         ]
         last = model.get_submodule(cut.whole_after)
         handles += [
-            module.register_forward_hook(lambda _, given, out: share.whole_image(out))
+            module.register_forward_hook(whole)
             for module in (last.values() if isinstance(last, nn.ModuleDict) else [last])
         ]
         yield

@@ -9,7 +9,7 @@ from diffusers import FirstBlockCacheConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 from clear_dit import apply_clear
-from clear_dit.families.table import attention_layers, find_family
+from clear_dit.families.table import attention_layers, named_family
 from clear_dit.pipelines.cascade.two_position_processor import TwoPositionsInFullAttention
 from clear_dit.pipelines.parallel.patch_parallel import parallelize
 from clear_dit.weights.forward import changed_in_forwards
@@ -28,11 +28,13 @@ from .families.models import (
 from .families.two_positions import EMBEDDERS, give_positions
 from .ip_adapter import make_sd3_ip_adapter
 
+NAMES = [
+    name
+    for name, tiny in FAMILIES.items()
+    if "patch-parallel" not in named_family(tiny.model_class.__name__).unsupported
+]
 ROWS, COLUMNS, RADIUS = 7, 5, 2
 FACTORS = (0.7, 0.5, 0.3)  # of the angles of further positions
-SHARED = [
-    name for name in FAMILIES if "patch-parallel" not in find_family(make_model(name)).unsupported
-]
 # Arguments of `predict` that every family is tried with, in a batch of two.
 SETTINGS = {
     "far": {"far": True},
@@ -159,20 +161,24 @@ def predict(
         impl="tiled",
     )
     patches = None if mesh is None else parallelize(model, mesh)
-    found = None
+    found, hooks = None, hooks_of(model)
     for seed in range(forwards):
         given = make_inputs(name, rows, columns, seed=seed, **inputs) | (more or {})
         given = {key: dict(x) if isinstance(x, dict) else x for key, x in given.items()}
         with in_forwards(model, radius, bool(factors)):
             found = run(model, given)
-    hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    assert not hooked, f"{name}: hooks are left"
+    assert hooks_of(model) == hooks, f"{name}: hooks are left"
     if patches is not None:
         # A second forward goes by what a cache has kept.
         assert forwards > 1 or patches.traffic.layers == len(attention_layers(model))
         assert patches.traffic.sent["halo"] > 0
         patches.remove()
     return found
+
+
+def hooks_of(model):
+    modules = list(model.modules())
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
 
 
 @contextmanager
@@ -192,7 +198,7 @@ def predict_all(folder):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("patch",))
     found = {
         (name, what): predict(name, mesh, **case)
-        for name in SHARED
+        for name in NAMES
         for what, case in cases(name).items()
     }
     torch.save(found, folder / os.environ["RANK"])

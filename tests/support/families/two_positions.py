@@ -30,7 +30,9 @@ EMBEDDERS = {
     "hunyuan-image": "rope",
     "cogview4": "rope",
     "krea2": "rotary_emb",
+    "flux3": "pos_embed",
     "longcat-image": "pos_embed",
+    "ernie-image": "pos_embed",
 }
 TUPLES = ("flux", "chroma")  # which have further tables behind the first, not beside it
 TABLES = ("image_rotary_emb", "freqs_cis")  # names of a processor's argument
@@ -40,7 +42,7 @@ class Several(nn.Module):
     """Stands for what makes a model's rotary tables, and puts further ones beside them.
 
     Args:
-        stock: makes cos and sin, or complex tables.
+        stock: makes cos and sin, complex tables, or one of angles.
         factors: of the further tables' angles.
         in_tuple: whether cos and sin of a further table come behind the first in a tuple.
     """
@@ -62,6 +64,8 @@ class Several(nn.Module):
         return tuple(torch.cat(tables, dim=-1) for tables in zip(*pairs, strict=True))
 
     def beside(self, table):
+        if not table.is_complex():
+            return torch.cat([table, *(table * factor for factor in self.factors)], dim=-1)
         angles = [table.angle() * factor for factor in self.factors]
         further = [torch.polar(torch.ones_like(angle), angle) for angle in angles]
         return torch.cat([table, *further], dim=-1)
@@ -123,7 +127,10 @@ def dense(
         @functools.wraps(stock)
         def call(*args, **options):
             given = inspect.signature(stock).bind(*args, **options)
-            argument = next(each for each in TABLES if given.arguments.get(each) is not None)
+            found = [each for each in TABLES if given.arguments.get(each) is not None]
+            if not found:  # of text alone, without positions
+                return stock(*args, **options)
+            argument = found[0]
             tables = given.arguments[argument]
             rotated, masks = [], []
 
