@@ -263,7 +263,8 @@ class CarryingCheckpoint:
         under_way = _UNDER_WAY.get()
         if under_way is not None:
             function = functools.partial(_again, under_way, function)
-        return self.stock(function, *args, **kwargs)
+        # HunyuanImage's forward names some, and diffusers' function takes none by name.
+        return self.stock(functools.partial(function, **kwargs), *args)
 
 
 def _again(

@@ -16,12 +16,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..attention.processor import CLEARProcessor
-from ..distillation.losses import attention_outputs, default_layers, distillation_losses
+from ..distillation.losses import (
+    attention_outputs,
+    default_layers,
+    distillation_losses,
+    last_stack,
+)
 from ..distillation.setup import OPTIMIZER_STATES
 from ..distillation.student import add_lora, freeze_others, trained_parameters
 from ..distillation.teacher import Teacher
-from ..errors import RequestError
-from ..families.table import attention_layers, family_of
+from ..families.table import attention_layers
 from ..generation.checks import find_window
 from ..kernels.window import Window
 from ..weights.learned import make_far_trainable, settle
@@ -107,10 +111,6 @@ def plan_training(
 def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int | None) -> Step:
     with defaults(torch.bfloat16, "meta"):
         model = build(config)
-        try:
-            family_of(model).require("distil", "--train")
-        except ValueError as error:
-            raise RequestError(str(error)) from error
         grid = (window.height, window.width)  # not found from ids, which have no values
         for attn in attention_layers(model).values():
             far = window.far_levels > 0
@@ -146,7 +146,7 @@ def _bytes(parameters: Any) -> int:
 def _step(model: nn.Module, teacher: Teacher, inputs: dict[str, Any]) -> None:
     """What `Run.losses` does, and the backward pass."""
     clean = inputs["hidden_states"].float()
-    layers = default_layers(len(model.single_transformer_blocks))  # type: ignore[arg-type]
+    layers = default_layers(last_stack(model)[1])
     with _autocast(), teacher.attention(), attention_outputs(model, layers) as expected_attention:
         expected = model(**inputs, return_dict=False)[0].float()
     with _autocast(), attention_outputs(model, layers) as attention:

@@ -59,8 +59,8 @@ def card(
         options: of the run.
         index: of the samples.
         adapter: the adapter's file.
-        facts: parameters (trained), samples, effective_batch, layers, hours, hardware,
-            mixed_precision.
+        facts: parameters (trained), samples, effective_batch, stack and layers (compared), trained
+            (names of linear layers), hours, hardware, mixed_precision.
         losses: of each step.
     """
     sees = f", pooled by {options.down_factor}" if options.down_factor > 1 else ""
@@ -77,13 +77,16 @@ def card(
         )
     ]
     table = "\n".join(rows)
+    linears = "the image stream's {} and {}".format(
+        ", ".join(facts["trained"][:-1]), facts["trained"][-1]
+    )
     if options.lora is None:
-        kind = "the image stream's to_q, to_k, to_v and to_out.0"
+        kind = linears
         kind += " and the pooling weights" if options.down_factor > 1 else ""
         kind += ", the far keys' pooling weights and offsets" if options.takes_far else ""
         use = f'apply_clear(pipe, {setting}, weights="{adapter.name}")'
     else:
-        kind = f"a LoRA of rank {options.lora} on the image stream's to_q, to_k, to_v and to_out.0"
+        kind = f"a LoRA of rank {options.lora} on {linears}"
         use = f"apply_clear(pipe, {setting})\n"
         use += f'pipe.load_lora_weights(".", weight_name="{adapter.name}")'
     window = min(_WINDOW, len(losses))
@@ -115,7 +118,8 @@ from clear_dit import apply_clear
 - {len(losses):,} steps of {facts["effective_batch"]} samples, {options.optimizer} at learning rate
   {options.rate:g}, mixed precision {facts["mixed_precision"]}.
 - Loss: flow matching + {options.output_weight:g} x output distillation +
-  {options.attention_weight:g} x attention distillation, the latter on single blocks {layers}.
+  {options.attention_weight:g} x attention distillation, the latter on
+  {facts["stack"]} {layers}.
 - {facts["hours"]:.2f} hours on {facts["hardware"]}.
 - {", ".join(f"{name} {version}" for name, version in versions().items())}.
 

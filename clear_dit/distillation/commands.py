@@ -77,7 +77,8 @@ def distill(
     output_weight: Annotated[float, typer.Option(help="Of the output distillation.")] = 0.5,
     attention_weight: Annotated[float, typer.Option(help="Of the attention distillation.")] = 0.5,
     attention_layers: Annotated[
-        str | None, typer.Option(help="Single blocks compared; default the paper's, scaled.")
+        str | None,
+        typer.Option(help="Blocks of the last stack compared; default the paper's, scaled."),
     ] = None,
     prompt_dropout: Annotated[
         float | None, typer.Option(help="Share of empty prompts; default 0.1 with real guidance.")

@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..attention.processor import _get_qkv_projections
+from ..families.table import family_of
+
+
+def per_head_attention(model: nn.Module) -> PerHeadAttention | None:
+    """In the place of a transformer's stock processors; None where there is none for them."""
+    return PerHeadAttention() if family_of(model).name == "flux1" else None
 
 
 class PerHeadAttention:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .samples import SampleFolder, Text
+from ..generation.conditioning import Conditioning, moved
+from .samples import SampleFolder
 
 # Of the schedule; the noise level is one of 1/1000, ..., 1000/1000, not shifted.
 SCHEDULE_STEPS = 1000
@@ -22,23 +23,20 @@ class Batch(NamedTuple):
     """Inputs of a training step, on the CPU; n draws.
 
     Attributes:
-        clean, noise: [n, tokens, channels] float32.
+        clean, noise: [n, ...] float32, as the denoising loop holds latents.
         s: [n] float32, the noise level.
-        words: [n, text tokens, channels], in the samples' dtype.
-        pooled: [n, channels], likewise.
+        conditionings: n of one image each, in the samples' dtype.
     """
 
     clean: torch.Tensor
     noise: torch.Tensor
     s: torch.Tensor
-    words: torch.Tensor
-    pooled: torch.Tensor
+    conditionings: list[Conditioning]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """Everything on a device; the text in a dtype."""
-        clean, noise, s = (each.to(device) for each in self[:3])
-        words, pooled = (each.to(device, dtype) for each in self[3:])
-        return Batch(clean, noise, s, words, pooled)
+        """Everything on a device; the conditionings in a dtype."""
+        clean, noise, s = self.clean.to(device), self.noise.to(device), self.s.to(device)
+        return Batch(clean, noise, s, [moved(each, device, dtype) for each in self.conditionings])
 
 
 class Draws:
@@ -51,12 +49,16 @@ class Draws:
         count: samples to use.
         seed: of everything.
         prompt_dropout: share of draws whose text is the empty prompt's.
+
+    Attributes:
+        stackable: whether the conditionings of any draws can be put together in one batch.
     """
 
     def __init__(self, samples: SampleFolder, count: int, seed: int, prompt_dropout: float) -> None:
         self.samples, self.count, self.seed = samples, count, seed
         self.prompt_dropout = prompt_dropout
-        self.empty: Text | None = samples.empty() if prompt_dropout > 0 else None
+        self.empty: Conditioning | None = samples.empty() if prompt_dropout > 0 else None
+        self.stackable = samples.have_one_shape(count, prompt_dropout > 0)
         self._order: tuple[int, np.ndarray] | None = None
 
     def number(self, draw: int) -> int:
@@ -73,17 +75,17 @@ class Draws:
         Raises:
             RequestError: a sample's text embeddings are not finite.
         """
-        rows = [self._draw(draw) for draw in draws]
-        return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        clean, noise, s, conditionings = zip(*map(self._draw, draws), strict=True)
+        return Batch(torch.stack(clean), torch.stack(noise), torch.tensor(s), list(conditionings))
 
-    def _draw(self, draw: int) -> Batch:
+    def _draw(self, draw: int) -> tuple[torch.Tensor, torch.Tensor, float, Conditioning]:
         sample = self.samples[self.number(draw)]
         rng = np.random.default_rng((self.seed, 1, draw))
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         level = int(rng.integers(1, SCHEDULE_STEPS + 1))
         clean = sample.latents.float()
-        words, pooled = sample.words, sample.pooled
+        conditioning = sample.conditioning
         if self.empty is not None and rng.random() < self.prompt_dropout:
-            words, pooled = self.empty.words[0], self.empty.pooled[0]
+            conditioning = self.empty
         noise = torch.randn(clean.shape, generator=generator)
-        return Batch(clean, noise, torch.tensor(level / SCHEDULE_STEPS), words, pooled)
+        return clean, noise, level / SCHEDULE_STEPS, conditioning

@@ -7,37 +7,31 @@ import json
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
-# Layers that no CLEAR weights replace; their mean magnitude differs from model to model.
-_LAYERS = ("x_embedder", "norm_out.linear", "proj_out")
-_ARCHITECTURE = (
-    "in_channels",
-    "num_layers",
-    "num_single_layers",
-    "attention_head_dim",
-    "num_attention_heads",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "guidance_embeds",
-    "axes_dims_rope",
-)
+from ..families.table import family_of
 
 
 def fingerprint(transformer: nn.Module) -> dict[str, Any]:
-    """What tells a FLUX transformer from others: its architecture, and the size of some weights.
+    """What tells a family's transformer from others: its architecture, and the size of weights.
 
     Returns:
-        {"architecture": a digest, "magnitudes": the mean absolute weight of three layers}, which
-        `same_model` compares; the same in every dtype, up to rounding.
+        {"architecture": a digest of its class and its parameters' names and shapes, "magnitudes":
+        the mean absolute value of the matrices before and behind its blocks, which no CLEAR weights
+        replace}, which `same_model` compares; the same in every dtype, up to rounding.
     """
-    config: Any = transformer.config
-    architecture = {name: config[name] for name in _ARCHITECTURE}
-    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=list).encode())
-    weights = [transformer.get_parameter(f"{name}.weight") for name in _LAYERS]
+    parameters = dict(transformer.named_parameters())
+    architecture = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    named = json.dumps([type(transformer).__name__, architecture], sort_keys=True)
+    outside = [
+        parameter.detach()
+        for name, parameter in parameters.items()
+        if parameter.ndim > 1 and name.partition(".")[0] not in family_of(transformer).stacks
+    ]
     return {
-        "architecture": digest.hexdigest()[:16],
-        "magnitudes": [weight.detach().abs().double().mean().item() for weight in weights],
+        "architecture": hashlib.sha256(named.encode()).hexdigest()[:16],
+        "magnitudes": [weight.abs().mean(dtype=torch.float32).item() for weight in outside],
     }
 
 

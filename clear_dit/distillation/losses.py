@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import RequestError
+from ..families.table import attention_layers, family_of
 
 # The single blocks whose attention is compared, of FLUX's 38: 1, 5, 9, ..., 37.
 FLUX_SINGLE_BLOCKS, FLUX_CHOSEN = 38, range(1, 38, 4)
+
+
+# By attention layer.
+AttentionOutputs = Mapping[str, Sequence[torch.Tensor]]
 
 
 class Losses(NamedTuple):
@@ -26,8 +31,8 @@ class Losses(NamedTuple):
 
 
 def noisy(clean: torch.Tensor, noise: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """x_t = (1 - s) x_0 + s noise, for latents (batch, tokens, channels) and s (batch,)."""
-    s = s[:, None, None]
+    """x_t = (1 - s) x_0 + s noise, for latents (batch, ...) and s (batch,)."""
+    s = s.reshape(-1, *[1] * (clean.ndim - 1))
     return (1 - s) * clean + s * noise
 
 
@@ -36,8 +41,8 @@ def distillation_losses(
     noise: torch.Tensor,
     student: torch.Tensor,
     teacher: torch.Tensor | None,
-    student_attention: Mapping[int, torch.Tensor],
-    teacher_attention: Mapping[int, torch.Tensor],
+    student_attention: AttentionOutputs,
+    teacher_attention: AttentionOutputs,
     output_weight: float,
     attention_weight: float,
 ) -> Losses:
@@ -47,7 +52,7 @@ def distillation_losses(
     chosen layers of mse(student's attention, teacher's attention). A mean is over all elements.
 
     Args:
-        clean, noise: x_0 and the noise, (batch, tokens, channels).
+        clean, noise: x_0 and the noise, (batch, ...).
         student, teacher: predicted velocities at the same x_t; the teacher's None if not needed.
         student_attention, teacher_attention: by layer, see `attention_outputs`.
         output_weight, attention_weight: 0.5 each in the paper; the flow term's is 1.
@@ -57,7 +62,10 @@ def distillation_losses(
     output = zero if teacher is None else _mse(student, teacher)
     attention = zero
     if teacher_attention:
-        terms = [_mse(student_attention[i], teacher_attention[i]) for i in teacher_attention]
+        terms = [
+            _mse_of_all(student_attention[name], outputs)
+            for name, outputs in teacher_attention.items()
+        ]
         attention = torch.stack(terms).mean()
     total = flow + output_weight * output + attention_weight * attention
     return Losses(total, flow, output, attention)
@@ -67,29 +75,41 @@ def _mse(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(one.float(), other.float())
 
 
+def _mse_of_all(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Over all elements of several tensors."""
+    count = sum(one.numel() for one in ones)
+    pairs = zip(ones, others, strict=True)
+    return torch.stack([_mse(one, other) * (one.numel() / count) for one, other in pairs]).sum()
+
+
 @contextmanager
-def attention_outputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the attention outputs of single blocks of a FLUX transformer, during one forward.
+def attention_outputs(model: nn.Module, blocks: Sequence[int]) -> Iterator[AttentionOutputs]:
+    """Collect the attention outputs of blocks of a transformer's last stack, during forwards.
 
     Args:
         model: the transformer itself, without a wrapper.
-        layers: indices of single blocks.
+        blocks: their indices.
 
     Yields:
-        A dict that the forward inside fills: layer to (batch, text + image, channels), what the
-        block's attention gives to its output projection. With gradient checkpointing the block
-        runs again in the backward pass, outside of this: those tensors are the first run's.
+        A dict that the forwards inside fill: attention layer to what it returned in each of them,
+        (batch, tokens, channels), of text and image apart where the layer returns them so. With
+        gradient checkpointing a block runs again in the backward pass, outside of this: those
+        tensors are the first run's.
     """
-    found: dict[int, torch.Tensor] = {}
+    found: dict[str, list[torch.Tensor]] = {}
 
-    def keep(layer: int) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            found[layer] = output
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple) else (output,)
+            found.setdefault(name, []).extend(parts)
 
         return hook
 
-    blocks: Any = model.single_transformer_blocks
-    handles = [blocks[layer].attn.register_forward_hook(keep(layer)) for layer in layers]
+    stack, _ = last_stack(model)
+    prefixes = tuple(f"{stack}.{block}." for block in blocks)
+    layers = attention_layers(model).items()
+    chosen = [(name, attn) for name, attn in layers if name.startswith(prefixes)]
+    handles = [attn.register_forward_hook(keep(name)) for name, attn in chosen]
     try:
         yield found
     finally:
@@ -97,26 +117,35 @@ def attention_outputs(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[
             handle.remove()
 
 
-def default_layers(single_blocks: int) -> tuple[int, ...]:
-    """The paper's layers, at the same relative depths in a model of so many single blocks."""
-    return tuple(sorted({layer * single_blocks // FLUX_SINGLE_BLOCKS for layer in FLUX_CHOSEN}))
+def last_stack(model: nn.Module) -> tuple[str, int]:
+    """Name of the last stack of blocks a transformer has, and how many there are."""
+    stack = [name for name in family_of(model).stacks if len(getattr(model, name, ()))][-1]
+    return stack, len(getattr(model, stack))
 
 
-def parse_layers(text: str | None, single_blocks: int) -> tuple[int, ...]:
-    """Layers from "1,5,9", or the default ones.
+def default_layers(count: int) -> tuple[int, ...]:
+    """The paper's layers, at the same relative depths in a stack of so many blocks."""
+    return tuple(sorted({layer * count // FLUX_SINGLE_BLOCKS for layer in FLUX_CHOSEN}))
+
+
+def parse_layers(text: str | None, stack: str, count: int) -> tuple[int, ...]:
+    """Blocks from "1,5,9", or the default ones.
+
+    Args:
+        stack, count: see `last_stack`.
 
     Raises:
-        RequestError: not numbers of single blocks of the model.
+        RequestError: not numbers of blocks of the stack.
     """
     if text is None:
-        return default_layers(single_blocks)
+        return default_layers(count)
     try:
         layers = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         layers = (-1,)
-    if layers[0] < 0 or layers[-1] >= single_blocks:
+    if layers[0] < 0 or layers[-1] >= count:
         raise RequestError(
-            f"--attention-layers must be numbers of single blocks from 0 to {single_blocks - 1}, "
-            f"with commas between; got {text!r}."
+            f"--attention-layers must be numbers of {stack} from 0 to {count - 1}, with commas "
+            f"between; got {text!r}."
         )
     return layers

@@ -57,7 +57,7 @@ class DistillOptions:
         lora: rank of a LoRA on the same layers, instead of training them; the weights of pooled
             and far keys then stay at their initial value. None for the layers themselves.
         output_weight, attention_weight: of the distillation terms; 0 and 0 need no teacher.
-        attention_layers: single blocks compared, "1,5,9"; None for the paper's, scaled to depth.
+        attention_layers: blocks compared of the last stack, "1,5,9"; None for the paper's, scaled.
         prompt_dropout: share of samples trained with the empty prompt; None for 0.1 where the
             samples were made with classifier-free guidance, else 0.
         max_train_samples: use the first so many; None for all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +18,24 @@ from tqdm import tqdm
 
 from ..errors import RequestError, first_line
 from ..generation.checks import Bounds, check_size, find_device, find_dtype, take_numbers
-from ..generation.denoising import Text, decode, denoise, encode, two_passes
+from ..generation.conditioning import Conditioning, conditioning_of
+from ..generation.denoising import decode, denoise, latents_shape
 from ..generation.image_output import save_png
-from ..generation.models import load_pipeline, model_defaults, model_path
+from ..generation.models import find_model, load_pipeline, model_defaults
 from ..generation.prompts import read_prompts
 from ..generation.request import MAX_STEPS
 from ..pipelines.cascade.resolution import Resolution
+from ..pipelines.text import Texts
 from ..versions import versions
-from .cpu_attention import PerHeadAttention
+from .conditionings import tensors_of
+from .cpu_attention import per_head_attention
 from .files import refuse_full_disk
 from .fingerprint import fingerprint, same_model
 from .precision import autocast, weights_dtype
 from .samples import INDEX, MAX_COUNT, SampleFolder, SampleIndex, read_index
 
 if TYPE_CHECKING:
-    from ..pipelines.flux import CLEARFluxPipeline
+    from ..pipelines.pipeline import CLEARPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class SampleRequest:
         prompts: a file (see `read_prompts`), used again from its start where count is larger; or
             "demo", captions of the demo's training combinations.
         count: how many samples.
-        height, width: in pixels, multiples of 16.
+        height, width: in pixels, multiples of a token's side.
         steps, guidance: see `GenerateRequest`.
         seed: sample n starts from the noise of seed + n.
         dtype: "float32", "bfloat16" or "float16"; also that of the stored numbers.
@@ -83,9 +87,9 @@ class SampleRequest:
     images: bool
 
     def __post_init__(self) -> None:
-        model_path(self.model)
+        token_pixels = find_model(self.model).token_pixels
         for name in ("height", "width"):
-            object.__setattr__(self, name, check_size(name, getattr(self, name)))
+            object.__setattr__(self, name, check_size(name, getattr(self, name), token_pixels))
         take_numbers(self, _BOUNDS)
         find_dtype(self.dtype)
         find_device(self.device)
@@ -164,15 +168,17 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     device = processes.device if request.device == "cuda" else torch.device(request.device)
     dtype = find_dtype(request.dtype)
     pipe = load_pipeline(request.model, weights_dtype(dtype, device), device)
-    if weights_dtype(dtype, device) != dtype:
-        pipe.transformer.set_attn_processor(PerHeadAttention())
+    per_head = per_head_attention(pipe.transformer)
+    if per_head is not None and weights_dtype(dtype, device) != dtype:
+        pipe.transformer.set_attn_processor(per_head)
     pipe.set_progress_bar_config(disable=True)
     samples = SampleFolder(out, _index(request, pipe, prompts))
     _check_other(samples)
     processes.wait_for_everyone()  # nobody writes before everybody has looked
     with autocast(dtype, device):
-        empty = encode(pipe, [""])
-    refuse_full_disk(out, _bytes(samples, empty, pipe.transformer.config.in_channels))
+        no_prompt = pipe.recipe.guidance.negative or ""
+        empty = _conditioning(pipe, no_prompt, samples.index, Texts())
+    refuse_full_disk(out, _bytes(samples, empty))
     if processes.is_main_process:
         out.mkdir(exist_ok=True)
         samples.write_index()
@@ -180,7 +186,6 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     processes.wait_for_everyone()
     own = range(processes.process_index, samples.index.shards, processes.num_processes)
     missing = [shard for shard in samples.missing() if shard in own]
-    guided = two_passes(pipe, request.guidance)
     start, made = time.perf_counter(), 0
     total = sum(len(samples.index.numbers(shard)) for shard in missing)
     hidden = not (progress and processes.is_local_main_process)
@@ -188,10 +193,10 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
         for shard in missing:
             texts = [prompts[number] for number in samples.index.numbers(shard)]
             with autocast(dtype, device):
-                latents, text = _make_shard(
-                    pipe, request, samples.index, shard, texts, empty if guided else None, bar
+                latents, conditionings = _make_shard(
+                    pipe, request.batch, samples.index, shard, texts, bar
                 )
-            samples.write(shard, latents, texts, text)
+            samples.write(shard, latents, texts, conditionings)
             samples.forget(shard)
             made += len(texts)
     seconds = time.perf_counter() - start
@@ -208,52 +213,48 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     }
 
 
-def _bytes(samples: SampleFolder, empty: Text, channels: int) -> int:
+def _bytes(samples: SampleFolder, empty: Conditioning) -> int:
     """What the shards that are missing will take, if no prompt occurs twice in one."""
     index = samples.index
     count = sum(len(index.numbers(shard)) for shard in samples.missing())
-    numbers = index.tokens * channels + empty.words.numel() + empty.pooled.numel()
+    numbers = math.prod(index.shape)
+    numbers += sum(tensor.numel() for _, tensor in tensors_of(empty, ""))
     return count * numbers * find_dtype(index.dtype).itemsize
 
 
 def _make_shard(
-    pipe: CLEARFluxPipeline,
-    request: SampleRequest,
-    index: SampleIndex,
-    shard: int,
-    texts: list[str],
-    empty: Text | None,
-    bar: Any,
-) -> tuple[torch.Tensor, Text]:
-    """Latents of a shard's samples and the embeddings of its different prompts."""
-    different = list(dict.fromkeys(texts))
-    parts = [
-        encode(pipe, different[first : first + request.batch])
-        for first in range(0, len(different), request.batch)
-    ]
-    text = Text(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    rows = torch.tensor([different.index(prompt) for prompt in texts], device=text.words.device)
+    pipe: CLEARPipeline, batch: int, index: SampleIndex, shard: int, prompts: list[str], bar: Any
+) -> tuple[torch.Tensor, list[Conditioning]]:
+    """Latents of a shard's samples and the conditionings of its different prompts."""
     seeds = [index.seed + number for number in index.numbers(shard)]
-    latents = []
-    for first in range(0, len(texts), request.batch):
-        chosen = slice(first, first + request.batch)
-        latents.append(
-            denoise_as_trained(
-                pipe,
-                Text(text.words[rows[chosen]], text.pooled[rows[chosen]]),
-                empty,
-                seeds[chosen],
-                index,
-            )
-        )
+    latents, texts = [], Texts()
+    for first in range(0, len(prompts), batch):
+        chosen = slice(first, first + batch)
+        latents.append(denoise_as_trained(pipe, prompts[chosen], seeds[chosen], index, texts))
         bar.update(len(latents[-1]))
-    return torch.cat(latents), text
+    different = dict.fromkeys(prompts)
+    return torch.cat(latents), [_conditioning(pipe, one, index, texts) for one in different]
+
+
+def _conditioning(
+    pipe: CLEARPipeline, prompt: str, index: SampleIndex, texts: Texts
+) -> Conditioning:
+    """What the transformer is given for a prompt at an index's size.
+
+    Raises:
+        RequestError: the pipeline cannot do this size.
+    """
+    size = {"height": index.height, "width": index.width}
+    try:
+        return conditioning_of(pipe, prompt, guidance=index.guidance, texts=texts, **size)
+    except ValueError as error:
+        raise RequestError(first_line(error)) from error
 
 
 def denoise_as_trained(
-    pipe: CLEARFluxPipeline, text: Text, empty: Text | None, seeds: list[int], index: SampleIndex
+    pipe: CLEARPipeline, prompts: list[str], seeds: list[int], index: SampleIndex, texts: Texts
 ) -> torch.Tensor:
-    """Packed latents, (batch, tokens, channels), of images of an index's size and settings.
+    """Latents, (batch, *index.shape), of images of an index's size and settings.
 
     In one stage and with the positions the model was trained with, at any size: those that the
     student learns with.
@@ -264,8 +265,7 @@ def denoise_as_trained(
     try:
         return denoise(
             pipe,
-            text,
-            empty,
+            prompts,
             seeds,
             height=index.height,
             width=index.width,
@@ -273,6 +273,7 @@ def denoise_as_trained(
             guidance=index.guidance,
             cascade=False,
             resolution=lambda height, width: Resolution(),
+            texts=texts,
         )
     except FloatingPointError as error:
         raise RequestError(
@@ -283,7 +284,7 @@ def denoise_as_trained(
         raise RequestError(first_line(error)) from error
 
 
-def _write_images(pipe: CLEARFluxPipeline, samples: SampleFolder, shard: int) -> None:
+def _write_images(pipe: CLEARPipeline, samples: SampleFolder, shard: int) -> None:
     """Decode the images of a shard that are not there yet."""
     index, folder = samples.index, samples.folder / "images"
     folder.mkdir(exist_ok=True)
@@ -293,17 +294,18 @@ def _write_images(pipe: CLEARFluxPipeline, samples: SampleFolder, shard: int) ->
         path = folder / f"{number:06d}.png"
         if path.exists():
             continue
-        packed = latents[None].to(pipe.vae.device, pipe.vae.dtype)
+        latents = latents[None].to(pipe.vae.device, pipe.vae.dtype)
         settings = {name: header[f"{name}s"][row] for name in ("prompt", "seed")}
-        save_png(decode(pipe, packed, index.height, index.width), path, settings)
+        save_png(decode(pipe, latents, index.height, index.width), path, settings)
 
 
-def _index(request: SampleRequest, pipe: CLEARFluxPipeline, prompts: Prompts) -> SampleIndex:
+def _index(request: SampleRequest, pipe: CLEARPipeline, prompts: Prompts) -> SampleIndex:
     return SampleIndex(
         model=request.model,
         fingerprint=fingerprint(pipe.transformer),
         height=request.height,
         width=request.width,
+        shape=latents_shape(pipe, request.height, request.width),
         steps=request.steps,
         guidance=request.guidance,
         dtype=request.dtype,

@@ -1,15 +1,17 @@
 """The samples a model made itself, on disk: what distillation reads.
 
-A folder holds `index.json`, `empty.safetensors` (the empty prompt's embeddings) and shards
-`samples-00000.safetensors`, ... Sample n lies in shard n // shard_size. A shard holds:
+A folder holds `index.json`, `empty.safetensors` (the conditioning of the prompt that stands for
+none) and shards `samples-00000.safetensors`, ... Sample n lies in shard n // shard_size. A shard
+holds:
 
-- latents [n, tokens, channels], packed, as the transformer gives and takes them;
-- prompt_embeds [u, text tokens, channels] and pooled_prompt_embeds [u, channels], one row for each
-  different prompt in the shard; text [n] int64, the row of each sample;
-- in its header: the numbers, prompts and seeds of its samples, and a digest of the index.
+- latents [n, ...], as the denoising loop holds them;
+- conditioning.0. ..., conditioning.1. ..., what the transformer is given for each different prompt
+  in the shard, see `Conditioning`, each of its own length; text [n] int64, that of each sample;
+- in its header: the numbers, prompts and seeds of its samples, what the conditionings' tensors are
+  parts of, and a digest of the index.
 
-Floats have the dtype the index names. The index says what was asked for; what is there, the shards
-say themselves: they appear whole or not at all.
+Floats have the dtype the index names, but for position ids. The index says what was asked for; what
+is there, the shards say themselves: they appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import RequestError, first_line
 from ..generation.checks import DTYPES
-from ..generation.denoising import Text
-from ..generation.models import TOKEN_PIXELS
+from ..generation.conditioning import Conditioning, moved
+from .conditionings import described, restored, tensors_of
 from .files import write_tensors, write_text
 from .fingerprint import same_model
 
-FORMAT = "clear-dit samples 1"
+FORMAT = "clear-dit samples 2"
 INDEX, EMPTY = "index.json", "empty.safetensors"
-_TENSORS = {"latents": 3, "prompt_embeds": 3, "pooled_prompt_embeds": 2, "text": 1}
+_ANY_FORMAT = FORMAT.rpartition(" ")[0]
+CONDITIONING = "conditioning"
 MAX_COUNT = 10_000_000
 
 
@@ -45,6 +48,7 @@ class SampleIndex:
         model: its name, as it was asked for.
         fingerprint: see `fingerprint`.
         height, width: of the images, in pixels.
+        shape: of a sample's latents.
         steps, guidance: see `GenerateRequest`.
         dtype: the computation's, and that of the stored numbers.
         prompts: a digest of all prompts, or "demo".
@@ -58,6 +62,7 @@ class SampleIndex:
     fingerprint: dict[str, Any]
     height: int
     width: int
+    shape: tuple[int, ...]
     steps: int
     guidance: float
     dtype: str
@@ -66,11 +71,6 @@ class SampleIndex:
     count: int
     shard_size: int
     versions: dict[str, str]
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens of a sample."""
-        return self.height * self.width // TOKEN_PIXELS**2
 
     @property
     def shards(self) -> int:
@@ -91,11 +91,10 @@ class SampleIndex:
 
 
 class Sample(NamedTuple):
-    """One sample: latents [tokens, channels], its prompt's embeddings, its prompt, its seed."""
+    """One sample: its latents, what the transformer is given for its prompt, that, and its seed."""
 
     latents: torch.Tensor
-    words: torch.Tensor
-    pooled: torch.Tensor
+    conditioning: Conditioning
     prompt: str
     seed: int
 
@@ -111,12 +110,21 @@ def read_index(folder: Path) -> SampleIndex:
         raise RequestError(f"{folder} is no folder of samples: it has no {INDEX}.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("format") != FORMAT:
+        its_format = str(found.pop("format"))
+        if its_format != FORMAT and its_format.startswith(_ANY_FORMAT):
+            raise RequestError(
+                f"{folder} holds {its_format!r}, and this version reads {FORMAT!r}: run "
+                "`clear-dit sample` again, into another folder."
+            )
+        if its_format != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
-        index = SampleIndex(**{field.name: found.pop(field.name) for field in fields(SampleIndex)})
-        numbers = (index.height, index.width, index.count, index.shard_size)
+        given = {field.name: found.pop(field.name) for field in fields(SampleIndex)}
+        index = SampleIndex(**given | {"shape": tuple(given["shape"])})
+        numbers = (index.height, index.width, index.count, index.shard_size, *index.shape)
         if not all(type(n) is int and n > 0 for n in numbers) or index.dtype not in DTYPES:
             raise ValueError("it has values out of their range")
+    except RequestError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{path} is not an index of samples: {first_line(error)}.") from error
     return index
@@ -137,19 +145,26 @@ class SampleFolder:
         found = {"format": FORMAT, **asdict(self.index)}
         write_text(self.folder / INDEX, json.dumps(found, indent=2) + "\n")
 
-    def write_empty(self, text: Text) -> None:
-        """Keep the empty prompt's embeddings, one row each."""
-        tensors = {"prompt_embeds": text.words, "pooled_prompt_embeds": text.pooled}
-        write_tensors(self.folder / EMPTY, {k: self._stored(v) for k, v in tensors.items()})
+    def write_empty(self, conditioning: Conditioning) -> None:
+        """Keep the conditioning of the prompt that stands for none."""
+        stored = self._stored(conditioning)
+        header = {"format": FORMAT, CONDITIONING: json.dumps(described(stored))}
+        write_tensors(self.folder / EMPTY, _own_tensors(stored), header)
 
-    def write(self, shard: int, latents: torch.Tensor, prompts: Sequence[str], text: Text) -> None:
+    def write(
+        self,
+        shard: int,
+        latents: torch.Tensor,
+        prompts: Sequence[str],
+        conditionings: Sequence[Conditioning],
+    ) -> None:
         """Write a shard.
 
         Args:
             shard: its number.
-            latents: [n, tokens, channels], of the samples `index.numbers(shard)`.
+            latents: [n, ...], of the samples `index.numbers(shard)`.
             prompts: n of them.
-            text: the embeddings of the different prompts, in the order of their first use.
+            conditionings: of the different prompts, in the order of their first use.
 
         Raises:
             RequestError: latents or embeddings that are not finite (in the dtype stored).
@@ -157,11 +172,11 @@ class SampleFolder:
         """
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         numbers = self.index.numbers(shard)
+        stored = [self._stored(one) for one in conditionings]
         tensors = {
-            "latents": self._stored(latents),
-            "prompt_embeds": self._stored(text.words),
-            "pooled_prompt_embeds": self._stored(text.pooled),
+            "latents": latents.to("cpu", DTYPES[self.index.dtype]).contiguous(),
             "text": torch.tensor([rows[prompt] for prompt in prompts]),
+            **_own_tensors(stored),
         }
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
@@ -175,11 +190,12 @@ class SampleFolder:
             "numbers": json.dumps(list(numbers)),
             "seeds": json.dumps([self.index.seed + number for number in numbers]),
             "prompts": json.dumps(list(prompts)),
+            CONDITIONING: json.dumps([described(one) for one in stored]),
         }
         write_tensors(self.path(shard), tensors, header)
 
-    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to("cpu", DTYPES[self.index.dtype]).contiguous()
+    def _stored(self, conditioning: Conditioning) -> Conditioning:
+        return moved(conditioning, torch.device("cpu"), DTYPES[self.index.dtype])
 
     def missing(self) -> list[int]:
         """The shards that are not there, or have fewer samples than the index says by now.
@@ -195,7 +211,9 @@ class SampleFolder:
         ]
 
     def header(self, shard: int) -> dict[str, list[Any]]:
-        """Numbers, seeds and prompts of a shard, after a check of all that needs no tensor.
+        """Numbers, seeds and prompts of a shard's samples, and descriptions of its conditionings.
+
+        After a check of all that needs no tensor.
 
         Raises:
             RequestError: it is not whole, or holds other samples than the index says.
@@ -208,23 +226,21 @@ class SampleFolder:
                 raise RequestError(f"{path} holds samples of another request than {INDEX} names.")
             try:
                 header = {name: json.loads(found[name]) for name in ("numbers", "seeds", "prompts")}
-                slices = {name: file.get_slice(name) for name in _TENSORS}
-                shapes = {name: each.get_shape() for name, each in slices.items()}
+                conditionings = json.loads(found[CONDITIONING])
+                latents, text = (file.get_slice(one).get_shape() for one in ("latents", "text"))
+                restored(conditionings, CONDITIONING, file.get_slice)
             except (KeyError, ValueError, SafetensorError) as error:
                 raise RequestError(f"{path} is not a shard of samples.") from error
             count = len(header["numbers"])
-            rows = len(set(header["prompts"]))
-            lengths = (count, rows, rows, count)
-            expected = list(self.index.numbers(shard))
             if (
-                header["numbers"] != expected[:count]
+                header["numbers"] != list(self.index.numbers(shard))[:count]
                 or any(len(each) != count for each in header.values())
-                or any(len(shapes[name]) != ndim for name, ndim in _TENSORS.items())
-                or any(s[0] != n for s, n in zip(shapes.values(), lengths, strict=True))
-                or shapes["latents"][1] != self.index.tokens
+                or len(conditionings) != len(set(header["prompts"]))
+                or latents != [count, *self.index.shape]
+                or text != [count]
             ):
                 raise RequestError(f"{path} is not a shard of the samples that {INDEX} names.")
-            self._headers[shard] = header
+            self._headers[shard] = header | {CONDITIONING: conditionings}
         return self._headers[shard]
 
     def _open(self, shard: int) -> Any:
@@ -268,35 +284,57 @@ class SampleFolder:
         shard, row = divmod(number, self.index.shard_size)
         header, file = self.header(shard), self._open(shard)
         text = int(file.get_slice("text")[row])
-        words = file.get_slice("prompt_embeds")[text]
-        pooled = file.get_slice("pooled_prompt_embeds")[text]
-        if not (words.isfinite().all() and pooled.isfinite().all()):
+        description, name = header[CONDITIONING][text], f"{CONDITIONING}.{text}"
+        conditioning = restored(description, name, file.get_tensor)
+        if not all(tensor.isfinite().all() for _, tensor in tensors_of(conditioning, name)):
             raise RequestError(f"{self.path(shard)} has text embeddings that are not finite.")
         latents = file.get_slice("latents")[row]
-        return Sample(latents, words, pooled, header["prompts"][row], header["seeds"][row])
+        return Sample(latents, conditioning, header["prompts"][row], header["seeds"][row])
 
     def latents(self, shard: int) -> torch.Tensor:
-        """All latents of a shard, [n, tokens, channels]."""
+        """All latents of a shard, [n, ...]."""
         self.header(shard)
         return self._open(shard).get_tensor("latents")
 
-    def empty(self) -> Text:
-        """The empty prompt's embeddings, one row each.
+    def empty(self) -> Conditioning:
+        """The conditioning of the prompt that stands for none.
 
         Raises:
             RequestError: the file is missing or not whole.
         """
+        description, file = self._empty()
+        path = self.folder / EMPTY
+        try:
+            found: Conditioning = restored(description, CONDITIONING, file.get_tensor)
+        except (ValueError, SafetensorError) as error:
+            raise RequestError(f"{path} does not hold text embeddings.") from error
+        if not all(tensor.isfinite().all() for _, tensor in tensors_of(found, CONDITIONING)):
+            raise RequestError(f"{path} has values that are not finite.")
+        return found
+
+    def _empty(self) -> tuple[Any, Any]:
+        """Its description, and the file."""
         path = self.folder / EMPTY
         if not path.exists():
             raise RequestError(f"{path} is missing; run `clear-dit sample` again.")
         file = _open_tensors(path)
         try:
-            text = Text(file.get_tensor("prompt_embeds"), file.get_tensor("pooled_prompt_embeds"))
-        except SafetensorError as error:
+            return json.loads((file.metadata() or {})[CONDITIONING]), file
+        except (KeyError, ValueError) as error:
             raise RequestError(f"{path} does not hold text embeddings.") from error
-        if not all(tensor.isfinite().all() for tensor in text):
-            raise RequestError(f"{path} has values that are not finite.")
-        return text
+
+    def have_one_shape(self, count: int, with_empty: bool) -> bool:
+        """Whether conditionings can be put together in one batch.
+
+        Args:
+            count: of so many first samples.
+            with_empty: and of the prompt that stands for none.
+        """
+        shards = range(-(-count // self.index.shard_size))
+        found = [each for shard in shards for each in self.header(shard)[CONDITIONING]]
+        if with_empty:
+            found.append(self._empty()[0])
+        return all(each == found[0] for each in found)
 
 
 def open_samples(folder: Path, model: str, fingerprint: dict[str, Any], count: int) -> SampleFolder:
@@ -323,6 +361,12 @@ def open_samples(folder: Path, model: str, fingerprint: dict[str, Any], count: i
     samples = SampleFolder(folder, index)
     samples.check(count or index.count)
     return samples
+
+
+def _own_tensors(conditionings: Any) -> dict[str, torch.Tensor]:
+    """By name, each with memory of its own: they may be parts of something, or the same."""
+    parts = tensors_of(conditionings, CONDITIONING)
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in parts}
 
 
 def _open_tensors(path: Path) -> Any:

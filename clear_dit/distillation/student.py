@@ -7,11 +7,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from ..attention.processor import CLEARProcessor
+from ..errors import RequestError
 from ..families.table import family_of
 from ..weights.format import parameters_by_key, pooling_by_key
 from ..weights.load import current_settings, published_name, write_weights
@@ -36,13 +38,31 @@ def add_lora(model: Any, rank: int, seed: int) -> None:
     """Put a LoRA of peft on the layers that are trained; it changes nothing yet.
 
     Args:
-        model: a FLUX transformer of diffusers.
+        model: a family's transformer.
         rank: of the LoRA, whose alpha is the same.
         seed: of its random half.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(lora_config(model, rank))
+
+
+def lora_pipeline(model: nn.Module) -> Any:
+    """The pipeline class of diffusers that saves a LoRA of a family's transformer, and loads it.
+
+    Raises:
+        RequestError: diffusers has none for the family.
+    """
+    family = family_of(model)
+    assert family.recipe is not None, family.title
+    name = family.recipe.pipelines[0]
+    found = getattr(diffusers, name)
+    if not hasattr(found, "save_lora_weights"):
+        raise RequestError(
+            f"--lora: diffusers' {name} neither saves nor loads a LoRA; leave --lora out to train "
+            "the layers themselves."
+        )
+    return found
 
 
 def trained_parameters(model: nn.Module, lora: bool) -> dict[str, nn.Parameter]:
@@ -108,14 +128,13 @@ def save_adapter(
     if not lora:
         write_weights(tensors, path, settings, base_model, "distill")
         return path
-    from diffusers import FluxPipeline
     from diffusers.training_utils import _collate_lora_metadata
     from peft.utils import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, state_dict=tensors)
     temporary = folder / f".{LORA_FILE}.partial.safetensors"
     try:
-        FluxPipeline.save_lora_weights(
+        lora_pipeline(model).save_lora_weights(
             folder,
             transformer_lora_layers=state,
             weight_name=temporary.name,

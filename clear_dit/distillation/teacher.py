@@ -8,13 +8,13 @@ since the base layers below the LoRA are the teacher's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..attention.processor import FluxAttnProcessor, Rotary
+from ..attention.processor import FluxAttnProcessor
 from ..families.table import family_of
 from ..weights.forward import changed_in_forwards, other_attributes
 from ..weights.state import ClearState
@@ -24,66 +24,29 @@ from ..weights.state import ClearState
 COPIES = "teacher"
 
 
-class TeacherProcessor:
-    """Full attention with given projections instead of the layer's own.
-
-    Args:
-        projections: to_q, to_k, to_v, and to_out in a double block.
-        stock: the processor that computes it.
-    """
-
-    # diffusers sets these on any processor.
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, projections: dict[str, Any], stock: Any) -> None:
-        self.projections, self.stock = projections, stock
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Rotary | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """What `FluxAttnProcessor` computes; same arguments and result."""
-        layer = _Overridden(attn, self.projections)
-        return self.stock(
-            layer, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-        )
-
-
-class _Overridden:
-    """An attention layer some of whose modules are others."""
-
-    def __init__(self, attn: Any, modules: dict[str, Any]) -> None:
-        self.__dict__.update(modules, _attn=attn)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attn, name)
-
-
 class Teacher:
     """The stock model inside a student.
 
     Args:
-        model: a FLUX transformer with CLEAR on all layers, before anything is trained; a LoRA for
-            the student is there already.
-        stock: the processor of full attention; diffusers' own where None.
+        model: a family's transformer with CLEAR on all layers, before anything is trained; a LoRA
+            for the student is there already.
+        stock: the processor of full attention, for all layers; those that were there before CLEAR
+            where None.
 
     Adds frozen copies of the projections to the model's layers; `detach` takes them away.
     """
 
     def __init__(self, model: nn.Module, stock: Any = None) -> None:
         family = family_of(model)
-        family.require("distil", "Teacher")
-        stock = FluxAttnProcessor() if stock is None else stock
-        ClearState.attach(model)
+        before = ClearState.attach(model).processors
         self._model, self.layers = model, family.layers(model)
-        self.processors = {
-            name: TeacherProcessor(_projections(attn), stock) for name, attn in self.layers.items()
-        }
+        # By attribute, what layers have instead.
+        self._others: dict[str, dict[nn.Module, Any]] = {"processor": {}}
+        for name, attn in self.layers.items():
+            processor = stock or before.get(name) or FluxAttnProcessor()
+            self._others["processor"][attn] = processor
+            for attribute, other in _projections(attn, family.tuned_names(attn)).items():
+                self._others.setdefault(attribute, {})[attn] = other
 
     @contextmanager
     def attention(self) -> Iterator[None]:
@@ -91,10 +54,12 @@ class Teacher:
         with changed_in_forwards(self._model, self._change), torch.no_grad():
             yield
 
-    def _change(self, model: nn.Module) -> AbstractContextManager[None]:
-        return other_attributes(
-            "processor", {attn: self.processors[name] for name, attn in self.layers.items()}
-        )
+    @contextmanager
+    def _change(self, model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for attribute, others in self._others.items():
+                stack.enter_context(other_attributes(attribute, others))
+            yield
 
     def detach(self) -> None:
         """Remove the frozen copies."""
@@ -103,18 +68,23 @@ class Teacher:
                 delattr(attn, COPIES)
 
 
-def _projections(attn: Any) -> dict[str, Any]:
-    linears = {name: getattr(attn, name) for name in ("to_q", "to_k", "to_v")}
-    if hasattr(attn, "to_out"):
-        linears["to_out"] = attn.to_out[0]
-    bases = {name: getattr(linear, "base_layer", None) for name, linear in linears.items()}
+def _projections(attn: Any, names: list[str]) -> dict[str, Any]:
+    """The linear layers of these names as they are now, by the attribute they are in."""
+    linears = {name: attn.get_submodule(name) for name in names}
+    bases: dict[str, Any] = {
+        name: getattr(linear, "base_layer", None) for name, linear in linears.items()
+    }
     if all(base is None for base in bases.values()):
-        copies = nn.ModuleDict({name: _frozen_copy(each) for name, each in linears.items()})
-        attn.add_module(COPIES, copies)
-        bases = dict(copies.items())
-    found: dict[str, Any] = dict(bases)
-    if "to_out" in found:
-        found["to_out"] = [found["to_out"], attn.to_out[1]]
+        bases = {name: _frozen_copy(each) for name, each in linears.items()}
+        copies = {name.replace(".", "_"): each for name, each in bases.items()}
+        attn.add_module(COPIES, nn.ModuleDict(copies))
+    found: dict[str, Any] = {}
+    for name, base in bases.items():
+        attribute, _, place = name.partition(".")
+        if place:  # to_out.0
+            found.setdefault(attribute, list(getattr(attn, attribute)))[int(place)] = base
+        else:
+            found[attribute] = base
     return found
 
 

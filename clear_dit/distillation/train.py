@@ -15,17 +15,27 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import RequestError
+from ..families.table import family_of
 from ..generation.checks import find_window
-from ..generation.models import TOKEN_PIXELS, load_pipeline
+from ..generation.conditioning import stacked
+from ..generation.models import find_model, load_pipeline
 from ..plugin import apply_clear
 from ..weights.learned import make_far_trainable
 from . import checkpoint
 from .card import card, hardware, mean_losses
-from .cpu_attention import PerHeadAttention
+from .cpu_attention import per_head_attention
 from .data import Batch, Draws
 from .files import write_text
 from .fingerprint import fingerprint
-from .losses import Losses, attention_outputs, distillation_losses, noisy, parse_layers
+from .losses import (
+    AttentionOutputs,
+    Losses,
+    attention_outputs,
+    distillation_losses,
+    last_stack,
+    noisy,
+    parse_layers,
+)
 from .options import DistillOptions
 from .precision import quiet_norms, weights_dtype
 from .samples import SampleIndex, open_samples, read_index
@@ -35,6 +45,7 @@ from .student import (
     adapter_name,
     add_lora,
     freeze_others,
+    lora_pipeline,
     save_adapter,
     trained_parameters,
     whole_tensors,
@@ -75,7 +86,12 @@ def distill(options: DistillOptions, progress: bool = True) -> dict[str, Any]:
     """
     index = read_index(options.samples)
     find_window(
-        index.height, index.width, options.radius, options.down_factor, far=options.takes_far
+        index.height,
+        index.width,
+        options.radius,
+        options.down_factor,
+        token_pixels=find_model(options.model).token_pixels,
+        far=options.takes_far,
     )
     prompts = validation_prompts(options.validation_prompts) if options.validation_prompts else []
     found = checkpoint.find_checkpoint(options.out, options.resume_from_checkpoint)
@@ -120,9 +136,10 @@ class Run:
         identity = fingerprint(self.model)
         wanted = options.max_train_samples
         samples = open_samples(options.samples, options.model, identity, wanted or 0)
-        config = self.model.config
-        self.layers = parse_layers(options.attention_layers, config.num_single_layers)
-        guided = not config.guidance_embeds and index.guidance > 1
+        self.recipe = self.pipe.recipe
+        self.stack, count = last_stack(self.model)
+        self.layers = parse_layers(options.attention_layers, self.stack, count)
+        guided = self.recipe.guidance.passes(self.model.config, index.guidance) > 1
         dropout = options.prompt_dropout
         if dropout is None:
             dropout = DEFAULT_DROPOUT if guided else 0.0
@@ -160,13 +177,15 @@ class Run:
         except ValueError as error:
             raise RequestError(str(error)) from error
         if options.lora is not None:
+            lora_pipeline(self.model)  # which can save it
             add_lora(self.model, options.lora, options.seed)
         elif options.takes_far:
             make_far_trainable(self.model)
         self.teacher = None
         if options.output_weight > 0 or options.attention_weight > 0:
             on_cpu = weights_dtype(self.dtype, self.device) != self.dtype
-            self.teacher = Teacher(self.model, PerHeadAttention() if on_cpu else None)
+            stock = per_head_attention(self.model) if on_cpu else None
+            self.teacher = Teacher(self.model, stock)
         freeze_others(self.model, self.lora)
         if options.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -211,27 +230,29 @@ class Run:
             purge = {"purge_step": self.progress.step + 1} if found is not None else {}
             accelerator.init_trackers("logs", init_kwargs={"tensorboard": purge})
 
-    def inputs(self, batch: Batch) -> dict[str, torch.Tensor | None]:
-        """What the transformer is called with, both roles alike."""
-        index, count = self.index, len(batch.s)
-        guidance = None
-        if self.model.config.guidance_embeds:
-            guidance = torch.full((count,), float(index.guidance), device=self.device)
-        return {
-            "hidden_states": noisy(batch.clean, batch.noise, batch.s).to(batch.words.dtype),
-            "encoder_hidden_states": batch.words,
-            "pooled_projections": batch.pooled,
-            "timestep": batch.s.to(batch.words.dtype),
-            "guidance": guidance,
-            "img_ids": self.pipe._prepare_latent_image_ids(
-                1,
-                index.height // TOKEN_PIXELS,
-                index.width // TOKEN_PIXELS,
-                self.device,
-                torch.float32,
-            ),
-            "txt_ids": torch.zeros(batch.words.shape[1], 3, device=self.device),
-        }
+    def calls(self, batch: Batch) -> list[dict[str, Any]]:
+        """What the transformer is called with, both roles alike: once, or for each row.
+
+        Rows of different lengths are not put together. All processes do the same, whatever rows
+        they have: they meet in every forward.
+        """
+        latents = noisy(batch.clean, batch.noise, batch.s)
+        latents = latents.to(weights_dtype(self.dtype, self.device))
+        rows = [slice(None)]
+        if not self.draws.stackable:
+            rows = [slice(row, row + 1) for row in range(len(batch.s))]
+        return [
+            self.recipe.denoiser.arguments(
+                latents[some], batch.s[some], stacked(batch.conditionings[some])
+            )
+            for some in rows
+        ]
+
+    def _velocity(self, calls: list[dict[str, Any]]) -> torch.Tensor:
+        """What the transformer predicts for the rows of all calls."""
+        outputs = [self.wrapped(**arguments, return_dict=False)[0] for arguments in calls]
+        velocity, shape = self.recipe.denoiser.velocity, self.index.shape
+        return torch.cat([velocity(output, shape) for output in outputs])
 
     def losses(self, batch: Batch) -> Losses:
         """Both roles at the same x_t, and the three terms.
@@ -239,15 +260,16 @@ class Run:
         Args:
             batch: on the device.
         """
-        options, inputs = self.options, self.inputs(batch)
+        options, calls = self.options, self.calls(batch)
         layers = self.layers if options.attention_weight > 0 else ()
-        expected, expected_attention = None, {}
+        expected: torch.Tensor | None = None
+        expected_attention: AttentionOutputs = {}
         if self.teacher is not None:
             with self.teacher.attention(), attention_outputs(self.model, layers) as kept:
-                expected = self.wrapped(**inputs, return_dict=False)[0]
+                expected = self._velocity(calls)
             expected_attention = kept
         with attention_outputs(self.model, layers) as kept:
-            predicted = self.wrapped(**inputs, return_dict=False)[0]
+            predicted = self._velocity(calls)
         return distillation_losses(
             batch.clean,
             batch.noise,
@@ -374,7 +396,9 @@ class Run:
                 "parameters": self.parameters,
                 "samples": self.draws.count,
                 "effective_batch": self.effective_batch,
+                "stack": self.stack,
                 "layers": self.layers,
+                "trained": family_of(self.model).tuned,
                 "hours": progress.seconds / 3600,
                 "hardware": hardware(self.device, self.accelerator.num_processes),
                 "mixed_precision": self.accelerator.mixed_precision,

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..generation.denoising import Text, decode, encode, two_passes
+from ..generation.conditioning import record
+from ..generation.denoising import decode
 from ..generation.image_output import save_png
 from ..generation.prompts import read_prompts
+from ..pipelines.text import Texts
 from .precision import autocast
 from .sample import DEMO_PROMPTS, denoise_as_trained
 from .samples import SampleIndex
 
 if TYPE_CHECKING:
-    from ..pipelines.flux import CLEARFluxPipeline
+    from ..pipelines.pipeline import CLEARPipeline
 
 COUNT = 4
 
@@ -48,7 +50,7 @@ class Validator:
 
     def __init__(
         self,
-        pipe: CLEARFluxPipeline,
+        pipe: CLEARPipeline,
         prompts: list[str],
         index: SampleIndex,
         dtype: torch.dtype,
@@ -57,18 +59,20 @@ class Validator:
         self.pipe, self.prompts, self.index, self.folder = pipe, prompts, index, folder
         self.dtype = dtype
         pipe.set_progress_bar_config(disable=True)
+        self.texts = Texts()
+        size = {"height": index.height, "width": index.width}
         with autocast(dtype, pipe.device):
-            self.text = encode(pipe, prompts)
-            guided = two_passes(pipe, index.guidance)
-            self.empty: Text | None = encode(pipe, [""]) if guided else None
-        pipe.text_encoder = pipe.text_encoder_2 = None
+            record(pipe, prompts, guidance=index.guidance, texts=self.texts, **size)
+        for part in pipe.components:
+            if part.startswith("text_encoder"):
+                setattr(pipe, part, None)
 
     def generate(self) -> list[Any]:
         """PIL images, one of each prompt."""
         index = self.index
         seeds = list(range(len(self.prompts)))
         with autocast(self.dtype, self.pipe.device):
-            latents = denoise_as_trained(self.pipe, self.text, self.empty, seeds, index)
+            latents = denoise_as_trained(self.pipe, self.prompts, seeds, index, self.texts)
         latents = latents.to(self.pipe.vae.dtype)
         return [decode(self.pipe, each[None], index.height, index.width) for each in latents]
 

@@ -72,7 +72,7 @@ class ImageSet:
     def save(
         self, index: int, image: Image.Image, latents: torch.Tensor, record: Mapping[str, Any]
     ) -> None:
-        """Write an image, its latents (tokens, channels) before it, its settings in it.
+        """Write an image, its latents before it, its settings in it.
 
         Args:
             index: which image.
@@ -95,7 +95,7 @@ class ImageSet:
             raise OSError(f"{path} could not be written ({reason}).") from error
 
     def latents(self, index: int) -> torch.Tensor:
-        """The final latents of an image, packed: (tokens, channels)."""
+        """The final latents of an image, as the denoising loop holds them."""
         return load_file(self.path(index).with_suffix(".safetensors"))[_LATENTS]
 
     def read(self, index: int) -> torch.Tensor:

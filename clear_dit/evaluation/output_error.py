@@ -1,7 +1,7 @@
 """How far a student's prediction is from the teacher's at the same point of the same path.
 
 The measure that distillation's output term lowers: x_t = (1 - s) x_0 + s noise, x_0 the teacher's
-own final latents, s the noise level; mean over LEVELS, images, tokens and channels of
+own final latents, s the noise level; mean over LEVELS, images and their values of
 (student(x_t) - teacher(x_t))^2. One pass, with the prompt; no second pass for guidance.
 """
 
@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from ..files import whole_file
-from ..generation.models import TOKEN_PIXELS
+from ..generation.conditioning import conditioning_of, moved, stacked
 from .images import BROKEN, ImageSet
 from .request import EvaluateRequest
 from .variants import TextCache
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from ..pipelines.pipeline import CLEARPipeline
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 # Of so many first images; each adds len(LEVELS) predictions to every variant's work.
@@ -38,7 +38,7 @@ class Point:
 
     Attributes:
         prompt: of the image.
-        latents: x_0, the teacher's final latents, (tokens, channels).
+        latents: x_0, the teacher's final latents, as the denoising loop holds them.
         seed: of the noise; differs from those of the images.
     """
 
@@ -47,11 +47,11 @@ class Point:
     seed: int
 
     def noisy(self) -> torch.Tensor:
-        """x_t at all levels, float32 (levels, tokens, channels); the noise differs by level."""
+        """x_t at all levels, float32 (levels, *latents); the noise differs by level."""
         generator = torch.Generator().manual_seed(self.seed)
         clean = self.latents.float()
         noise = torch.randn(len(LEVELS), *clean.shape, generator=generator)
-        level = torch.tensor(LEVELS)[:, None, None]
+        level = torch.tensor(LEVELS).reshape(-1, *[1] * clean.ndim)
         return (1 - level) * clean + level * noise
 
 
@@ -65,43 +65,38 @@ def make_points(request: EvaluateRequest, teacher: ImageSet) -> list[Point]:
 
 @torch.no_grad()
 def predict(
-    pipe: FluxPipeline, request: EvaluateRequest, point: Point, texts: TextCache
+    pipe: CLEARPipeline, request: EvaluateRequest, point: Point, texts: TextCache
 ) -> torch.Tensor:
     """The transformer's prediction (noise - x_0) at all LEVELS of a point.
 
     Returns:
-        float32 on the CPU, (levels, tokens, channels).
+        float32 on the CPU, (levels, *latents).
     """
-    rows = request.generation.height // TOKEN_PIXELS
-    columns = request.generation.width // TOKEN_PIXELS
-    device, dtype = pipe.device, pipe.dtype
-    embeds, pooled = texts([point.prompt])
-    # float32: bfloat16 cannot tell neighbours above 256 apart.
-    img_ids = pipe._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
-    txt_ids = torch.zeros(embeds.shape[1], 3, device=device)
-    embedded = bool(pipe.transformer.config.guidance_embeds)
+    generation, denoiser = request.generation, pipe.recipe.denoiser
+    conditioning = conditioning_of(
+        pipe,
+        point.prompt,
+        height=generation.height,
+        width=generation.width,
+        guidance=generation.guidance,
+        texts=texts,
+    )
+    conditioning = moved(conditioning, pipe.device, pipe.dtype)
     predictions = []
-    noisy = point.noisy().to(device, dtype)
+    noisy = point.noisy().to(pipe.device, pipe.dtype)
+    levels = torch.tensor(LEVELS, device=pipe.device)
     for first in range(0, len(LEVELS), request.batch):
-        x_t = noisy[first : first + request.batch]
-        level = torch.tensor(LEVELS[first : first + request.batch], device=device, dtype=dtype)
-        guidance = torch.full((len(x_t),), request.generation.guidance, device=device)
-        output = pipe.transformer(
-            hidden_states=x_t,
-            encoder_hidden_states=embeds.expand(len(x_t), -1, -1),
-            pooled_projections=pooled.expand(len(x_t), -1),
-            timestep=level,
-            guidance=guidance if embedded else None,
-            img_ids=img_ids,
-            txt_ids=txt_ids,
-            return_dict=False,
-        )[0]
-        predictions.append(output.float().cpu())
+        some = slice(first, first + request.batch)
+        arguments = denoiser.arguments(
+            noisy[some], levels[some], stacked([conditioning] * len(levels[some]))
+        )
+        output = pipe.transformer(**arguments, return_dict=False)[0]
+        predictions.append(denoiser.velocity(output, point.latents.shape).float().cpu())
     return torch.cat(predictions)
 
 
 def predict_all(
-    pipe: FluxPipeline,
+    pipe: CLEARPipeline,
     request: EvaluateRequest,
     points: Sequence[Point],
     texts: TextCache,

@@ -16,19 +16,28 @@ from .request import EvaluateRequest, Variant
 _ARROWS = {"higher": "↑", "lower": "↓"}
 
 
-def layer_gflop(request: EvaluateRequest, variant: Variant, text: int, channels: int) -> float:
+def layer_gflop(
+    request: EvaluateRequest, variant: Variant, text: int, token_pixels: int, channels: int
+) -> float:
     """GFLOP of one attention layer at the evaluated size, batch 1 (`Window.attention_flops`).
 
     Args:
         request: gives the size.
         variant: gives the window; full attention is a window larger than the image.
-        text: text tokens.
+        text: text tokens, padding included, at most.
+        token_pixels: side of a token.
         channels: heads times head_dim.
     """
     generation = request.generation
     radius = generation.height + generation.width if variant.radius is None else variant.radius
     window = find_window(
-        generation.height, generation.width, radius, variant.down_factor, text, far=variant.far
+        generation.height,
+        generation.width,
+        radius,
+        variant.down_factor,
+        text,
+        token_pixels,
+        far=variant.far,
     )
     return window.attention_flops(1, channels) / 1e9
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import RequestError
 from ..generation.checks import find_window, take_numbers, takes_far
+from ..generation.models import find_model
 from ..generation.prompts import read_prompts
 from ..generation.request import GenerateRequest, make_request
 from ..kernels.numbers import integer
@@ -96,8 +97,14 @@ class EvaluateRequest:
             raise RequestError("--seed: the last image's seed must be below 2^63.")
         for variant in self.variants[1:]:
             assert variant.radius is not None
-            size = (self.generation.height, self.generation.width)
-            find_window(*size, variant.radius, variant.down_factor, far=variant.far)
+            find_window(
+                self.generation.height,
+                self.generation.width,
+                variant.radius,
+                variant.down_factor,
+                token_pixels=find_model(self.generation.model).token_pixels,
+                far=variant.far,
+            )
 
 
 def make_evaluate_request(

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..families.table import channels_of
 from ..files import own_folder, whole_file
 from ..generation.checks import find_device, find_dtype
+from ..generation.denoising import text_length
 from ..generation.image_input import open_image
 from ..generation.image_output import save_png
-from ..generation.models import load_pipeline, model_path, text_length
+from ..generation.models import load_pipeline, model_path
 from ..pipelines.decoding.image_files import METADATA_KEY
 from . import output_error
 from .images import ImageSet, fingerprint
@@ -26,7 +28,7 @@ from .sheet import contact_sheet
 from .variants import TextCache, attention_of, check_weights, generate_missing
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from ..pipelines.pipeline import CLEARPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +63,9 @@ def evaluate(request: EvaluateRequest, out: Path, progress: bool = True) -> dict
     check_weights(pipe, request.variants)
     with own_folder(out):
         pipe.set_progress_bar_config(disable=True)
-        config = pipe.transformer.config
-        channels = config.num_attention_heads * config.attention_head_dim
+        model = (text_length(pipe), pipe.token_pixels, channels_of(pipe.transformer))
         gflop = {
-            variant.folder: layer_gflop(request, variant, text_length(pipe), channels)
-            for variant in request.variants
+            variant.folder: layer_gflop(request, variant, *model) for variant in request.variants
         }
         work = _Work(pipe, request, out, "output_mse" in names, progress)
         for variant in request.variants:
@@ -87,7 +87,7 @@ class _Work:
 
     def __init__(
         self,
-        pipe: FluxPipeline,
+        pipe: CLEARPipeline,
         request: EvaluateRequest,
         out: Path,
         output_mse: bool,
@@ -95,7 +95,7 @@ class _Work:
     ) -> None:
         self.pipe, self.request, self.out = pipe, request, out
         self.output_mse, self.progress = output_mse, progress
-        self.texts = TextCache(pipe)
+        self.texts = TextCache(pipe.device)
         self.sets: dict[str, ImageSet] = {}
         self.values: Values = {variant.folder: {} for variant in request.variants}
         self.generated = 0

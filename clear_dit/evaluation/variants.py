@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from ..attention.processor import CLEARProcessor
 from ..errors import RequestError, first_line
-from ..families.table import transformer_of
+from ..families.table import head_dim_of, transformer_of
 from ..generation.checks import find_impl
 from ..generation.denoising import decode, denoise
+from ..kernels.triton.device import kernels_of
+from ..pipelines.text import Texts
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.load import open_checked
@@ -25,7 +28,7 @@ from .images import ImageSet
 from .request import EvaluateRequest, Variant
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from ..pipelines.pipeline import CLEARPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ logger = logging.getLogger(__name__)
 TEXT_CACHE_MB = 4096
 
 
-def check_weights(pipe: FluxPipeline, variants: tuple[Variant, ...]) -> None:
+def check_weights(pipe: CLEARPipeline, variants: tuple[Variant, ...]) -> None:
     """Refuse weights that do not fit, before anything is generated.
 
     Raises:
@@ -64,16 +67,16 @@ def _is_lora(path: Path) -> bool:
 
 
 @contextmanager
-def attention_of(pipe: FluxPipeline, variant: Variant) -> Iterator[str]:
+def attention_of(pipe: CLEARPipeline, variant: Variant) -> Iterator[str]:
     """Run a pipeline with a variant's attention and weights, and then as it was, bit for bit.
 
     Yields:
         The implementation that runs: "full" or one of local attention.
 
     Raises:
-        ValueError: a family that is not evaluated, or a model without its original weights.
+        ValueError: a model without its original weights.
     """
-    originals_of(transformer_of(pipe, "evaluate", "evaluate")).refuse_lost("evaluate")
+    originals_of(transformer_of(pipe, "evaluate")).refuse_lost("evaluate")
     if variant.radius is None:
         yield "full"
         return
@@ -89,39 +92,43 @@ def attention_of(pipe: FluxPipeline, variant: Variant) -> Iterator[str]:
     try:
         if lora is not None:
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
-        yield find_impl("auto", pipe.dtype, pipe.device)
+        kernels = kernels_of(variant.far, variant.down_factor > 1, needs_grad=False)
+        yield find_impl("auto", pipe.dtype, pipe.device, head_dim_of(pipe.transformer), kernels)
     finally:
         if lora is not None:
             pipe.unload_lora_weights()
         remove_clear(pipe)
 
 
-class TextCache:
-    """Prompts encoded once each, when first needed, and kept on the CPU."""
+class TextCache(Texts):
+    """Prompts encoded once, when first needed, and kept on the CPU, up to TEXT_CACHE_MB.
 
-    def __init__(self, pipe: FluxPipeline) -> None:
-        self._pipe = pipe
-        self._kept: dict[str, Text] = {}
-        self._bytes = 0
+    Args:
+        device: of the embeddings that are asked for.
+    """
 
-    def __call__(self, prompts: list[str]) -> Text:
-        """The encoded prompts, as `encode` gives them, on the pipeline's device."""
-        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self._kept))
-        fresh: dict[str, Text] = {}
-        if new:
-            embeds, pooled = (tensor.cpu() for tensor in encode(self._pipe, new))
-            fresh = {p: Text(embeds[i].clone(), pooled[i].clone()) for i, p in enumerate(new)}
-        found = [fresh.get(prompt) or self._kept[prompt] for prompt in prompts]
-        for prompt, text in fresh.items():
-            self._bytes += sum(tensor.nbytes for tensor in text)
-            if self._bytes <= TEXT_CACHE_MB * 2**20:
-                self._kept[prompt] = text
-        device = self._pipe.device
-        return Text(*(torch.stack(part).to(device) for part in zip(*found, strict=True)))
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device, self._bytes = device, 0
+
+    def of(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`encode` of these arguments, or what it gave before."""
+        before = len(self._known)
+        found = super().of(encode, *args, **kwargs)
+        if len(self._known) > before:
+            tensors = [one for one in tree_leaves(found) if isinstance(one, torch.Tensor)]
+            self._bytes += sum(tensor.nbytes for tensor in tensors)
+            if self._bytes > TEXT_CACHE_MB * 2**20:
+                self._known.popitem()
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), found)
+
+    def encoded(self, encode: Callable[[], Any]) -> Any:
+        """What is not known yet."""
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, encode())
 
 
 def generate_missing(
-    pipe: FluxPipeline,
+    pipe: CLEARPipeline,
     request: EvaluateRequest,
     variant: Variant,
     images: ImageSet,
@@ -136,7 +143,7 @@ def generate_missing(
         request: prompts and settings.
         variant: for the progress bar.
         images: where they go.
-        texts: the prompts, encoded.
+        texts: what is encoded of the prompts.
         impl: the attention that runs, noted in the images.
         progress: show a bar on standard error.
 
@@ -148,7 +155,6 @@ def generate_missing(
     """
     missing = images.missing()
     generation = request.generation
-    empty = texts([""]) if missing and two_passes(pipe, generation.guidance) else None
     # The folder tells far keys already.
     record = {"far": variant.far, "version": __version__, "impl": impl, "device": str(pipe.device)}
     bar = tqdm(
@@ -161,17 +167,17 @@ def generate_missing(
     with bar:
         for first in range(0, len(missing), request.batch):
             chosen = missing[first : first + request.batch]
-            text = texts([request.prompts[index] for index in chosen])
+            prompts = [request.prompts[index] for index in chosen]
             seeds = [generation.seed + index for index in chosen]
             latents = denoise(
                 pipe,
-                text,
-                empty,
+                prompts,
                 seeds,
                 height=generation.height,
                 width=generation.width,
                 steps=generation.steps,
                 guidance=generation.guidance,
+                texts=texts,
             )
             # One at a time: decoding takes more memory than denoising.
             for index, one in zip(chosen, latents, strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..attention.ip_adapter import LayerProcessor
 from ..attention.text_padding import used_length
-from .family import Family, Reading, only
+from .family import Family, Reading
 from .flux1 import adapter_was_undone, extend, read_ids
 from .recipe import Defaults, Guidance, Recipe
 
@@ -71,5 +71,4 @@ FAMILY = Family(
     extend=extend,
     proportional=True,
     serves_fused=True,
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

@@ -18,9 +18,9 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Cut, Family, Reading, only, own_positions
+from .family import Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn, image_tables
-from .recipe import Defaults, Latents, Recipe
+from .recipe import Defaults, Denoiser, Latents, Recipe
 
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
 (_calculate_shift,) = names_from(
@@ -187,6 +187,7 @@ FAMILY = Family(
         pipelines=("CogView4Pipeline",),
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=5.0),
         latents=Latents("grid"),
+        denoiser=Denoiser(scale=1000.0),
         mu=_log_shift,
         shift=3.25,  # its own at 1024 x 1024 px
         text_length=1024,
@@ -204,5 +205,4 @@ FAMILY = Family(
     methods=("none", "yarn", "interpolation", "two"),
     repeated_blocks=False,
     cut=Cut(output_of="patch_embed"),
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

@@ -16,7 +16,7 @@ from ..wrappers import unwrapped
 from .recipe import Recipe
 
 # What a family may support besides attention itself.
-FEATURES = ("distil", "evaluate", "patch-parallel")
+FEATURES = ("patch-parallel",)
 
 
 @dataclass(frozen=True)

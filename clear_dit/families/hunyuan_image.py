@@ -18,9 +18,9 @@ from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..attention.text_padding import used_length
 from ..compat import names_from
-from .family import Cut, Family, Reading, only, own_positions
+from .family import Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn, image_tables
-from .recipe import Defaults, Guidance, Latents, Recipe
+from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
 (HunyuanImageRotaryPosEmbed,) = names_from(
     "diffusers.models.transformers.transformer_hunyuanimage", "HunyuanImageRotaryPosEmbed"
@@ -82,7 +82,7 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
     mask = mask.bool()
     length = used_length(mask)
     mask = mask[:, :length]
-    changes = {
+    changes: dict[str, Any] = {
         "encoder_hidden_states": text[:, :length],
         "encoder_attention_mask": mask,
     }
@@ -93,16 +93,19 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
         if second_mask is None:
             return None  # the model itself complains
         second_mask = second_mask.bool()
-        length = used_length(second_mask)
-        second_mask = second_mask[:, :length]
-        changes |= {
-            "encoder_hidden_states_2": second[:, :length],
-            "encoder_attention_mask_2": second_mask,
-        }
-        # The model puts valid tokens first.
-        both = torch.cat([second_mask, mask], dim=1)
-        places = torch.arange(both.shape[1], device=both.device)
-        mask = places < both.sum(dim=1, keepdim=True)
+        if bool(second_mask.any()):
+            length = used_length(second_mask)
+            second_mask = second_mask[:, :length]
+            changes |= {
+                "encoder_hidden_states_2": second[:, :length],
+                "encoder_attention_mask_2": second_mask,
+            }
+            # The model puts valid tokens first.
+            both = torch.cat([second_mask, mask], dim=1)
+            places = torch.arange(both.shape[1], device=both.device)
+            mask = places < both.sum(dim=1, keepdim=True)
+        else:  # no prompt quotes any text
+            changes |= {"encoder_hidden_states_2": None, "encoder_attention_mask_2": None}
     layout = Layout(mask.shape[1], rows, columns, image_first=True)
     return Reading(layout, latents, mask, changes)
 
@@ -161,6 +164,19 @@ def _extend(model: Any, extension: Extension) -> dict[str, Any]:
     return {"rope": ExtendedHunyuanImageRotaryPosEmbed(positions, extension)}
 
 
+class _Denoiser(Denoiser):
+    """Times have the latents' dtype; a mean-flow model has the velocity where both are one."""
+
+    def arguments(
+        self, latents: torch.Tensor, levels: torch.Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        found = super().arguments(latents, levels, conditioning)
+        found[self.time] = found[self.time].to(latents.dtype)
+        if conditioning.get("timestep_r") is not None:
+            found["timestep_r"] = found[self.time]
+        return found
+
+
 FAMILY = Family(
     name="hunyuan-image",
     title="HunyuanImage 2.1",
@@ -169,6 +185,7 @@ FAMILY = Family(
         defaults=Defaults(size=2048, radius=16, steps=50, guidance=3.5),
         latents=Latents("grid"),
         guidance=Guidance(None, embedded="distilled_guidance_scale"),
+        denoiser=_Denoiser(scale=1000.0),
         defaults_of=_defaults,
         patch=1,
         shift=5.0,  # its own, at any size
@@ -184,5 +201,4 @@ FAMILY = Family(
     extend=_extend,
     kept={"context_embedder": "attends over text alone"},
     cut=Cut(output_of="x_embedder"),
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

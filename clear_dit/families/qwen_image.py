@@ -16,7 +16,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.text_padding import used_length
 from ..compat import names_from
-from .family import OF_TOKENS, Family, Reading, check_image_length, only
+from .family import OF_TOKENS, Family, Reading, check_image_length
 from .joint import JointProcessor, Stream, Turn
 from .qwen_positions import ExtendedQwenEmbedRope, Shape, extend, image_shapes
 from .recipe import Defaults, Guidance, Recipe
@@ -169,5 +169,4 @@ FAMILY = Family(
     extend=extend,
     proportional=True,
     cut=replace(OF_TOKENS, of_blocks=("modulate_index",)),
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

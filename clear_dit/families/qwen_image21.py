@@ -9,7 +9,7 @@ image's queries alone are local: they see the prefix and their disc.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..kernels.window import Window
 from .family import Family, Reading, only
 from .joint import JointProcessor
 from .qwen21_positions import ExtendedQwenImage21Rope, extend
-from .recipe import Defaults, Guidance, Latents, Recipe
+from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
 SLOT, _qkv = names_from(
     "diffusers.models.transformers.transformer_qwenimage21",
@@ -173,6 +173,14 @@ def _check_positions(model: Any, rows: int, columns: int, before: int) -> None:
         )
 
 
+class _Denoiser(Denoiser):
+    """The prefix is in the output, too."""
+
+    def velocity(self, output: Any, shape: Sequence[int]) -> torch.Tensor:
+        velocity: torch.Tensor = output[:, -shape[0] :]
+        return velocity
+
+
 FAMILY = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
@@ -184,6 +192,7 @@ FAMILY = Family(
         step=2,
         reduction=16,
         guidance=Guidance("true_cfg_scale", negative=" "),
+        denoiser=_Denoiser(kept=("kv_cache", "kv_cache_mode")),
     ),
     transformer="QwenImage21Transformer2DModel",
     stacks=("transformer_blocks",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,13 @@ class Latents:
         rows = split.permute(0, 2, 4, 1, 3, 5).flatten(3, 5)  # [B, rows, columns, C]
         return rows.flatten(1, 2) if form == "tokens" else rows.permute(0, 3, 1, 2)
 
+    def shape(self, channels: int, height: int, width: int) -> tuple[int, ...]:
+        """Of an image of height x width latent pixels; channels: of the transformer's input."""
+        rows, columns = height // self.pack, width // self.pack
+        if self.held == "tokens":
+            return (rows * columns, channels)
+        return (channels, rows, columns) if self.held == "rows" else (channels, height, width)
+
     def given_shape(self, height: int, width: int) -> tuple[int | str, ...]:
         """Shape of a pipeline's `latents=`, of any batch and channels; sizes in latent pixels."""
         form, rows, columns = self.given or self.held, height // self.pack, width // self.pack
@@ -106,6 +113,10 @@ class Guidance:
         """Of a step, by the transformer's configuration."""
         return 1 if config.get("guidance_embeds") or strength <= self.off else 2
 
+    def of_one_pass(self, config: Mapping[str, Any], strength: float) -> float:
+        """The strength with which a step is the first of its passes alone."""
+        return strength if self.passes(config, strength) == 1 else self.off
+
     def options(self, pipe: Any, strength: float, prompts: int) -> dict[str, Any]:
         """The arguments of a call for so many prompts with guidance of this strength."""
         config = pipe.transformer.config
@@ -117,6 +128,44 @@ class Guidance:
         if self.negative is not None and strength > self.off:
             found["negative_prompt"] = [self.negative] * prompts
         return found
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """How a step of the denoising loop calls a family's transformer.
+
+    Attributes:
+        latents, time: names of the forward's arguments.
+        scale: the time at noise level 1; from 0 it grows in proportion.
+        kept: names of what a loop keeps from one step to the next: none of it is a prompt's.
+    """
+
+    latents: str = "hidden_states"
+    time: str = "timestep"
+    scale: float = 1.0
+    kept: tuple[str, ...] = ()
+
+    def arguments(
+        self, latents: torch.Tensor, levels: torch.Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Of the forward, by name.
+
+        Args:
+            latents: (batch, ...), as the loop holds them, in the dtype of the forward.
+            levels: noise levels from 0 to 1, (batch,) float32.
+            conditioning: the other arguments, for as many images.
+        """
+        return {**conditioning, self.latents: latents, self.time: self.scale * levels}
+
+    def velocity(self, output: Any, shape: Sequence[int]) -> torch.Tensor:
+        """noise - image, as the loop holds latents.
+
+        Args:
+            output: of the forward.
+            shape: of the latents of one image.
+        """
+        velocity: torch.Tensor = output
+        return velocity
 
 
 def no_options(pipe: Any) -> dict[str, Any]:
@@ -162,6 +211,7 @@ class Recipe:
             published that for the family; None takes "two" with local attention, else "yarn".
         text_length: tokens of text that the model is given where a call does not say it.
         guidance: how a call is told of it.
+        denoiser: how the transformer is called in a step.
         options: (pipeline) to arguments that every call takes besides.
         defaults_of: (the transformer's configuration, model_index.json) to what suits a model that
             is not like the others, such as a distilled one; None where it is.
@@ -179,6 +229,7 @@ class Recipe:
     ntk_factor: float | None = None
     text_length: int = 512
     guidance: Guidance = Guidance()
+    denoiser: Denoiser = Denoiser()
     options: Callable[[Any], Mapping[str, Any]] = no_options
     defaults_of: Callable[[Mapping[str, Any], Mapping[str, Any]], Defaults | None] = (
         lambda config, index: None

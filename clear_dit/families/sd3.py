@@ -18,9 +18,9 @@ from ..attention.processor import CLEARProcessor
 from ..attention.text_padding import Projected
 from ..attention.tracker import WindowTracker
 from ..compat import names_from
-from .family import Cut, Family, Reading, adapter_was_unloaded, only
+from .family import Cut, Family, Reading, adapter_was_unloaded
 from .joint import JointProcessor, Stream, Turn
-from .recipe import Defaults, Latents, Recipe, linear_shift
+from .recipe import Defaults, Denoiser, Latents, Recipe, linear_shift
 from .sd3_positions import ResampledPatchEmbed, extend
 
 FusedJointAttnProcessor2_0, JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0 = names_from(
@@ -256,6 +256,7 @@ FAMILY = Family(
         pipelines=("StableDiffusion3Pipeline",),
         defaults=Defaults(size=1024, radius=16, steps=28, guidance=7.0),
         latents=Latents("grid"),
+        denoiser=Denoiser(scale=1000.0),
         mu=_log_shift,
     ),
     transformer="SD3Transformer2DModel",
@@ -278,5 +279,4 @@ FAMILY = Family(
     serves_fused=True,
     repeated_blocks=False,
     cut=Cut(("block_controlnet_hidden_states",), output_of="pos_embed"),
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

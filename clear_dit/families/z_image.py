@@ -8,7 +8,7 @@ padding that nobody may see. The blocks of `noise_refiner` attend over the image
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Cut, Family, Reading, only, own_positions
+from .family import Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn
-from .recipe import Defaults, Guidance, Latents, Recipe
+from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
 MULTIPLE, RopeEmbedder, ZSingleStreamAttnProcessor = names_from(
     "diffusers.models.transformers.transformer_z_image",
@@ -194,6 +194,19 @@ def _check_positions(model: Any, rows: int, columns: int, text_length: int) -> N
         )
 
 
+class _Denoiser(Denoiser):
+    """Images in a list, with a frame each; the time runs from noise to image."""
+
+    def arguments(
+        self, latents: torch.Tensor, levels: torch.Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        images = list(latents.unsqueeze(2))  # [channels, frame, height, width]
+        return {**conditioning, self.latents: images, self.time: 1 - levels}
+
+    def velocity(self, output: Any, shape: Sequence[int]) -> torch.Tensor:
+        return -torch.stack(list(output)).squeeze(2)
+
+
 FAMILY = Family(
     name="z-image",
     title="Z-Image",
@@ -202,6 +215,7 @@ FAMILY = Family(
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=5.0),
         latents=Latents("grid"),
         guidance=Guidance(off=0.0),
+        denoiser=_Denoiser("x", "t"),
     ),
     transformer="ZImageTransformer2DModel",
     stacks=("noise_refiner", "layers"),
@@ -223,5 +237,4 @@ FAMILY = Family(
         whole_after="all_final_layer",
         time=lambda given: -given["t"],
     ),
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

@@ -22,6 +22,13 @@ def text_length(pipe: CLEARPipeline) -> int:
     return length
 
 
+def latents_shape(pipe: CLEARPipeline, height: int, width: int) -> tuple[int, ...]:
+    """Of the latents of an image of height x width pixels, as the stock pipeline holds them."""
+    factor = pipe.vae_scale_factor
+    channels = pipe.transformer.config.in_channels
+    return pipe.recipe.latents.shape(channels, height // factor, width // factor)
+
+
 def denoise(
     pipe: CLEARPipeline,
     prompts: list[str],
@@ -68,7 +75,8 @@ def _guided(pipe: CLEARPipeline, guidance: float) -> CLEARPipeline:
     if guider is None or pipe.recipe.guidance.argument is not None:
         return pipe
     call = copy.copy(pipe)
-    call.guider = guider.new(guidance_scale=guidance)
+    strength = guidance if passes(pipe, guidance) > 1 else pipe.recipe.guidance.off
+    call.guider = guider.new(guidance_scale=strength)
     return call
 
 

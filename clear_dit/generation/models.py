@@ -201,7 +201,8 @@ def load_pipeline(
     renamed = release(metadata.version("diffusers")) >= (0, 42)
     options: dict[str, Any] = {"dtype" if renamed else "torch_dtype": dtype}
     for part in found.parts:
-        if only_transformer and part not in ("transformer", "scheduler"):
+        # Qwen-Image 2.1's pipeline has a question to its processor when it is made.
+        if only_transformer and part not in ("transformer", "scheduler", "processor"):
             options[part] = None
     if not text_encoders:
         options |= {part: None for part in found.parts if part.startswith("text_encoder")}

@@ -94,8 +94,10 @@ def test_all_terms_recomputed_from_their_definitions(prepared, gradient_checkpoi
     ids = torch.stack([torch.zeros(24), rows.flatten(), columns.flatten()], 1)
     inputs = {
         "hidden_states": x_t,
-        "encoder_hidden_states": batch.words,
-        "pooled_projections": batch.pooled,
+        **{
+            name: torch.cat([given[name] for given in batch.conditionings])
+            for name in ("encoder_hidden_states", "pooled_projections")
+        },
         "timestep": batch.s,
         "img_ids": ids,
         "txt_ids": torch.zeros(64, 3),
@@ -210,7 +212,7 @@ def test_layers():
     assert default_layers(38) == (1, 5, 9, 13, 17, 21, 25, 29, 33, 37)
     assert default_layers(4) == (0, 1, 2, 3)
     assert default_layers(1) == (0,)
-    assert parse_layers("3, 1,1", 4) == (1, 3)
+    assert parse_layers("3, 1,1", "blocks", 4) == (1, 3)
     for text in ("4", "-1", "one", ""):
-        with pytest.raises(RequestError, match="numbers of single blocks from 0 to 3, with commas"):
-            parse_layers(text, 4)
+        with pytest.raises(RequestError, match="numbers of blocks from 0 to 3, with commas"):
+            parse_layers(text, "blocks", 4)

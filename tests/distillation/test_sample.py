@@ -49,8 +49,9 @@ def test_a_sample_is_what_the_pipeline_generates(samples):
         assert each.seed == number
         assert torch.allclose(each.latents, latents, atol=1e-4)
         words, pooled, _ = pipe.encode_prompt(each.prompt, None, max_sequence_length=64)
-        assert torch.allclose(each.words, words[0], atol=1e-5)
-        assert torch.allclose(each.pooled, pooled[0], atol=1e-5)
+        given = each.conditioning
+        assert torch.allclose(given["encoder_hidden_states"], words, atol=1e-5)
+        assert torch.allclose(given["pooled_projections"], pooled, atol=1e-5)
 
 
 def test_batch_and_shards_do_not_matter(samples, tmp_path):
@@ -78,10 +79,14 @@ def test_prompts_from_files_repeat_and_are_stored_once(tmp_path):
     assert [found[n].prompt for n in range(5)] == ["a blue house", "a pink tree"] * 2 + [
         "a blue house"
     ]
+    name = "encoder_hidden_states"
     tensors = load_file(found.path(0))
-    assert tensors["prompt_embeds"].shape == (2, 64, 128)
-    assert torch.equal(found[0].words, found[4].words)
-    assert not torch.equal(found[0].words, found[1].words)
+    kept = [key for key in tensors if key.endswith(name)]
+    assert kept == [f"conditioning.0.{name}", f"conditioning.1.{name}"]
+    words = [found[number].conditioning[name] for number in range(5)]
+    assert words[0].shape == (1, 64, 128)
+    assert torch.equal(words[0], words[4])
+    assert not torch.equal(words[0], words[1])
 
 
 def test_a_folder_grows_and_a_finished_one_is_left_alone(samples, tmp_path):
@@ -101,7 +106,9 @@ def test_dtype_and_images(tmp_path):
     out = tmp_path / "out"
     make_samples(out, 2, dtype="bfloat16", images=True)
     found = opened(out)
-    assert found[1].latents.dtype == found[1].words.dtype == torch.bfloat16
+    given = found[1].conditioning
+    assert found[1].latents.dtype == given["encoder_hidden_states"].dtype == torch.bfloat16
+    assert given["img_ids"].dtype == torch.float32  # which bfloat16 would round
     with Image.open(out / "images" / "000001.png") as image:
         assert image.size == (96, 64)
         assert json.loads(image.info["clear_dit"])["seed"] == 1
@@ -109,7 +116,9 @@ def test_dtype_and_images(tmp_path):
     make_samples(out, 2, dtype="bfloat16", images=True)
     assert len(list((out / "images").iterdir())) == 2
     with safe_open(found.path(0), framework="pt") as file:
-        assert set(file.metadata()) == {"format", "digest", "numbers", "seeds", "prompts"}
+        assert set(file.metadata()) == {
+            *("format", "digest", "numbers", "seeds", "prompts", "conditioning")
+        }
 
 
 @pytest.mark.parametrize(
@@ -181,6 +190,10 @@ def test_out_is_checked(samples, tmp_path):
     (copy / "index.json").write_text(json.dumps(index))
     with pytest.raises(RequestError, match="has samples of another model: of 'other', not of"):
         make_samples(copy)
+    (copy / "index.json").write_text('{"format": "clear-dit samples 1", "count": 6}')
+    message = r"copy holds 'clear-dit samples 1', and this version .* run `clear-dit sample` again"
+    with pytest.raises(RequestError, match=message):
+        make_samples(copy)
     (copy / "index.json").write_text("{}")
     with pytest.raises(RequestError, match=r"index.json is not an index of samples"):
         make_samples(copy)
@@ -216,6 +229,13 @@ def test_broken_shards_are_refused_by_name(samples, tmp_path):
     refused(broken(samples, tmp_path, lambda t, h: h.update(numbers="[0, 1]")), "is not a shard")
     refused(broken(samples, tmp_path, lambda t, h: h.pop("seeds")), "is not a shard of samples")
     refused(broken(samples, tmp_path, lambda t, h: t.pop("text")), "is not a shard of samples")
+    words = "conditioning.1.encoder_hidden_states"
+    refused(broken(samples, tmp_path, lambda t, h: t.pop(words)), "is not a shard of samples")
+    for text in ("[{}, {}]", "[[], []"):
+        refused(
+            broken(samples, tmp_path, lambda t, h, text=text: h.update(conditioning=text)),
+            "is not a shard of samples",
+        )
     copy = shutil.copytree(samples, tmp_path / "copy")
     path = copy / "samples-00001.safetensors"
     whole = path.read_bytes()
@@ -231,14 +251,19 @@ def test_broken_shards_are_refused_by_name(samples, tmp_path):
 
 
 def test_embeddings_that_are_not_finite(samples, tmp_path):
-    copy = broken(samples, tmp_path, lambda t, h: t["prompt_embeds"].fill_(torch.inf))
+    name = "encoder_hidden_states"
+    copy = broken(samples, tmp_path, lambda t, h: t[f"conditioning.0.{name}"].fill_(torch.inf))
     found = open_samples(copy, "demo", read_index(samples).fingerprint, 0)
     with pytest.raises(RequestError, match=r"samples-00001.safetensors has text embeddings that"):
         found[2]
+    with safe_open(copy / "empty.safetensors", framework="pt") as file:
+        header = file.metadata()
     tensors = load_file(copy / "empty.safetensors")
-    save_file({"prompt_embeds": tensors["prompt_embeds"]}, copy / "empty.safetensors")
-    with pytest.raises(RequestError, match=r"empty.safetensors does not hold text embeddings"):
-        found.empty()
+    del tensors[f"conditioning.{name}"]
+    for kept in (header, {}):
+        save_file(tensors, copy / "empty.safetensors", kept)
+        with pytest.raises(RequestError, match=r"empty.safetensors does not hold text embeddings"):
+            found.empty()
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):

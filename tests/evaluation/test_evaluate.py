@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.slow import slow
@@ -182,16 +184,21 @@ def test_another_model_of_the_same_name_is_generated_again(tmp_path, evaluate, c
     assert last_generated(capsys) == 2
 
 
-def test_text_is_encoded_once_per_prompt(tmp_path, evaluate, monkeypatch):
-    encoded, real = [], variants.encode
+@pytest.mark.parametrize(("room", "times"), [(4096, 1), (0, 2)])
+def test_text_is_encoded_once(tmp_path, evaluate, monkeypatch, room, times):
+    encoded, real = [], FluxPipeline.encode_prompt
 
-    def counting(pipe, prompts):
-        encoded.extend(prompts)
-        return real(pipe, prompts)
+    def counting(self, prompt, *args, **kwargs):
+        if prompt is not None:  # and not embeddings, which pass through
+            encoded.append(tuple(prompt))
+        return real(self, prompt, *args, **kwargs)
 
-    monkeypatch.setattr(variants, "encode", counting)
+    monkeypatch.setattr(FluxPipeline, "encode_prompt", counting)
+    monkeypatch.setattr(variants, "TEXT_CACHE_MB", room)
     assert evaluate(tmp_path, "--radius", 2, "--metrics", "psnr,output_mse") == 0
-    assert len(encoded) == len(set(encoded)) == 4  # three and the empty one
+    # A batch of three and the empty one for the images, and one by one for the predictions.
+    assert sorted(map(len, set(encoded))) == [1, 1, 1, 3, 3]
+    assert set(Counter(encoded).values()) == {times}
 
 
 def test_prompts_from_a_file(tmp_path, evaluate):
@@ -231,7 +238,7 @@ def test_a_lora_is_weights_too(tmp_path, evaluate, lora):
         (("--radius", 2, "--down-factor", 5), "down_factor must not exceed the token grid"),
         (("--radius", 2, "--far", "--down-factor", 2), "--far and --down-factor 2 exclude each"),
         (("--seed", 2**63 - 1), "the last image's seed must be below 2^63"),
-        (("--model", "missing"), "--model must be 'demo', a folder"),
+        (("--model", "missing"), "--model must be 'demo' or 'demo-sd3', a folder"),
         (("--prompts", "missing.txt"), "missing.txt: there is no such file"),
         (("--prompts", "empty.txt"), "empty.txt: there is no prompt in it"),
         (("--prompts", "bell.txt"), "bell.txt, line 1: the prompt has the control character"),

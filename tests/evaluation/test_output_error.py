@@ -44,7 +44,7 @@ def test_predictions_are_the_transformers(pipe, request_, points):
     """One level at a time, written out, against batches of levels."""
     embeds, pooled, text_ids = pipe.encode_prompt(PROMPT, None, max_sequence_length=64)
     ids = pipe._prepare_latent_image_ids(1, 4, 6, "cpu", torch.float32)
-    found = predict(pipe, request_, points[0], TextCache(pipe))
+    found = predict(pipe, request_, points[0], TextCache(pipe.device))
     for index, level in enumerate(LEVELS):
         with torch.no_grad():
             expected = pipe.transformer(
@@ -63,7 +63,9 @@ def test_error_is_zero_for_the_teacher_and_falls_with_the_radius(pipe, request_,
     for radius in (None, 1, 2, Window(4, 6, 0, 8).radius):
         variant = TEACHER if radius is None else Variant("", "", radius)
         with attention_of(pipe, variant):
-            found[radius] = predict_all(pipe, request_, points, TextCache(pipe), progress=False)
+            found[radius] = predict_all(
+                pipe, request_, points, TextCache(pipe.device), progress=False
+            )
     errors = {radius: mean_squared_error(found[None], found[radius]) for radius in found}
     assert errors[None] == 0
     assert errors[8] < 1e-8 < errors[2] < errors[1]
@@ -77,7 +79,7 @@ def test_the_pipeline_is_as_before(request, pipe, kind, points):
     before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
     untuned = fingerprint(pipe)
     evaluation = make_evaluate_request("demo", "demo", 1, radii=[2], height=64, width=96)
-    texts, found = TextCache(pipe), []
+    texts, found = TextCache(pipe.device), []
     check_weights(pipe, (Variant("", "", 2, weights=weights),))
     for path in (weights, None):
         with attention_of(pipe, Variant("", "", 2, weights=path)) as impl:

@@ -1,22 +1,13 @@
-"""Distillation, evaluation and the cascade say which family they are not for."""
+"""What is trained of a family, and which pipelines are refused."""
 
 import json
 
 import pytest
 from support.families.models import make_model
 
-from clear_dit import apply_clear
 from clear_dit.distillation.student import lora_config
-from clear_dit.distillation.teacher import Teacher
 from clear_dit.errors import RequestError
 from clear_dit.generation.models import model_path
-
-
-def test_distillation():
-    model = make_model("flux2")
-    apply_clear(model)
-    with pytest.raises(ValueError, match=r"^Teacher: distil does not work with FLUX\.2"):
-        Teacher(model)
 
 
 def test_what_is_trained_comes_from_the_table():

@@ -1,6 +1,7 @@
 """What a family cannot do is refused by name, before anything is changed."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,9 +34,11 @@ def test_the_table():
         assert set(family.unsupported) <= set(FEATURES)
     flux = families[0]
     assert flux.title.startswith("FLUX.1")
-    flux.require("distil", "a test")
-    with pytest.raises(ValueError, match=r"^a test: distil does not work with Chroma: .+\.$"):
-        families[1].require("distil", "a test")
+    flux.require("patch-parallel", "a test")
+    other = replace(flux, title="Another", unsupported={"patch-parallel": "too small"})
+    message = r"^a test: patch-parallel does not work with Another: too small\.$"
+    with pytest.raises(ValueError, match=message):
+        other.require("patch-parallel", "a test")
 
 
 def test_an_older_diffusers_has_fewer(monkeypatch):
