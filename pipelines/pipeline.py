@@ -468,7 +468,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         """
         patches = PatchParallel(mesh, stale_halos_after)
         self.disable_patch_parallel()
-        patches.attach(transformer_of(self, WHO, "patch-parallel"))
+        patches.attach(transformer_of(self, WHO))
         self._patch_parallel = patches
 
     def disable_patch_parallel(self) -> None:

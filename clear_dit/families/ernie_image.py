@@ -14,7 +14,7 @@ import torch
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.text_padding import used_length
-from .family import Cut, Family, Reading, only
+from .family import Cut, Family, Reading
 from .joint import JointProcessor, Stream, Turn
 
 
@@ -86,5 +86,4 @@ FAMILY = Family(
     heads="32 x 128",
     positions="no limit: sine and cosine of any position",
     cut=Cut(output_of="x_embedder", whole_after="final_linear", tokens_first=True),
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

@@ -15,9 +15,6 @@ from ..attention.processor import CLEARProcessor
 from ..wrappers import unwrapped
 from .recipe import Recipe
 
-# What a family may support besides attention itself.
-FEATURES = ("patch-parallel",)
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -102,8 +99,8 @@ class Family:
             as they are.
         text_processors: class name of a stock processor of those that get the rotary table to what
             takes its place where the table holds several positions a token: it takes the first.
-        cut: where ranks that share an image cut its tokens.
-        unsupported: feature of `FEATURES` to why the family is not for it.
+        cut: where ranks that share an image cut its tokens; None where they cannot.
+        weights: CLEAR weights that somebody has published.
         serves_fused: whether the processors work on layers with fused projections.
         chunked: whether `chunk_feed_forward` knows the blocks.
         repeated_blocks: whether diffusers' `compile_repeated_blocks` knows them.
@@ -132,8 +129,8 @@ class Family:
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     kept: Mapping[str, str] = field(default_factory=dict)
     text_processors: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
-    cut: Cut = OF_TOKENS
-    unsupported: Mapping[str, str] = field(default_factory=dict)
+    cut: Cut | None = OF_TOKENS
+    weights: str = "none published"
     serves_fused: bool = False
     chunked: bool = False
     repeated_blocks: bool = True
@@ -203,17 +200,6 @@ class Family:
         modules = dict(attn.named_modules())
         return [name for name in self.tuned if name in modules]
 
-    def require(self, feature: str, who: str) -> None:
-        """Refuse what the family is not for.
-
-        Raises:
-            ValueError: the feature, the family and why.
-        """
-        if feature in self.unsupported:
-            raise ValueError(
-                f"{who}: {feature} does not work with {self.title}: {self.unsupported[feature]}."
-            )
-
 
 def check_image_length(layout: Layout, source: str, hidden_states: torch.Tensor) -> None:
     """Refuse latents that contradict a layout.
@@ -261,8 +247,3 @@ def adapter_was_unloaded(model: nn.Module, projection: str) -> bool:
             submodule, unloading leaves None in its place.
     """
     return model._modules.get(projection, model) is None
-
-
-def only(features: tuple[str, ...], why: str) -> dict[str, str]:
-    """`Family.unsupported` for a family that is for these features and no others."""
-    return {feature: why for feature in FEATURES if feature not in features}

@@ -96,6 +96,7 @@ FAMILY = Family(
         defaults_of=_defaults,
     ),
     proportional=True,
+    weights="FLUX.1-dev and FLUX.1-schnell: Huage001/CLEAR",
     serves_fused=True,
     chunked=True,
 )

@@ -17,7 +17,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate, why_not_norm_rope
 from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Family, Reading, only, own_positions
+from .family import Family, Reading, own_positions
 from .flux1 import read_ids
 from .flux2 import ExtendedFlux2PosEmbed
 from .joint import JointProcessor, Stream
@@ -129,5 +129,4 @@ FAMILY = Family(
     },
     text_processors={"Flux3AttnProcessor": AloneProcessor},
     serves_fused=True,
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

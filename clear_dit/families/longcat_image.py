@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..attention.norm_rope import Rotary
-from .family import Family, only
+from .family import Family
 from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor, Stream
 
@@ -60,5 +60,4 @@ FAMILY = Family(
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",
     serves_fused=True,
-    unsupported=only(("patch-parallel",), "not wired up so far"),
 )

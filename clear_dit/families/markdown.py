@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .family import FEATURES, Family
+from .family import Family
 from .table import all_families
 
 ATTENTION = (
@@ -24,17 +24,45 @@ BESIDES = (
     "family",
     "tuned, and held by CLEAR weights",
     "layers left as they are",
+)
+WHOLE = (
+    "family",
+    "attention",
+    "references local within themselves",
+    "any size, cascade",
+    "generate, render, page",
+    "sample, distil, evaluate",
+    "patch parallelism",
     "torch.compile",
-    "supported besides",
-    "why not the rest",
+    "weights known",
 )
 
 
 def families_tables() -> str:
-    """Two tables in Markdown with a row for every family: its attention, and what is besides."""
+    """Tables in Markdown with a row for every family: what works, its attention, its layers."""
     families = all_families()
-    attention = _table(ATTENTION, [_attention(family) for family in families])
-    return attention + "\n" + _table(BESIDES, [_besides(family) for family in families])
+    tables = ((WHOLE, _whole), (ATTENTION, _attention), (BESIDES, _besides))
+    return "\n".join(
+        _table(headings, [row(family) for family in families]) for headings, row in tables
+    )
+
+
+def _whole(family: Family) -> tuple[str, ...]:
+    local = "yes"
+    if family.reference_grids is None:
+        local = f"no: they are {family.references}" if family.references else "it takes none"
+    whole = "no" if family.recipe is None else "yes"
+    return (
+        family.title,
+        "yes",
+        local,
+        whole,
+        whole,
+        whole,
+        "no" if family.cut is None else "yes",
+        "`compile_repeated_blocks`" if family.repeated_blocks else "`compile` of each block",
+        family.weights,
+    )
 
 
 def _attention(family: Family) -> tuple[str, ...]:
@@ -57,16 +85,11 @@ def _references(family: Family) -> str:
 
 
 def _besides(family: Family) -> tuple[str, ...]:
-    supported = [feature for feature in FEATURES if feature not in family.unsupported]
     kept = [f"`{prefix}` {why}" for prefix, why in family.kept.items()]
-    reasons = dict.fromkeys(family.unsupported.values())
     return (
         family.title,
         _code(family.tuned),
         "; ".join(kept) or "none",
-        "`compile_repeated_blocks`" if family.repeated_blocks else "`compile` of each block",
-        ", ".join(supported) or "nothing",
-        "; ".join(reasons) or "-",
     )
 
 

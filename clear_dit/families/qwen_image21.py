@@ -19,7 +19,7 @@ from ..attention.layout import Layout
 from ..attention.text_padding import Projected, ValidText
 from ..compat import names_from
 from ..kernels.window import Window
-from .family import Family, Reading, only
+from .family import Family, Reading
 from .joint import JointProcessor
 from .qwen21_positions import ExtendedQwenImage21Rope, extend
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
@@ -207,5 +207,5 @@ FAMILY = Family(
     heads="32 x 128",
     positions="2048 tokens a side: a table; extended, no limit: computed",
     extend=extend,
-    unsupported=only((), "not wired up so far"),
+    cut=None,
 )

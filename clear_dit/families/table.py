@@ -113,21 +113,18 @@ def _load(file: str) -> Family:
     return import_module(f".{file}", __package__).FAMILY
 
 
-def transformer_of(pipe_or_model: Any, who: str, feature: str | None = None) -> nn.Module:
+def transformer_of(pipe_or_model: Any, who: str) -> nn.Module:
     """The transformer of a pipeline, or the model itself, without wrappers (`unwrapped`).
 
     Args:
         who: asks, for messages.
-        feature: of `FEATURES`, that the model's family must be for.
 
     Raises:
-        ValueError: the class, or the feature for its family, is not supported.
+        ValueError: the class is not supported.
     """
     model = unwrapped(getattr(pipe_or_model, "transformer", pipe_or_model))
     if not is_transformer(model):
         raise _unsupported(model, who, known_models(controlnets=False))
-    if feature is not None:
-        family_of(model).require(feature, who)
     return model
 
 

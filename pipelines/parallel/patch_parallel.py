@@ -71,7 +71,7 @@ def parallelize(
     Raises:
         ValueError: CLEAR is not applied, a mesh that does not fit, or a setting out of its range.
     """
-    model = transformer_of(pipe_or_model, "parallelize", "patch-parallel")
+    model = transformer_of(pipe_or_model, "parallelize")
     clear = ClearState.on(model)
     if clear is None or clear.tracker is None:
         raise ValueError(
@@ -142,8 +142,11 @@ class PatchParallel:
         """Share what a transformer generates from now on.
 
         Raises:
-            ValueError: it is shared already.
+            ValueError: it is shared already, or of a family that cannot be.
         """
+        family = family_of(model)
+        if family.cut is None:
+            raise ValueError(f"{WHO} does not work with {family.title}; leave it out.")
         state = ClearState.attach(model)
         if state.sharing is not None:
             raise ValueError(

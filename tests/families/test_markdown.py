@@ -14,4 +14,4 @@ def test_the_pages_tables_are_the_codes():
     assert end
     assert tables == families_tables(), "run: python -m clear_dit.families.markdown"
     rows = [line for line in tables.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 * (2 + len(all_families()))
+    assert len(rows) == 3 * (2 + len(all_families()))

@@ -1,7 +1,6 @@
 """What a family cannot do is refused by name, before anything is changed."""
 
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from support.families.models import FAMILIES, make_inputs, make_model, run
 
 from clear_dit import CLEARProcessor, apply_clear, load_clear_weights
-from clear_dit.families.family import FEATURES
 from clear_dit.families.table import CONTROLNETS, MODELS, all_families, find_family
 
 
@@ -31,14 +29,8 @@ def test_the_table():
     assert len({family.name for family in families}) == len(families)
     for family in families:
         assert family.processors
-        assert set(family.unsupported) <= set(FEATURES)
     flux = families[0]
     assert flux.title.startswith("FLUX.1")
-    flux.require("patch-parallel", "a test")
-    other = replace(flux, title="Another", unsupported={"patch-parallel": "too small"})
-    message = r"^a test: patch-parallel does not work with Another: too small\.$"
-    with pytest.raises(ValueError, match=message):
-        other.require("patch-parallel", "a test")
 
 
 def test_an_older_diffusers_has_fewer(monkeypatch):

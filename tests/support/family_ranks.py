@@ -31,7 +31,7 @@ from .ip_adapter import make_sd3_ip_adapter
 NAMES = [
     name
     for name, tiny in FAMILIES.items()
-    if "patch-parallel" not in named_family(tiny.model_class.__name__).unsupported
+    if named_family(tiny.model_class.__name__).cut is not None
 ]
 ROWS, COLUMNS, RADIUS = 7, 5, 2
 FACTORS = (0.7, 0.5, 0.3)  # of the angles of further positions
