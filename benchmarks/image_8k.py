@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
-from clear_dit.bench.denoise import bench_denoise, step_flops
+from clear_dit import Window
+from clear_dit.bench.denoise import bench_denoise
+from clear_dit.bench.plan import config_of, count_flops
 from clear_dit.generation.denoising import passes as forwards
-from clear_dit.generation.models import TOKEN_PIXELS, load_pipeline, model_defaults
+from clear_dit.generation.denoising import text_length
+from clear_dit.generation.models import load_pipeline, model_defaults
 from clear_dit.pipelines.cascade.resolution import applied
 from clear_dit.pipelines.cascade.schedule import sigmas_for
 from clear_dit.pipelines.cascade.stages import plan_stages
@@ -38,17 +41,17 @@ def full_attention(size: int, radius: int, steps: int, guidance: float) -> dict[
     pipe = load_pipeline("demo", torch.float32, device)
     stage = plan_stages(size, size, native_size=pipe.native_size, attention="clear")[-1]
     with applied(pipe, stage.resolution):
-        sigmas = sigmas_for(
-            pipe.scheduler, steps, size, size, strength=stage.strength, token_pixels=TOKEN_PIXELS
-        )
-    flops = step_flops(pipe, size // TOKEN_PIXELS, size // TOKEN_PIXELS, radius)
+        sigmas = sigmas_for(pipe.scheduler, steps, size, size, strength=stage.strength)
+    window = Window(*2 * [size // pipe.token_pixels], text_length(pipe), radius)
+    rows = count_flops(config_of(pipe.transformer), window)["rows"]
+    tflop = {row["attention"]: row["total_tflop"] for row in rows}
     passes = len(sigmas) * forwards(pipe, guidance)
     rate = row["tflop"] / row["seconds"]
     return {
-        "tflop_per_pass": {name: count / 1e12 for name, count in flops.items()},
+        "tflop_per_pass": tflop,
         "passes_of_last_stage": passes,
         "tflops_measured": rate,
-        "full_attention_hours_of_last_stage": passes * flops["full"] / 1e12 / rate / 3600,
+        "full_attention_hours_of_last_stage": passes * tflop["full"] / rate / 3600,
         "hardware": measured["hardware"],
     }
 

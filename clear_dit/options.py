@@ -24,7 +24,7 @@ Guidance = Annotated[float | None, typer.Option(help="Strength of guidance.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 ModelRadius = Annotated[int | None, typer.Option(help="Radius of the window, in tokens.")]
 
-Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens of 16 pixels.")]
+Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens.")]
 DownFactor = Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")]
 Far = Annotated[
     bool | None,

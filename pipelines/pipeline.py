@@ -132,12 +132,14 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         """
         if cls is not CLEARPipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
-        native_size = options.pop("native_size", None)
-        if native_size is None:
-            of_hub = {name: options[name] for name in OF_THE_HUB if name in options}
-            saved = cls.load_config(pretrained_model_name_or_path, **of_hub)
-            native_size = saved.get("native_size")
-        pipe = DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, **options)
+        of_hub = {name: options[name] for name in OF_THE_HUB if name in options}
+        saved = cls.load_config(pretrained_model_name_or_path, **of_hub)
+        native_size = options.pop("native_size", None) or saved.get("native_size")
+        # Diffusers does not find by its name what was saved as a face.
+        faces = {face.partition(":")[2]: stock for stock, face in FACES.items()}
+        stock = faces.get(saved["_class_name"])
+        loader = DiffusionPipeline if stock is None else _face(stock)
+        pipe = loader.from_pretrained(pretrained_model_name_or_path, **options)
         return CLEARPipeline(pipe, native_size=native_size)
 
     @property
@@ -531,13 +533,18 @@ def _class_for(pipe: Any) -> type[CLEARPipeline]:
     return _made(type(pipe))
 
 
+def _face(stock: str) -> type[CLEARPipeline]:
+    """This project's class for a stock one."""
+    module, _, name = FACES[stock].partition(":")
+    face: type[CLEARPipeline] = getattr(import_module(module, __package__), name)
+    return face
+
+
 @functools.cache
 def _made(stock: type[DiffusionPipeline]) -> type[CLEARPipeline]:
     """A class made of CLEARPipeline and a stock one, of whose name it is: diffusers finds by it."""
     if stock.__name__ in FACES:
-        module, _, name = FACES[stock.__name__].partition(":")
-        face: type[CLEARPipeline] = getattr(import_module(module, __package__), name)
-        return face
+        return _face(stock.__name__)
 
     @functools.wraps(stock.__init__)
     def initialise(self: Any, *args: Any, native_size: int | None = None, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Tiny random FLUX models and pipelines, built on the fly: no network, no files."""
 
 import os
-from functools import partial
+from functools import cache, partial
 
 # What these tests say of implementations and devices is what a machine without a GPU says.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from support.families.folders import save_folder
 from support.families.models import make_inputs as make_family_inputs
 from support.families.models import make_model, raster_ids
 from support.families.pipelines import make_parts, make_pipeline
@@ -60,6 +61,12 @@ def tiny_inputs():
 def tiny_pipeline():
     """A function that makes a pipeline of a class from tiny random parts; prompts of 8 words."""
     return partial(make_pipeline, "flux")
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory):
+    """A function of a family's name: the folder of its tiny pipeline, see `save_folder`."""
+    return cache(lambda name: save_folder(name, tmp_path_factory.mktemp("models") / name))
 
 
 @pytest.fixture

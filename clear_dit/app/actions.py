@@ -10,7 +10,7 @@ import gradio as gr
 
 from ..errors import RequestError
 from ..generation.image_input import open_image
-from ..generation.models import TOKEN_PIXELS
+from ..generation.models import find_model
 from .guard import visitor
 from .jobs import Jobs
 from .request import Entry, make_requests
@@ -56,15 +56,19 @@ class Actions:
         except RequestError as error:
             raise refusal(error) from error
 
-    def enlarged(self, image: str, who: str) -> tuple[int, int] | None:
-        """Width and height in pixels that suit the enlargement of an upload; None if it is gone."""
+    def enlarged(self, image: str, model: str, who: str) -> tuple[int, int] | None:
+        """Width and height in pixels that suit a model's enlargement of an upload.
+
+        None if it is gone, or the model is none of the server's.
+        """
         from ..pipelines.cascade.given_image import enlarged_size
 
         path = self.store.upload(who, image)
-        if path is None:
+        if path is None or model not in self.settings.models:
             return None
+        step = find_model(model).side_pixels
         with open_image(path) as opened:
-            height, width = enlarged_size(None, None, (opened.height, opened.width), TOKEN_PIXELS)
+            height, width = enlarged_size(None, None, (opened.height, opened.width), step)
         return width, height
 
     def status(self, job: str, who: str) -> dict[str, Any]:

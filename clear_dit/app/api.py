@@ -23,7 +23,7 @@ from .request import Entry
 
 def add_api(actions: Actions) -> None:
     """Name the functions inside of a `gr.Blocks`."""
-    first = actions.settings.models[0]
+    models = actions.settings.models
 
     def submit(
         request: gr.Request,
@@ -42,13 +42,15 @@ def add_api(actions: Actions) -> None:
     ) -> dict:
         """Put an image into the queue and return at once: id, state, place, seconds_left.
 
-        width and height are in pixels, multiples of 16; attention is clear, full or both (the
-        image twice, to compare); radius and down_factor are in tokens of 16 pixels; far is
-        whether every token sees the whole image by far keys, null as the weights were made for;
-        image is the name that POST /uploads answered for an image to enlarge. 0, -1 and "" mean
-        the model's defaults.
+        width and height are in pixels, multiples of the side of a token (16 for most models);
+        attention is clear, full or both (the image twice, to compare); radius and down_factor are
+        in tokens; far is whether every token sees the whole image by far keys, null as the weights
+        were made for; image is the name that POST /uploads answered for an image to enlarge. 0, -1
+        and "" mean the model's defaults.
         """
-        defaults = model_defaults(model or first)
+        name = model or models[0]
+        # Of another model's name nothing is looked for: it is refused.
+        defaults = model_defaults(name if name in models else models[0])
         entry = Entry(
             prompt,
             width or defaults.size,
@@ -60,7 +62,7 @@ def add_api(actions: Actions) -> None:
             steps or defaults.steps,
             defaults.guidance if guidance == -1 else guidance,
             seed,
-            model or first,
+            name,
         )
         who = who_asks(request)
         return _public(actions.status(actions.submit(entry, image, "uploaded", who), who))

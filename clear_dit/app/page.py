@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
-from ..generation.models import TOKEN_PIXELS, model_defaults
+from ..generation.models import Model, find_model
 from . import markup
 from .actions import Actions, refusal, who_asks
 from .api import add_api
@@ -37,14 +38,14 @@ OPEN_CARD = """element.addEventListener("click", (event) => {
 def make_page(actions: Actions) -> gr.Blocks:
     """The page of a server."""
     settings = actions.settings
-    defaults = model_defaults(settings.models[0])
-    sides = [(_side_name(side), side) for side in SIDES if side * side <= settings.max_pixels]
+    models = [find_model(name) for name in settings.models]
+    defaults = models[0].defaults
     with gr.Blocks(title="clear-dit", analytics_enabled=False) as page:
         # First: Gradio numbers the names of later functions that are called the same.
         add_api(actions)
         gr.HTML(
-            "<h1>clear-dit</h1><p>Images of any size from FLUX, in time linear in their pixels."
-            "</p>",
+            "<h1>clear-dit</h1><p>Images of any size from diffusion transformers, in time linear "
+            "in their pixels.</p>",
             elem_id="head",
         )
         job, told = gr.State(""), gr.State(None)
@@ -68,7 +69,7 @@ def make_page(actions: Actions) -> gr.Blocks:
             with gr.Column(elem_id="settings"):
                 with gr.Row():
                     side = gr.Dropdown(
-                        [*sides, (CUSTOM, 0)],
+                        [*size_choices(models, settings.max_pixels), (CUSTOM, 0)],
                         value=defaults.size,
                         label="Size",
                         elem_id="side",
@@ -78,7 +79,7 @@ def make_page(actions: Actions) -> gr.Blocks:
                         list(SHAPES), value=next(iter(SHAPES)), label="Shape", min_width=120
                     )
                 with gr.Row():
-                    size = {"step": TOKEN_PIXELS, "precision": 0, "min_width": 120}
+                    size = {"step": models[0].side_pixels, "precision": 0, "min_width": 120}
                     width = gr.Number(defaults.size, label="Width, px", elem_id="width", **size)
                     height = gr.Number(defaults.size, label="Height, px", elem_id="height", **size)
                 attention = gr.Radio(
@@ -182,16 +183,19 @@ def make_page(actions: Actions) -> gr.Blocks:
                 raise refusal("There is no such image of yours; it may have been removed.")
             return name
 
-        def resize(side: int, shape: str) -> tuple[Any, Any]:
-            return preset_size(side, shape) if side else (gr.skip(), gr.skip())
+        def resize(side: int, shape: str, model: str) -> tuple[Any, Any]:
+            if not side:
+                return gr.skip(), gr.skip()
+            return preset_size(side, shape, find_model(model).side_pixels)
 
-        def enlarge(upload: str, request: gr.Request) -> tuple[Any, Any, Any]:
-            size = actions.enlarged(upload, who_asks(request)) if upload else None
+        def enlarge(upload: str, model: str, request: gr.Request) -> tuple[Any, Any, Any]:
+            size = actions.enlarged(upload, model, who_asks(request)) if upload else None
             return (gr.skip(),) * 3 if size is None else (*size, 0)
 
         def suit(model: str) -> tuple[Any, ...]:
-            its = model_defaults(model)
-            return its.size, its.size, its.size, its.radius, its.steps, its.guidance
+            its, step = find_model(model).defaults, find_model(model).side_pixels
+            size = gr.update(value=its.size, step=step)
+            return its.size, size, size, its.radius, its.steps, its.guidance
 
         quiet: dict[str, Any] = {
             "show_progress": "hidden",
@@ -207,14 +211,21 @@ def make_page(actions: Actions) -> gr.Blocks:
         cards.select(open_card, None, job, **quiet).success(**looking)
         cancel.click(stop, job, None, **quiet)
         for control in (side, shape):
-            control.input(resize, [side, shape], [width, height], **quiet)
+            control.input(resize, [side, shape, model], [width, height], **quiet)
         for control in (width, height):
             control.input(lambda: 0, None, side, **quiet)
-        image.change(enlarge, image, [width, height, side], **quiet)
+        image.change(enlarge, [image, model], [width, height, side], **quiet)
         model.input(suit, model, [side, width, height, radius, steps, guidance], **quiet)
     page.queue(max_size=200, default_concurrency_limit=None)
     return page
 
 
+def size_choices(models: Sequence[Model], max_pixels: int) -> list[tuple[str, int]]:
+    """Names and longer sides, in pixels, to choose from; every model's own is among them."""
+    natives = {model.defaults.size for model in models}
+    offered = {side for side in SIDES if side * side <= max_pixels}
+    return [(_side_name(side), side) for side in sorted(offered | natives)]
+
+
 def _side_name(side: int) -> str:
-    return f"{side // 1024}K ({side} px)" if side >= 1024 else f"{side} px"
+    return f"{side // 1024}K ({side} px)" if side % 1024 == 0 else f"{side} px"

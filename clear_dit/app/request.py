@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RequestError
-from ..generation.models import TOKEN_PIXELS
+from ..generation.checks import MAX_SIDE
+from ..generation.models import find_model
 from ..generation.prompts import check_prompt
 from ..generation.request import GenerateRequest, make_request
 from ..kernels.numbers import as_integer, as_number
@@ -38,7 +39,7 @@ class Entry:
 
     Attributes:
         prompt: what to generate.
-        width, height: in pixels.
+        width, height: in pixels, whole tokens of the model.
         attention: "clear", "full" or "both", which generates the image twice.
         radius: of the window, in tokens.
         down_factor: side of a pooling cell, in tokens; 1 for none.
@@ -84,7 +85,11 @@ def make_requests(
         raise RequestError(f"Model must be one of {', '.join(settings.models)}.")
     if entry.far is not None and not isinstance(entry.far, bool):
         raise RequestError(f"Far must be true, false or null; got {entry.far!r}.")
-    width, height = _side("Width", entry.width), _side("Height", entry.height)
+    step = find_model(entry.model).side_pixels
+    width, height = (
+        _side(name, value, step)
+        for name, value in (("Width", entry.width), ("Height", entry.height))
+    )
     if width * height > settings.max_pixels:
         raise RequestError(
             f"{width} × {height} px are {width * height:,} pixels; this server generates at most "
@@ -119,23 +124,21 @@ def make_requests(
     return (request, replace(request, attention="full"))
 
 
-def preset_size(side: int, shape: str) -> tuple[int, int]:
-    """Width and height in pixels of a shape whose longer side is given, in whole tokens."""
+def preset_size(side: int, shape: str, step: int) -> tuple[int, int]:
+    """Width and height of a shape whose longer side is given, multiples of a step, in pixels."""
     across, down = SHAPES[shape]
     scale = side / max(across, down)
-    width, height = (
-        max(1, round(part * scale / TOKEN_PIXELS)) * TOKEN_PIXELS for part in (across, down)
-    )
+    width, height = (max(1, round(part * scale / step)) * step for part in (across, down))
     return width, height
 
 
-def _side(name: str, value: Any) -> int:
-    pixels = _whole(name, value, TOKEN_PIXELS, 16384)
-    if pixels % TOKEN_PIXELS:
-        lower = pixels // TOKEN_PIXELS * TOKEN_PIXELS
+def _side(name: str, value: Any, step: int) -> int:
+    pixels = _whole(name, value, step, MAX_SIDE)
+    if pixels % step:
+        lower = pixels // step * step
         raise RequestError(
-            f"{name} must be a multiple of {TOKEN_PIXELS} pixels, got {pixels}; the nearest are "
-            f"{lower} and {lower + TOKEN_PIXELS}."
+            f"{name} must be a multiple of {step} pixels, got {pixels}; the nearest are "
+            f"{lower} and {lower + step}."
         )
     return pixels
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..generation.checks import Bounds, take_numbers
-from ..generation.models import model_path
+from ..generation.models import find_model
 
 # Of a prompt, in characters: text encoders read some hundred tokens.
 MAX_PROMPT = 2000
@@ -56,7 +56,7 @@ class Settings:
         if not self.models:
             raise RequestError("--model: name at least one.")
         for model in self.models:
-            model_path(model)
+            find_model(model)
         take_numbers(self, _BOUNDS)
         if not self.keep_days > 0:
             raise RequestError(f"--keep-days must be over 0, got {self.keep_days:g}.")

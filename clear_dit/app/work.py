@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..families.table import transformer_of
 from ..generation.checks import find_window
 from ..generation.denoising import passes, text_length
-from ..generation.models import TOKEN_PIXELS
 from ..generation.weights import settled
-from ..kernels.window import Window
 
 if TYPE_CHECKING:
     from ..generation.request import GenerateRequest
@@ -43,12 +43,16 @@ class WorkPlanner:
     """
 
     def __init__(self, pipe: Any) -> None:
+        from ..bench.pass_flops import PassFlops
+        from ..bench.plan import config_of
+
         self._pipe = pipe
-        self._config = dict(pipe.transformer.config)
         self._scheduler = copy.deepcopy(pipe.scheduler)
-        self._native_size: int = pipe.native_size
+        self._token_pixels: int = pipe.token_pixels
         self._text_length = text_length(pipe)
-        self._linear = _linear_flops(self._config, self._text_length)
+        self._flops = PassFlops.of(
+            config_of(transformer_of(pipe, "WorkPlanner")), self._text_length
+        )
 
     def plan(
         self, request: GenerateRequest, image_size: tuple[int, int] | None = None
@@ -69,12 +73,14 @@ class WorkPlanner:
         stages = plan_stages(
             request.height,
             request.width,
-            native_size=self._native_size,
-            token_pixels=TOKEN_PIXELS,
+            native_size=self._pipe.native_size,
+            token_pixels=self._token_pixels,
             text_length=self._text_length,
             strength=strength[0] if strength and len(strength) == 1 else strength,
             attention="full" if request.attention == "full" else "clear",
             image_size=image_size,
+            family=self._pipe.family,
+            step=self._pipe.recipe.step,
         )
         far = request.attention != "full" and settled(request).far
         of_step = passes(self._pipe, request.guidance)
@@ -88,7 +94,13 @@ class WorkPlanner:
                 if stage.resolution.shift is not None:
                     scheduler = static_scheduler(scheduler, stage.resolution.shift)
                 sigmas = sigmas_for(
-                    scheduler, steps, stage.height, stage.width, strength=stage.strength
+                    scheduler,
+                    steps,
+                    stage.height,
+                    stage.width,
+                    strength=stage.strength,
+                    token_pixels=self._token_pixels,
+                    mu=partial(self._pipe.recipe.mu, self._pipe, steps=steps),
                 )
                 steps = len(sigmas)
             of_pass = self._flops_of_pass(stage.height, stage.width, request, far, stage.attention)
@@ -102,32 +114,14 @@ class WorkPlanner:
     def _flops_of_pass(
         self, height: int, width: int, request: GenerateRequest, far: bool, attention: str
     ) -> float:
-        config = self._config
-        layers = config["num_layers"] + config["num_single_layers"]
-        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         if attention == "full":
-            tokens = height * width // TOKEN_PIXELS**2 + self._text_length
-            of_layer = 4 * tokens**2 * heads * head_dim
-        else:
-            window = find_window(
-                height,
-                width,
-                request.radius,
-                request.down_factor,
-                self._text_length,
-                far=far,
-            )
-            of_layer = window.attention_flops(heads, head_dim)
-        start, slope = self._linear
-        return start + slope * (height * width // TOKEN_PIXELS**2) + layers * of_layer
-
-
-def _linear_flops(config: dict[str, Any], text_length: int) -> tuple[float, float]:
-    """Of a pass, besides attention: those without an image token, and those of each."""
-    from ..bench.plan import count_flops
-
-    one, two = (
-        1e12 * count_flops(config, Window(1, tokens, text_length, 1))["rows"][0]["linear_tflop"]
-        for tokens in (1, 2)
-    )
-    return 2 * one - two, two - one
+            return self._flops.full(height * width // self._token_pixels**2)
+        window = find_window(
+            height,
+            width,
+            request.radius,
+            request.down_factor,
+            token_pixels=self._token_pixels,
+            far=far,
+        )
+        return self._flops.local(window)

@@ -14,8 +14,8 @@ from ..errors import RequestError
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
-Height = Annotated[int, typer.Option(help="Height in pixels, a multiple of 16.")]
-Width = Annotated[int, typer.Option(help="Width in pixels, a multiple of 16.")]
+Height = Annotated[int, typer.Option(help="Height in pixels, whole tokens.")]
+Width = Annotated[int, typer.Option(help="Width in pixels, whole tokens.")]
 Heads = Annotated[int, typer.Option(min=1, max=128, help="Attention heads.")]
 HeadDim = Annotated[int, typer.Option(min=1, max=512, help="Channels of a head.")]
 TextLength = Annotated[int, typer.Option(min=0, max=4096, help="Text tokens.")]
@@ -108,11 +108,10 @@ def bench_denoise(
     as_json: options.Json = False,
 ) -> None:
     """One denoising step of a model, full attention against CLEAR."""
-    from ..generation.checks import find_device, find_dtype, find_window
+    from ..generation.checks import find_device, find_dtype
     from .denoise import bench_denoise as run
     from .denoise import report
 
-    find_window(height, width, radius, far=far)
     layer = (impl, find_dtype(dtype), find_device(device))
     result = run(model, height, width, radius, far, *layer, repeats)
     _show(result, report, as_json)
@@ -122,7 +121,10 @@ def bench_denoise(
 def bench_plan(
     model: Annotated[
         str,
-        typer.Option(help="A published model, such as flux-dev; demo; or a folder of a pipeline."),
+        typer.Option(
+            help="A published model, such as flux-dev; demo; a folder in diffusers format or a hub "
+            "repository, of which the configuration files alone are fetched."
+        ),
     ] = "flux-dev",
     height: Height = 8192,
     width: Width = 8192,
@@ -190,7 +192,7 @@ def bench_parallel(
     device: options.Device = None,
     repeats: Repeats = 3,
     plan_model: Annotated[
-        str, typer.Option(help="Planned: flux-dev, flux-schnell, demo, or a folder.")
+        str, typer.Option(help="Planned: as --model of bench plan.")
     ] = "flux-dev",
     sides: Annotated[
         str, typer.Option(help="Planned: sides in pixels, with commas.")
@@ -209,14 +211,13 @@ def bench_parallel(
     as_json: options.Json = False,
 ) -> None:
     """One image on many GPUs: measured under torchrun, planned for up to 64 from rates."""
-    from ..generation.checks import find_dtype, find_window
+    from ..generation.checks import find_dtype
     from ..generation.sharing import joined_ranks
     from .parallel import measure
     from .parallel import report as measured_report
     from .parallel_plan import ASSUMED, Rates, plan_parallel
     from .parallel_plan import report as plan_report
 
-    find_window(height, width, radius, far=far)
     found: dict[str, Any] = {}
     under_torchrun = "WORLD_SIZE" in os.environ
     with joined_ranks("patch" if under_torchrun else None, device) as ranks:

@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..errors import RequestError
-from ..generation.models import DEMO_DEFAULTS, model_path
+from ..generation.models import CONFIG, DEMOS, Model, find_model, read_config
 from .published import CONFIGURATIONS, Configuration
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def find_configuration(model: str) -> Configuration:
-    """A configuration by name: one of CONFIGURATIONS, "demo", or a folder in diffusers format.
+    """A configuration by name: one of CONFIGURATIONS, or a model as `find_model` takes it.
 
     Raises:
-        RequestError: an unknown name, or a folder that is not a FLUX pipeline.
+        RequestError: an unknown name, or no pipeline that is known, with all of its configuration
+            files.
     """
     if model in CONFIGURATIONS:
         return CONFIGURATIONS[model]
-    if model != "demo" and not Path(model).is_dir():
+    if model not in DEMOS and not Path(model).is_dir() and model.count("/") != 1:
         raise RequestError(
-            f"--model must be one of {', '.join(CONFIGURATIONS)}, demo, or a folder in diffusers "
-            f"format; got {model!r}."
+            f"--model must be one of {', '.join((*CONFIGURATIONS, *DEMOS))}, a folder in diffusers "
+            f"format or a hub repository (owner/name); got {model!r}."
         )
-    found = _read_folder(Path(model_path(model)))
-    return replace(found, native_size=DEMO_DEFAULTS["size"]) if model == "demo" else found
-
-
-def _read_folder(folder: Path) -> Configuration:
-    transformer = _read(folder / "transformer" / "config.json")
-    # As `models.text_length`, for a pipeline that is not loaded.
-    longest = 512 if transformer.get("guidance_embeds") else 256
-    tokenizer = _read(folder / "tokenizer_2" / "tokenizer_config.json")
+    found = find_model(model)
+    recipe = found.family.recipe
+    assert recipe is not None  # `find_model` has seen to it
+    transformer = read_config(found.path, CONFIG, "transformer")
     return Configuration(
         transformer=transformer,
-        autoencoder=_read(folder / "vae" / "config.json"),
+        autoencoder=read_config(found.path, CONFIG, "vae"),
         text_encoders=tuple(
-            _read(folder / name / "config.json") for name in ("text_encoder", "text_encoder_2")
+            read_config(found.path, CONFIG, part)
+            for part in found.parts
+            if part.startswith("text_encoder")
         ),
-        text_length=min(longest, tokenizer.get("model_max_length", longest)),
+        text_length=_text_length(found, transformer),
+        native_size=found.defaults.size,
+        token_pixels=found.token_pixels,
+        latent_pixels=found.token_pixels // recipe.patch,
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--model: {path} is missing or is not JSON.") from error
-    if not isinstance(found, dict):
-        raise RequestError(f"--model: {path} is not a JSON object.")
-    return found
+def _text_length(model: Model, transformer: dict[str, Any]) -> int:
+    """As `generation.denoising.text_length`, for a pipeline that is not loaded."""
+    recipe = model.family.recipe
+    assert recipe is not None
+    # What `Recipe.options` looks at.
+    parts = {
+        part: SimpleNamespace(**{"model_max_length": recipe.text_length} | settings)
+        for part in model.parts
+        if part.startswith("tokenizer")
+        for settings in [read_config(model.path, TOKENIZER_CONFIG, part)]
+    }
+    config = SimpleNamespace(**{"guidance_embeds": False} | transformer)
+    pipe = SimpleNamespace(transformer=SimpleNamespace(config=config), **parts)
+    length: int = recipe.options(pipe).get("max_sequence_length", recipe.text_length)
+    return length

@@ -9,7 +9,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import RequestError, first_line
-from ..kernels.window import Window
 
 # Any custom op counts the same FLOPs and returns the same tensors; this one takes all devices.
 IMPL = "tiled"
@@ -130,20 +128,3 @@ def measure(model: nn.Module, run: Callable[[], object]) -> Memory:
         weights = storages.live
         run()
     return Memory(weights, storages.peak - weights)
-
-
-def flux_inputs(
-    config: Any, window: Window, dtype: torch.dtype, device: str, batch: int = 1
-) -> dict[str, torch.Tensor | None]:
-    """What a FLUX transformer is called with, without values."""
-    image, text = window.image_length, window.text_length
-    empty = partial(torch.empty, device=device, dtype=dtype)
-    return {
-        "hidden_states": empty(batch, image, config.in_channels),
-        "encoder_hidden_states": empty(batch, text, config.joint_attention_dim),
-        "pooled_projections": empty(batch, config.pooled_projection_dim),
-        "timestep": empty(batch),
-        "guidance": empty(batch) if config.guidance_embeds else None,
-        "img_ids": empty(image, 3, dtype=torch.float32),
-        "txt_ids": empty(text, 3, dtype=torch.float32),
-    }

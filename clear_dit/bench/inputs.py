@@ -1,13 +1,13 @@
-"""What the transformers of every family are called with, without values, and CLEAR without hooks.
+"""What the transformers of every family are called with, and CLEAR without hooks.
 
-Tensors without values cannot be read: where the tokens are follows from the window, and masks of
-padded text are left out, so that all of the text counts.
+Tensors without values cannot be read: where the tokens are follows from the window. Masks of padded
+text are left out, so that all of the text counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention.layout import Layout
+from ..attention.positions import Extension
 from ..attention.processor import CLEARProcessor
 from ..attention.tracker import Forward
+from ..errors import RequestError, first_line
+from ..families.table import family_of
 from ..kernels.window import Window
 from ..plugin import install
+from ..weights.forward import other_attributes
 from ..weights.state import ClearState
-from .fake import IMPL, flux_inputs, quiet
+from .fake import IMPL, quiet
 
 # Of Z-Image's images and captions.
 Z_IMAGE_MULTIPLE = 32
@@ -47,6 +51,34 @@ def clear_applied(model: nn.Module, window: Window) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def positions_for(model: nn.Module, window: Window, inputs: dict[str, Any]) -> Iterator[None]:
+    """Within it a model has positions for an image; extended ones where its own end before.
+
+    As in a cascade, where they are interpolated or computed: it takes the same operations.
+
+    Raises:
+        RequestError: they cannot reach so far.
+    """
+    family, size = family_of(model), (window.height, window.width)
+    # Masks and lengths would be read by their values, which few have.
+    hidden = [name for name, value in inputs.items() if "mask" in name or "lens" in name]
+    plain = inputs | {name: None for name in hidden if inputs[name].is_meta}
+    with ExitStack() as stack:
+        try:
+            family.read(model, plain, size)
+        except ValueError:
+            farthest = float(max(size))
+            extension = Extension("interpolation", (farthest, farthest))
+            try:
+                for name, positions in family.extended(model, extension).items():
+                    stack.enter_context(other_attributes(name, {model: positions}))
+                family.read(model, plain, size)
+            except ValueError as error:
+                raise RequestError(first_line(error)) from error
+        yield
+
+
 def layout_of(model: nn.Module, window: Window) -> Layout:
     """How the tokens of an image are laid out in a model's layers."""
     size = window.text_length, window.height, window.width
@@ -58,17 +90,68 @@ def layout_of(model: nn.Module, window: Window) -> Layout:
     return Layout(*size, image_first=name in IMAGE_FIRST)
 
 
-def model_inputs(
-    model: nn.Module, window: Window, dtype: torch.dtype, device: str
-) -> dict[str, Any]:
-    """Arguments of a forward at batch 1."""
+class Empty:
+    """Makes tensors without values.
+
+    Args:
+        dtype, device: of the tensors, where a call does not say another dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Latents, text, or whatever is taken for them."""
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def filled(self, value: float, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of one number."""
+        return self(*shape, dtype=dtype)
+
+    def read(self, values: torch.Tensor) -> torch.Tensor:
+        """A tensor of which a model reads the values: it has them."""
+        return values
+
+    def image_ids(self, window: Window, channels: int) -> torch.Tensor:
+        """(tokens, channels): of an image row by row, rows in the second channel, then columns."""
+        return self(window.image_length, channels, dtype=torch.float32)
+
+
+class Random(Empty):
+    """Makes tensors with values: of random numbers, the same every time, or what they are for."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(dtype, device)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        noise = torch.randn(*shape, generator=self._generator, dtype=torch.float32)
+        return noise.to(self.device, dtype or self.dtype)
+
+    def filled(self, value: float, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype or self.dtype, device=self.device)
+
+    def read(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.device)
+
+    def image_ids(self, window: Window, channels: int) -> torch.Tensor:
+        ids = torch.zeros(
+            window.height, window.width, channels, dtype=torch.float32, device=self.device
+        )
+        ids[..., 1] = torch.arange(window.height, device=self.device)[:, None]
+        ids[..., 2] = torch.arange(window.width, device=self.device)
+        return ids.flatten(0, 1)
+
+
+def model_inputs(model: nn.Module, window: Window, make: Empty, batch: int = 1) -> dict[str, Any]:
+    """Arguments of a forward."""
     config: Any = model.config
-    empty = partial(torch.empty, device=device, dtype=dtype)
-    return INPUTS[type(model).__name__](config, window, empty)
+    inputs = INPUTS[type(model).__name__](config, window, make)
+    return {name: _repeated(value, batch) for name, value in inputs.items()}
 
 
 def forward(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """A forward of a model with `model_inputs`."""
+    """A forward of a model with `model_inputs` without values."""
     if type(model).__name__ == "ErnieImageTransformer2DModel":
         # Its own asks torch.autocast, which does not know tensors without values.
         model.pos_embed.forward = partial(_angles, model.head_dim)
@@ -91,120 +174,131 @@ class _ValuesChoose(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _flux(config: Any, window: Window, empty: Any) -> dict[str, Any]:
-    example = empty(0)
-    return flux_inputs(config, window, example.dtype, str(example.device))
+def _repeated(value: Any, batch: int) -> Any:
+    """An argument at batch 1 for several; position ids have no batch."""
+    if isinstance(value, list):
+        return value * batch
+    has_batch = isinstance(value, torch.Tensor) and len(value) == 1
+    return value.expand(batch, *value.shape[1:]) if has_batch else value
 
 
-def _chroma(config: Any, window: Window, empty: Any) -> dict[str, Any]:
-    return {
-        "hidden_states": empty(1, window.image_length, config.in_channels),
-        "encoder_hidden_states": empty(1, window.text_length, config.joint_attention_dim),
-        "timestep": empty(1),
-        "img_ids": empty(window.image_length, 3, dtype=torch.float32),
-        "txt_ids": empty(window.text_length, 3, dtype=torch.float32),
+def _flux(config: Any, window: Window, make: Empty) -> dict[str, Any]:
+    return _chroma(config, window, make) | {
+        "pooled_projections": make(1, config.pooled_projection_dim),
+        "guidance": make.filled(3.5, 1) if config.guidance_embeds else None,
     }
 
 
-def _flux2(config: Any, window: Window, empty: Any) -> dict[str, Any]:
-    return _chroma(config, window, empty) | {
-        "guidance": empty(1) if config.guidance_embeds else None,
-        "img_ids": empty(window.image_length, 4, dtype=torch.float32),
-        "txt_ids": empty(window.text_length, 4, dtype=torch.float32),
+def _chroma(config: Any, window: Window, make: Empty) -> dict[str, Any]:
+    return {
+        "hidden_states": make(1, window.image_length, config.in_channels),
+        "encoder_hidden_states": make(1, window.text_length, config.joint_attention_dim),
+        "timestep": make.filled(0.5, 1),
+        "img_ids": make.image_ids(window, 3),
+        "txt_ids": make.filled(0, window.text_length, 3, dtype=torch.float32),
     }
 
 
-def _sd3(config: Any, window: Window, empty: Any) -> dict[str, Any]:
-    return {
-        "hidden_states": _latents(config, window, empty, config.patch_size),
-        "encoder_hidden_states": empty(1, window.text_length, config.joint_attention_dim),
-        "pooled_projections": empty(1, config.pooled_projection_dim),
-        "timestep": empty(1),
+def _flux2(config: Any, window: Window, make: Empty) -> dict[str, Any]:
+    return _chroma(config, window, make) | {
+        "guidance": make.filled(4.0, 1) if config.guidance_embeds else None,
+        "img_ids": make.image_ids(window, 4),
+        "txt_ids": make.filled(0, window.text_length, 4, dtype=torch.float32),
     }
 
 
-def _qwen_image(config: Any, window: Window, empty: Any) -> dict[str, Any]:
+def _sd3(config: Any, window: Window, make: Empty) -> dict[str, Any]:
     return {
-        "hidden_states": empty(1, window.image_length, config.in_channels),
-        "encoder_hidden_states": empty(1, window.text_length, config.joint_attention_dim),
-        "timestep": empty(1),
+        "hidden_states": _latents(config, window, make, config.patch_size),
+        "encoder_hidden_states": make(1, window.text_length, config.joint_attention_dim),
+        "pooled_projections": make(1, config.pooled_projection_dim),
+        "timestep": make.filled(500, 1),
+    }
+
+
+def _qwen_image(config: Any, window: Window, make: Empty) -> dict[str, Any]:
+    return {
+        "hidden_states": make(1, window.image_length, config.in_channels),
+        "encoder_hidden_states": make(1, window.text_length, config.joint_attention_dim),
+        "timestep": make.filled(0.5, 1),
         "img_shapes": [[(1, window.height, window.width)]],
     }
 
 
-def _z_image(config: Any, window: Window, empty: Any) -> dict[str, Any]:
+def _z_image(config: Any, window: Window, make: Empty) -> dict[str, Any]:
     (patch,) = config.all_patch_size
     return {
-        "x": [_latents(config, window, empty, patch)[0].unsqueeze(1)],
-        "t": empty(1),
-        "cap_feats": [empty(window.text_length, config.cap_feat_dim)],
+        "x": [_latents(config, window, make, patch)[0].unsqueeze(1)],
+        "t": make.filled(0.5, 1),
+        "cap_feats": [make(window.text_length, config.cap_feat_dim)],
     }
 
 
-def _hunyuan_image(config: Any, window: Window, empty: Any) -> dict[str, Any]:
+def _hunyuan_image(config: Any, window: Window, make: Empty) -> dict[str, Any]:
     # Text of both encoders as of the first: the model puts them together by their masks' values.
     text = window.text_length
     return {
-        "hidden_states": _latents(config, window, empty, config.patch_size[0]),
-        "timestep": empty(1),
-        "encoder_hidden_states": empty(1, text, config.text_embed_dim),
-        "encoder_attention_mask": empty(1, text, dtype=torch.bool),
-        "guidance": empty(1) if config.guidance_embeds else None,
+        "hidden_states": _latents(config, window, make, config.patch_size[0]),
+        "timestep": make.filled(500, 1),
+        "encoder_hidden_states": make(1, text, config.text_embed_dim),
+        "encoder_attention_mask": make.filled(1, 1, text, dtype=torch.bool),
+        "guidance": make.filled(3.5, 1) if config.guidance_embeds else None,
     }
 
 
-def _cogview4(config: Any, window: Window, empty: Any) -> dict[str, Any]:
+def _cogview4(config: Any, window: Window, make: Empty) -> dict[str, Any]:
     return {
-        "hidden_states": _latents(config, window, empty, config.patch_size),
-        "encoder_hidden_states": empty(1, window.text_length, config.text_embed_dim),
-        "timestep": empty(1),
-        "original_size": empty(1, 2),
-        "target_size": empty(1, 2),
-        "crop_coords": empty(1, 2),
+        "hidden_states": _latents(config, window, make, config.patch_size),
+        "encoder_hidden_states": make(1, window.text_length, config.text_embed_dim),
+        "timestep": make.filled(500, 1),
+        "original_size": make.filled(1024, 1, 2),
+        "target_size": make.filled(1024, 1, 2),
+        "crop_coords": make.filled(0, 1, 2),
     }
 
 
-def _krea2(config: Any, window: Window, empty: Any) -> dict[str, Any]:
+def _krea2(config: Any, window: Window, make: Empty) -> dict[str, Any]:
     text = window.text_length
+    text_ids = make.filled(0, text, 3, dtype=torch.float32)
     return {
-        "hidden_states": empty(1, window.image_length, config.in_channels),
-        "encoder_hidden_states": empty(1, text, config.num_text_layers, config.text_hidden_dim),
-        "timestep": empty(1),
-        "position_ids": empty(text + window.image_length, 3, dtype=torch.float32),
+        "hidden_states": make(1, window.image_length, config.in_channels),
+        "encoder_hidden_states": make(1, text, config.num_text_layers, config.text_hidden_dim),
+        "timestep": make.filled(0.5, 1),
+        "position_ids": torch.cat([text_ids, make.image_ids(window, 3)]),
     }
 
 
-def _flux3(config: Any, window: Window, empty: Any) -> dict[str, Any]:
-    return _chroma(config, window, empty) | {
-        "img_ids": empty(window.image_length, 4, dtype=torch.float32),
-        "txt_ids": empty(window.text_length, 4, dtype=torch.float32),
-        "target_timestep": empty(1) if config.flow_map else None,
+def _flux3(config: Any, window: Window, make: Empty) -> dict[str, Any]:
+    return _chroma(config, window, make) | {
+        "img_ids": make.image_ids(window, 4),
+        "txt_ids": make.filled(0, window.text_length, 4, dtype=torch.float32),
+        "target_timestep": make.filled(0.5, 1) if config.flow_map else None,
     }
 
 
-def _qwen_image21(config: Any, window: Window, empty: Any) -> dict[str, Any]:
+def _qwen_image21(config: Any, window: Window, make: Empty) -> dict[str, Any]:
     text, image = window.text_length, window.image_length
     return {
-        "hidden_states": empty(1, image, config.in_channels),
-        "encoder_hidden_states": empty(1, text, config.context_in_dim),
-        "timestep": empty(1),
+        "hidden_states": make(1, image, config.in_channels),
+        "encoder_hidden_states": make(1, text, config.context_in_dim),
+        "timestep": make.filled(0.5, 1),
         "img_shapes": [[(1, window.height, window.width)]],
         # Its values say where the image is: four tokens to a place.
-        "img_mask": (torch.arange(text + image // 4) >= text)[None],
+        "img_mask": make.read((torch.arange(text + image // 4) >= text)[None]),
     }
 
 
-def _ernie_image(config: Any, window: Window, empty: Any) -> dict[str, Any]:
+def _ernie_image(config: Any, window: Window, make: Empty) -> dict[str, Any]:
     return {
-        "hidden_states": _latents(config, window, empty, config.patch_size),
-        "timestep": empty(1),
-        "text_bth": empty(1, window.text_length, config.text_in_dim),
-        "text_lens": empty(1, dtype=torch.int64),
+        "hidden_states": _latents(config, window, make, config.patch_size),
+        "timestep": make.filled(500, 1),
+        "text_bth": make(1, window.text_length, config.text_in_dim),
+        "text_lens": make.filled(window.text_length, 1, dtype=torch.int64),
     }
 
 
-def _latents(config: Any, window: Window, empty: Any, patch: int) -> torch.Tensor:
-    return empty(1, config.in_channels, window.height * patch, window.width * patch)
+def _latents(config: Any, window: Window, make: Empty, patch: int) -> torch.Tensor:
+    return make(1, config.in_channels, window.height * patch, window.width * patch)
 
 
 INPUTS = {

@@ -5,17 +5,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from ..errors import RequestError, first_line
+from ..families.table import transformer_of
 from ..generation.checks import find_impl, find_window
 from ..generation.denoising import text_length
-from ..generation.models import TOKEN_PIXELS, load_pipeline
+from ..generation.models import find_model, load_pipeline
 from ..plugin import apply_clear
-from .plan import count_flops
-from .step import relative_error, step_inputs, step_report, verdict
+from .inputs import Random, model_inputs
+from .plan import config_of, count_flops
+from .step import output_of, relative_error, step_report, verdict
 
 if TYPE_CHECKING:
     from ..pipelines.parallel.start import Ranks
@@ -48,15 +52,21 @@ def measure(
         one; `rates`, see `Rates`; `correct`.
     """
     device = ranks.device
+    side = find_model(model).token_pixels
+    window = find_window(height, width, radius, token_pixels=side, far=far)
     name = find_impl(impl, dtype, device)
     pipe = load_pipeline(model, dtype, device, text_encoders=False)
     apply_clear(pipe, radius=radius, far=far, impl=impl)
-    rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
-    inputs = step_inputs(pipe, rows, columns, text_length(pipe))
+    transformer: Any = transformer_of(pipe, "bench parallel")
+    window = replace(window, text_length=text_length(pipe))
+    inputs = model_inputs(transformer, window, Random(dtype, device))
 
     @torch.no_grad()
     def step() -> torch.Tensor:
-        out = pipe.transformer(**inputs, return_dict=False)[0]
+        try:
+            out = output_of(transformer, inputs)
+        except ValueError as error:  # such as a size past the positions
+            raise RequestError(first_line(error)) from error
         _synchronize(device)
         return out
 
@@ -92,9 +102,7 @@ def measure(
     seconds = max(row["seconds"] for row, *_ in everyone)
     alone, error = everyone[0][1], everyone[0][2]
     gbps, latency = (statistics.median(link[n] for *_, link in everyone) for n in (0, 1))
-    config = {"_class_name": "FluxTransformer2DModel", **pipe.transformer.config}
-    window = find_window(height, width, radius, 1, text_length(pipe), far=far)
-    tflop = count_flops(config, window)["rows"][1]["total_tflop"]
+    tflop = count_flops(config_of(transformer), window)["rows"][1]["total_tflop"]
     return {
         "rows": [row for row, *_ in everyone],
         "alone_seconds": alone,

@@ -7,17 +7,19 @@ from dataclasses import asdict, dataclass
 from math import ceil, log2
 from typing import Any
 
+import torch
+
 from ..generation.checks import find_window
 from ..kernels.window import Window
 from .configurations import find_configuration
+from .fake import build, defaults
 from .parallel_bytes import Layer, halo_bytes, ring_bytes, ulysses_bytes
-from .plan import count_flops
+from .pass_flops import PassFlops
+from .published import Configuration
 from .timing import table
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 BFLOAT16 = 2
-# Numbers that the transformer makes of an image token, which all ranks gather once a step.
-OUTPUT_CHANNELS = 64
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,20 @@ def plan_parallel(
         RequestError: an unknown model, a side or a radius out of its range.
     """
     configuration = find_configuration(model)
+    flops = PassFlops.of(configuration.transformer, configuration.text_length)
+    output_channels = _token_channels(configuration)
     rows: list[dict[str, Any]] = []
     for side in sides:
-        window = find_window(side, side, radius, 1, configuration.text_length, far=far)
-        costs = _Costs.of(configuration.transformer, window)
+        window = find_window(
+            side,
+            side,
+            radius,
+            1,
+            configuration.text_length,
+            configuration.token_pixels,
+            far=far,
+        )
+        costs = _Costs(window, flops, output_channels)
         alone = costs.flops_alone / (rates.tflops * 1e12)
         for ranks in RANKS:
             if ranks <= window.height:
@@ -81,64 +93,56 @@ def plan_parallel(
 
 @dataclass(frozen=True)
 class _Costs:
-    """Of one forward pass: layers, and FLOPs linear in the tokens."""
+    """Of one forward pass.
+
+    Attributes:
+        window: of the image.
+        flops: of the model.
+        output_channels: numbers that it makes of an image token, which all ranks gather once a
+            step.
+    """
 
     window: Window
-    layer: Layer
-    layers: int
-    linear_fixed: float
-    linear_per_token: float
-
-    @classmethod
-    def of(cls, config: dict[str, Any], window: Window) -> _Costs:
-        # The matrix products are a line in the number of image tokens: two images tell it.
-        small, large = (
-            count_flops(config, Window(rows, 8, window.text_length, window.radius))
-            for rows in (8, 16)
-        )
-        linear = [found["rows"][0]["linear_tflop"] * 1e12 for found in (small, large)]
-        slope = (linear[1] - linear[0]) / 64
-        return cls(
-            window=window,
-            layer=Layer(
-                window.height,
-                window.width,
-                window.text_length,
-                window.radius,
-                small["heads"],
-                small["head_dim"],
-                BFLOAT16,
-                far=window.far_levels > 0,
-            ),
-            layers=small["layers"],
-            linear_fixed=linear[0] - 64 * slope,
-            linear_per_token=slope,
-        )
+    flops: PassFlops
+    output_channels: int
 
     @property
-    def channels(self) -> int:
-        return self.layer.heads * self.layer.head_dim
+    def layer(self) -> Layer:
+        """One of attention."""
+        window, flops = self.window, self.flops
+        return Layer(
+            window.height,
+            window.width,
+            window.text_length,
+            window.radius,
+            flops.heads,
+            flops.head_dim,
+            BFLOAT16,
+            far=window.far_levels > 0,
+        )
 
     @property
     def flops_alone(self) -> float:
-        attention = self.window.attention_flops(self.layer.heads, self.layer.head_dim)
-        linear = self.linear_fixed + self.linear_per_token * self.window.image_length
-        return linear + self.layers * attention
+        return self.flops.local(self.window)
 
     def flops_of_band(self, ranks: int) -> float:
         """Of the largest band, with its halo's keys and values."""
-        window, text = self.window, self.window.text_length
+        window, channels = self.window, self.flops.heads * self.flops.head_dim
         rows = ceil(window.height / ranks)
-        image = rows * window.width
         halo_rows = min(2 * window.reach, window.height - rows)
         seen = sum(window.far_pairs()) if window.far_levels else window.disc_pairs()
-        pairs = text * (text + image) + text * image + seen * rows / window.height
-        halo = 2 * 2 * self.channels**2 * halo_rows * window.width
-        return (
-            self.linear_fixed
-            + self.linear_per_token * image
-            + self.layers * (4 * pairs * self.channels + halo)
-        )
+        of_layer = 4 * seen * rows / window.height * channels
+        halo = 2 * 2 * channels**2 * halo_rows * window.width
+        return self.flops.linear(rows * window.width) + self.flops.layers * (of_layer + halo)
+
+
+def _token_channels(configuration: Configuration) -> int:
+    """Numbers of an image token's latents."""
+    from ..pipelines.decoding.segments import latent_channels
+
+    with defaults(torch.bfloat16, "meta"):
+        autoencoder = build(configuration.autoencoder)
+    return latent_channels(autoencoder) * configuration.latents_of_token**2
 
 
 def _ways(costs: _Costs, ranks: int, rates: Rates, alone: float) -> list[dict[str, Any]]:
@@ -152,7 +156,7 @@ def _ways(costs: _Costs, ranks: int, rates: Rates, alone: float) -> list[dict[st
     ]
     if ranks == 1:
         ways = [("one rank", 0, shared, 0)]
-    gathered = costs.window.image_length * OUTPUT_CHANNELS * BFLOAT16 * (ranks - 1) // ranks
+    gathered = costs.window.image_length * costs.output_channels * BFLOAT16 * (ranks - 1) // ranks
     rows = []
     for way, sent, flops, messages in ways:
         row: dict[str, Any] = {"way": way, "mb_per_layer": None if sent is None else sent / 1e6}
@@ -161,8 +165,8 @@ def _ways(costs: _Costs, ranks: int, rates: Rates, alone: float) -> list[dict[st
             rows.append(row | dict.fromkeys((*names, "efficiency")))
             continue
         compute = flops / (rates.tflops * 1e12)
-        sending = (costs.layers * sent + gathered) / (rates.gbps * 1e9)
-        sending += costs.layers * messages * rates.latency / 1e6
+        sending = (costs.flops.layers * sent + gathered) / (rates.gbps * 1e9)
+        sending += costs.flops.layers * messages * rates.latency / 1e6
         rows.append(
             row
             | {

@@ -14,14 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention.norm_rope import HAS_TRITON
 from ..chunking import chunk_feed_forward
-from ..errors import RequestError, first_line
 from ..families.table import family_of, head_dim_of, heads_of
 from ..generation.checks import find_window
 from ..kernels.window import Window
 from .configurations import find_configuration
 from .executed import tile_choices
 from .fake import build, defaults, quiet
-from .inputs import clear_applied, forward, model_inputs
+from .inputs import Empty, clear_applied, forward, model_inputs, positions_for
 from .plan_memory import check_memory_options, plan_memory
 from .timing import table
 
@@ -96,6 +95,11 @@ def plan(
     }
 
 
+def config_of(transformer: Any) -> dict[str, Any]:
+    """A loaded transformer's configuration, as `count_flops` takes it."""
+    return {"_class_name": type(transformer).__name__, **transformer.config}
+
+
 def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     """FLOPs of a forward pass, full and local.
 
@@ -105,25 +109,19 @@ def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
     Raises:
         RequestError: a size past the model's positions.
     """
-    with defaults(torch.bfloat16, "meta"):
+    with defaults(torch.float32, "meta"):
         model = build(config)
-    inputs = model_inputs(model, window, torch.bfloat16, "meta")
+    inputs = model_inputs(model, window, Empty(torch.float32, "meta"))
     family = family_of(model)
-    # Masks and lengths would be read by their values, which few have.
-    hidden = [name for name, value in inputs.items() if "mask" in name or "lens" in name]
-    plain = inputs | {name: None for name in hidden if inputs[name].is_meta}
-    try:
-        family.read(model, plain, (window.height, window.width))
-    except ValueError as error:
-        raise RequestError(first_line(error)) from error
     layers = family.layers(model).values()
     heads, head_dim = heads_of(next(iter(layers))), head_dim_of(model)
-    linear, full = _count_products(model, inputs)
-    with clear_applied(model, window):
-        if family.chunked:
-            with quiet():
-                chunk_feed_forward(model, None)  # whole: the same products in fewer operators
-        same, local = _count_products(model, inputs)
+    with positions_for(model, window, inputs):
+        linear, full = _count_products(model, inputs)
+        with clear_applied(model, window):
+            if family.chunked:
+                with quiet():
+                    chunk_feed_forward(model, None)  # whole: the same products in fewer operators
+            same, local = _count_products(model, inputs)
     assert linear == same
     # Not attention, but a weighted sum of keys and of values that PyTorch counts as a product.
     if window.down_factor > 1:

@@ -25,7 +25,7 @@ from ..generation.models import TOKEN_PIXELS, quiet_libraries
 from ..kernels.window import Window
 from .eight_bit import DTYPES, use_eight_bit_linears
 from .fake import Memory, build, defaults, measure, quiet, tensor_bytes
-from .inputs import clear_applied, forward, model_inputs
+from .inputs import Empty, clear_applied, forward, model_inputs, positions_for
 from .published import Configuration
 
 OFFLOADS = ("none", "model", "group")
@@ -94,9 +94,10 @@ def plan_memory(
     text = max(encoders, key=lambda part: sum(part) if offload != "none" else part.activations)
     stages = [("text encoding", text)]
     sizes = [(window.height, window.width)]
-    if transformer.cascades:
-        sizes = cascade_sizes(window, configuration.native_size)
     side = configuration.token_pixels
+    if transformer.recipe is not None:
+        native_size = configuration.native_size or transformer.recipe.native_size
+        sizes = cascade_sizes(window, native_size, side, transformer.recipe.step)
     for height, width in sizes:
         size = f"denoising {height * side} x {width * side}"
         down_factor = min(window.down_factor, height, width)
@@ -117,18 +118,29 @@ def plan_memory(
     return rows
 
 
-def cascade_sizes(window: Window, native_size: int) -> list[tuple[int, int]]:
+def cascade_sizes(
+    window: Window, native_size: int, side: int = TOKEN_PIXELS, step: int = 1
+) -> list[tuple[int, int]]:
     """(rows, columns), in tokens, of the images on the way to a window's, from small to large.
 
-    native_size: side of a square of as many pixels as the model was trained at, in pixels.
+    Args:
+        native_size: side of a square of as many pixels as the model was trained at, in pixels.
+        side: of a token, in pixels.
+        step: of images' sides, in tokens.
     """
     with quiet_libraries():
+        from ..pipelines.cascade.resolution import Resolution
         from ..pipelines.cascade.stages import plan_stages
 
     stages = plan_stages(
-        window.height * TOKEN_PIXELS, window.width * TOKEN_PIXELS, native_size=native_size
+        window.height * side,
+        window.width * side,
+        native_size=native_size,
+        token_pixels=side,
+        step=step,
+        resolution=lambda height, width: Resolution(),  # of which nothing is wanted here
     )
-    return [(stage.height // TOKEN_PIXELS, stage.width // TOKEN_PIXELS) for stage in stages]
+    return [(stage.height // side, stage.width // side) for stage in stages]
 
 
 class TransformerMemory:
@@ -139,7 +151,7 @@ class TransformerMemory:
 
     Attributes:
         weights, streamed_weights: in bytes, of all blocks and of two of the larger kind.
-        cascades: whether larger images are made from smaller ones.
+        recipe: of the family; None where larger images are not made from smaller ones.
     """
 
     def __init__(
@@ -157,7 +169,7 @@ class TransformerMemory:
                 use_eight_bit_linears(self._model, weights_dtype)
         self._dtype = dtype
         family = family_of(self._model)
-        self.cascades = family.recipe is not None
+        self.recipe = family.recipe
         self._chunked, self._chunk_tokens = family.chunked, chunk_tokens
         parts: Any = dict(self._model.named_modules())
         counts = {stack: config[key] for stack, key in COUNTS if key in known and stack in parts}
@@ -175,8 +187,8 @@ class TransformerMemory:
 
     def activations(self, window: Window) -> int:
         """The most that is alive in a step besides the weights, in bytes."""
-        inputs = model_inputs(self._model, window, self._dtype, TRANSFORMER_DEVICE)
-        with clear_applied(self._model, window):
+        inputs = model_inputs(self._model, window, Empty(self._dtype, TRANSFORMER_DEVICE))
+        with positions_for(self._model, window, inputs), clear_applied(self._model, window):
             if self._chunked:
                 with quiet():
                     chunk_feed_forward(self._model, self._chunk_tokens)

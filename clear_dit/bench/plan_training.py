@@ -30,7 +30,8 @@ from ..generation.checks import find_window
 from ..kernels.window import Window
 from ..weights.learned import make_far_trainable, settle
 from .configurations import find_configuration
-from .fake import IMPL, LiveStorages, build, defaults, flux_inputs, quiet
+from .fake import IMPL, LiveStorages, build, defaults, quiet
+from .inputs import Empty, model_inputs
 from .plan import number
 from .timing import table
 
@@ -71,7 +72,15 @@ def plan_training(
             down_factor out of its range.
     """
     configuration = find_configuration(model)
-    window = find_window(height, width, radius, down_factor, configuration.text_length, far=far)
+    window = find_window(
+        height,
+        width,
+        radius,
+        down_factor,
+        configuration.text_length,
+        configuration.token_pixels,
+        far=far,
+    )
     rows = []
     for lora in (None, LORA_RANK):
         step = _measure_step(configuration.transformer, window, batch, lora)
@@ -132,7 +141,7 @@ def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int 
         model.enable_gradient_checkpointing()
         trained = _bytes(trained_parameters(model, lora is not None).values())
         everything = _bytes(model.parameters())
-        inputs = flux_inputs(model.config, window, torch.bfloat16, DEVICE, batch)
+        inputs = model_inputs(model, window, Empty(torch.bfloat16, DEVICE), batch)
         with LiveStorages() as storages:
             storages.add(model.parameters())
             _step(model, teacher, inputs)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..families.flux1 import FAMILY as FLUX
 from ..generation.models import TOKEN_PIXELS
 
 # Side of a latent in pixels, in most autoencoders.
@@ -26,7 +25,8 @@ class Configuration:
         transformer, autoencoder: of diffusers.
         text_encoders: of transformers.
         text_length: text tokens the transformer is given, padding included.
-        native_size: side of a square of as many pixels as it was trained at, in pixels.
+        native_size: side of a square of as many pixels as it was trained at, in pixels; that of
+            the family's published models where None.
         token_pixels: side of a token, in pixels.
         latent_pixels: side of the autoencoder's latents, in pixels.
     """
@@ -35,9 +35,14 @@ class Configuration:
     autoencoder: dict[str, Any]
     text_encoders: tuple[dict[str, Any], ...]
     text_length: int
-    native_size: int = FLUX.recipe.native_size
+    native_size: int | None = None
     token_pixels: int = TOKEN_PIXELS
     latent_pixels: int = LATENT_PIXELS
+
+    @property
+    def latents_of_token(self) -> int:
+        """Side of a token, in latent pixels."""
+        return self.token_pixels // self.latent_pixels
 
 
 # https://huggingface.co/black-forest-labs/FLUX.1-dev and FLUX.1-schnell.
@@ -428,7 +433,6 @@ CONFIGURATIONS = {
         HUNYUAN_IMAGE_AUTOENCODER,
         HUNYUAN_IMAGE_ENCODERS,
         1128,
-        native_size=2048,
         token_pixels=32,
         latent_pixels=32,
     ),

@@ -1,7 +1,8 @@
-"""A denoising step of a model: what it is given, whether it is right, and how it is reported."""
+"""A denoising step of a model: what it gives, whether it is right, and how it is reported."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,31 +13,11 @@ from .timing import measured_on, table
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
-def step_inputs(
-    pipe: Any, rows: int, columns: int, text_length: int, device: torch.device | str | None = None
-) -> dict[str, torch.Tensor | None]:
-    """What a transformer is given in a step: random latents and text; sizes in tokens.
-
-    On the pipeline's device or another: "meta" has no numbers.
-    """
-    config, dtype = pipe.transformer.config, pipe.transformer.dtype
-    device = pipe.device if device is None else device
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        if str(device) == "meta":
-            return torch.empty(*shape, device=device, dtype=dtype)
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    return {
-        "hidden_states": noise(1, rows * columns, config.in_channels),
-        "encoder_hidden_states": noise(1, text_length, config.joint_attention_dim),
-        "pooled_projections": noise(1, config.pooled_projection_dim),
-        "timestep": torch.tensor([0.5], device=device, dtype=dtype),
-        "guidance": torch.tensor([3.5], device=device) if config.guidance_embeds else None,
-        "img_ids": pipe._prepare_latent_image_ids(1, rows, columns, device, dtype),
-        "txt_ids": torch.zeros(text_length, 3, device=device),
-    }
+def output_of(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """What a transformer gives for the arguments of one image: Z-Image's gives a list."""
+    (image,) = model(**inputs, return_dict=False)[0]
+    found: torch.Tensor = image
+    return found
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

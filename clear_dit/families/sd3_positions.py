@@ -48,29 +48,29 @@ class ResampledPatchEmbed(nn.Module):
     def _resampled(self, height: int, width: int) -> torch.Tensor:
         """`PatchEmbed.cropped_pos_embed`: (1, image, channels) for latents of a size."""
         stored, side = self.stock.pos_embed, self.stock.pos_embed_max_size
-        rows, columns = (
-            _cubic_weights(size // self.stock.patch_size, factor, side, stored.device)
-            for size, factor in zip((height, width), self.factors, strict=True)
-        )
         table = stored.float().unflatten(1, (side, side))
-        resampled = torch.einsum("hi,wj,bijc->bhwc", rows, columns, table)
-        return resampled.flatten(1, 2).to(stored.dtype)
+        for dim, size, factor in zip((1, 2), (height, width), self.factors, strict=True):
+            table = _resampled_along(table, dim, size // self.stock.patch_size, factor)
+        return table.flatten(1, 2).to(stored.dtype)
 
 
-def _cubic_weights(tokens: int, factor: float, side: int, device: torch.device) -> torch.Tensor:
-    """Of a table's entries along one side in those of an image, (tokens, side), float32.
+def _resampled_along(table: torch.Tensor, dim: int, tokens: int, factor: float) -> torch.Tensor:
+    """A table of which one side has become that of an image, so many tokens.
 
     Positions before the first and behind the last entry have its value.
     """
+    side = table.shape[dim]
     first = (side - tokens / factor) // 2  # as the stock table is cropped
-    middles = torch.arange(tokens, dtype=torch.float32, device=device) + 0.5
+    middles = torch.arange(tokens, dtype=torch.float32, device=table.device) + 0.5
     positions = first + middles / factor - 0.5
-    weights = positions.new_zeros(tokens, side)
+    shape = [-1 if one == dim else 1 for one in range(table.ndim)]
+    resampled = torch.zeros((), device=table.device)
     for step in range(-1, 3):
         place = positions.floor() + step
-        weight = _cubic((positions - place).abs())
-        weights.scatter_add_(1, place.clamp(0, side - 1).long()[:, None], weight[:, None])
-    return weights
+        weight = _cubic((positions - place).abs()).view(shape)
+        entries = table.index_select(dim, place.clamp(0, side - 1).long())
+        resampled = resampled + weight * entries
+    return resampled
 
 
 def _cubic(distance: torch.Tensor, a: float = -0.75) -> torch.Tensor:

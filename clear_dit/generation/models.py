@@ -47,6 +47,7 @@ class Model:
         family: of its transformer.
         defaults: what a request does not say.
         token_pixels: side of a token.
+        side_pixels: what sides of images are multiples of.
         native_size: in pixels, where it is not the family's; else None.
         parts: names of the pipeline's.
     """
@@ -55,6 +56,7 @@ class Model:
     family: Family
     defaults: Defaults
     token_pixels: int
+    side_pixels: int
     native_size: int | None
     parts: tuple[str, ...]
 
@@ -96,32 +98,61 @@ def find_model(model: str) -> Model:
 
 @functools.lru_cache(maxsize=32)
 def _find_model(model: str, path: str, changed: int) -> Model:
-    from diffusers import ConfigMixin, DiffusionPipeline
-
-    class ModelConfig(ConfigMixin):
-        config_name = CONFIG
-
-    try:
-        index = dict(DiffusionPipeline.load_config(path))
-        transformer, autoencoder = (
-            dict(ModelConfig.load_config(path, subfolder=part)) for part in ("transformer", "vae")
-        )
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--model {model}: cannot be loaded: {first_line(error)}") from error
+    index = read_config(path, INDEX)
     family = _family_of(path, index)
+    _check_parts(path, index)
+    transformer, autoencoder = (read_config(path, CONFIG, part) for part in ("transformer", "vae"))
     recipe = family.recipe
     assert recipe is not None  # `_family_of` has seen to it
     defaults = recipe.defaults_of(transformer, index) or recipe.defaults
+    native_size = index.get("native_size")
     if model in DEMOS:
         defaults = replace(defaults, **DEMO_DEFAULTS)
+        native_size = defaults.size
+    elif native_size is not None:
+        defaults = replace(defaults, size=native_size)
+    token_pixels = recipe.patch * (recipe.reduction or _reduction(autoencoder))
     return Model(
         path=path,
         family=family,
         defaults=defaults,
-        token_pixels=recipe.patch * (recipe.reduction or _reduction(autoencoder)),
-        native_size=defaults.size if model in DEMOS else index.get("native_size"),
+        token_pixels=token_pixels,
+        side_pixels=recipe.step * token_pixels,
+        native_size=native_size,
         parts=tuple(name for name, part in index.items() if isinstance(part, (list, tuple))),
     )
+
+
+def read_config(path: str, name: str, part: str = "") -> dict[str, Any]:
+    """A JSON file of a pipeline's; fetched where that is on the hub.
+
+    Args:
+        path: see `Model`.
+        name: of the file.
+        part: of the pipeline, whose folder the file is in.
+
+    Raises:
+        RequestError: it cannot be fetched or read.
+    """
+    file = Path(path) / part / name
+    if not Path(path).is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            file = Path(hf_hub_download(path, name, subfolder=part or None))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise RequestError(
+                f"--model {path}: {name} cannot be fetched from the hub ({first_line(error)}); a "
+                "gated model needs its licence accepted, and hf auth login."
+            ) from error
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--model: {file} is missing or is not JSON.") from error
+    if not isinstance(found, dict):
+        raise RequestError(f"--model: {file} is not a JSON object.")
+    return found
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -164,6 +195,25 @@ def _family_of(path: str | Path, index: Mapping[str, Any]) -> Family:
             f"{', '.join(family.recipe.pipelines)}."
         )
     return family
+
+
+def _check_parts(path: str, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline without a text encoder, or a folder without one of its parts.
+
+    Raises:
+        RequestError: which part.
+    """
+    for name, part in index.items():
+        if not isinstance(part, (list, tuple)):
+            continue
+        cls = part[-1]
+        there = not Path(path).is_dir() or (Path(path) / name).is_dir()
+        if (cls is None and name.startswith("text_encoder")) or (cls is not None and not there):
+            what = name if cls is None else f"{name} ({cls})"
+            raise RequestError(
+                f"--model: {path} has no {what}, without which a {index['_class_name']} cannot "
+                f"generate; put it into the folder {name} there."
+            )
 
 
 def _reduction(config: Mapping[str, Any]) -> int:

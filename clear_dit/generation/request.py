@@ -20,7 +20,7 @@ from .checks import (
     take_numbers,
 )
 from .image_input import read_image
-from .models import find_model
+from .models import Model, find_model
 
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"
@@ -91,16 +91,16 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise RequestError("the prompt is empty; describe an image.")
-        token_pixels = find_model(self.model).token_pixels
+        model = find_model(self.model)
         take_numbers(self, _BOUNDS)
         for name in ("height", "width"):
-            object.__setattr__(self, name, check_size(name, getattr(self, name), token_pixels))
+            object.__setattr__(self, name, check_size(name, getattr(self, name), model.side_pixels))
         find_window(
             self.height,
             self.width,
             self.radius,
             self.down_factor,
-            token_pixels=token_pixels,
+            token_pixels=model.token_pixels,
             far=self.far is True,
         )
         if self.attention not in ("clear", "full"):
@@ -135,7 +135,7 @@ def make_request(
     device = str(find_device(settings.get("device")))
     height, width = defaults.size, defaults.size
     if settings.get("image") is not None:
-        height, width = _enlarged_size(settings, find_model(model).token_pixels)
+        height, width = _enlarged_size(settings, find_model(model))
     complete: dict[str, Any] = {
         "height": height,
         "width": width,
@@ -160,17 +160,17 @@ def make_request(
     return GenerateRequest(prompt, model, **(complete | {"device": device}))
 
 
-def _enlarged_size(settings: dict[str, Any], token_pixels: int) -> tuple[int, int]:
+def _enlarged_size(settings: dict[str, Any], model: Model) -> tuple[int, int]:
     """Height and width of the image that an image is enlarged to."""
     from ..pipelines.cascade.given_image import check_image, enlarged_size
 
     height, width = (
-        None if settings.get(name) is None else check_size(name, settings[name], token_pixels)
+        None if settings.get(name) is None else check_size(name, settings[name], model.side_pixels)
         for name in ("height", "width")
     )
     image = read_image(Path(settings["image"]))
     try:
-        check_image(image, token_pixels)
-        return enlarged_size(height, width, (image.height, image.width), token_pixels)
+        check_image(image, model.token_pixels)
+        return enlarged_size(height, width, (image.height, image.width), model.side_pixels)
     except ValueError as error:
         raise RequestError(str(error)) from error

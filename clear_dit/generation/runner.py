@@ -19,6 +19,7 @@ from ..files import check_writable
 from ..kernels.triton.device import kernels_of
 from ..memory import peak_mb, reset_peak
 from ..pipelines.decoding.image_files import IMAGE_SUFFIXES, save_rows
+from ..pipelines.decoding.segments import check_autoencoder
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.known import AUTO
@@ -82,7 +83,7 @@ class PipelineRunner:
         pipe: the pipeline.
 
     Raises:
-        RequestError: the model cannot be found or read.
+        RequestError: the model cannot be found or read, or its autoencoder is not known.
     """
 
     def __init__(self, model: str, dtype: str, device: str, ranks: Ranks | None = None) -> None:
@@ -92,6 +93,10 @@ class PipelineRunner:
         self._writes = ranks is None or ranks.is_first
         self._one_at_a_time = threading.Lock()
         self.pipe = load_pipeline(model, find_dtype(dtype), self.device, text_encoders=self._writes)
+        try:
+            check_autoencoder(self.pipe.vae)
+        except ValueError as error:
+            raise RequestError(f"--model {model}: {error}") from error
         # What `_set_attention` was last asked for, and what it said; None for the stock model.
         self._attention: tuple[Any, ...] | None = None
         self._told: set[str] = set()
@@ -239,14 +244,12 @@ class PipelineRunner:
     def _find_weights(self, request: GenerateRequest) -> Settled:
         """A request's weights; says which, once, where it leaves the choice to us."""
         found = settled(request)
+        covers_all = self._covers_all(request)
         if request.weights != AUTO:
             return found
         pooled = f", down_factor {request.down_factor}" if request.down_factor > 1 else ""
         sees = ", far keys" if found.far else pooled
         setting = f"{request.model}, radius {request.radius}{sees}"
-        side = self.pipe.token_pixels
-        rows, columns = request.height // side, request.width // side
-        covers_all = request.radius**2 > (rows - 1) ** 2 + (columns - 1) ** 2
         if setting in self._told or (found.weights is None and covers_all):
             return found
         self._told.add(setting)
@@ -266,6 +269,18 @@ class PipelineRunner:
                 _way_to_far_keys(request),
             )
         return found
+
+    def _covers_all(self, request: GenerateRequest) -> bool:
+        """Whether a request's window is the whole image; says so once."""
+        side = self.pipe.token_pixels
+        rows, columns = request.height // side, request.width // side
+        if request.radius**2 <= (rows - 1) ** 2 + (columns - 1) ** 2:
+            return False
+        said = f"--radius {request.radius} covers all of an image of {rows} x {columns} tokens"
+        if said not in self._told:
+            self._told.add(said)
+            logger.info("%s: it is full attention; take a smaller one for local attention", said)
+        return True
 
     def _denoise(self, request: GenerateRequest, watch: _Watch, timer: Timer) -> torch.Tensor:
         """Text and denoising, each timed; latents as the stock pipeline holds them."""

@@ -13,7 +13,7 @@ from ..generation.request import GenerateRequest
 
 # Where and with what help an image is generated, not which image it is.
 _ELSEWHERE = ("device", "stages_dir")
-_MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
+_MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
 # Of a large file: its beginning, which in safetensors names all tensors, and samples of the rest.
 _WHOLE, _SAMPLES, _SAMPLE = 2**20, 64, 4096
 

@@ -76,7 +76,7 @@ def test_refused_by_name(change, words):
 def test_presets_are_whole_tokens_with_the_longer_side_given():
     for side in SIDES:
         for shape, (across, down) in SHAPES.items():
-            width, height = preset_size(side, shape)
+            width, height = preset_size(side, shape, 16)
             assert max(width, height) == side
             assert width % 16 == height % 16 == 0
             assert abs(width / height - across / down) < 0.05 * across / down

@@ -361,7 +361,6 @@ def test_configurations_name_what_they_take():
         (("--weights-dtype", "int4"), "--weights-dtype must be one of int8, float8; got 'int4'"),
         (("--offload", "disk"), "--offload must be one of none, model, group; got 'disk'"),
         (("--model", "flux"), "--model must be one of flux-dev, flux-schnell, chroma, "),
-        (("--model", "owner/name"), "--model must be one of flux-dev"),
         (("--model", "."), "is not a pipeline in diffusers format"),
     ],
 )

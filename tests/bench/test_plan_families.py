@@ -8,6 +8,7 @@ from clear_dit import Window
 from clear_dit.bench.fake import build, defaults
 from clear_dit.bench.inputs import INPUTS
 from clear_dit.bench.plan import count_flops, plan, report
+from clear_dit.bench.plan_memory import TransformerMemory
 from clear_dit.bench.plan_training import plan_training
 from clear_dit.bench.published import CONFIGURATIONS
 from clear_dit.errors import RequestError
@@ -102,11 +103,16 @@ def test_memory_and_the_report():
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
-def test_sizes_past_the_positions():
-    with pytest.raises(
-        RequestError, match=r"SD3 model has positions for 192 x 192 tokens, got 256"
-    ):
-        plan("sd35-large", 4096, 4096, 8, 1, False, None, torch.bfloat16)
+def test_positions_that_end_are_extended_as_in_a_cascade():
+    """Stable Diffusion 3.5 Large's are 192 x 192."""
+    window = Window(256, 256, 333, 8)
+    few = CONFIGURATIONS["sd35-large"].transformer | {"num_layers": 1}
+    counted = count_flops(few, window)["rows"][1]["attention_tflop"]
+    assert counted == pytest.approx(window.attention_flops(38, 64) / 1e12, rel=1e-12)
+    assert TransformerMemory(few, torch.bfloat16, None).activations(window) > 0
+
+
+def test_a_size_of_no_whole_tokens():
     with pytest.raises(RequestError, match=r"--height must be a multiple of 32 .* got 1040"):
         plan("hunyuanimage-2.1", 1040, 1024, 8, 1, False, None, torch.bfloat16)
 

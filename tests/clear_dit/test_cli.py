@@ -105,8 +105,8 @@ def test_generate_in_bfloat16_and_pooled(tmp_path, capsys, options):
         (("--device", "gpu"), "--device gpu: cannot be used"),
         (("--weights", "missing.safetensors"), "missing.safetensors"),
         (("--attention", "full", "--weights", "x"), "--weights are for --attention clear"),
-        (("--model", "no/such/model"), "--model must be 'demo', a folder"),
-        (("--model", "missing"), "--model must be 'demo', a folder"),
+        (("--model", "no/such/model"), "--model must be 'demo' or 'demo-sd3', a folder"),
+        (("--model", "missing"), "--model must be 'demo' or 'demo-sd3', a folder"),
         (("--model", "."), "is not a pipeline in diffusers format"),
     ],
 )

@@ -113,6 +113,12 @@ def generate_image(ranks, out, dies):
     generate(make_request(**IMAGE), out, progress=False, ranks=ranks)
 
 
+def generate_all(ranks, requests, folder):
+    """Generate images into a folder; requests: settings by name, see `make_request`."""
+    for name, settings in requests.items():
+        generate(make_request(**settings), folder / f"{name}.png", progress=False, ranks=ranks)
+
+
 def generate_with_other_adapters(ranks):
     """What the second rank has was tuned for the window; it has another seed, too."""
     pipe = load_pipeline("demo", torch.float32, ranks.device)

@@ -187,9 +187,9 @@ def make_qwen3_vl() -> transformers.Qwen3VLForConditionalGeneration:
     return transformers.Qwen3VLForConditionalGeneration(config).eval()
 
 
-def make_mistral() -> transformers.Mistral3ForConditionalGeneration:
+def make_mistral(**changes: Any) -> transformers.Mistral3ForConditionalGeneration:
     config = transformers.Mistral3Config(
-        text_config=transformers.MistralConfig(**LANGUAGE),
+        text_config=transformers.MistralConfig(**LANGUAGE | changes),
         vision_config=transformers.PixtralVisionConfig(
             hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
         ),

@@ -1,0 +1,48 @@
+"""The tiny pipelines of `pipelines.py` as folders, as `--model` takes them."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers.processors import TemplateProcessing
+
+from clear_dit import CLEARPipeline
+from clear_dit.generation.models import quiet_libraries
+
+from .models import TEXT_CHANNELS, make_model
+from .pipelines import PIPELINES, make_mistral, make_pipeline, make_tokenizer
+
+# The side of a square of as many pixels as the models were trained at, in tokens.
+NATIVE = 8
+# What text is made of in FLUX.2: layers of its text encoder.
+FLUX2_LAYERS = 30
+
+
+def save_folder(name: str, folder: Path) -> Path:
+    """Save a pipeline of a family, at its default prompt settings."""
+    pipe = make_pipeline(name)
+    if name == "flux2":
+        pipe.register_modules(
+            text_encoder=make_mistral(num_hidden_layers=FLUX2_LAYERS),
+            transformer=make_model(name, joint_attention_dim=3 * TEXT_CHANNELS),
+        )
+    elif name == "cogview4":  # GLM's text is never empty
+        begun = make_tokenizer()
+        begun.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<eos> $A", special_tokens=[("<eos>", begun.eos_token_id)]
+        )
+        pipe.register_modules(tokenizer=begun)
+    with quiet_libraries():
+        CLEARPipeline(pipe, native_size=NATIVE * token_pixels(name)).save_pretrained(folder)
+    return folder
+
+
+def token_pixels(name: str) -> int:
+    """Side of a token of a family's tiny pipeline."""
+    side: int = PIPELINES[name][2]
+    return side
+
+
+def size_options(name: str, rows: int, columns: int) -> tuple[Any, ...]:
+    """Of the command line, for an image of so many tokens."""
+    side = token_pixels(name)
+    return ("--height", rows * side, "--width", columns * side)
