@@ -45,6 +45,17 @@ class Scaled(NamedTuple):
     far: Callable[[], Rotated]
     between: Sequence[Callable[[], Rotated]] = ()
 
+    def after(self, change: Callable[[Rotated], Rotated]) -> Scaled:
+        """The same, of what a change makes of query and key."""
+
+        def changed(rotate: Callable[[], Rotated]) -> Rotated:
+            return change(rotate())
+
+        return Scaled(
+            functools.partial(changed, self.far),
+            [functools.partial(changed, each) for each in self.between],
+        )
+
 
 # Scores held at once by `full_two_position_attention`.
 SCORES = 2**25
@@ -71,7 +82,8 @@ def two_position_attention(
         scaled: the same query and key, rotated by scaled positions: for pairs with a text token,
             and for pooled and all other far keys.
         value: of the key's shape.
-        window, scale, impl: as in `local_attention`.
+        window, scale, impl: as in `local_attention`; queries may be all of the image's alone
+            (`Window.image_queries`).
         of_pooled: spatial_weight and far_offset, as in `local_attention`.
 
     Returns:
@@ -92,7 +104,7 @@ def two_position_attention(
             'use rope "yarn".'
         )
     scale = value.shape[-1] ** -0.5 if scale is None else float(scale)
-    text = window.text_length
+    text = window.text_query_length
 
     def checked(rotate: Callable[[], Rotated]) -> Rotated:
         query, key = rotate()
@@ -134,8 +146,9 @@ def _image(
 ) -> torch.Tensor:
     """The image's queries, whose disc is scored by `near`."""
     text, (query, key) = window.text_length, far
+    first = window.text_query_length
     image, lse = local_attention(
-        near[0][:, text:], near[1][:, text:], value[:, text:], window.image_only,
+        near[0][:, first:], near[1][:, text:], value[:, text:], window.image_only,
         scale=scale, impl=impl, return_lse=True,
     )  # fmt: skip
     far_key, far_value = key[:, :text], value[:, :text]
@@ -146,7 +159,7 @@ def _image(
         )
     if far_key.shape[1]:
         image = image.to(lse.dtype)
-        others = dense_attention(query[:, text:], far_key, far_value, scale=scale, impl=impl)
+        others = dense_attention(query[:, first:], far_key, far_value, scale=scale, impl=impl)
         merge_(image, lse, *others)
     return image
 
@@ -162,6 +175,7 @@ def _image_with_far_keys(
 ) -> torch.Tensor:
     """The image's queries; query and key are rotated position after position."""
     text, between = window.text_length, len(rotated) - 2
+    first = window.text_query_length
     levels = window.levels_by_position(between)
     windows = iter(window.parts_by_position(between))
 
@@ -174,7 +188,7 @@ def _image_with_far_keys(
             apart = text if own is levels[-1] else 0
             tokens = image if own.start == 0 else (key[:, :apart], value[:, :apart])
             cells = _cells(*image, window, own, spatial_weight, scale)
-            yield next(windows), query[:, text:], tokens, cells
+            yield next(windows), query[:, first:], tokens, cells
             del query, key, image, tokens, cells  # before there are others
 
     return attend_part_by_part(parts(), scale=scale, **options)
@@ -248,12 +262,14 @@ def full_two_position_attention(
     Args:
         near, far, value, scale: as in `two_position_attention`.
         window: the grid, and the radius in tokens inside which pairs are scored by `near`; its
-            down_factor means nothing here.
+            down_factor means nothing here. Queries may be all of the image's alone.
 
     Returns:
         The attention output, shape and dtype of the query.
     """
-    batch, sequence, heads, head_dim = near[0].shape
+    batch, _, heads, head_dim = near[0].shape
+    sequence = value.shape[1]
+    skipped = window.text_length - window.text_query_length
     group = group_of(near[0], value)
     text, width = window.text_length, window.width
     scale = head_dim**-0.5 if scale is None else float(scale)
@@ -264,14 +280,15 @@ def full_two_position_attention(
         for tensor in (*near, *far, value)
     )
     parts = []
-    for block in torch.arange(sequence, device=value.device).split(
+    for block in torch.arange(skipped, sequence, device=value.device).split(
         max(1, SCORES // (batch * heads * sequence))
     ):
-        scores = _scores(far_query[:, :, block], far_key, group)
+        scores = _scores(far_query[:, :, block - skipped], far_key, group)
         tokens = block[block >= text] - text
         if len(tokens):
             inside = (rows[tokens, None] - rows) ** 2 + (columns[tokens, None] - columns) ** 2
-            true_scores = _scores(near_query[:, :, tokens + text], near_key[:, :, text:], group)
+            queries = near_query[:, :, tokens + text - skipped]
+            true_scores = _scores(queries, near_key[:, :, text:], group)
             of_image = scores[:, :, -len(tokens) :, text:]
             of_image.copy_(torch.where(inside < window.disc_radius**2, true_scores, of_image))
         probability = (scores * scale).softmax(dim=-1)

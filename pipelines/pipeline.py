@@ -352,7 +352,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
                 stages=stages,
                 options=common,
                 batch=batch,
-                steps=options["num_inference_steps"] if sigmas is None else len(sigmas),
+                steps=self._steps(options),
                 sigmas=sigmas,
                 generator=options["generator"],
                 latents=call._first_latents(options, common, noises, batch, stages[0]),
@@ -389,6 +389,13 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         """Tokens of text that a call gives the transformer, at most."""
         length: int = options.get("max_sequence_length") or self.recipe.text_length
         return length
+
+    def _steps(self, options: dict[str, Any]) -> int:
+        """Of a whole schedule, as the stock pipeline has it."""
+        sigmas = options["sigmas"]
+        if sigmas is None:  # a model of few steps may bring its own
+            sigmas = self.config.get("sample_sigmas")
+        return options["num_inference_steps"] if sigmas is None else len(sigmas)
 
     def _count_images(self, options: dict[str, Any]) -> tuple[int, int]:
         """How many noises a call draws, and how many images it makes of them."""

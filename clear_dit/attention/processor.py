@@ -435,7 +435,9 @@ class CLEARProcessor(nn.Module):
                 lambda row: self._local(
                     row.tokens(*tensors),
                     layout._replace(text_length=len(row.places)),
-                    scaled=None if scaled is None else _scaled_of_row(scaled, row),
+                    scaled=None
+                    if scaled is None
+                    else scaled.after(lambda rotated: _pair(row.tokens(*rotated))),
                     shared=None if shared is None else shared.of_row(row),
                 ),
             )
@@ -547,18 +549,6 @@ def _autocast(tensors: tuple[torch.Tensor, ...]) -> Any:
 def _autocast_by(place: Callable[[Rotary], Rotated], table: Rotary) -> Rotated:
     """What `place` makes, as attention takes it."""
     return _pair(_autocast(place(table)))
-
-
-def _scaled_of_row(scaled: Scaled, row: Row) -> Scaled:
-    """The same of one sample of the batch, without its padding."""
-
-    def of_row(rotate: Callable[[], Rotated]) -> Rotated:
-        return _pair(row.tokens(*rotate()))
-
-    return Scaled(
-        functools.partial(of_row, scaled.far),
-        [functools.partial(of_row, each) for each in scaled.between],
-    )
 
 
 def _pair(tensors: Iterable[torch.Tensor]) -> Rotated:

@@ -37,26 +37,28 @@ class Reading:
 class Cut:
     """Where a forward's tokens are cut into bands of the image's rows, for ranks that share it.
 
-    What is cut is image tokens, and others behind them, which all ranks keep: (batch, tokens, ...).
-    It is done by name: arguments of the forward, or modules that the forward calls once.
+    What is cut is image tokens, and others behind them, which all ranks keep: (batch, tokens, ...),
+    or (tokens,). It is done by name: arguments of the forward, or modules that it calls once.
 
     Attributes:
         arguments: of the forward, that are such tokens, or lists or dicts of them.
         output_of: module whose output they are, or the first of its outputs.
-        input_of: module whose first argument they are.
+        inputs: module to names of its arguments that are such tokens.
         of_blocks: arguments by name of every block of `Family.stacks`.
         whole_after: module, or modules in one, whose output is put together again; it has the
             image's tokens first.
         tokens_first: whether that is (tokens, batch, channels).
+        image_last: whether the others stand before the image's tokens everywhere.
         time: (the forward's arguments by name) to a number that falls from step to step.
     """
 
     arguments: tuple[str, ...] = ()
     output_of: str | None = None
-    input_of: str | None = None
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     of_blocks: tuple[str, ...] = ()
     whole_after: str = "proj_out"
     tokens_first: bool = False
+    image_last: bool = False
     time: Callable[[Mapping[str, Any]], torch.Tensor] = lambda given: given["timestep"]
 
 

@@ -86,6 +86,15 @@ class Turn(NamedTuple):
         """Which text tokens of the layer are no padding."""
         return self.forward.valid_text if self.layout.text_length else None
 
+    @property
+    def behind_text(self) -> Turn:
+        """That of the image alone, where it sees keys of the forward's text."""
+        text = self.forward.layout.text_length
+        return self._replace(
+            layout=self.layout._replace(text_length=text),
+            whole=self.whole._replace(text_length=text),
+        )
+
     def with_text(self, length: int) -> Turn:
         """The same with other tokens of text, all valid, which every query sees."""
         return self._replace(

@@ -8,6 +8,7 @@ image's queries alone are local: they see the prefix and their disc.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,18 +17,20 @@ import torch
 from torch.nn import functional
 
 from ..attention.layout import Layout
-from ..attention.text_padding import Projected, ValidText
+from ..attention.norm_rope import Rotary
+from ..attention.processor import Shared
+from ..attention.text_padding import Projected, Row
 from ..compat import names_from
-from ..kernels.window import Window
-from .family import Family, Reading
-from .joint import JointProcessor
+from ..kernels.two_positions import Rotated, Scaled
+from .family import Cut, Family, Reading
+from .joint import JointProcessor, Stream, Turn
 from .qwen21_positions import ExtendedQwenImage21Rope, extend
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
-SLOT, _qkv = names_from(
+SLOT, _rotate = names_from(
     "diffusers.models.transformers.transformer_qwenimage21",
     "_IMG_TOKENS_PER_SLOT",
-    "_qwenimage21_prepare_qkv",
+    "apply_rotary_emb_qwen",
 )
 # Positions of the model's table, and those of them that are negative.
 POSITIONS, NEGATIVE = 8192, 1024
@@ -36,7 +39,11 @@ Segments = list[tuple[int, int, bool]]
 
 
 class QwenImage21Processor(JointProcessor):
-    """In the place of `QwenImage21AttnProcessor` and of `QwenImage21FlexAttnProcessor`."""
+    """In the place of `QwenImage21AttnProcessor` and of `QwenImage21FlexAttnProcessor`.
+
+    The prefix has the same position by every table: its keys in the cache, rotated by the true
+    ones, are those that the image's queries see by scaled ones too.
+    """
 
     def __call__(  # type: ignore[override]
         self,
@@ -56,58 +63,101 @@ class QwenImage21Processor(JointProcessor):
         of padded text is known already, for the image: the model's forward has the same.
         """
         self._refuse_foreign_settings(None)
-        if torch.compiler.is_compiling():
-            (layout, window), valid_text = self.tracker.compiled(), None
-        else:
-            (layout, valid_text, _), window = self.tracker.told(rotary_emb), None
-        query, key, value, _ = _qkv(
-            attn, hidden_states, rotary_emb, layer_cache, kv_cache_mode, cache_write_slice
+        assert rotary_emb is not None
+        # Under tensor parallelism a rank has fewer heads than the layer says.
+        stream = Stream(
+            (attn.to_q, attn.to_k, attn.to_v),
+            (attn.norm_q, attn.norm_k),
+            attn.inner_dim // attn.heads,
         )
-        parts = [_causal(query, key, value, part, key_valid) for part in segments or ()]
-        image = query[:, query.shape[1] - layout.image_length :]
-        parts.append(self._attend_image((image, key, value), layout, valid_text, window))
-        out = torch.cat(parts, dim=1).to(query.dtype)
-        return attn.to_out[1](attn.to_out[0](out))
+        turn = self.turn(hidden_states.shape[1], key=rotary_emb)
+        kept, first = None, turn.layout.text_length
+        if kv_cache_mode == "cached":
+            kept, turn = layer_cache.get(), turn.behind_text
+        halo = self.send(turn, attn, hidden_states)
+        (near, *further), of_halo = self._positions(turn, (rotary_emb,), stream.head_dim)
+        query, key, value = stream.project(hidden_states)
+        prefix_query, query = query.tensor_split([first], dim=1)
+        # For queries of the image alone there is no backward pass.
+        empty = turn.layout.text_length if torch.is_grad_enabled() else 0
+
+        def rotated(table: Rotary) -> Rotated:
+            """Query of the image, key of prefix and image."""
+            placed = self.place(query, attn.norm_q, (table[0][first:],))
+            keys = self.place(key, attn.norm_k, table)
+            keys = keys if kept is None else torch.cat([kept[0], keys], dim=1)
+            return functional.pad(placed, (0, 0, 0, 0, empty, 0)), keys
+
+        image_query, whole_key = rotated(near)
+        whole_value = value if kept is None else torch.cat([kept[1], value], dim=1)
+        if kv_cache_mode == "extract":
+            layer_cache.store(*(x[:, cache_write_slice].clone() for x in (whole_key, value)))
+        parts = []
+        if segments:
+            prefix_query = self.place(prefix_query, attn.norm_q, (near[0][:first],))
+            tensors = prefix_query, whole_key, value
+            parts = [_causal(*tensors, part, key_valid) for part in segments]
+        shared = None
+        if halo is not None:
+            arrived = functools.partial(self._arrived, stream, halo, of_halo)
+            shared = Shared.of(turn.forward.share, arrived)
+        tensors = image_query, whole_key, whole_value
+        out = self._attend_image(tensors, turn, self._scaled(rotated, further), shared)
+        parts.append(out[:, empty:].flatten(2, 3))
+        joined = torch.cat(parts, dim=1).to(query.dtype)
+        return attn.to_out[1](attn.to_out[0](joined))
+
+    def place(
+        self,
+        tokens: torch.Tensor,
+        norm: Any,
+        table: Rotary | None,
+        text: torch.Tensor | None = None,
+        text_norm: Any = None,
+    ) -> torch.Tensor:
+        assert table is not None
+        rotated: torch.Tensor = _rotate(norm(tokens).to(tokens.dtype), table[0], use_real=False)
+        return rotated
 
     def _attend_image(
-        self,
-        tensors: Projected,
-        layout: Layout,
-        valid_text: ValidText | None = None,
-        window: Window | None = None,
+        self, tensors: Projected, turn: Turn, scaled: Scaled | None, shared: Shared | None
     ) -> torch.Tensor:
-        """Local attention of the image alone over text and image, of a layer in which text differs.
+        """Local attention of the image over prefix and image.
 
         Args:
-            tensors: query of the image, (batch, image, heads, head_dim), key and value of text and
-                image, (batch, text + image, heads, head_dim) each, without references.
-            layout, valid_text, window: of the forward under way.
+            tensors: query, of the image alone but where gradients are enabled, and key and value.
+            scaled: query and key again, see `CLEARProcessor._local`; shared: likewise.
 
         Returns:
-            (batch, image, heads * head_dim).
+            Shape of the query.
         """
-        query, key, value = tensors
-        text = layout.text_length
-        if torch.is_grad_enabled():  # for queries of the image alone there is no backward pass
-            query = functional.pad(query, (0, 0, 0, 0, text, 0))
-            out = self._local((query, key, value), layout, valid_text, window)[:, text:]
-            return out.flatten(2, 3).to(query.dtype)
-        if valid_text is not None:
+        layout, window = turn.layout, turn.window
+        if torch.is_grad_enabled():
+            return self._local(tensors, layout, turn.valid_text, window, scaled, shared)
+        if turn.valid_text is not None:
             rows = []
-            for row, places in enumerate(valid_text):
-                keys = (
-                    torch.cat([x[row : row + 1, places], x[row : row + 1, text:]], dim=1)
-                    for x in (key, value)
-                )
+            for number, places in enumerate(turn.valid_text):
+                row = Row(number, places, layout.text_length)
+                own = functools.partial(_of_row, row)
+                query, key = own(tensors[:2])
+                (value,) = row.tokens(tensors[2])
                 rows.append(
                     self._attend_image(
-                        (query[row : row + 1], *keys), layout._replace(text_length=len(places))
+                        (query, key, value),
+                        turn.with_text(len(places)),
+                        None if scaled is None else scaled.after(own),
+                        None if shared is None else shared.of_row(row),
                     )
                 )
             return torch.cat(rows)
         window = self.tracker.window(layout) if window is None else window
-        out = self._local(tensors, layout, None, window.image_queries)
-        return out.flatten(2, 3).to(query.dtype)
+        return self._local(tensors, layout, None, window.image_queries, scaled, shared)
+
+
+def _of_row(row: Row, rotated: Rotated) -> Rotated:
+    """Query of the image, and key of prefix and image without padding, of one sample."""
+    query, key = rotated
+    return row.sample(query), *row.tokens(key)
 
 
 def _causal(
@@ -207,5 +257,9 @@ FAMILY = Family(
     heads="32 x 128",
     positions="2048 tokens a side: a table; extended, no limit: computed",
     extend=extend,
-    cut=None,
+    cut=Cut(
+        inputs={"transformer_blocks.0": ("hidden_states",), "norm_out": ("target_token_mask",)},
+        of_blocks=("target_token_mask",),
+        image_last=True,
+    ),
 )

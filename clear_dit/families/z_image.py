@@ -233,7 +233,7 @@ FAMILY = Family(
     text_processors={"ZSingleStreamAttnProcessor": TextProcessor},
     cut=Cut(
         ("controlnet_block_samples",),
-        input_of="noise_refiner.0",
+        inputs={"noise_refiner.0": ("x",)},
         whole_after="all_final_layer",
         time=lambda given: -given["t"],
     ),

@@ -278,7 +278,8 @@ def _enlarge(pixels: torch.Tensor, stage: Stage) -> torch.Tensor:
 def _unpack(pipe: Any, latents: torch.Tensor, stage: Stage) -> torch.Tensor:
     """What the stock pipeline holds to (batch, channels, height, width), in latent pixels."""
     height, width = (side // pipe.vae_scale_factor for side in (stage.height, stage.width))
-    return pipe.recipe.latents.to_grid(latents, height, width)
+    # As it lies in memory go the last bits of what is decoded: alike for latents from a file.
+    return pipe.recipe.latents.to_grid(latents, height, width).contiguous()
 
 
 def _pack(pipe: Any, latents: torch.Tensor) -> torch.Tensor:

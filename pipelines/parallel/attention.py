@@ -79,22 +79,30 @@ class SharedImage:
         """Image tokens of the other ranks."""
         return self.whole.image_length - self.layout.image_length
 
-    def own_part(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, image + references, ...) without the image tokens of other ranks."""
-        own, columns = self.bands.own, self.whole.columns
-        image = tokens[:, own.start * columns : own.stop * columns]
-        return torch.cat([image, tokens[:, self.whole.image_length :]], dim=1)
+    def own_part(self, tokens: torch.Tensor, image_last: bool = False) -> torch.Tensor:
+        """(batch, image + references, ...) without the image tokens of other ranks.
 
-    def whole_image(self, tokens: torch.Tensor) -> torch.Tensor:
+        Args:
+            image_last: whether what is there besides stands before the image.
+        """
+        own, columns, length = self.bands.own, self.whole.columns, self.whole.image_length
+        start = tokens.shape[1] - length if image_last else 0
+        before, image, behind = tokens.tensor_split([start, start + length], dim=1)
+        image = image[:, own.start * columns : own.stop * columns]
+        return torch.cat([before, image, behind], dim=1)
+
+    def whole_image(self, tokens: torch.Tensor, image_last: bool = False) -> torch.Tensor:
         """The reverse of `own_part`, on every rank."""
         own = self.layout.image_length
+        start = tokens.shape[1] - own if image_last else 0
+        before, image, behind = tokens.tensor_split([start, start + own], dim=1)
         room = self.bands.largest * self.whole.columns
         padded = tokens.new_zeros(tokens.shape[0], room, tokens.shape[2])
-        padded[:, :own] = tokens[:, :own]
+        padded[:, :own] = image
         parts = Gathered(padded, self.group, self.traffic, "image").wait()
         lengths = [len(self.bands.of(rank)) * self.whole.columns for rank in range(len(parts))]
-        image = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
-        return torch.cat([*image, tokens[:, own:]], dim=1)
+        images = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
+        return torch.cat([before, *images, behind], dim=1)
 
     def tables(
         self, key: torch.Tensor, make: Callable[[], list[Rotary]]
@@ -174,7 +182,8 @@ class SharedImage:
 
         Args:
             tensors: query, key and value, (batch, text + own rows * width, heads, head_dim) each.
-                Text here is whatever all ranks have and every query sees, maybe nothing.
+                Text here is whatever all ranks have and every query sees, maybe nothing; the query
+                may be the image's alone.
             scaled: query and key again, rotated by scaled positions, where tokens have two (see
                 `two_position_attention`).
             arrived: key and value of the halo, (batch, tokens, heads, head_dim), made of what
@@ -185,7 +194,8 @@ class SharedImage:
             Shape and dtype of the query.
         """
         query, key, value = tensors
-        own, text = self.bands.own, query.shape[1] - self.layout.image_length
+        own, text = self.bands.own, key.shape[1] - self.layout.image_length
+        first = query.shape[1] - self.layout.image_length  # of the image's queries
         far = (query, key) if scaled is None else scaled.far()
         between = [] if scaled is None else scaled.between
         queries: list[torch.Tensor] = []
@@ -207,14 +217,14 @@ class SharedImage:
             keys_by_levels(), scaled_key[:, text:], value[:, text:], spatial_weight, scale
         )
         merged = None
-        if text:
+        if first:
             # The keys of the text count once.
-            first = 0 if self.bands.rank == 0 else text
+            keys_from = 0 if self.bands.rank == 0 else text
             merged = MergedText(
                 *dense_attention(
-                    scaled_query[:, :text],
-                    scaled_key[:, first:],
-                    value[:, first:],
+                    scaled_query[:, :first],
+                    scaled_key[:, keys_from:],
+                    value[:, keys_from:],
                     scale=scale,
                     impl=impl,
                 ),
@@ -237,7 +247,7 @@ class SharedImage:
         def compute(piece: Piece, keys: torch.Tensor, values: torch.Tensor) -> None:
             rows = range(piece.queries.start - own.start, piece.queries.stop - own.start)
             columns = self.whole.columns
-            part = slice(text + rows.start * columns, text + rows.stop * columns)
+            part = slice(first + rows.start * columns, first + rows.stop * columns)
             if apart is not None and cells is not None:
                 windows = self._window(piece, text).parts_by_position(len(between))
                 parts = _parts(
@@ -289,7 +299,7 @@ class SharedImage:
                 )
                 compute(piece, keys, values)
         if merged is not None:
-            out[:, :text] = merged.wait()
+            out[:, :first] = merged.wait()
         return out
 
     def _window(self, piece: Piece, in_common: int) -> Window:

@@ -1,5 +1,7 @@
 """Qwen-Image 2.1: who sees whom, reference images within the prompt, cached keys of the prefix."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_qwenimage21 import (
@@ -11,6 +13,7 @@ from support.families.oracle import FAR, dense_far_keys, dense_masks, local_mask
 
 from clear_dit import apply_clear, remove_clear
 from clear_dit.families.qwen_image21 import NEGATIVE, POSITIONS
+from clear_dit.pipelines.cascade.resolution import Resolution, applied
 
 NAME = "qwen-image-2.1"
 ROWS, COLUMNS = 4, 6
@@ -98,6 +101,24 @@ def test_keys_of_the_prefix_are_kept(settings, options):
                 for mine, theirs in zip(cache.layer_caches, others.layer_caches, strict=True):
                     assert_same(mine.k, theirs.k)
                     assert_same(mine.v, theirs.v)
+
+
+@pytest.mark.parametrize("how", [{"radius": 2}, {"radius": 2, "far": False}, None], ids=str)
+@pytest.mark.parametrize("options", [{}, {"batch": 2, "padding": 1}], ids=str)
+def test_scaled_positions_with_kept_keys(how, options):
+    """The prefix has the same position in every table; without apply_clear attention is full."""
+    model, given = make_model(NAME), editing_inputs(**options)
+    if how is not None:
+        apply_clear(model, **how)
+    plain, cache = run(model, given), QwenImage21KVCache(2)
+    pipe = SimpleNamespace(transformer=model, scheduler=None)
+    with applied(pipe, Resolution(rope="two", rope_factors=(3.0, 5.0), trained_side=2)):
+        for mode, start in (("extract", 0), ("cached", PREFIX)):
+            whole = run(model, given)
+            found = run(model, given | {"kv_cache": cache, "kv_cache_mode": mode})
+            assert_same(found, whole[:, start:])
+            assert torch.equal(whole[:, :PREFIX], plain[:, :PREFIX])
+            assert (whole[:, PREFIX:] - plain[:, PREFIX:]).abs().max() > 1e-3
 
 
 def test_forwards_with_gradients_are_the_same():

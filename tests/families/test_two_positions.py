@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.families.models import FAMILIES, make_inputs, make_model, run
+from support.families.models import FAMILIES, make_inputs, make_model, run, sized
 from support.families.two_positions import EMBEDDERS, expected, give_positions
 
 from clear_dit import apply_clear
@@ -16,6 +16,10 @@ ROWS, COLUMNS, RADIUS = 5, 7, 2
 # Of the angles of the further positions, the least scaled first.
 FACTORS = {"one": (0.3,), "three": (0.7, 0.5, 0.3)}
 further = pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
+
+
+def size_of(name):
+    return sized(name, ROWS, COLUMNS)
 
 
 def cases(name):
@@ -53,11 +57,11 @@ def assert_differs(value, other):
 @pytest.mark.parametrize("far", [False, True])
 def test_local_attention_scores_by_them(name, factors, far):
     for inputs in cases(name):
-        model, given = with_positions(name, factors), make_inputs(name, ROWS, COLUMNS, **inputs)
+        model, given = with_positions(name, factors), make_inputs(name, *size_of(name), **inputs)
         apply_clear(model, radius=RADIUS, far=far)
         with changed_in_forwards(model, TwoPositionsInFullAttention(RADIUS)):
             found = run(model, given)
-        assert_same(found, expected(name, ROWS, COLUMNS, RADIUS, factors, far=far, **inputs))
+        assert_same(found, expected(name, *size_of(name), RADIUS, factors, far=far, **inputs))
         plain = make_model(name)
         apply_clear(plain, radius=RADIUS, far=far)
         assert_differs(found, run(plain, given))
@@ -67,11 +71,11 @@ def test_local_attention_scores_by_them(name, factors, far):
 def test_full_attention_scores_by_them(name):
     factors = FACTORS["one"]
     for inputs in cases(name):
-        model, given = with_positions(name, factors), make_inputs(name, ROWS, COLUMNS, **inputs)
+        model, given = with_positions(name, factors), make_inputs(name, *size_of(name), **inputs)
         processors = {n: m.processor for n, m in model.named_modules() if hasattr(m, "processor")}
         found = run_full(model, given)
         options = {"full": True, **inputs}
-        assert_same(found, expected(name, ROWS, COLUMNS, RADIUS, factors, **options))
+        assert_same(found, expected(name, *size_of(name), RADIUS, factors, **options))
         assert_differs(found, run(make_model(name), given))
         assert_differs(found, run_full(model, given, radius=4))
         after = {n: m.processor for n, m in model.named_modules() if hasattr(m, "processor")}
@@ -83,7 +87,7 @@ def test_full_attention_scores_by_them(name):
 @pytest.mark.parametrize("far", [False, True])
 def test_equal_positions_are_one(name, factors, far):
     for inputs in cases(name):
-        given = make_inputs(name, ROWS, COLUMNS, **inputs)
+        given = make_inputs(name, *size_of(name), **inputs)
         stock, model = make_model(name), with_positions(name, (1,) * len(factors))
         assert_same(run_full(model, given), run(stock, given))
         for each in (stock, model):
@@ -101,7 +105,7 @@ def test_a_family_without_such_tables_is_refused(name):
 
 @families
 def test_gradients_are_refused(name):
-    model, given = with_positions(name, FACTORS["one"]), make_inputs(name, ROWS, COLUMNS)
+    model, given = with_positions(name, FACTORS["one"]), make_inputs(name, *size_of(name))
     apply_clear(model, radius=RADIUS)
     with (
         pytest.raises(ValueError, match="two_position_attention: has no gradients"),

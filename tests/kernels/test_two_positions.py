@@ -80,6 +80,23 @@ def test_full_attention_scores_far_pairs_by_scaled_positions(monkeypatch, window
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=IDS)
+@pytest.mark.parametrize("between", [0, 1])
+def test_queries_may_be_the_images_alone(window, between):
+    rotated, value, learned = inputs(window, torch.float32, between)
+    text, own = window.text_length, window.image_queries
+    alone = [(query[:, text:], key) for query, key in rotated]
+
+    def assert_same(found, whole):
+        torch.testing.assert_close(found, whole[:, text:], rtol=1e-5, atol=1e-6)
+
+    assert_same(attend(alone, value, own, **learned), attend(rotated, value, window, **learned))
+    assert_same(
+        full_two_position_attention(alone[0], alone[-1], value, own),
+        full_two_position_attention(rotated[0], rotated[-1], value, window),
+    )
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=IDS)
 def test_equal_positions_are_local_attention(window):
     (near, _), value, learned = inputs(window, torch.float64)
     expected = local_attention(*near, value, window, **learned)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.distributed as dist
 from diffusers import FirstBlockCacheConfig
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from torch.distributed.device_mesh import init_device_mesh
 
 from clear_dit import apply_clear
@@ -24,6 +25,7 @@ from .families.models import (
     make_model,
     padded_to,
     run,
+    sized,
 )
 from .families.two_positions import EMBEDDERS, give_positions
 from .ip_adapter import make_sd3_ip_adapter
@@ -64,6 +66,15 @@ def load_ip_adapter(model):
     model._load_ip_adapter_weights(make_sd3_ip_adapter(len(model.attn_processors)))
 
 
+def keep_keys():
+    """Keys of Qwen-Image 2.1's prefix, of a first forward for the next ones: `more` of each."""
+    cache = QwenImage21KVCache(2)
+    return lambda number: {
+        "kv_cache": cache,
+        "kv_cache_mode": "cached" if number else "extract",
+    }
+
+
 def controls(tokens, *names, as_dict=False):
     """What a ControlNet adds to some blocks: arguments of a forward by name."""
     generator = torch.Generator().manual_seed(9)
@@ -98,6 +109,12 @@ OTHERS = {
     },
     "hunyuan-image": {"cache": {"prepare": skip_blocks, "forwards": 2}},
     "cogview4": {"cache": {"prepare": skip_blocks, "forwards": 2}},
+    "qwen-image-2.1": {
+        "kept keys": {"keep": keep_keys, "forwards": 2},
+        "kept keys, padded": {"keep": keep_keys, "forwards": 2, "batch": 3, "padded": True},
+        "kept keys, several positions": {"keep": keep_keys, "forwards": 2, "factors": FACTORS},
+        "kept keys, pooled": {"keep": keep_keys, "forwards": 2, "down_factor": 2},
+    },
 }
 
 
@@ -134,6 +151,7 @@ def predict(
     forwards=1,
     config=None,
     more=None,
+    keep=None,
     **inputs,
 ):
     """What a family's tiny model predicts, whole.
@@ -145,8 +163,10 @@ def predict(
         forwards: how many, of which the last counts.
         config: changes to the model's.
         more: arguments of the forward besides.
+        keep: makes a function of the forward's number that gives such as well.
         inputs: see `make_inputs`.
     """
+    rows, columns = sized(name, rows, columns)
     model = make_model(name, **LARGER.get(name, {}) | (config or {}))
     if factors:
         give_positions(model, name, factors)
@@ -162,8 +182,9 @@ def predict(
     )
     patches = None if mesh is None else parallelize(model, mesh)
     found, hooks = None, hooks_of(model)
+    kept = keep() if keep is not None else lambda number: {}
     for seed in range(forwards):
-        given = make_inputs(name, rows, columns, seed=seed, **inputs) | (more or {})
+        given = make_inputs(name, rows, columns, seed=seed, **inputs) | (more or {}) | kept(seed)
         given = {key: dict(x) if isinstance(x, dict) else x for key, x in given.items()}
         with in_forwards(model, radius, bool(factors)):
             found = run(model, given)

@@ -321,11 +321,11 @@ def qwen_image21_parts() -> dict[str, Any]:
             base_dim=4,
             decoder_base_dim=4,
             z_dim=4,
-            dim_mult=[1, 1],
+            dim_mult=[1] * 5,  # 16 pixels a latent, which the pipeline has whatever is here
             num_res_blocks=1,
-            temperal_downsample=[False],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
+            temperal_downsample=[False] * 4,
+            latents_mean=[0.1, 0.0, -0.2, 0.0],
+            latents_std=[1.0, 2.0, 1.0, 0.5],
         ).eval(),
         "text_encoder": make_qwen3_vl(),
         "processor": make_tokenizer(Processor),
@@ -362,7 +362,6 @@ PIPELINES = {
     "cogview4": (diffusers.CogView4Pipeline, cogview4_parts, 16),
     "krea2": (diffusers.Krea2Pipeline, krea2_parts, 4),
     "flux3": (diffusers.Flux3ModularPipeline, flux3_parts, 4),
-    # Whatever the autoencoder's, 16 pixels a latent.
     "qwen-image-2.1": (diffusers.QwenImage21Pipeline, qwen_image21_parts, 16),
     "longcat-image": (diffusers.LongCatImagePipeline, longcat_image_parts, 4),
     "ernie-image": (diffusers.ErnieImagePipeline, ernie_image_parts, 4),

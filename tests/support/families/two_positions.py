@@ -26,6 +26,7 @@ EMBEDDERS = {
     "chroma": "pos_embed",
     "flux2": "pos_embed",
     "qwen-image": "pos_embed",
+    "qwen-image-2.1": "pos_embed",
     "z-image": "rope_embedder",
     "hunyuan-image": "rope",
     "cogview4": "rope",
@@ -35,7 +36,7 @@ EMBEDDERS = {
     "ernie-image": "pos_embed",
 }
 TUPLES = ("flux", "chroma")  # which have further tables behind the first, not beside it
-TABLES = ("image_rotary_emb", "freqs_cis")  # names of a processor's argument
+TABLES = ("image_rotary_emb", "freqs_cis", "rotary_emb")  # names of a processor's argument
 
 
 class Several(nn.Module):
@@ -111,7 +112,12 @@ def dense(
         places = torch.arange(length)
         inside = (places >= start) & (places < start + image)
         order = torch.cat([places[~inside], places[inside]])
-        pairs = [[x.transpose(1, 2)[:, order] for x in (q, k)] for q, k, _ in rotated]
+        queries = rotated[0][0].shape[-2]  # the last ones, maybe of the image alone
+        before = (0, 0, length - queries, 0)
+        pairs = [
+            [x.transpose(1, 2)[:, order] for x in (functional.pad(q, before), k)]
+            for q, k, _ in rotated
+        ]
         if mask is not None:
             mask = (mask if mask.dtype == torch.bool else mask == 0)[..., order]
             mask = mask if mask.shape[-2] == 1 else mask[..., order, :]
@@ -121,7 +127,7 @@ def dense(
         out = two_positions_by_definition(
             pairs, value[:, order], window, None, scale, full=full, allowed=mask
         )
-        return out[:, order.argsort()].transpose(1, 2).to(value.dtype)
+        return out[:, order.argsort()].transpose(1, 2)[..., -queries:, :].to(value.dtype)
 
     def wrapped(stock):
         @functools.wraps(stock)
@@ -132,15 +138,15 @@ def dense(
                 return stock(*args, **options)
             argument = found[0]
             tables = given.arguments[argument]
-            rotated, masks = [], []
+            rotated = []
 
             def note(query, key, value, attn_mask=None, **options):
-                rotated.append((query, key, value))
-                masks.append(attn_mask)
+                if key.shape[-2] in starts:
+                    rotated.append((query, key, value))
                 return original(query, key, value, attn_mask=attn_mask, **options)
 
             def answer(query, key, value, attn_mask=None, **options):
-                if query.shape[-2] not in starts:  # text alone
+                if key.shape[-2] not in starts:  # text alone
                     return original(query, key, value, attn_mask=attn_mask, **options)
                 return attend(rotated, attn_mask)
 
