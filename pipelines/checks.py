@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -114,6 +114,24 @@ def check_options(pipe: Any, options: dict[str, Any], height: int, width: int) -
         raise ValueError(
             f"{WHO}: output_type must be one of {', '.join(OUTPUT_TYPES)}; got "
             f"{options['output_type']!r}."
+        )
+
+
+def check_callback_inputs(stock: type, inputs: Sequence[str]) -> None:
+    """Refuse tensors for a callback that a stage's scheduler calls, which knows only latents.
+
+    Args:
+        stock: class of the stock pipeline.
+        inputs: names of the tensors.
+
+    Raises:
+        ValueError: the names.
+    """
+    others = ", ".join(name for name in inputs if name != "latents")
+    if others and "callback_on_step_end" not in inspect.signature(stock.__call__).parameters:
+        raise ValueError(
+            f"{WHO}: callback_on_step_end gets latents and nothing else from {stock.__name__}; got "
+            f"{others} in callback_on_step_end_tensor_inputs."
         )
 
 

@@ -98,7 +98,7 @@ def _text_encoders(pipe: Any, request: Request) -> dict[str, Any]:
     return {
         name: _model(unwrapped(part))
         for name, part in pipe.components.items()
-        if name.startswith("text_encoder") and part is not None
+        if name.startswith(("text_encoder", "prompt_upsampler")) and isinstance(part, nn.Module)
     }
 
 

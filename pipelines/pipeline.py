@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModularPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch.distributed.device_mesh import DeviceMesh
@@ -39,6 +39,7 @@ from .cascade.stage_files import StageFiles
 from .cascade.stages import Stage, plan_stages
 from .checks import (
     WHO,
+    check_callback_inputs,
     check_generators,
     check_options,
     check_shared,
@@ -49,6 +50,7 @@ from .checks import (
 )
 from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
+from .modular import face_of, find_modular
 from .parallel.patch_parallel import PatchParallel
 from .text import Texts, count_images
 from .text_encoders import encoders_alone
@@ -66,6 +68,12 @@ OF_A_STAGE = (
     "callback_on_step_end",
     "callback_on_step_end_tensor_inputs",
 )
+# Of those, what a stage's own scheduler does where the stock call does not take them.
+BY_SCHEDULER = {
+    "sigmas": None,
+    "callback_on_step_end": None,
+    "callback_on_step_end_tensor_inputs": ("latents",),
+}
 # Arguments of `from_pretrained` by which a file is found.
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 # Classes of this project for stock ones; others are made when they are asked for.
@@ -96,7 +104,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
     `__call__`. Unlike that it refuses sizes that are not whole tokens instead of rounding them.
 
     Args:
-        pipe: a pipeline of one of the families (`docs/families.md`).
+        pipe: a pipeline of one of the families (`docs/families.md`); a modular one of FLUX.3.
         native_size: side of a square of as many pixels as the model was trained at, in pixels; that
             of the family's published models where None. Saved with the pipeline.
 
@@ -124,7 +132,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """As `DiffusionPipeline.from_pretrained`.
+        """As `DiffusionPipeline.from_pretrained`; of a modular pipeline with all its parts.
 
         Args:
             pretrained_model_name_or_path: a folder in diffusers format or a hub repository.
@@ -133,14 +141,21 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         if cls is not CLEARPipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         of_hub = {name: options[name] for name in OF_THE_HUB if name in options}
-        saved = cls.load_config(pretrained_model_name_or_path, **of_hub)
-        native_size = options.pop("native_size", None) or saved.get("native_size")
+        native_size = options.pop("native_size", None)
+        try:
+            saved = cls.load_config(pretrained_model_name_or_path, **of_hub)
+        except OSError:
+            modular = find_modular(pretrained_model_name_or_path, of_hub)
+            if modular is None:
+                raise
+            modular.load_components(**options)
+            return CLEARPipeline(modular, native_size=native_size)
         # Diffusers does not find by its name what was saved as a face.
         faces = {face.partition(":")[2]: stock for stock, face in FACES.items()}
         stock = faces.get(saved["_class_name"])
         loader = DiffusionPipeline if stock is None else _face(stock)
         pipe = loader.from_pretrained(pretrained_model_name_or_path, **options)
-        return CLEARPipeline(pipe, native_size=native_size)
+        return CLEARPipeline(pipe, native_size=native_size or saved.get("native_size"))
 
     @property
     def family(self) -> Family:
@@ -278,7 +293,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             ValueError: a bad request, before any work; or ranks that do not agree on one.
             FloatingPointError: latents are NaN or infinite; stage and step are named.
         """
-        signature = inspect.signature(self.stock.__call__)
+        signature = _signature_of(self.stock)
         if "image" not in signature.parameters:
             enlarge = find_images(image, enlarge)
         elif image is not None:
@@ -343,6 +358,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         inputs = options["callback_on_step_end_tensor_inputs"]
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             inputs = callback.tensor_inputs
+        check_callback_inputs(self.stock, inputs)
         self._interrupt = False
         with ExitStack() as stack:
             call = stack.enter_context(self._call(texts or Texts()))
@@ -514,6 +530,22 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             super().maybe_free_model_hooks()
 
 
+def _signature_of(stock: type) -> inspect.Signature:
+    """That of a stock pipeline's call, with `BY_SCHEDULER`."""
+    known, keyword = inspect.signature(stock.__call__), inspect.Parameter.KEYWORD_ONLY
+    added = [
+        inspect.Parameter(name, keyword, default=default)
+        for name, default in BY_SCHEDULER.items()
+        if name not in known.parameters
+    ]
+    return _with(known, added)
+
+
+def _with(known: inspect.Signature, added: Sequence[inspect.Parameter]) -> inspect.Signature:
+    parameters = sorted([*known.parameters.values(), *added], key=lambda one: one.kind)
+    return known.replace(parameters=parameters)
+
+
 def _wrapped(pipe: Any, native_size: int | None = None) -> CLEARPipeline:
     made = object.__new__(_class_for(pipe))
     made.__dict__.update(pipe.__dict__)
@@ -530,14 +562,15 @@ def _class_for(pipe: Any) -> type[CLEARPipeline]:
     if isinstance(pipe, CLEARPipeline):
         return type(pipe)
     family = None
-    if isinstance(pipe, DiffusionPipeline):
+    modular = isinstance(pipe, ModularPipeline)
+    if modular or isinstance(pipe, DiffusionPipeline):
         family = family_of(transformer_of(pipe, WHO))
     recipe = None if family is None else family.recipe
     if recipe is None or type(pipe).__name__ not in recipe.pipelines:
         known = "a pipeline of diffusers" if recipe is None else " or ".join(recipe.pipelines)
         of = "" if family is None else f" of {family.title}"
         raise ValueError(f"{WHO}: takes {known}{of}, got {type(pipe).__name__}.")
-    return _made(type(pipe))
+    return _made(face_of(pipe) if modular else type(pipe))
 
 
 def _face(stock: str) -> type[CLEARPipeline]:
@@ -561,6 +594,6 @@ def _made(stock: type[DiffusionPipeline]) -> type[CLEARPipeline]:
     # By which diffusers tells what a pipeline is made of.
     known = inspect.signature(stock.__init__)
     added = inspect.Parameter("native_size", inspect.Parameter.KEYWORD_ONLY, default=None)
-    initialise.__signature__ = known.replace(parameters=[*known.parameters.values(), added])  # type: ignore[attr-defined]
+    initialise.__signature__ = _with(known, [added])  # type: ignore[attr-defined]
     members = {"stock": stock, "__init__": initialise, "__module__": __name__}
     return type(stock.__name__, (CLEARPipeline, stock), members)

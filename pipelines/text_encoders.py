@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-PARTS = ("text_encoder", "tokenizer", "processor")
+PARTS = ("text_encoder", "tokenizer", "processor", "prompt_upsampler")
 
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _of_locks = threading.Lock()
@@ -24,8 +24,7 @@ def encoders_alone(pipe: Any, lora_scale: float | None = None) -> Iterator[None]
     before it is done. Afterwards, or after an error, LoRAs act as before.
 
     Args:
-        pipe: of diffusers; its parts whose names begin with "text_encoder", "tokenizer" or
-            "processor" are meant.
+        pipe: of diffusers; its parts whose names begin with one of `PARTS` are meant.
         lora_scale: factor on the strength of the text encoders' LoRAs; None is 1.
     """
     parts = {

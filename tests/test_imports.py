@@ -48,7 +48,7 @@ INSIDE = {
         "cascade",
         "parallel",
         "checks",
-        "text text_encoders memory_need identity",
+        "text text_encoders memory_need identity modular",
         "pipeline",
         "flux_text",
         "flux",

@@ -99,7 +99,7 @@ class Family:
             where the layer has them.
         kept: where other attention layers are, such as "mode_blocks.image_cond", to why they stay
             as they are.
-        text_processors: class name of a stock processor of those that get the rotary table to what
+        text_processors: class name of a stock processor of those that get a rotary table to what
             takes its place where the table holds several positions a token: it takes the first.
         cut: where ranks that share an image cut its tokens; None where they cannot.
         weights: CLEAR weights that somebody has published.
@@ -160,7 +160,7 @@ class Family:
         }
 
     def text_layers(self, model: nn.Module) -> list[Any]:
-        """The attention layers over text alone that get the model's rotary table."""
+        """The attention layers over text or other images alone that get a rotary table."""
         return [
             module
             for name, module in model.named_modules()

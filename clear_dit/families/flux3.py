@@ -21,6 +21,7 @@ from .family import Family, Reading, own_positions
 from .flux1 import read_ids
 from .flux2 import ExtendedFlux2PosEmbed
 from .joint import JointProcessor, Stream
+from .recipe import Defaults, Guidance, Latents, Recipe
 
 Flux3AttnProcessor, Flux3PosEmbed = names_from(
     "diffusers.models.transformers.transformer_flux3", "Flux3AttnProcessor", "Flux3PosEmbed"
@@ -110,9 +111,24 @@ def _extend(model: Any, extension: Extension) -> dict[str, Any]:
     return {"pos_embed": ExtendedFlux3PosEmbed(positions, extension)}
 
 
+def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults | None:
+    """`Recipe.defaults_of`: FLUX.3 of few steps."""
+    if not config.get("flow_map"):
+        return None
+    return Defaults(size=1024, radius=16, steps=16, guidance=1.0)
+
+
 FAMILY = Family(
     name="flux3",
     title="FLUX.3",
+    recipe=Recipe(
+        pipelines=("Flux3ModularPipeline", "Flux3DistilledModularPipeline"),
+        defaults=Defaults(size=1024, radius=16, steps=50, guidance=3.5),
+        latents=Latents(given="rows"),
+        shift=6.93,  # its own, at any size
+        guidance=Guidance(None),
+        defaults_of=_defaults,
+    ),
     transformer="Flux3Transformer2DModel",
     stacks=("mode_blocks.image", "single_transformer_blocks"),
     processors={"Flux3AttnProcessor": Flux3Processor},

@@ -19,8 +19,10 @@ from clear_dit.compat import names_from
 AfterStep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Ended(Exception):  # noqa: N818 - nothing went wrong
+class Ended(BaseException):
     """Somebody ended the call, of a stock pipeline that does not look for that.
+
+    No `Exception`, of which a modular pipeline's blocks say each that they failed.
 
     Attributes:
         latents: as they are.

@@ -9,6 +9,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from clear_dit import CLEARPipeline
+
 from ..autoencoders import make_autoencoder
 from .models import TEXT_CHANNELS, make_model
 
@@ -50,9 +52,10 @@ def make_pipeline(name: str, cls: type | None = None) -> Any:
     cls = cls or PIPELINES[name][0]
     if issubclass(cls, diffusers.ModularPipeline):
         blocks = cls().blocks
-        blocks.sub_blocks.pop("prompt_upsampler")  # of FLUX.3: another language model
+        blocks.sub_blocks.pop("prompt_upsampler", None)  # of FLUX.3: another language model
         pipe = blocks.init_pipeline()
-        pipe.update_components(**make_parts(name))
+        parts = make_parts(name)
+        pipe.update_components(**{x: parts[x] for x in pipe.component_names if x in parts})
     else:
         pipe = cls(**make_parts(name))
     if name in ("qwen-image", "hunyuan-image"):
@@ -109,10 +112,17 @@ def draw(pipe: Any, name: str, rows: int = 4, columns: int = 6, **options: Any) 
         **call_options(name),
         **options,
     }
-    if isinstance(pipe, diffusers.ModularPipeline):  # FLUX.3's takes one prompt at a time
+    if not isinstance(pipe, diffusers.ModularPipeline):
+        return torch.from_numpy(pipe(prompt=prompts, **given).images)
+    if "negative_prompt" in given:
+        given["negative_prompt"] = "a house"
+    if isinstance(pipe, CLEARPipeline):
+        images = [pipe(prompt=prompt, **given).images for prompt in prompts]
+    else:
+        known = pipe.blocks.input_names
+        given = {name: value for name, value in given.items() if name in known}
         images = [pipe(prompt=prompt, output="images", **given) for prompt in prompts]
-        return torch.from_numpy(np.concatenate(images))
-    return torch.from_numpy(pipe(prompt=prompts, **given).images)
+    return torch.from_numpy(np.concatenate(images))  # FLUX.3's takes one prompt at a time
 
 
 def make_tokenizer(cls: type = PreTrainedTokenizerFast) -> Any:
