@@ -105,6 +105,13 @@ def check_options(pipe: Any, options: dict[str, Any], height: int, width: int) -
     for name in UNSERVED:
         if options.get(name) is not None:
             raise ValueError(f"{WHO}: {name} cannot be given to a stage; use sigmas.")
+    told = set(options["callback_on_step_end_tensor_inputs"])
+    served = inspect.signature(pipe.stock.__call__).parameters
+    if "callback_on_step_end" not in served and not told <= {"latents"}:
+        raise ValueError(
+            f"{WHO}: with {pipe.stock.__name__} callbacks get latents alone; got "
+            f"callback_on_step_end_tensor_inputs={sorted(told)}."
+        )
     sized = options | {"height": height, "width": width}
     check = getattr(pipe.stock, "check_inputs", None)
     names = set() if check is None else set(inspect.signature(check).parameters) - {"self"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from types import MethodType
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class CLEARFluxPipeline(CLEARPipeline, FluxPipeline):
             pooled_prompt_embeds,
             max_sequence_length,
         )
-        encode = functools.partial(FluxPipeline.encode_prompt, self)
+        encode = MethodType(FluxPipeline.encode_prompt, self)
         found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         with encoders_alone(self, lora_scale):
             if self._texts is None or prompt_embeds is not None:

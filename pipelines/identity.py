@@ -92,13 +92,14 @@ def _parts(pipe: Any) -> dict[str, Any]:
 
 
 def _text_encoders(pipe: Any, request: Request) -> dict[str, Any]:
-    """What makes the embeddings, where a request has none."""
+    """What makes the embeddings, where a request has none; ERNIE-Image's "pe" rewrites prompts."""
     if request.options.get("prompt_embeds") is not None:
         return {}
     return {
         name: _model(unwrapped(part))
         for name, part in pipe.components.items()
-        if name.startswith(("text_encoder", "prompt_upsampler")) and isinstance(part, nn.Module)
+        if name.startswith(("text_encoder", "prompt_upsampler", "pe"))
+        and isinstance(part, nn.Module)
     }
 
 

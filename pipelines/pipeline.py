@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
 from .modular import face_of, find_modular
 from .parallel.patch_parallel import PatchParallel
-from .text import Texts, count_images
+from .text import Texts, count_images, rewriter
 from .text_encoders import encoders_alone
 
 # What a stage sets itself, of the arguments of a stock pipeline's call.
@@ -513,7 +514,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
 
         Within a call the same prompts are encoded once, for all stages.
         """
-        encode = functools.partial(self.stock.encode_prompt, self)
+        encode = MethodType(self.stock.encode_prompt, self)
         with encoders_alone(self):
             if self._texts is None:
                 return encode(*args, **kwargs)
@@ -531,8 +532,13 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
 
 
 def _signature_of(stock: type) -> inspect.Signature:
-    """That of a stock pipeline's call, with `BY_SCHEDULER`."""
+    """That of a stock pipeline's call, with `BY_SCHEDULER`, and no sizes of its own."""
     known, keyword = inspect.signature(stock.__call__), inspect.Parameter.KEYWORD_ONLY
+    sides = {
+        name: each.replace(default=None) if name in ("height", "width") else each
+        for name, each in known.parameters.items()
+    }
+    known = known.replace(parameters=[*sides.values()])
     added = [
         inspect.Parameter(name, keyword, default=default)
         for name, default in BY_SCHEDULER.items()
@@ -570,7 +576,7 @@ def _class_for(pipe: Any) -> type[CLEARPipeline]:
         known = "a pipeline of diffusers" if recipe is None else " or ".join(recipe.pipelines)
         of = "" if family is None else f" of {family.title}"
         raise ValueError(f"{WHO}: takes {known}{of}, got {type(pipe).__name__}.")
-    return _made(face_of(pipe) if modular else type(pipe))
+    return _made(face_of(pipe) if modular else type(pipe), recipe.rewriters)
 
 
 def _face(stock: str) -> type[CLEARPipeline]:
@@ -581,7 +587,7 @@ def _face(stock: str) -> type[CLEARPipeline]:
 
 
 @functools.cache
-def _made(stock: type[DiffusionPipeline]) -> type[CLEARPipeline]:
+def _made(stock: type[DiffusionPipeline], rewriters: tuple[str, ...]) -> type[CLEARPipeline]:
     """A class made of CLEARPipeline and a stock one, of whose name it is: diffusers finds by it."""
     if stock.__name__ in FACES:
         return _face(stock.__name__)
@@ -596,4 +602,5 @@ def _made(stock: type[DiffusionPipeline]) -> type[CLEARPipeline]:
     added = inspect.Parameter("native_size", inspect.Parameter.KEYWORD_ONLY, default=None)
     initialise.__signature__ = _with(known, [added])  # type: ignore[attr-defined]
     members = {"stock": stock, "__init__": initialise, "__module__": __name__}
+    members |= {name: rewriter(getattr(stock, name)) for name in rewriters if hasattr(stock, name)}
     return type(stock.__name__, (CLEARPipeline, stock), members)

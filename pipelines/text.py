@@ -1,14 +1,18 @@
-"""Prompts of a call: how many images they make, and encoding them once for all stages."""
+"""Prompts of a call: how many images they make; rewritten and encoded once for all stages."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 
 from .checks import WHO
+from .text_encoders import encoders_alone
 
 
 def count_images(options: Mapping[str, Any]) -> int:
@@ -39,8 +43,8 @@ class Texts:
         self._known: dict[Any, tuple[Any, Any]] = {}
 
     def of(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`encode` of these arguments, or what it gave before."""
-        asked = (args, tuple(sorted(kwargs.items())))
+        """`encode`, a method, of these arguments, or what one of its name gave before."""
+        asked = (encode.__name__, args, tuple(sorted(kwargs.items())))
         key = _key(asked)
         if key not in self._known:
             self._known[key] = asked, self.encoded(functools.partial(encode, *args, **kwargs))
@@ -56,3 +60,40 @@ def _key(value: Any) -> Any:
         return type(value).__name__, tuple(map(_key, value))
     plain = value is None or isinstance(value, (str, int, float, torch.device, torch.dtype))
     return value if plain else (type(value).__name__, id(value))
+
+
+def rewriter(rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    """A stock pipeline's method that rewrites prompts, for a `CLEARPipeline`.
+
+    All stages of a call get what the first makes of a prompt, at its size where it asks for one.
+    What is drawn on the way follows from the prompt: so do the texts of other ranks, and of a call
+    that is resumed.
+
+    Args:
+        rewrite: (pipeline, prompt, ...) to other text.
+    """
+    signature = inspect.signature(rewrite)
+
+    @functools.wraps(rewrite)
+    def alike(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with encoders_alone(self):
+            if self._texts is None:
+                return rewrite(self, *args, **kwargs)
+            given = signature.bind(self, *args, **kwargs).arguments
+            del given["self"]
+            sizes = {name: getattr(self.stages[0], name) for name in ("height", "width")}
+            given |= {name: size for name, size in sizes.items() if name in given}
+            return self._texts.of(_drawn_by_prompt(MethodType(rewrite, self)), **given)
+
+    return alike
+
+
+def _drawn_by_prompt(rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(rewrite)
+    def drawn(prompt: str | list[str], **options: Any) -> Any:
+        seed = int.from_bytes(hashlib.sha256(repr(prompt).encode()).digest()[:8]) >> 1
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            return rewrite(prompt, **options)
+
+    return drawn

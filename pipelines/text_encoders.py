@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-PARTS = ("text_encoder", "tokenizer", "processor", "prompt_upsampler")
+PARTS = ("text_encoder", "tokenizer", "processor", "text_processor", "pe", "prompt_upsampler")
 
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _of_locks = threading.Lock()

@@ -131,7 +131,11 @@ def cos_and_sin(axes: Sequence[Axis], positions: torch.Tensor) -> tuple[torch.Te
         positions: (tokens, axes), float32.
     """
     dtype = table_dtype(positions.device)
-    angles = torch.cat(angles_along(axes, positions.unbind(dim=1), dtype), dim=1)
+    return of_angles(torch.cat(angles_along(axes, positions.unbind(dim=1), dtype), dim=1))
+
+
+def of_angles(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cos_and_sin` from angles, (tokens, sum of the axes' channels / 2)."""
     angles = angles.repeat_interleave(2, dim=1)
     return angles.cos().float(), angles.sin().float()
 

@@ -168,6 +168,7 @@ FAMILY = Family(
         latents=Latents(given="rows"),
         mu=_log_shift,
         defaults_of=_defaults,
+        rewriters=("upsample_prompt",),
         shift=7.5,  # its own at 1024 x 1024 px, in 50 steps
     ),
     transformer="Flux2Transformer2DModel",

@@ -6,14 +6,23 @@ begin where the prompt's end, and differ in the first number.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..attention.axes import angles_along, of_angles, of_tokens, table_dtype
 from ..attention.norm_rope import Rotary
-from .family import Family
+from ..attention.positions import ExtendedPosEmbed, Extension
+from ..compat import names_from
+from .family import Family, own_positions
 from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor, Stream
+from .recipe import Defaults, Guidance, Recipe
+
+(LongCatImagePosEmbed,) = names_from(
+    "diffusers.models.transformers.transformer_longcat_image", "LongCatImagePosEmbed"
+)
 
 
 class LongCatProcessor(JointProcessor):
@@ -47,9 +56,60 @@ class LongCatProcessor(JointProcessor):
         return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
 
 
+class ExtendedLongCatPosEmbed(ExtendedPosEmbed):
+    """Stands in for `LongCatImagePosEmbed`; bit for bit the same with factors of 1.
+
+    Text lies on the diagonal of rows and columns, and images all begin where it may end. What
+    changes is how far a token of an image is from that beginning; the beginning itself and text
+    have the model's frequencies. With "two" reference images (groups other than 1) keep their
+    positions.
+    """
+
+    def forward(self, ids: torch.Tensor) -> Rotary:
+        """cos and sin, (text + images, k * sum(axes_dim)) each; k is 1, and more with "two".
+
+        Args:
+            ids: (text + images, 3): group, row and column of every token; text is of group 0.
+        """
+        ids = ids.float()
+        of_images = ids[:, :1] != 0
+        begins = torch.where(of_images, ids[of_images.flatten()][:1], ids)
+        gain = self.extension.gain(len(ids))
+        tables = [
+            of_angles(self._angles(begins, offsets))
+            for offsets in of_tokens(self.axes, ids - begins, ids[:, :1] == 1)
+        ]
+        cos, sin = (torch.cat(parts, dim=1) * gain for parts in zip(*tables, strict=True))
+        return cos, sin
+
+    def _angles(self, begins: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        dtype = table_dtype(offsets.device)
+        trained = [replace(axis, method="none") for axis in self.axes]
+        true, as_trained, here = (
+            torch.cat(angles_along(axes, positions.unbind(dim=1), dtype), dim=1)
+            for axes, positions in (
+                (trained, begins + offsets),
+                (trained, offsets),
+                (self.axes, offsets),
+            )
+        )
+        return true + (here - as_trained)  # nothing is added where frequencies are the same
+
+
+def _extend(model: Any, extension: Extension) -> dict[str, Any]:
+    positions = own_positions(model, "pos_embed", LongCatImagePosEmbed, ExtendedLongCatPosEmbed)
+    return {"pos_embed": ExtendedLongCatPosEmbed.of(positions, extension)}
+
+
 FAMILY = Family(
     name="longcat-image",
     title="LongCat-Image (and Edit)",
+    recipe=Recipe(
+        pipelines=("LongCatImagePipeline",),
+        defaults=Defaults(size=1024, radius=16, steps=50, guidance=4.5),
+        guidance=Guidance(negative=""),  # its own is one for all prompts, and fits one alone
+        rewriters=("rewire_prompt",),
+    ),
     transformer="LongCatImageTransformer2DModel",
     stacks=("transformer_blocks", "single_transformer_blocks"),
     processors={"LongCatImageAttnProcessor": LongCatProcessor},
@@ -59,5 +119,7 @@ FAMILY = Family(
     grid_from="img_ids",
     heads="24 x 128",
     positions="no limit: sine and cosine of any position",
+    extend=_extend,
+    proportional=True,
     serves_fused=True,
 )

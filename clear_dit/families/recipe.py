@@ -213,6 +213,8 @@ class Recipe:
         guidance: how a call is told of it.
         denoiser: how the transformer is called in a step.
         options: (pipeline) to arguments that every call takes besides.
+        rewriters: methods of the pipelines by which a language model rewrites prompts, the first
+            argument.
         defaults_of: (the transformer's configuration, model_index.json) to what suits a model that
             is not like the others, such as a distilled one; None where it is.
     """
@@ -231,6 +233,7 @@ class Recipe:
     guidance: Guidance = Guidance()
     denoiser: Denoiser = Denoiser()
     options: Callable[[Any], Mapping[str, Any]] = no_options
+    rewriters: tuple[str, ...] = ()
     defaults_of: Callable[[Mapping[str, Any], Mapping[str, Any]], Defaults | None] = (
         lambda config, index: None
     )

@@ -100,19 +100,19 @@ class RequestTexts(Texts):
 
 
 def _description(value: Any) -> Any:
-    """Of nested tuples and lists of tensors and None, as JSON."""
+    """Of nested tuples and lists of tensors, texts and None, as JSON."""
     if isinstance(value, torch.Tensor):
         return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
     if isinstance(value, (tuple, list)):
         return [isinstance(value, tuple), *map(_description, value)]
-    assert value is None, type(value)
-    return None
+    assert value is None or isinstance(value, str), type(value)
+    return value
 
 
 def _exchanged(shape: Any, made: Any, group: RankGroup, device: torch.device) -> Any:
     """The first rank's value on every rank; `made` is it there, and None elsewhere."""
-    if shape is None:
-        return None
+    if shape is None or isinstance(shape, str):
+        return shape
     if isinstance(shape, list):
         is_tuple, *parts = shape
         given = [None] * len(parts) if made is None else made

@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
 from diffusers.models.transformers.transformer_flux3 import Flux3PosEmbed
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageRotaryPosEmbed
 from diffusers.models.transformers.transformer_krea2 import Krea2RotaryPosEmbed
+from diffusers.models.transformers.transformer_longcat_image import LongCatImagePosEmbed
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Rope
 from diffusers.models.transformers.transformer_z_image import RopeEmbedder
@@ -25,6 +26,7 @@ TEXT, ROWS, COLUMNS = 7, 20, 33
 REFERENCE = (3, 5)
 FAMILY = {family.name: family for family in all_families()}
 LIMIT = 256  # of CogView4
+BEGIN = torch.tensor([0.0, 512, 512]).double()  # of LongCat-Image's images
 
 # Of published models: the module, its attribute of the model, theta and channels of its axes.
 STOCK = {
@@ -47,6 +49,10 @@ STOCK = {
         lambda: QwenImage21Rope(10000, [16, 56, 56]),
         *("pos_embed", 10000, [16, 56, 56]),
     ),
+    "longcat-image": (
+        lambda: LongCatImagePosEmbed(10000, [16, 56, 56]),
+        *("pos_embed", 10000, [16, 56, 56]),
+    ),
     "cogview4": (
         lambda: CogView4RotaryPosEmbed(128, 2, (LIMIT, LIMIT)),
         *("rope", 10000, [64, 64]),
@@ -66,9 +72,9 @@ def call(name, module, rows=ROWS, columns=COLUMNS, text=TEXT):
     if name == "flux3":
         images = torch.cat(image_positions(name, rows, columns))
         return [*module(images.float()), *module(text_positions("flux2", text=text).float())]
-    if name == "krea2":
-        images = torch.cat(image_positions(name, rows, columns)).float()
-        tables = module(torch.cat([torch.zeros(text, 3), images]))
+    if name in ("krea2", "longcat-image"):
+        images = torch.cat(image_positions(name, rows, columns))
+        tables = module(torch.cat([text_positions(name, text=text), images]).float())
         return [*(t[text:] for t in tables), *(t[:text] for t in tables)]
     if name == "qwen-image-2.1":  # text, a reference, text, the image
         lengths = text - 3, REFERENCE[0] * REFERENCE[1], 3, rows * columns
@@ -115,6 +121,10 @@ def image_positions(name, rows=ROWS, columns=COLUMNS, text=TEXT):
         return image.double(), reference.double()
     if name == "krea2":
         return raster_ids(rows, columns, 0, 3).double(), raster_ids(*REFERENCE, 1, 3).double()
+    if name == "longcat-image":
+        ids = [raster_ids(rows, columns, 1, 3), raster_ids(*REFERENCE, 2, 3)]
+        image, reference = (each.double() + BEGIN for each in ids)
+        return image, reference
     if name in ("qwen-image", "qwen-image-2.1"):
         places = (0, 1) if name == "qwen-image" else (text + max(REFERENCE), text - 3)
         image, reference = (
@@ -139,6 +149,8 @@ def text_positions(name, start=None, text=TEXT):
         return places[:, None].expand(-1, 3)
     if name == "krea2":
         return torch.zeros(text, 3).double()
+    if name == "longcat-image":
+        return places[:, None] * torch.tensor([0, 1, 1])
     if name in ("flux2", "flux3"):
         return torch.stack([*3 * [0 * places], places], dim=1)
     if name == "z-image":
@@ -197,6 +209,12 @@ def test_extended_again_from_what_was_extended(name):
     assert all(torch.equal(a, b) for a, b in zip(call(name, again), once, strict=True))
 
 
+def divided(name, positions, factors):
+    """By the factors; LongCat-Image's from where images begin."""
+    begin = BEGIN if name == "longcat-image" else 0
+    return begin + (positions - begin) / by_factors(name, factors)
+
+
 @every
 def test_interpolation_divides_positions(name):
     factors = (2.0, 3.0)
@@ -204,7 +222,7 @@ def test_interpolation_divides_positions(name):
     if name == "cogview4":  # an image of any size fills the table
         image = image_positions(name)[0] * LIMIT / torch.tensor([ROWS, COLUMNS])
     else:
-        image = torch.cat(image_positions(name)) / by_factors(name, factors)
+        image = divided(name, torch.cat(image_positions(name)), factors)
     assert_close(found[0], plain(name, image))
     # Qwen-Image: the longer half side of the image that they make of it.
     text = text_positions(name, max(ROWS // 2 / 2, COLUMNS // 2 / 3))
@@ -217,7 +235,12 @@ def test_ntk_changes_theta(name):
     factors, theta = (10.0, 4.0), STOCK[name][2]
     thetas = {axis: f * theta for axis, f in zip(axes_of(name), factors, strict=True)}
     found = rotations(name, call(name, extended(name, "ntk", factors)))
-    assert_close(found[0], plain(name, torch.cat(image_positions(name)), thetas))
+    image = torch.cat(image_positions(name))
+    if name == "longcat-image":  # true up to where images begin
+        assert_close(found[0], plain(name, BEGIN[None]) * plain(name, image - BEGIN, thetas))
+        assert_close(found[1], plain(name, text_positions(name)))
+        return
+    assert_close(found[0], plain(name, image, thetas))
     text = text_positions(name, 0.0)
     if text is None:
         return
@@ -283,7 +306,7 @@ def test_two_positions_are_the_true_and_the_scaled(name, factors):
         far = (image / by + 0.5 * torch.tensor(scaled_axes)) * of_extent
         far[:, ~torch.tensor(scaled_axes)] = true[:, ~torch.tensor(scaled_axes)]
     else:
-        true, far = image, image / by
+        true, far = image, divided(name, image, factors)
         for axis, scaled in zip(axes_of(name), scaled_axes, strict=True):
             if scaled and name.startswith("qwen"):  # the trained extent is from -6 to 4
                 far[:, axis] += -5.5 - far[:, axis].min()
@@ -440,7 +463,7 @@ def test_models_pass_tables_of_two_positions_on(name):
                 assert torch.equal(wide[..., : table.shape[-1]], table)
 
 
-@pytest.mark.parametrize("name", ["qwen-image", "krea2"])
+@pytest.mark.parametrize("name", ["qwen-image", "krea2", "longcat-image"])
 def test_proportional_attention_is_that_of_the_processor(name):
     given, model = make_inputs(name, 4, 6, batch=2), make_model(name)
     without = run(model, given)

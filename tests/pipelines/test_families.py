@@ -159,7 +159,7 @@ def given(name, latents):
         return Flux2Pipeline._patchify_latents(latents)
     if name == "qwen-image-2.1":
         return latents.flatten(2).transpose(1, 2)
-    if name in ("flux", "chroma", "qwen-image", "krea2"):
+    if name in ("flux", "chroma", "qwen-image", "krea2", "longcat-image"):
         return FluxPipeline._pack_latents(latents, *latents.shape)
     return latents
 
