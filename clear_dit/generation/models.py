@@ -119,7 +119,7 @@ def _find_model(model: str, path: str, changed: int) -> Model:
         token_pixels=token_pixels,
         side_pixels=recipe.step * token_pixels,
         native_size=native_size,
-        parts=tuple(name for name, part in index.items() if isinstance(part, (list, tuple))),
+        parts=_parts(index),
     )
 
 
@@ -197,16 +197,25 @@ def _family_of(path: str | Path, index: Mapping[str, Any]) -> Family:
     return family
 
 
+def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a pipeline's parts: each has a library and a class, or twice None."""
+    return tuple(
+        name
+        for name, value in index.items()
+        if isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(one is None or isinstance(one, str) for one in value)
+    )
+
+
 def _check_parts(path: str, index: Mapping[str, Any]) -> None:
     """Refuse a pipeline without a text encoder, or a folder without one of its parts.
 
     Raises:
         RequestError: which part.
     """
-    for name, part in index.items():
-        if not isinstance(part, (list, tuple)):
-            continue
-        cls = part[-1]
+    for name in _parts(index):
+        cls = index[name][-1]
         there = not Path(path).is_dir() or (Path(path) / name).is_dir()
         if (cls is None and name.startswith("text_encoder")) or (cls is not None and not there):
             what = name if cls is None else f"{name} ({cls})"

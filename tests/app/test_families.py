@@ -6,8 +6,7 @@ from dataclasses import replace
 import gradio as gr
 import pytest
 from PIL import Image
-from support.families.folders import NATIVE, token_pixels
-from support.families.pipelines import PIPELINES
+from support.families.folders import GENERATED, NATIVE, token_pixels
 from support.slow import slow_but
 
 from clear_dit.app.actions import Actions
@@ -22,7 +21,7 @@ from clear_dit.generation.checks import find_window
 from clear_dit.generation.denoising import passes, text_length
 from clear_dit.generation.models import find_model
 
-families = pytest.mark.parametrize("family", slow_but(PIPELINES, "flux2", "sd3", "hunyuan-image"))
+families = pytest.mark.parametrize("family", slow_but(GENERATED, "flux2", "sd3", "hunyuan-image"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from support.command_line import run
-from support.families.folders import NATIVE, size_options, token_pixels
+from support.families.folders import GENERATED, NATIVE, size_options, token_pixels
 from support.families.models import FAMILIES, make_model
 from support.slow import slow_but
 
@@ -47,10 +47,7 @@ def test_two_counts_tell_those_of_any_size(name):
         assert flops.local(window) == pytest.approx(local, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(["flux", "chroma", "flux2", "sd3", "qwen-image", "z-image", "hunyuan-image",
-                      "cogview4"], "qwen-image")
-)  # fmt: skip
+@pytest.mark.parametrize("name", slow_but(GENERATED, "qwen-image"))
 def test_a_folder_is_planned(name, family_folder, capsys):
     folder, side = family_folder(name), token_pixels(name)
     size = size_options(name, 2 * NATIVE, 2 * NATIVE)

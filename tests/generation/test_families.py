@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.command_line import run
-from support.families.folders import NATIVE, size_options, token_pixels
-from support.families.pipelines import PIPELINES
+from support.families.folders import GENERATED, NATIVE, size_options, token_pixels
 from support.slow import slow_but
 
 import clear_dit.pipelines.cascade.run as cascade_run
@@ -31,10 +30,12 @@ STOCK = {
     "z-image": {"guidance_scale": GUIDANCE},
     "hunyuan-image": {},
     "cogview4": {"guidance_scale": GUIDANCE},
+    "krea2": {"guidance_scale": GUIDANCE},
+    "qwen-image-2.1": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
 }
 
-families = pytest.mark.parametrize("family", PIPELINES)
-few_families = pytest.mark.parametrize("family", slow_but(PIPELINES, "flux2", "sd3", "qwen-image"))
+families = pytest.mark.parametrize("family", GENERATED)
+few_families = pytest.mark.parametrize("family", slow_but(GENERATED, "flux2", "sd3", "qwen-image"))
 
 
 @pytest.fixture

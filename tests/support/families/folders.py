@@ -6,6 +6,7 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 
 from clear_dit import CLEARPipeline
+from clear_dit.families.table import all_families
 from clear_dit.generation.models import quiet_libraries
 
 from .models import TEXT_CHANNELS, make_model
@@ -13,6 +14,12 @@ from .pipelines import PIPELINES, make_mistral, make_pipeline, make_tokenizer
 
 # The side of a square of as many pixels as the models were trained at, in tokens.
 NATIVE = 8
+# Those whose pipelines `CLEARPipeline` drives.
+GENERATED = tuple(
+    name
+    for name, (cls, *_) in PIPELINES.items()
+    if any(family.recipe and cls.__name__ in family.recipe.pipelines for family in all_families())
+)
 # What text is made of in FLUX.2: layers of its text encoder.
 FLUX2_LAYERS = 30
 
@@ -31,6 +38,11 @@ def save_folder(name: str, folder: Path) -> Path:
             single="<eos> $A", special_tokens=[("<eos>", begun.eos_token_id)]
         )
         pipe.register_modules(tokenizer=begun)
+    elif name == "qwen-image-2.1":
+        # Else any word that is not known would stand for it.
+        pipe.processor.add_tokens(["<|image_pad|>"], special_tokens=True)
+        sides = {"dim_mult": [1] * 5, "temperal_downsample": [False] * 4}  # 16 pixels a latent
+        pipe.register_modules(vae=type(pipe.vae).from_config({**pipe.vae.config, **sides}).eval())
     with quiet_libraries():
         CLEARPipeline(pipe, native_size=NATIVE * token_pixels(name)).save_pretrained(folder)
     return folder
