@@ -25,7 +25,8 @@ from ..distillation.losses import (
 from ..distillation.setup import OPTIMIZER_STATES
 from ..distillation.student import add_lora, freeze_others, trained_parameters
 from ..distillation.teacher import Teacher
-from ..families.table import attention_layers
+from ..errors import RequestError
+from ..families.table import attention_layers, family_of
 from ..generation.checks import find_window
 from ..kernels.window import Window
 from ..weights.learned import make_far_trainable, settle
@@ -68,7 +69,7 @@ def plan_training(
         activations), total_gib and fits (one 80 GB GPU); and the setting.
 
     Raises:
-        RequestError: an unknown model or one that is not distilled, or a size, radius or
+        RequestError: an unknown model or one of another family than FLUX.1, or a size, radius or
             down_factor out of its range.
     """
     configuration = find_configuration(model)
@@ -120,6 +121,9 @@ def plan_training(
 def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int | None) -> Step:
     with defaults(torch.bfloat16, "meta"):
         model = build(config)
+        family = family_of(model)
+        if family.name != "flux1":
+            raise RequestError(f"--train counts a step of FLUX.1 alone, got {family.title}.")
         grid = (window.height, window.width)  # not found from ids, which have no values
         for attn in attention_layers(model).values():
             far = window.far_levels > 0

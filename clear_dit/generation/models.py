@@ -155,6 +155,12 @@ def read_config(path: str, name: str, part: str = "") -> dict[str, Any]:
     return found
 
 
+def _is_part(entry: Any) -> bool:
+    """Whether an entry of an index is a part's library and class, and not Krea 2's numbers."""
+    listed = isinstance(entry, (list, tuple)) and len(entry) == 2
+    return listed and all(one is None or isinstance(one, str) for one in entry)
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     """A pipeline's model_index.json.
 

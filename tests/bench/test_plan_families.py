@@ -117,6 +117,7 @@ def test_a_size_of_no_whole_tokens():
         plan("hunyuanimage-2.1", 1040, 1024, 8, 1, False, None, torch.bfloat16)
 
 
-def test_training_is_for_families_that_are_distilled():
-    with pytest.raises(RequestError, match=r"^--train: distil does not work with CogView4"):
+def test_training_is_counted_of_flux():
+    message = r"^--train counts a step of FLUX\.1 alone, got CogView4\.$"
+    with pytest.raises(RequestError, match=message):
         plan_training("cogview4", 1024, 1024, 8, 1, False, 1)
