@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
-from ..attention.processor import Shared
+from ..attention.processor import Shared, Tables
 from ..attention.text_padding import Projected, Row
 from ..compat import names_from
 from ..kernels.two_positions import Rotated, Scaled
@@ -75,7 +75,9 @@ class QwenImage21Processor(JointProcessor):
         if kv_cache_mode == "cached":
             kept, turn = layer_cache.get(), turn.behind_text
         halo = self.send(turn, attn, hidden_states)
-        (near, *further), of_halo = self._positions(turn, (rotary_emb,), stream.head_dim)
+        make = functools.partial(self._by_position, (rotary_emb,), turn, stream.head_dim)
+        near, further, of_halo = Tables.of(rotary_emb, make, turn.forward.share)
+        assert near is not None
         query, key, value = stream.project(hidden_states)
         prefix_query, query = query.tensor_split([first], dim=1)
         # For queries of the image alone there is no backward pass.
