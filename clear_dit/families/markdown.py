@@ -51,14 +51,16 @@ def _whole(family: Family) -> tuple[str, ...]:
     local = "yes"
     if family.reference_grids is None:
         local = f"no: they are {family.references}" if family.references else "it takes none"
-    whole = "no" if family.recipe is None else "yes"
+    whole = commands = "no" if family.recipe is None else "yes"
+    if family.recipe and all("Modular" in name for name in family.recipe.pipelines):
+        commands = "no: they do not read modular pipelines yet"
     return (
         family.title,
         "yes",
         local,
         whole,
-        whole,
-        whole,
+        commands,
+        commands,
         "no" if family.cut is None else "yes",
         "`compile_repeated_blocks`" if family.repeated_blocks else "`compile` of each block",
         family.weights,
