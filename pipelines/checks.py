@@ -183,7 +183,7 @@ def check_stages(
 
 
 def _check_latents(pipe: Any, latents: torch.Tensor, stage: Stage) -> None:
-    sides = (side // pipe.vae_scale_factor for side in (stage.height, stage.width))
+    sides = (side // pipe.latent_pixels for side in (stage.height, stage.width))
     shape = pipe.recipe.latents.given_shape(*sides)
     fits = latents.ndim == len(shape) and all(
         isinstance(wanted, str) or wanted == side

@@ -173,7 +173,13 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
     @property
     def token_pixels(self) -> int:
         """Side of a token, in pixels."""
-        return self.recipe.patch * self.vae_scale_factor
+        return self.recipe.patch * self.latent_pixels
+
+    @property
+    def latent_pixels(self) -> int:
+        """Side of a latent pixel, in pixels."""
+        factor: int = self.vae_scale_factor
+        return factor // self.recipe.latents.pack if self.recipe.factor_counts_packing else factor
 
     @property
     def side_pixels(self) -> int:

@@ -213,6 +213,9 @@ class Recipe:
         guidance: how a call is told of it.
         denoiser: how the transformer is called in a step.
         options: (pipeline) to arguments that every call takes besides.
+        factor_counts_packing: whether a pipeline's `vae_scale_factor` is the side of as many latent
+            pixels as are packed together, not of one.
+        casts_latents: whether a pipeline casts its `latents=` to what the transformer takes.
         rewriters: methods of the pipelines by which a language model rewrites prompts, the first
             argument.
         defaults_of: (the transformer's configuration, model_index.json) to what suits a model that
@@ -233,6 +236,8 @@ class Recipe:
     guidance: Guidance = Guidance()
     denoiser: Denoiser = Denoiser()
     options: Callable[[Any], Mapping[str, Any]] = no_options
+    factor_counts_packing: bool = False
+    casts_latents: bool = True
     rewriters: tuple[str, ...] = ()
     defaults_of: Callable[[Mapping[str, Any], Mapping[str, Any]], Defaults | None] = (
         lambda config, index: None

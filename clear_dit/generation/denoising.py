@@ -82,7 +82,7 @@ def _guided(pipe: CLEARPipeline, guidance: float) -> CLEARPipeline:
 
 def unpack(pipe: CLEARPipeline, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Latents of an image of height x width pixels: (batch, channels, rows, columns)."""
-    factor = pipe.vae_scale_factor
+    factor = pipe.latent_pixels
     return pipe.recipe.latents.to_grid(latents, height // factor, width // factor)
 
 

@@ -170,6 +170,8 @@ def _repaint(
     # Where it knows the text only later, the stock pipeline casts to what it takes.
     text = request.options.get("prompt_embeds")
     dtype = text.dtype if isinstance(text, torch.Tensor) else torch.float32
+    if not pipe.recipe.casts_latents:
+        dtype = pipe.transformer.dtype
     if not stage.strength or pipe.interrupt:
         return _pack(pipe, reference).to(dtype)
     sigmas = sigmas_for(
@@ -277,7 +279,7 @@ def _enlarge(pixels: torch.Tensor, stage: Stage) -> torch.Tensor:
 
 def _unpack(pipe: Any, latents: torch.Tensor, stage: Stage) -> torch.Tensor:
     """What the stock pipeline holds to (batch, channels, height, width), in latent pixels."""
-    height, width = (side // pipe.vae_scale_factor for side in (stage.height, stage.width))
+    height, width = (side // pipe.latent_pixels for side in (stage.height, stage.width))
     # As it lies in memory go the last bits of what is decoded: alike for latents from a file.
     return pipe.recipe.latents.to_grid(latents, height, width).contiguous()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.transformers.transformer_cogview4 import CogView4RotaryPosEmbed
+from diffusers.models.transformers.transformer_ernie_image import ErnieImageEmbedND3
 from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
 from diffusers.models.transformers.transformer_flux3 import Flux3PosEmbed
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageRotaryPosEmbed
@@ -53,6 +54,10 @@ STOCK = {
         lambda: LongCatImagePosEmbed(10000, [16, 56, 56]),
         *("pos_embed", 10000, [16, 56, 56]),
     ),
+    "ernie-image": (
+        lambda: ErnieImageEmbedND3(128, 256, (32, 48, 48)),
+        *("pos_embed", 256, [32, 48, 48]),
+    ),
     "cogview4": (
         lambda: CogView4RotaryPosEmbed(128, 2, (LIMIT, LIMIT)),
         *("rope", 10000, [64, 64]),
@@ -76,6 +81,11 @@ def call(name, module, rows=ROWS, columns=COLUMNS, text=TEXT):
         images = torch.cat(image_positions(name, rows, columns))
         tables = module(torch.cat([text_positions(name, text=text), images]).float())
         return [*(t[text:] for t in tables), *(t[:text] for t in tables)]
+    if name == "ernie-image":  # of the second of a batch
+        image, _ = image_positions(name, rows, columns, text)
+        shorter = image - torch.tensor([2, 0, 0])
+        ids = [torch.cat([one, text_positions(name, text=text)]) for one in (shorter, image)]
+        return [*module(torch.stack(ids).float())[1, :, 0].split([len(image), text])]
     if name == "qwen-image-2.1":  # text, a reference, text, the image
         lengths = text - 3, REFERENCE[0] * REFERENCE[1], 3, rows * columns
         is_image = torch.tensor([False, True, False, True]).repeat_interleave(torch.tensor(lengths))
@@ -104,6 +114,8 @@ def rotations(name, tables):
     """A complex number for every pair of channels, of image and text: (tokens, k * pairs)."""
     if name in ("qwen-image", "qwen-image-2.1", "z-image"):
         return tables
+    if name == "ernie-image":  # angles
+        return [torch.polar(torch.ones_like(t[:, ::2]), t[:, ::2]) for t in tables]
     if name == "cogview4":  # halves of a head
         tables = [torch.cat(t.chunk(2 * t.shape[1] // 128, dim=1)[::2], dim=1) for t in tables]
     else:
@@ -121,6 +133,8 @@ def image_positions(name, rows=ROWS, columns=COLUMNS, text=TEXT):
         return image.double(), reference.double()
     if name == "krea2":
         return raster_ids(rows, columns, 0, 3).double(), raster_ids(*REFERENCE, 1, 3).double()
+    if name == "ernie-image":
+        return raster_ids(rows, columns, text, 3).double(), torch.zeros(0, 3).double()
     if name == "longcat-image":
         ids = [raster_ids(rows, columns, 1, 3), raster_ids(*REFERENCE, 2, 3)]
         image, reference = (each.double() + BEGIN for each in ids)
@@ -149,6 +163,8 @@ def text_positions(name, start=None, text=TEXT):
         return places[:, None].expand(-1, 3)
     if name == "krea2":
         return torch.zeros(text, 3).double()
+    if name == "ernie-image":
+        return places[:, None] * torch.tensor([1, 0, 0])
     if name == "longcat-image":
         return places[:, None] * torch.tensor([0, 1, 1])
     if name in ("flux2", "flux3"):

@@ -6,6 +6,7 @@ from support.families.pipelines import PIPELINES, call_options, make_pipeline, m
 from transformers import PreTrainedTokenizerFast
 
 from clear_dit import CLEARPipeline, apply_clear
+from clear_dit.pipelines.pipeline import _made
 
 PROMPTS = ["a red house", "the small house by the sea"]
 REWRITING = {
@@ -98,3 +99,47 @@ def test_outside_of_a_call_as_stock(name, generated):
         torch.manual_seed(seed)
         texts.append(getattr(pipe, method)(list(PROMPTS), device=torch.device("cpu")))
     assert texts[0] != texts[1]
+
+
+class Rewriter(torch.nn.Module):
+    """In the place of ERNIE-Image's "pe": answers with any words."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.answered = [], []
+
+    def generate(self, input_ids, **options):
+        self.asked.append(input_ids)
+        answer = torch.randint(3, 10, (1, 4))
+        self.answered.append(answer)
+        return torch.cat([input_ids, answer], dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_ernie_image_rewrites_for_the_first_stage(monkeypatch):
+    """So that its size, of which it tells the model, is the same for all, resumed calls too."""
+    told, stock = [], PIPELINES["ernie-image"][0]
+    enhance = stock._enhance_prompt_with_pe
+
+    def noted(self, prompt, device, width, height):
+        told.append((prompt, width, height))
+        return enhance(self, prompt, device, width=width, height=height)
+
+    monkeypatch.setattr(stock, "_enhance_prompt_with_pe", noted)
+    _made.cache_clear()  # a class holds the method
+    texts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        pipe = clear("ernie-image")
+        pipe.pe, pipe.pe_tokenizer = Rewriter(), make_tokenizer()
+        size = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt"}
+        images = pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **size).images
+        assert images.isfinite().all()
+        assert len(pipe.pe.asked) == len(PROMPTS)
+        texts.append(torch.cat(pipe.pe.answered))
+    assert torch.equal(*texts)
+    assert not torch.equal(*texts[0])
+    assert told == 2 * [(prompt, 20, 20) for prompt in PROMPTS]
+    _made.cache_clear()

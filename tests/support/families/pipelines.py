@@ -354,7 +354,8 @@ def longcat_image_parts() -> dict[str, Any]:
 
 def ernie_image_parts() -> dict[str, Any]:
     return {
-        "vae": tiny_autoencoder(cls=diffusers.AutoencoderKLFlux2),
+        # The variance's epsilon that the pipeline has, whatever the autoencoder's.
+        "vae": tiny_autoencoder(cls=diffusers.AutoencoderKLFlux2, batch_norm_eps=1e-5),
         "text_encoder": make_mistral().model,
         "tokenizer": make_tokenizer(),
     }
