@@ -96,7 +96,8 @@ def face_of(pipe: ModularPipeline) -> type[DiffusionPipeline]:
             f"{type(pipe).__name__} need; call load_components(), or take these blocks out."
         )
     inputs = ((one.name, one.default if one.name in TOLD else None) for one in pipe.blocks.inputs)
-    return _face(type(pipe), tuple(dict(inputs).items()))
+    modular: Any = type(pipe)
+    return _face(modular, tuple(dict(inputs).items()))
 
 
 @functools.cache

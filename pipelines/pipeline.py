@@ -582,7 +582,8 @@ def _class_for(pipe: Any) -> type[CLEARPipeline]:
         known = "a pipeline of diffusers" if recipe is None else " or ".join(recipe.pipelines)
         of = "" if family is None else f" of {family.title}"
         raise ValueError(f"{WHO}: takes {known}{of}, got {type(pipe).__name__}.")
-    return _made(face_of(pipe) if modular else type(pipe), recipe.rewriters)
+    stock: Any = face_of(pipe) if modular else type(pipe)
+    return _made(stock, recipe.rewriters)
 
 
 def _face(stock: str) -> type[CLEARPipeline]:

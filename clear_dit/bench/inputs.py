@@ -154,7 +154,8 @@ def forward(model: nn.Module, inputs: dict[str, Any]) -> None:
     """A forward of a model with `model_inputs` without values."""
     if type(model).__name__ == "ErnieImageTransformer2DModel":
         # Its own asks torch.autocast, which does not know tensors without values.
-        model.pos_embed.forward = partial(_angles, model.head_dim)
+        own: Any = model
+        own.pos_embed.forward = partial(_angles, own.head_dim)
     with _ValuesChoose():
         model(**inputs)
 

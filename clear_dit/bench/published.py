@@ -306,7 +306,7 @@ KREA_2 = {
     "axes_dims_rope": [32, 48, 48],
 }
 # https://huggingface.co/Qwen/Qwen3-VL-4B-Instruct and Qwen3-VL-8B-Instruct.
-QWEN3_VL_4B = {
+QWEN3_VL_4B: dict[str, Any] = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
     "text_config": {
         "vocab_size": 151936,

@@ -101,7 +101,7 @@ class Family:
             as they are.
         text_processors: class name of a stock processor of those that get a rotary table to what
             takes its place where the table holds several positions a token: it takes the first.
-        cut: where ranks that share an image cut its tokens; None where they cannot.
+        cut: where ranks that share an image cut its tokens.
         weights: CLEAR weights that somebody has published.
         serves_fused: whether the processors work on layers with fused projections.
         chunked: whether `chunk_feed_forward` knows the blocks.
@@ -131,7 +131,7 @@ class Family:
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     kept: Mapping[str, str] = field(default_factory=dict)
     text_processors: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
-    cut: Cut | None = OF_TOKENS
+    cut: Cut = OF_TOKENS
     weights: str = "none published"
     serves_fused: bool = False
     chunked: bool = False
@@ -142,7 +142,7 @@ class Family:
 
         A model may lack a stack (ControlNets do), or have None in its place.
         """
-        found = {}
+        found = dict[str, nn.Module]()
         for stack in self.stacks:
             blocks: Any = model
             for name in stack.split("."):

@@ -183,7 +183,7 @@ class JointProcessor(CLEARProcessor):
             _check_length(layout, layout.text_length, text, "text")
             _check_length(layout, layout.image_only.sequence_length, image, "image")
         elif image in (layout.image_only.sequence_length, layout.image_length):  # alone
-            alone = {"text_length": 0}
+            alone: dict[str, Any] = {"text_length": 0}
             if image == layout.image_length:
                 alone |= {"reference_length": 0, "local_references": ()}
             layout, whole, window = layout._replace(**alone), whole._replace(**alone), None

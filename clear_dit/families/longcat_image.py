@@ -28,7 +28,7 @@ from .recipe import Defaults, Guidance, Recipe
 class LongCatProcessor(JointProcessor):
     """In the place of `LongCatImageAttnProcessor`, in double and single blocks."""
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         attn: Any,
         hidden_states: torch.Tensor,

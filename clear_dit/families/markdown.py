@@ -61,7 +61,7 @@ def _whole(family: Family) -> tuple[str, ...]:
         whole,
         commands,
         commands,
-        "no" if family.cut is None else "yes",
+        "yes",
         "`compile_repeated_blocks`" if family.repeated_blocks else "`compile` of each block",
         family.weights,
     )

@@ -190,7 +190,8 @@ def _family_of(path: str | Path, index: Mapping[str, Any]) -> Family:
 
     transformer, name = index.get("transformer"), str(index["_class_name"])
     several = isinstance(transformer, (list, tuple)) and len(transformer) == 2
-    family = named_family(str(transformer[-1])) if several else None
+    class_name = str(transformer[-1]) if several and transformer else ""
+    family = named_family(class_name)
     if family is None or family.recipe is None:
         raise RequestError(
             f"--model: {path} holds a {name}, whose transformer is none of {', '.join(MODELS)}."

@@ -142,11 +142,8 @@ class PatchParallel:
         """Share what a transformer generates from now on.
 
         Raises:
-            ValueError: it is shared already, or of a family that cannot be.
+            ValueError: it is shared already.
         """
-        family = family_of(model)
-        if family.cut is None:
-            raise ValueError(f"{WHO} does not work with {family.title}; leave it out.")
         state = ClearState.attach(model)
         if state.sharing is not None:
             raise ValueError(

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVC
 from torch.distributed.device_mesh import init_device_mesh
 
 from clear_dit import apply_clear
-from clear_dit.families.table import attention_layers, named_family
+from clear_dit.families.table import attention_layers
 from clear_dit.pipelines.cascade.two_position_processor import TwoPositionsInFullAttention
 from clear_dit.pipelines.parallel.patch_parallel import parallelize
 from clear_dit.weights.forward import changed_in_forwards
@@ -30,11 +30,6 @@ from .families.models import (
 from .families.two_positions import EMBEDDERS, give_positions
 from .ip_adapter import make_sd3_ip_adapter
 
-NAMES = [
-    name
-    for name, tiny in FAMILIES.items()
-    if named_family(tiny.model_class.__name__).cut is not None
-]
 ROWS, COLUMNS, RADIUS = 7, 5, 2
 FACTORS = (0.7, 0.5, 0.3)  # of the angles of further positions
 # Arguments of `predict` that every family is tried with, in a batch of two.
@@ -219,7 +214,7 @@ def predict_all(folder):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("patch",))
     found = {
         (name, what): predict(name, mesh, **case)
-        for name in NAMES
+        for name in FAMILIES
         for what, case in cases(name).items()
     }
     torch.save(found, folder / os.environ["RANK"])

@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 from support import family_ranks
-from support.family_ranks import NAMES, cases, predict
+from support.families.models import FAMILIES
+from support.family_ranks import cases, predict
 from support.processes import launch
 from support.slow import slow_but
 
@@ -32,7 +33,7 @@ def shared(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("world", WORLDS)
 def test_ranks_predict_what_one_process_predicts(world, name, shared):
     for what, case in cases(name).items():
@@ -42,7 +43,7 @@ def test_ranks_predict_what_one_process_predicts(world, name, shared):
             assert error <= 1e-5, (what, error)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_cases_matter(name):
     """Otherwise the comparison above would say little."""
     found = [predict(name, **case) for case in cases(name).values()]
