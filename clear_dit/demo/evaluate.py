@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ from clear_dit.pipelines.pipeline import CLEARPipeline
 
 
 def generate(
-    pipe: FluxPipeline,
+    pipe: FluxPipeline | StableDiffusion3Pipeline,
     captions: list[str],
     *,
     size: int,
@@ -80,7 +80,8 @@ def main(
     size: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps.")] = 20,
     guidance: Annotated[
-        list[float] | None, typer.Option(help="true_cfg_scale; repeatable.")
+        list[float] | None,
+        typer.Option(help="true_cfg_scale, or SD3's guidance_scale; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Noise seed of the first image.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 4,
@@ -90,7 +91,7 @@ def main(
 ) -> None:
     """Score the pipeline on captions unseen in training."""
     torch.set_num_threads(threads)
-    pipe = FluxPipeline.from_pretrained(model)
+    pipe = DiffusionPipeline.from_pretrained(model)
     probe = load_probe(model / "probe" / "probe.safetensors")
     captions = held_out_captions(count, seed)
     renders = probe_accuracy(probe, size=size, count=128)

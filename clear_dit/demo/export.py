@@ -1,4 +1,4 @@
-"""Writes the demo pipeline as a folder that stock `diffusers.FluxPipeline` loads."""
+"""Writes a demo pipeline as a folder that its stock diffusers pipeline loads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 
+from clear_dit.demo import sd3
 from clear_dit.demo.text import TextEncoders
 
 SHIFT = 3.0  # static time shift of the sampler, right for 32x32 tokens
@@ -34,11 +37,28 @@ def build_pipeline(
     )
 
 
+def build_sd3_pipeline(
+    transformer: SD3Transformer2DModel, vae: AutoencoderTiny, encoders: sd3.TextEncoders
+) -> StableDiffusion3Pipeline:
+    """Put the parts of the second demo together."""
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae,
+        text_encoder=encoders.clip,
+        tokenizer=encoders.tokenizer,
+        text_encoder_2=encoders.clip_2,
+        tokenizer_2=encoders.tokenizer,
+        text_encoder_3=encoders.t5,
+        tokenizer_3=encoders.tokenizer_3,
+        transformer=transformer,
+    )
+
+
 def _name_fast_tokenizers(folder: Path) -> None:
     """Name the public tokenizer class, which every transformers release can load."""
     index = folder / "model_index.json"
     listed = json.loads(index.read_text())
-    for part in ("tokenizer", "tokenizer_2"):
+    for part in (name for name in listed if name.startswith("tokenizer")):
         listed[part] = ["transformers", "PreTrainedTokenizerFast"]
         config = folder / part / "tokenizer_config.json"
         values = json.loads(config.read_text())
@@ -47,7 +67,9 @@ def _name_fast_tokenizers(folder: Path) -> None:
     index.write_text(json.dumps(listed, indent=2) + "\n")
 
 
-def export_pipeline(pipe: FluxPipeline, target: Path, extra: dict[str, bytes]) -> None:
+def export_pipeline(
+    pipe: FluxPipeline | StableDiffusion3Pipeline, target: Path, extra: dict[str, bytes]
+) -> None:
     """Save `pipe` to `target`, the transformer in bfloat16, and replace what was there at once.
 
     extra: further files (name to content), such as the training card.
@@ -55,7 +77,7 @@ def export_pipeline(pipe: FluxPipeline, target: Path, extra: dict[str, bytes]) -
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial, safe_serialization=True)
-    half = FluxTransformer2DModel.from_pretrained(
+    half = type(pipe.transformer).from_pretrained(
         partial / "transformer", torch_dtype=torch.bfloat16
     )
     half.save_pretrained(partial / "transformer")

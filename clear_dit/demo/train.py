@@ -7,34 +7,33 @@ result in the work folder; started again after a kill, the program goes on where
 
 from __future__ import annotations
 
-import io
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderTiny
-from PIL import Image, ImageDraw
-from tqdm import tqdm
 
+from clear_dit.demo import train_sd3
 from clear_dit.demo.autoencoder import CropSampler, to_tensor, train_autoencoder, train_decoder
 from clear_dit.demo.card import stage_seconds, training_card
 from clear_dit.demo.checkpoint import load_checkpoint
-from clear_dit.demo.data import ImageSet, save_array
+from clear_dit.demo.data import ImageSet
 from clear_dit.demo.export import build_pipeline, export_pipeline
 from clear_dit.demo.probe import save_probe, train_probe
+from clear_dit.demo.stages import draw_curve, encode_set, halve, load_tokens, timed
 from clear_dit.demo.text import TextEncoders, train_text
 from clear_dit.demo.transformer import (
+    FlowBatches,
+    FluxArchitecture,
     FluxTransformer2DModel,
     Phase,
     build_transformer,
-    pack,
     train_transformer,
 )
 
@@ -70,19 +69,12 @@ class Plan:
         ]
 
 
-def _halve(images: np.ndarray) -> np.ndarray:
-    """Average 2x2 pixels: uint8 [n, 2h, 2w, 3] -> [n, h, w, 3]."""
-    n, h, w, c = images.shape
-    blocks = images.reshape(n, h // 2, 2, w // 2, 2, c)
-    return blocks.mean((2, 4), dtype=np.float32).round().astype(np.uint8)
-
-
 def crop_sampler(work: Path, plan: Plan) -> CropSampler:
     """Crops of the small images and of the large ones at full and half size."""
     small, _, large = plan.image_sets(work)
     stack = [np.load(small.path(i), mmap_mode="r") for i in range(min(20, small.chunks))]
     full = [np.load(large.path(i)) for i in range(large.chunks)]
-    return CropSampler([stack, [_halve(chunk) for chunk in full], full], [2, 2, 1])
+    return CropSampler([stack, [halve(chunk) for chunk in full], full], [2, 2, 1])
 
 
 def fit_autoencoder(work: Path, plan: Plan) -> AutoencoderTiny:
@@ -107,29 +99,6 @@ def load_autoencoder(work: Path) -> AutoencoderTiny:
     return vae.requires_grad_(False)
 
 
-@torch.no_grad()
-def encode_set(vae: AutoencoderTiny, image_set: ImageSet, folder: Path) -> None:
-    """Encode `image_set` to packed latents: one float16 file [<= CHUNK, tokens, 64] per chunk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    batch = max(1, 16 * 256**2 // image_set.size**2)
-    for index, chunk in enumerate(tqdm(image_set.open_chunks(), f"encode {image_set.size} px")):
-        path = folder / f"{index:05d}.npy"
-        if path.exists():
-            continue
-        parts = []
-        for first in range(0, len(chunk), batch):
-            with torch.autocast("cpu", torch.bfloat16):
-                latents = vae.encoder(to_tensor(chunk[first : first + batch]))
-            latents = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
-            parts.append(pack(latents).half().numpy())
-        save_array(path, np.concatenate(parts))
-
-
-def load_tokens(folder: Path) -> np.ndarray:
-    """All packed latents of a set: float16 [n, tokens, 64]."""
-    return np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))])
-
-
 def averaged_weights(work: Path, plan: Plan) -> tuple[FluxTransformer2DModel, list[list[float]]]:
     """The newest averaged transformer in `work` and the losses of the phases so far."""
     model, curves = build_transformer().requires_grad_(False), []
@@ -140,37 +109,6 @@ def averaged_weights(work: Path, plan: Plan) -> tuple[FluxTransformer2DModel, li
     if not curves:
         raise FileNotFoundError(f"no transformer checkpoint in {work}; run the phases first")
     return model, curves
-
-
-def draw_curve(curves: list[list[float]], width: int = 960, height: int = 360) -> bytes:
-    """A PNG of the smoothed losses, one colour per phase, on a common axis of steps."""
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    left, top, right, bottom = 60, 20, width - 20, height - 40
-    total = sum(map(len, curves))
-    smooth = []
-    for curve in curves:
-        window = max(1, len(curve) // 100)
-        sums = np.cumsum(np.concatenate([np.zeros(1), curve]))
-        smooth.append((sums[window:] - sums[:-window]) / window)
-    low = 0.9 * min(map(np.min, smooth))
-    high = max(float(np.quantile(c, 0.97)) for c in smooth) * 1.1
-    for level in np.linspace(low, high, 6):
-        y = bottom - (level - low) / (high - low) * (bottom - top)
-        draw.line([(left, y), (right, y)], fill=(225, 225, 225))
-        draw.text((8, y - 6), f"{level:.3f}", fill="black")
-    start = 0
-    for index, curve in enumerate(smooth):
-        xs = left + (start + np.arange(len(curve))) / total * (right - left)
-        ys = bottom - (np.clip(curve, low, high) - low) / (high - low) * (bottom - top)
-        colour = ((30, 90, 200), (200, 70, 30))[index % 2]
-        draw.line(list(zip(xs.tolist(), ys.tolist(), strict=True)), fill=colour, width=2)
-        draw.text((xs[0] + 4, top), f"phase {index + 1}", fill=colour)
-        start += len(curves[index])
-    draw.text(((left + right) // 2 - 60, bottom + 14), f"steps (0 to {total})", fill="black")
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return stream.getvalue()
 
 
 def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None:
@@ -205,16 +143,6 @@ def export(work: Path, output: Path, plan: Plan, encoders: TextEncoders) -> None
     export_pipeline(pipe, output, extra)
 
 
-def _timed(work: Path, name: str, stage: Callable[[], object]) -> None:
-    """Run `stage` and add its seconds to WORK/times.tsv, which the card sums up."""
-    begin = time.time()
-    try:
-        stage()
-    finally:
-        with (work / "times.tsv").open("a") as stream:
-            stream.write(f"{name}\t{time.time() - begin:.0f}\n")
-
-
 def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: int) -> None:
     """Run `stages` in order."""
     work.mkdir(parents=True, exist_ok=True)
@@ -245,9 +173,10 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
             initial = averaged_weights(work, plan)[0].state_dict()
         train_transformer(
             plan.phases[index],
-            load_tokens(work / f"latents-{images.size}"),
-            images.scenes(),
-            text(),
+            FlowBatches(
+                plan.phases[index], load_tokens(work / f"latents-{images.size}"), images.scenes()
+            ),
+            FluxArchitecture(text()),
             work / f"{plan.phases[index].name}.safetensors",
             initial,
             plan.compile_model,
@@ -276,26 +205,43 @@ def run(work: Path, output: Path, plan: Plan, stages: tuple[str, ...], threads: 
         "export": lambda: export(work, output, plan, text()),
     }
     for name in stages:
-        _timed(work, name, actions[name])
+        timed(work, name, actions[name])
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Folder for data and checkpoints.")] = Path(
-        "runs/demo"
-    ),
-    output: Annotated[Path, typer.Option(help="Where the pipeline goes.")] = Path("assets/demo"),
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder for data and checkpoints; runs/demo or runs/demo-sd3."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the pipeline goes; assets/demo or assets/demo-sd3."),
+    ] = None,
     stage: Annotated[
-        list[str] | None, typer.Option(help=f"Only this stage, repeatable: {', '.join(STAGES)}.")
+        list[str] | None,
+        typer.Option(
+            help=f"Only this stage, repeatable: {', '.join(STAGES)}; "
+            f"for sd3 {', '.join(train_sd3.STAGES)}."
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of computation.")] = 2,
+    architecture: Annotated[
+        Literal["flux", "sd3"], typer.Option(help="sd3 starts from the FLUX demo in assets/demo.")
+    ] = "flux",
 ) -> None:
-    """Train the demo pipeline; a second start resumes."""
-    unknown = [name for name in stage or () if name not in STAGES]
+    """Train a demo pipeline; a second start resumes."""
+    stages = STAGES if architecture == "flux" else train_sd3.STAGES
+    unknown = [name for name in stage or () if name not in stages]
     if unknown:
-        raise typer.BadParameter(f"unknown stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
+        raise typer.BadParameter(f"unknown stage {unknown[0]!r}; choose from {', '.join(stages)}")
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a stopped stage records its time
-    run(work, output, Plan(), tuple(stage or STAGES), threads)
+    name = "demo" if architecture == "flux" else "demo-sd3"
+    work, output = work or Path("runs") / name, output or Path("assets") / name
+    if architecture == "flux":
+        run(work, output, Plan(), tuple(stage or stages), threads)
+    else:
+        train_sd3.run(work, output, tuple(stage or stages), threads)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,12 +28,14 @@ from tqdm import tqdm
 
 from clear_dit.demo.captions import Scene, caption
 from clear_dit.demo.checkpoint import load_checkpoint, save_checkpoint
+from clear_dit.demo.muon import FAST_BFLOAT16, Float32Muon
 from clear_dit.demo.text import WIDTH, TextEncoders
 
 TEXT_LENGTH = 32
 NATIVE_GRID = 32  # tokens a side at 512 px
 _LONGEST_PADDING = 505
 _EMPTY_CAPTION, _PARTIAL_CAPTION = 0.1, 0.08
+Forward = Callable[..., tuple[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,9 @@ def make_optimizers(model: nn.Module, phase: Phase) -> list[torch.optim.Optimize
     return [
         torch.optim.Muon(
             matrices, lr=phase.muon_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        ),
+        )
+        if FAST_BFLOAT16
+        else Float32Muon(matrices, lr=phase.muon_rate),
         torch.optim.AdamW(others, lr=phase.adam_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -171,22 +176,99 @@ def draw_texts(scenes: list[Scene], rng: np.random.Generator) -> list[str]:
     return texts
 
 
+def draw_multiplicity(batch: int, rng: np.random.Generator) -> torch.Tensor:
+    """How many padding tokens each text has, [batch]: log-uniform, up to the longest padding."""
+    return torch.from_numpy(np.exp(rng.uniform(0, math.log(_LONGEST_PADDING), batch))).float()
+
+
+class Batch(NamedTuple):
+    """What a training step learns from."""
+
+    noisy: torch.Tensor  # tokens [b, n, 64]
+    velocity: torch.Tensor  # the target, [b, n, 64]: noise minus image, or as a teacher says
+    t: torch.Tensor  # noise levels [b], in (0, 1)
+    texts: list[str]
+
+
+class Architecture(Protocol):
+    """What `train_transformer` asks of a kind of transformer."""
+
+    def build(self) -> Any:
+        """A new transformer."""
+
+    def prepare(self, model: Any, grid: int) -> None:
+        """Make `model` ready to be trained on images of grid x grid tokens."""
+
+    def loss(self, forward: Forward, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
+        """The loss of `forward` on `batch`; rng: for whatever else is drawn."""
+
+
+class FluxArchitecture:
+    """The demo's first transformer, trained from nothing."""
+
+    def __init__(self, encoders: TextEncoders) -> None:
+        self.encoders = encoders
+
+    def build(self) -> FluxTransformer2DModel:
+        return build_transformer()
+
+    def prepare(self, model: FluxTransformer2DModel, grid: int) -> None:
+        model.set_attn_processor(PlainAttention())
+
+    def loss(self, forward: Forward, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
+        noisy, velocity, t, texts = batch
+        with torch.no_grad():
+            pooled, words, real = self.encoders(texts, TEXT_LENGTH)
+        bias = padding_bias(real, noisy.shape[1], draw_multiplicity(len(texts), rng))
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = forward(
+                hidden_states=noisy,
+                encoder_hidden_states=words,
+                pooled_projections=pooled,
+                timestep=t,
+                img_ids=image_ids(math.isqrt(noisy.shape[1])),
+                txt_ids=torch.zeros(TEXT_LENGTH, 3),
+                joint_attention_kwargs={"attention_mask": bias.bfloat16()},
+                return_dict=False,
+            )[0]
+        return (predicted.float() - velocity).square().mean()
+
+
+class FlowBatches:
+    """Draws batches of flow matching from latent `tokens` [n, grid * grid, 64] and their scenes."""
+
+    def __init__(self, phase: Phase, tokens: np.ndarray, scenes: list[Scene]) -> None:
+        self.phase, self.tokens, self.scenes = phase, tokens, scenes
+
+    def __call__(self, rng: np.random.Generator) -> Batch:
+        count, size = len(self.tokens), self.phase.batch
+        chosen = np.sort(rng.choice(count, size, replace=count < size))
+        clean = torch.from_numpy(self.tokens[chosen].astype(np.float32))
+        texts = draw_texts([self.scenes[i] for i in chosen], rng)
+        # Evenly spread quantiles of the noise level lower the variance of the loss.
+        quantile = (torch.arange(size) + torch.rand(size)) / size
+        normal = torch.special.ndtri(quantile.clamp(1e-3, 1 - 1e-3))
+        level = self.phase.noise_mean + self.phase.noise_spread * normal
+        t = torch.sigmoid(level)[torch.randperm(size)]
+        noise = torch.randn_like(clean)
+        return Batch(clean + t[:, None, None] * (noise - clean), noise - clean, t, texts)
+
+
 def train_transformer(
     phase: Phase,
-    tokens: np.ndarray,
-    scenes: list[Scene],
-    encoders: TextEncoders,
+    batches: Callable[[np.random.Generator], Batch],
+    architecture: Architecture,
     checkpoint: Path,
     initial: dict[str, torch.Tensor] | None = None,
     compile_model: bool = True,
     save_every: int = 100,
-) -> tuple[FluxTransformer2DModel, list[float]]:
-    """Train one phase on latent `tokens` [n, grid * grid, 64]; (averaged weights, losses).
+) -> tuple[Any, list[float]]:
+    """Train one phase on what `batches` draws; (averaged weights, losses).
 
     Resumes from `checkpoint` where it exists, else starts from `initial` or new weights.
     """
     torch.manual_seed(0)
-    model = build_transformer()
+    model = architecture.build()
     if initial is not None:
         model.load_state_dict(initial)
     average = copy.deepcopy(model).requires_grad_(False)
@@ -194,11 +276,8 @@ def train_transformer(
     start, losses = load_checkpoint(checkpoint, model=model, average=average, muon=muon, adam=adam)
     if start >= phase.steps:
         return average, losses
-    model.set_attn_processor(PlainAttention())
-    forward: Callable[..., tuple[torch.Tensor]] = (
-        torch.compile(model, dynamic=False) if compile_model else model
-    )
-    ids, text_ids = image_ids(phase.grid), torch.zeros(TEXT_LENGTH, 3)
+    architecture.prepare(model, phase.grid)
+    forward: Forward = torch.compile(model, dynamic=False) if compile_model else model
     bar = tqdm(range(start, phase.steps), desc=phase.name, initial=start, total=phase.steps)
     for step in bar:
         rng = np.random.default_rng((11, phase.grid, step))
@@ -206,34 +285,8 @@ def train_transformer(
         for optimizer, peak in ((muon, phase.muon_rate), (adam, phase.adam_rate)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        chosen = np.sort(rng.choice(len(tokens), phase.batch, replace=len(tokens) < phase.batch))
-        clean = torch.from_numpy(tokens[chosen].astype(np.float32))
-        with torch.no_grad():
-            texts = draw_texts([scenes[i] for i in chosen], rng)
-            pooled, words, real = encoders(texts, TEXT_LENGTH)
-        longest = rng.uniform(0, math.log(_LONGEST_PADDING), phase.batch)
-        multiplicity = torch.from_numpy(np.exp(longest)).float()
-        bias = padding_bias(real, clean.shape[1], multiplicity)
-        # Evenly spread quantiles of the noise level lower the variance of the loss.
-        quantile = (torch.arange(phase.batch) + torch.rand(phase.batch)) / phase.batch
-        normal = torch.special.ndtri(quantile.clamp(1e-3, 1 - 1e-3))
-        t = torch.sigmoid(phase.noise_mean + phase.noise_spread * normal)[
-            torch.randperm(phase.batch)
-        ]
-        noise = torch.randn_like(clean)
-        noisy = clean + t[:, None, None] * (noise - clean)
-        with torch.autocast("cpu", torch.bfloat16):
-            velocity = forward(
-                hidden_states=noisy,
-                encoder_hidden_states=words,
-                pooled_projections=pooled,
-                timestep=t,
-                img_ids=ids,
-                txt_ids=text_ids,
-                joint_attention_kwargs={"attention_mask": bias.bfloat16()},
-                return_dict=False,
-            )[0]
-        loss = (velocity.float() - (noise - clean)).square().mean()
+        batch = batches(rng)
+        loss = architecture.loss(forward, batch, rng)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in (muon, adam):
