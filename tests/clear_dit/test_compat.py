@@ -17,6 +17,7 @@ from clear_dit import compat
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = [
     "CLEARFluxPipeline",
+    "CLEARPipeline",
     "CLEARProcessor",
     "Window",
     "apply_clear",

@@ -8,23 +8,21 @@ import torch
 from safetensors import safe_open
 from support import command_line
 from support.distilling import make_options, make_run
-from support.families.models import FAMILIES, make_model
-from support.families.pipelines import PIPELINES
+from support.families.folders import GENERATED
+from support.families.models import FAMILIES
 from support.families.saved import save_pipeline
 from support.slow import slow, slow_but
 
 from clear_dit import apply_clear
 from clear_dit.distillation.sample import make_request, sample
 from clear_dit.distillation.train import distill
-from clear_dit.families.table import find_family
 from clear_dit.generation.conditioning import conditioning_of, stacked
 from clear_dit.generation.denoising import denoise
 from clear_dit.generation.models import load_pipeline
 from clear_dit.pipelines.cascade.resolution import Resolution
 from clear_dit.weights.format import parameters_by_key
 
-# Those that have pipelines.
-NAMES = [name for name in PIPELINES if find_family(make_model(name)).recipe is not None]
+NAMES = GENERATED
 # Prompts of different lengths, one of them again.
 PROMPTS = "a red house\nthe small house by the sea\na red house\n"
 ROWS, COLUMNS = 4, 6

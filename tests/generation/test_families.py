@@ -32,6 +32,8 @@ STOCK = {
     "cogview4": {"guidance_scale": GUIDANCE},
     "krea2": {"guidance_scale": GUIDANCE},
     "qwen-image-2.1": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
+    "longcat-image": {"guidance_scale": GUIDANCE, "negative_prompt": ""},
+    "ernie-image": {"guidance_scale": GUIDANCE},
 }
 
 families = pytest.mark.parametrize("family", GENERATED)

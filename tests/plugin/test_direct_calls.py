@@ -168,10 +168,6 @@ def test_checkpointed_layers_keep_their_forward(name):
         linear = next(p for n, p in model.named_parameters() if n.endswith("to_v.weight"))
         return linear.grad
 
-    if name == "hunyuan-image":  # where diffusers calls its own function with arguments it lacks
-        with pytest.raises(TypeError, match="attention_mask"):
-            gradient(True)
-        return
     torch.testing.assert_close(gradient(True), gradient(False))
 
 

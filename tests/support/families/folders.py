@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModularPipeline
 from tokenizers.processors import TemplateProcessing
 
 from clear_dit import CLEARPipeline
-from clear_dit.families.table import all_families
 from clear_dit.generation.models import quiet_libraries
 
 from .models import TEXT_CHANNELS, make_model
@@ -14,11 +14,9 @@ from .pipelines import PIPELINES, make_mistral, make_pipeline, make_tokenizer
 
 # The side of a square of as many pixels as the models were trained at, in tokens.
 NATIVE = 8
-# Those whose pipelines `CLEARPipeline` drives.
+# Those the command line takes: it does not read modular pipelines.
 GENERATED = tuple(
-    name
-    for name, (cls, *_) in PIPELINES.items()
-    if any(family.recipe and cls.__name__ in family.recipe.pipelines for family in all_families())
+    name for name, (cls, *_) in PIPELINES.items() if not issubclass(cls, ModularPipeline)
 )
 # What text is made of in FLUX.2: layers of its text encoder.
 FLUX2_LAYERS = 30
