@@ -21,7 +21,7 @@ from ..attention.text_padding import used_length
 from ..compat import names_from
 from .family import Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn
-from .recipe import Defaults, Latents, Recipe
+from .recipe import Defaults, Denoiser, Latents, Recipe
 
 (ErnieImageEmbedND3,) = names_from(
     "diffusers.models.transformers.transformer_ernie_image", "ErnieImageEmbedND3"
@@ -117,6 +117,7 @@ FAMILY = Family(
         latents=Latents("rows"),
         factor_counts_packing=True,
         casts_latents=False,
+        denoiser=Denoiser(scale=1000.0),
         shift=4.0,  # its own
         rewriters=("_enhance_prompt_with_pe",),
     ),

@@ -24,7 +24,7 @@ def text_length(pipe: CLEARPipeline) -> int:
 
 def latents_shape(pipe: CLEARPipeline, height: int, width: int) -> tuple[int, ...]:
     """Of the latents of an image of height x width pixels, as the stock pipeline holds them."""
-    factor = pipe.vae_scale_factor
+    factor = pipe.latent_pixels
     channels = pipe.transformer.config.in_channels
     return pipe.recipe.latents.shape(channels, height // factor, width // factor)
 
