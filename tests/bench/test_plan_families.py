@@ -89,6 +89,7 @@ def test_memory_and_the_report():
     stages = {row["stage"]: row for row in result["memory"]}
     assert list(stages) == [
         "text encoding",
+        "denoising 2048 x 2048",
         "denoising 4096 x 4096",
         "decoding a tile of 1152 x 1152",
     ]
