@@ -66,5 +66,6 @@ class Previewer:
         small = interpolate(grid.float(), size, mode="area").to(grid.dtype)
         pixels = to_bytes(decode(pipe.vae, small))[0].permute(1, 2, 0).numpy()
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=80, icc_profile=srgb_profile())
+        image = Image.fromarray(pixels).convert("RGB")  # without the alpha of Qwen-Image 2.1
+        image.save(file, "JPEG", quality=80, icc_profile=srgb_profile())
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
