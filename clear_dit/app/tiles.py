@@ -54,14 +54,19 @@ def write_tiles(path: Path, folder: Path) -> int:
     return top
 
 
+# By PNG's colour type; alpha, which Qwen-Image 2.1 makes, is left out of tiles.
+CHANNELS = {2: 3, 6: 4}
+
+
 def _rows(reader: png.Reader) -> Iterator[np.ndarray]:
     """The rows of a PNG that `save_rows` wrote: uint8 (rows, width, 3).
 
     pypng's own reader undoes filters byte by byte in Python: an hour for 8192 x 8192 pixels.
     """
-    if (reader.bitdepth, reader.color_type, reader.interlace) != (8, 2, 0):
-        raise ValueError("write_tiles: must be a PNG of 8 bits, RGB, not interlaced.")
-    length = 1 + 3 * reader.width
+    if reader.color_type not in CHANNELS or (reader.bitdepth, reader.interlace) != (8, 0):
+        raise ValueError("write_tiles: must be a PNG of 8 bits, RGB or RGBA, not interlaced.")
+    channels = CHANNELS[reader.color_type]
+    length = 1 + channels * reader.width
     above = np.zeros((1, length - 1), np.uint8)
     rest = b""
     for block in _decompressed(data for kind, data in reader.chunks() if kind == b"IDAT"):
@@ -75,7 +80,7 @@ def _rows(reader: png.Reader) -> Iterator[np.ndarray]:
             raise ValueError("write_tiles: must be a PNG written by save_rows (filter up).")
         summed = np.add.accumulate(np.concatenate([above, rows[:, 1:]]), axis=0, dtype=np.uint8)
         above = summed[-1:]
-        yield summed[1:].reshape(-1, reader.width, 3)
+        yield summed[1:].reshape(-1, reader.width, channels)[..., :3]
 
 
 def _decompressed(chunks: Iterable[bytes]) -> Iterator[bytes]:
