@@ -26,6 +26,7 @@ from clear_dit.process_group import RankGroup
 from clear_dit.weights.known import known_weights
 
 from .autoencoders import LIKE_FLUX, make_autoencoder
+from .families import pipelines as _pipelines  # noqa: F401 - whose classes folders name
 from .processes import launch
 
 IMAGE = {
