@@ -188,10 +188,9 @@ def _family_of(path: str | Path, index: Mapping[str, Any]) -> Family:
     """
     from ..families.table import MODELS, named_family
 
-    transformer, name = index.get("transformer"), str(index["_class_name"])
-    several = isinstance(transformer, (list, tuple)) and len(transformer) == 2
-    class_name = str(transformer[-1]) if several and transformer else ""
-    family = named_family(class_name)
+    transformer: Any = index.get("transformer")
+    name = str(index["_class_name"])
+    family = named_family(str(transformer[-1])) if _is_part(transformer) else None
     if family is None or family.recipe is None:
         raise RequestError(
             f"--model: {path} holds a {name}, whose transformer is none of {', '.join(MODELS)}."
@@ -206,13 +205,7 @@ def _family_of(path: str | Path, index: Mapping[str, Any]) -> Family:
 
 def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of a pipeline's parts: each has a library and a class, or twice None."""
-    return tuple(
-        name
-        for name, value in index.items()
-        if isinstance(value, (list, tuple))
-        and len(value) == 2
-        and all(one is None or isinstance(one, str) for one in value)
-    )
+    return tuple(name for name, entry in index.items() if _is_part(entry))
 
 
 def _check_parts(path: str, index: Mapping[str, Any]) -> None:
