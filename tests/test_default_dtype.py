@@ -6,6 +6,7 @@ from conftest import make_components, make_inputs, make_transformer
 from diffusers import FluxPipeline
 from support.families.models import FAMILIES, make_model, run
 from support.families.models import make_inputs as make_family_inputs
+from support.slow import few
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.attention.grid import layout_from_ids, unrounded_ids
@@ -69,7 +70,7 @@ def test_cascade(default_dtype, size):
     assert (found - expected).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 def test_families(default_dtype, name):
     model, inputs = make_model(name), make_family_inputs(name, 4, 6)
     stock = make_model(name)
@@ -108,7 +109,9 @@ def default_device():
 
 @pytest.mark.parametrize("settings", [{"far": True}, {"far": False}, {"down_factor": 2}])
 # Of the others diffusers' own forward makes tensors on the default device.
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("chroma", "cogview4")])
+@pytest.mark.parametrize(
+    "name", few(name for name in FAMILIES if name not in ("chroma", "cogview4"))
+)
 def test_default_device(default_device, name, settings):
     model, inputs = make_model(name), make_family_inputs(name, 4, 6)
     apply_clear(model, radius=2, **settings)

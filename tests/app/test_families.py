@@ -7,7 +7,7 @@ import gradio as gr
 import pytest
 from PIL import Image
 from support.families.folders import GENERATED, NATIVE, token_pixels
-from support.slow import slow_but
+from support.slow import few
 
 from clear_dit.app.actions import Actions
 from clear_dit.app.jobs import Jobs
@@ -21,7 +21,7 @@ from clear_dit.generation.checks import find_window
 from clear_dit.generation.denoising import passes, text_length
 from clear_dit.generation.models import find_model
 
-families = pytest.mark.parametrize("family", slow_but(GENERATED, "flux2", "sd3", "hunyuan-image"))
+families = pytest.mark.parametrize("family", few(GENERATED, "sd3"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from support.command_line import run
 from support.families.folders import GENERATED, NATIVE, size_options, token_pixels
 from support.families.models import FAMILIES, make_model
-from support.slow import slow_but
+from support.slow import few
 
 from clear_dit import Window, apply_clear
 from clear_dit.bench.configurations import find_configuration
@@ -22,7 +22,7 @@ from clear_dit.bench.step import TOLERANCE, output_of, relative_error
 TEXT = 32
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES, "krea2"))
 def test_a_step_with_values(name):
     """They are read as an image, and past the diagonal CLEAR is full attention."""
     model, window = make_model(name), Window(8, 12, TEXT, 3)
@@ -36,7 +36,7 @@ def test_a_step_with_values(name):
         assert relative_error(output_of(model, inputs), full) > TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES, "krea2"))
 def test_two_counts_tell_those_of_any_size(name):
     config = config_of(make_model(name))
     flops = PassFlops.of(config, TEXT)
@@ -47,7 +47,7 @@ def test_two_counts_tell_those_of_any_size(name):
         assert flops.local(window) == pytest.approx(local, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", slow_but(GENERATED, "qwen-image"))
+@pytest.mark.parametrize("name", few(GENERATED, "qwen-image"))
 def test_a_folder_is_planned(name, family_folder, capsys):
     folder, side = family_folder(name), token_pixels(name)
     size = size_options(name, 2 * NATIVE, 2 * NATIVE)
@@ -84,7 +84,7 @@ def test_of_a_repository_configurations_alone_are_fetched(family_folder, tmp_pat
     }
 
 
-@pytest.mark.parametrize("name", slow_but(["sd3", "z-image", "hunyuan-image"], "z-image"))
+@pytest.mark.parametrize("name", few(["sd3", "z-image", "hunyuan-image"], "z-image"))
 def test_a_step_is_measured(name, family_folder, capsys):
     size = size_options(name, 8, 12)
     options = ("--radius", 3, "--repeats", 1, "--json")

@@ -11,7 +11,7 @@ from support.distilling import make_options, make_run
 from support.families.folders import GENERATED
 from support.families.models import FAMILIES
 from support.families.saved import save_pipeline
-from support.slow import slow, slow_but
+from support.slow import few, slow
 
 from clear_dit import apply_clear
 from clear_dit.distillation.sample import make_request, sample
@@ -28,7 +28,7 @@ PROMPTS = "a red house\nthe small house by the sea\na red house\n"
 ROWS, COLUMNS = 4, 6
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=few(NAMES, "sd3"))
 def made(request, tmp_path_factory):
     """A pipeline's folder, three samples of it, the size of their images in pixels."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -91,7 +91,7 @@ def test_sampled_distilled_loaded_and_evaluated(made, tmp_path, capsys):
     assert untuned["psnr"] != tuned["psnr"]
 
 
-@pytest.mark.parametrize("made", slow_but(NAMES, "flux2"), indirect=True)
+@pytest.mark.parametrize("made", few(NAMES, "sd3"), indirect=True)
 def test_a_lora(made, tmp_path, capsys):
     folder, size = made
     if folder.name.startswith("hunyuan-image"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.families.models import FAMILIES, make_inputs, make_model, prediction, run
+from support.slow import few
 
 from clear_dit import apply_clear
 from clear_dit.attention.layout import Layout
@@ -31,7 +32,7 @@ def relative(value, other):
     return ((value - other).norm() / other.norm()).item()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 @pytest.mark.parametrize("keys", PAST)
 def test_as_stock(name, keys):
     stock, model, inputs = make_model(name), make_model(name), make_inputs(name, 4, 6)
@@ -44,7 +45,7 @@ def test_as_stock(name, keys):
         assert relative(value, expected[key]) < 0.05, key
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 def test_float16_rounds_less(name):
     stock, model, inputs = make_model(name), make_model(name), make_inputs(name, 4, 6)
     apply_clear(model, radius=16, far=False)
@@ -59,7 +60,7 @@ def test_devices_without_autocast():
     assert found.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 @pytest.mark.parametrize("down_factor", [1, 2])
 def test_local_is_as_without_autocast(name, down_factor):
     model, inputs = make_model(name), make_inputs(name, 4, 6)
@@ -93,7 +94,7 @@ def dtypes(model, inputs):
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 def test_layers_return_the_dtypes_of_stock(name):
     stock, model, inputs = make_model(name), make_model(name), make_inputs(name, 4, 6)
     apply_clear(model, radius=2)

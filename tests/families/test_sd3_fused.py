@@ -7,6 +7,7 @@ from peft import LoraConfig
 from support.families.models import FAMILIES, make_inputs, make_model, run
 from support.families.oracle import FAR, expected
 from support.models import assert_differs, assert_same
+from support.slow import few
 
 from clear_dit import apply_clear, load_clear_weights, remove_clear, save_clear_weights
 from clear_dit.families.table import attention_layers
@@ -133,7 +134,7 @@ def test_weights_after_unfusing(given, tmp_path):
     assert torch.equal(run(model, given), run(make_model("sd3"), given))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 def test_fusing_later_changes_no_family(name):
     model, given = make_model(name), make_inputs(name, 4, 6)
     apply_clear(model, radius=2, far=False)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.families.models import FAMILIES, make_inputs, make_model, run, sized
 from support.families.two_positions import EMBEDDERS, expected, give_positions
+from support.slow import few
 
 from clear_dit import apply_clear
 from clear_dit.pipelines.cascade.two_position_processor import TwoPositionsInFullAttention
@@ -11,7 +12,7 @@ from clear_dit.weights.forward import changed_in_forwards
 from clear_dit.weights.state import ClearState
 
 NAMES = list(EMBEDDERS)
-families = pytest.mark.parametrize("name", NAMES)
+families = pytest.mark.parametrize("name", few(NAMES))
 ROWS, COLUMNS, RADIUS = 5, 7, 2
 # Of the angles of the further positions, the least scaled first.
 FACTORS = {"one": (0.3,), "three": (0.7, 0.5, 0.3)}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from support.command_line import run
 from support.families.folders import GENERATED, NATIVE, size_options, token_pixels
-from support.slow import slow_but
+from support.slow import few
 
 import clear_dit.pipelines.cascade.run as cascade_run
 from clear_dit.generation.image_output import read_settings
@@ -36,8 +36,7 @@ STOCK = {
     "ernie-image": {"guidance_scale": GUIDANCE},
 }
 
-families = pytest.mark.parametrize("family", GENERATED)
-few_families = pytest.mark.parametrize("family", slow_but(GENERATED, "flux2", "sd3", "qwen-image"))
+families = pytest.mark.parametrize("family", few(GENERATED, "sd3"))
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def test_a_window_past_the_diagonal_is_the_stock_pipeline(folder, family, tmp_pa
     assert (pixels(out) != expected).mean() > 0.05
 
 
-@few_families
+@families
 def test_a_killed_cascade_goes_on_and_an_image_is_enlarged(
     folder, family, tmp_path, monkeypatch, capsys
 ):
@@ -146,7 +145,7 @@ def test_a_killed_cascade_goes_on_and_an_image_is_enlarged(
         assert image.size == (16 * side, 16 * side)
 
 
-@few_families
+@families
 def test_two_jobs_are_rendered_once(folder, family, tmp_path, capsys):
     jobs = tmp_path / "jobs.jsonl"
     lines = [{"prompt": PROMPT, "id": "one"}, {"prompt": "the sea", "id": "two", "radius": 2}]

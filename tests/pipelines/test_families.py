@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, FluxPipeline
 from support.families.models import FAMILIES, make_model
 from support.families.pipelines import PIPELINES, call_options, draw, make_pipeline
+from support.slow import few
 from torch.nn.functional import interpolate
 
 from clear_dit import CLEARFluxPipeline, CLEARPipeline, apply_clear
@@ -23,7 +24,7 @@ FAR = 1000
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=few(NAMES, "flux2", "sd3", "qwen-image-2.1"))
 def name(request):
     return request.param
 

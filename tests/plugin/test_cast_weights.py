@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from support.autoencoders import make_autoencoder
 from support.families.models import FAMILIES, make_inputs, make_model, run
 from support.models import FAR, assert_same, draw
+from support.slow import few
 
 from clear_dit import (
     CLEARFluxPipeline,
@@ -73,7 +74,7 @@ def weights(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["apply", "cast"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 def test_layerwise_casting(name, first):
     model, stock, given = make_model(name), make_model(name), make_inputs(name, 4, 6)
     exact = run(stock, given)

@@ -5,6 +5,7 @@ import diffusers
 import pytest
 import torch
 from support.families.models import FAMILIES, make_inputs, make_model, prediction, run, stacked
+from support.slow import few
 
 from clear_dit import apply_clear, remove_clear
 from clear_dit.attention.processor import CLEARProcessor
@@ -16,7 +17,7 @@ def local(name):
     return model
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=few(FAMILIES))
 def name(request):
     return request.param
 

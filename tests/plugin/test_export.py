@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.families.models import FAMILIES, make_inputs, make_model, run, stacked
-from support.slow import slow
+from support.slow import few, slow
 
 from clear_dit import CLEARProcessor, apply_clear, remove_clear
 
@@ -14,7 +14,7 @@ BY_IDS = ("flux", "chroma", "flux2", "krea2", "flux3", "longcat-image")
 MASKED = ("chroma", "hunyuan-image")
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=few(FAMILIES))
 def name(request):
     return request.param
 

@@ -6,6 +6,7 @@ import torch
 from diffusers.modular_pipelines.krea2 import encoders
 from support.families.pipelines import draw, make_pipeline
 from support.models import FAR
+from support.slow import few
 
 from clear_dit import apply_clear, remove_clear
 from clear_dit.families.table import models_of, transformer_of
@@ -23,7 +24,7 @@ PIPELINES = {
 }
 
 
-@pytest.fixture(params=PIPELINES)
+@pytest.fixture(params=few(PIPELINES, "flux", "flux3"))
 def name(request):
     return request.param
 

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from support.families.models import FAMILIES, make_model, run
 from support.families.models import make_inputs as make_family_inputs
-from support.slow import slow
+from support.slow import few, slow
 from support.threads import Middle
 from torch.overrides import TorchFunctionMode
 
@@ -190,7 +190,7 @@ def test_an_interrupted_swap_of_a_stages_weights(weights, number):
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 def test_two_models_of_two_families(name):
     other = "flux" if name != "flux" else "sd3"
     models = [make_model(name), make_model(other)]

@@ -11,7 +11,7 @@ from support.families.models import FAMILIES, blocks_of, make_inputs, make_model
 from support.models import draw
 from support.processes import launch
 from support.sharded_ranks import KINDS
-from support.slow import slow
+from support.slow import few, slow
 from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -71,7 +71,7 @@ def test_a_model_in_fsdp(tmp_path):
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", few(FAMILIES))
 def test_blocks_compiled_one_by_one(name):
     plain, model, given = make_model(name), make_model(name), make_inputs(name, 4, 6)
     blocks = blocks_of(model)
