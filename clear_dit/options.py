@@ -11,7 +11,7 @@ import typer
 from .errors import RequestError
 
 Model = Annotated[
-    str, typer.Option(help="demo, a folder in diffusers format, or a hub repository.")
+    str, typer.Option(help="demo, demo-sd3, a folder in diffusers format, or a hub repository.")
 ]
 Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")]

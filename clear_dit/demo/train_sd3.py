@@ -40,12 +40,12 @@ class Plan:
     size: int = 512
     count: int = 800
     taught: int = 896
-    kept: int = 128
+    kept: int = 256
     phases: tuple[Phase, Phase, Phase] = field(
         default=(
             Phase("phase-1", 16, 140, 16, 0.01, 2e-3, 0.3, 0.9, average_decay=0.995),
-            Phase("phase-2", 32, 2000, 12, 0.01, 2e-3, 1.0, 0.5, 1.2, average_decay=0.995),
-            Phase("phase-3", 32, 300, 4, 0.003, 5e-4, 1.0, 0.0, 1.2, average_decay=0.99),
+            Phase("phase-2", 32, 1200, 8, 0.01, 2e-3, 1.0, 0.5, 1.2, average_decay=0.995),
+            Phase("phase-3", 32, 1200, 4, 0.008, 1e-3, 1.0, 0.0, 1.2, average_decay=0.99),
         )
     )
     save_every: int = 20

@@ -47,7 +47,7 @@ class DistillOptions:
     """A distillation. The defaults are the paper's (arXiv 2412.16112), for 4 processes.
 
     Attributes:
-        model: "demo", a folder in diffusers format, or a hub repository (owner/name).
+        model: "demo", "demo-sd3", a folder in diffusers format, or a hub repository (owner/name).
         samples: a folder that `clear-dit sample` wrote with this model.
         out: the folder for adapter, card, checkpoints and logs; made if its parent is there.
         radius, down_factor: of the window, in tokens.

@@ -55,7 +55,7 @@ class SampleRequest:
     """Which samples to make: complete and checked. `make_request` fills in what is not said.
 
     Attributes:
-        model: "demo", a folder in diffusers format, or a hub repository (owner/name).
+        model: "demo", "demo-sd3", a folder in diffusers format, or a hub repository (owner/name).
         prompts: a file (see `read_prompts`), used again from its start where count is larger; or
             "demo", captions of the demo's training combinations.
         count: how many samples.

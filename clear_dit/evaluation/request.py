@@ -123,7 +123,7 @@ def make_evaluate_request(
     """A request in which whatever is None or not named takes the model's default.
 
     Args:
-        model: "demo", a folder in diffusers format, or a hub repository (owner/name).
+        model: "demo", "demo-sd3", a folder in diffusers format, or a hub repository (owner/name).
         prompts: "demo" for the demo's held-out captions, or a file (see `read_prompts`).
         count: images of each variant: the first prompts there are.
         weights: each a file, CLEAR weights or a LoRA, whose metadata or published name says radius,

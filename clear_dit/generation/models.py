@@ -62,7 +62,7 @@ class Model:
 
 
 def model_path(model: str) -> str:
-    """What `from_pretrained` takes for a model's name: "demo", a folder, or a hub repository.
+    """What `from_pretrained` takes for a model's name: a demo, a folder, or a hub repository.
 
     Raises:
         RequestError: neither of them, a folder that is no pipeline that is known, or a demo's files

@@ -40,7 +40,7 @@ class GenerateRequest:
 
     Attributes:
         prompt: the text.
-        model: "demo", a folder in diffusers format, or a hub repository (owner/name).
+        model: "demo", "demo-sd3", a folder in diffusers format, or a hub repository (owner/name).
         height, width: of the image, in pixels, whole tokens (16 pixels for most models).
         radius: of the window, in tokens.
         down_factor: side of a pooling cell, in tokens; 1 for none.

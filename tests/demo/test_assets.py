@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from support.slow import slow
 
-from clear_dit.demo.probe import load_probe, probe_accuracy
+from clear_dit.demo.evaluate import generate, score
+from clear_dit.demo.probe import held_out_captions, load_probe, probe_accuracy
+from clear_dit.generation.models import find_model, load_pipeline
 
-DEMO = Path(__file__).parents[2] / "assets" / "demo"
+ASSETS = Path(__file__).parents[2] / "assets"
+DEMO, SECOND = ASSETS / "demo", ASSETS / "demo-sd3"
 TEXT = "a blue house in the hills at night, a golden moon on the left"
 
 
@@ -18,16 +22,25 @@ def pipe():
     return pipeline
 
 
-def test_folder_is_small_and_safe():
-    files = [path for path in DEMO.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("folder", [DEMO, SECOND], ids=lambda folder: folder.name)
+def test_folder_is_small_and_safe(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 40 * 2**20
     assert max(path.stat().st_size for path in files) <= 16 * 2**20
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".md", ".png"}
 
 
-def test_card_says_how_it_was_trained():
-    card = (DEMO / "README.md").read_text()
+def test_the_second_adds_little_to_the_first():
+    known = {path.read_bytes() for path in DEMO.rglob("*") if path.is_file()}
+    files = [path.read_bytes() for path in SECOND.rglob("*") if path.is_file()]
+    assert sum(len(one) for one in files if one not in known) <= 10 * 2**20
+    assert sum(one in known for one in files) >= 3  # autoencoder, T5, probe
+
+
+@pytest.mark.parametrize("folder", [DEMO, SECOND], ids=lambda folder: folder.name)
+def test_card_says_how_it_was_trained(folder):
+    card = (folder / "README.md").read_text()
     for part in ("python -m clear_dit.demo.train", "Hardware:", "hours", "loss.png", "steps of"):
         assert part in card
 
@@ -92,3 +105,20 @@ def test_autoencoder_is_faithful(pipe):
 def test_probe_reads_rendered_images():
     probe = load_probe(DEMO / "probe" / "probe.safetensors")
     assert probe_accuracy(probe, count=64, size=128).mean() >= 0.99
+
+
+def test_the_second_demo_by_name():
+    model = find_model("demo-sd3")
+    assert model.family.title == "Stable Diffusion 3, 3.5"
+    assert (model.native_size, model.token_pixels) == (512, 16)
+    assert model.defaults.guidance == 2
+
+
+@slow
+def test_the_second_demo_shows_what_it_is_asked_for():
+    """Of the card's 64 captions, four."""
+    pipe = load_pipeline("demo-sd3", torch.float32, torch.device("cpu"))
+    captions = held_out_captions(4)
+    images = generate(pipe, captions, size=512, steps=20, true_cfg_scale=2.0, seed=0, batch=4)
+    found = score(load_probe(SECOND / "probe" / "probe.safetensors"), images, captions)
+    assert found["hits"].mean() >= 0.9
