@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.positions import Extension
+from ..attention.positions import MARGIN, Extension
 from ..compat import names_from
 from .family import own_positions
 
@@ -57,12 +57,17 @@ class ResampledPatchEmbed(nn.Module):
 def _resampled_along(table: torch.Tensor, dim: int, tokens: int, factor: float) -> torch.Tensor:
     """A table of which one side has become that of an image, so many tokens.
 
-    Positions before the first and behind the last entry have its value.
+    A larger image keeps `MARGIN` from both ends of the smaller one's positions: of several tokens
+    at a border, a model draws lines along it.
     """
     side = table.shape[dim]
     first = (side - tokens / factor) // 2  # as the stock table is cropped
-    middles = torch.arange(tokens, dtype=torch.float32, device=table.device) + 0.5
-    positions = first + middles / factor - 0.5
+    places = torch.arange(tokens, dtype=torch.float32, device=table.device)
+    if factor > 1:
+        room = max(tokens / factor - 1 - 2 * MARGIN, 0)
+        positions = first + MARGIN + places * (room / max(tokens - 1, 1))
+    else:
+        positions = first + (places + 0.5) / factor - 0.5
     shape = [-1 if one == dim else 1 for one in range(table.ndim)]
     resampled = torch.zeros((), device=table.device)
     for step in range(-1, 3):

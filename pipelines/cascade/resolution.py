@@ -4,9 +4,11 @@
 |---|---|---|---|
 | FLUX.1, up to 1.25 times 1024 x 1024 pixels | as trained | the scheduler's | no |
 | FLUX.1, larger | "ntk", 10; from 9K on more | 3 | from 64^2 + text tokens |
-| others, up to 1.25 times the native | "two" unless square | the scheduler's | no |
+| others, up to 1.25 times the native | "two" unless square (*) | the scheduler's | no |
 | others, larger, CLEAR without `down_factor` | "two" | 3 | from native + text tokens |
 | others, larger, full attention or `down_factor` | "yarn", the enlargement | 3 | the same |
+
+(*) Where a family has no "two" (Stable Diffusion 3), "interpolation" along the longer side.
 
 Why these; all are options of `Resolution`:
 
@@ -169,7 +171,7 @@ def settings_for(
         rows, columns = (1.0 if one == extent else max(one - 1, 1) / room for one in sides)
         if (rows, columns) != (1.0, 1.0):
             rope, factors = "two", (rows, columns)
-    elif large:
+    elif large or "two" not in family.methods:
         rope = "yarn" if "yarn" in family.methods else "interpolation"
         rows, columns = (max(enlargement, one / side) for one in sides)
         factors = rows, columns

@@ -509,18 +509,20 @@ def patch_embed():
 
 
 def test_sd3s_table_is_resampled(patch_embed):
-    """As PyTorch enlarges the whole of it, of which the image has the middle."""
+    """The middle of it, half a token from both ends of what the smaller image has."""
     model = SimpleNamespace(pos_embed=patch_embed)
     embed = FAMILY["sd3"].extended(model, Extension("interpolation", (2.0, 1.5)))["pos_embed"]
     table = patch_embed.pos_embed.unflatten(1, (12, 12)).movedim(-1, 1)
-    whole = torch.nn.functional.interpolate(table, size=(24, 18), mode="bicubic")[0].movedim(0, -1)
+    # Of 6 rows from the fourth on, and of 8 columns from the third.
+    places = torch.linspace(3.5, 7.5, 12), torch.linspace(2.5, 8.5, 12)
+    rows, columns = torch.meshgrid(*(place / 5.5 - 1 for place in places), indexing="ij")
+    expected = torch.nn.functional.grid_sample(
+        table, torch.stack([columns, rows], -1)[None], mode="bicubic", align_corners=True
+    )
     found = sd3_positions(embed, 12, 12)
-    torch.testing.assert_close(found, whole[6:18, 3:15], atol=1e-5, rtol=0)
-    torch.testing.assert_close(sd3_positions(embed, 24, 18), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected[0].movedim(0, -1), atol=1e-5, rtol=0)
     assert embed.limits == (24, 18)
-    # Between the tokens of the image it was trained at.
-    trained = sd3_positions(patch_embed, 6, 8)
-    assert (found[::2, ::3] - trained[:, ::2]).abs().max() < 0.2
+    sd3_positions(embed, 24, 18)
     assert (sd3_positions(patch_embed, 12, 12) - found).abs().max() > 0.5
     half = embed.to(torch.bfloat16)
     assert sd3_positions(half, 12, 12, torch.bfloat16).dtype == torch.bfloat16
@@ -536,8 +538,8 @@ def test_sd3s_stock_table_where_nothing_is_extended(patch_embed):
     assert FAMILY["sd3"].extended(model, Extension())["pos_embed"] is patch_embed
     # An axis that stays is the stock one's, odd sizes included.
     rows = patch_embed.pos_embed.unflatten(1, (12, 12))
-    (embed,) = FAMILY["sd3"].extended(model, Extension("interpolation", (1.0, 1.0001))).values()
-    torch.testing.assert_close(sd3_positions(embed, 5, 12), rows[0, 3:8], atol=1e-2, rtol=0)
+    (embed,) = FAMILY["sd3"].extended(model, Extension("interpolation", (1.0, 0.9999))).values()
+    torch.testing.assert_close(sd3_positions(embed, 5, 11), rows[0, 3:8, :11], atol=1e-2, rtol=0)
     computed = SimpleNamespace(pos_embed=PatchEmbed(16, 16, 2, 4, 24))
     found = FAMILY["sd3"].extended(computed, Extension("interpolation", (2.0, 2.0)))
     assert found["pos_embed"] is computed.pos_embed  # for the trained extent already

@@ -13,6 +13,7 @@ from torch import nn
 
 from clear_dit import CLEARFluxPipeline, CLEARProcessor, apply_clear
 from clear_dit.attention.positions import ExtendedPosEmbed
+from clear_dit.families.sd3 import FAMILY as SD3
 from clear_dit.pipelines.cascade.resolution import Resolution, applied, settings_for
 
 LARGE = Resolution(
@@ -72,6 +73,13 @@ def test_other_models_get_two_positions_a_token():
     found = settings_for(1024, 2048, 512, text_length=64, local=True)
     assert found == Resolution("two", (63 / 30, 127 / 30), 32, 3.0, proportional_base=1088)
     assert settings_for(4096, 2048, local=True) == settings_for(4096, 2048)
+
+
+def test_where_positions_cannot_be_two_the_longer_side_is_interpolated():
+    for local in (False, True):
+        found = settings_for(384, 672, 512, family=SD3, local=local)
+        assert found == Resolution("interpolation", (1.0, 42 / 32), 32)
+        assert settings_for(768, 1344, family=SD3, local=local) == Resolution()  # as published
 
 
 @contextmanager
