@@ -36,6 +36,11 @@ class _Face:
     __setattr__ = object.__setattr__
     set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """As in the modular pipeline; its index leads to what is saved, if options do not say."""
+        options = {"overwrite_modular_index": True} | options
+        super().save_pretrained(os.fspath(save_directory), **options)  # type: ignore[misc]
+
     def __call__(
         self, *, output_type: str = "latent", return_dict: bool = False, **inputs: Any
     ) -> tuple[torch.Tensor]:
@@ -75,7 +80,18 @@ class _Face:
         return made
 
     def _run(self, blocks: Any, inputs: Mapping[str, Any]) -> Any:
-        """The state after some blocks."""
+        """The state after some blocks.
+
+        Raises:
+            ValueError: parts that they need are not loaded.
+        """
+        needed = [part.name for part in blocks.expected_components]
+        missing = [name for name in needed if getattr(self, str(name), None) is None]
+        if missing:
+            raise ValueError(
+                f"{WHO}: {', '.join(map(str, missing))} not loaded, which blocks of "
+                f"{type(self).__name__} need; call load_components(), or take these blocks out."
+            )
         alone = copy.copy(self)
         alone._blocks = blocks  # type: ignore[attr-defined]
         for block in _nested(blocks):
@@ -85,16 +101,7 @@ class _Face:
 
 
 def face_of(pipe: ModularPipeline) -> type[DiffusionPipeline]:
-    """A class for a modular pipeline: of its own and a stock one's, called with its inputs.
-
-    Raises:
-        ValueError: parts that its blocks need are missing.
-    """
-    if pipe.null_component_names:
-        raise ValueError(
-            f"{WHO}: {', '.join(pipe.null_component_names)} not loaded, which blocks of "
-            f"{type(pipe).__name__} need; call load_components(), or take these blocks out."
-        )
+    """A class for a modular pipeline: of its own and a stock one's, called with its inputs."""
     inputs = ((one.name, one.default if one.name in TOLD else None) for one in pipe.blocks.inputs)
     modular: Any = type(pipe)
     return _face(modular, tuple(dict(inputs).items()))
@@ -114,18 +121,50 @@ def _face(modular: type, inputs: tuple[tuple[str | None, Any], ...]) -> type[Dif
     return type(modular.__name__, (_Face, modular, DiffusionPipeline), {"__call__": call})
 
 
-def find_modular(model: Any, of_hub: Mapping[str, Any]) -> ModularPipeline | None:
-    """The modular pipeline that a folder or a hub repository has, without its parts.
+def load_modular(
+    model: Any, options: Mapping[str, Any], of_hub: Mapping[str, Any]
+) -> ModularPipeline | None:
+    """The modular pipeline that a folder or a hub repository has, with its parts; None for none.
+
+    Blocks whose parts have no place that they could be loaded from are left out, such as one that
+    was taken out before the pipeline was saved.
 
     Args:
+        options: of `from_pretrained`. A part by its name is taken as it is, and None for it leaves
+            it out, not its blocks.
         of_hub: arguments by which files are found.
+
+    Raises:
+        ValueError: a part cannot be loaded.
     """
     model = os.fspath(model)  # diffusers takes no Path
     try:
-        ModularPipeline.load_config(model, **of_hub)
+        saved = ModularPipeline.load_config(model, **of_hub)
     except OSError:
         return None
-    return ModularPipeline.from_pretrained(model, **of_hub)
+    found = ModularPipeline.from_pretrained(model, **of_hub)
+    loaded = found.pretrained_component_names
+    given = {name: options[name] for name in loaded if name in options}
+    names = [name for name in loaded if name not in given and _is_somewhere(found, name)]
+    blocks = found.blocks
+    for name, block in dict(blocks.sub_blocks).items():
+        parts = {part.name for part in block.expected_components} & set(loaded)
+        if parts and parts.isdisjoint((*names, *given)):
+            blocks.sub_blocks.pop(name)
+    pipe = type(found)(blocks, model, modular_config_dict=saved)
+    if "native_size" in saved:  # a `CLEARPipeline`'s
+        pipe.register_to_config(native_size=saved["native_size"])
+    others = {name: value for name, value in options.items() if name not in given}
+    pipe.load_components(names, **others)
+    for name in names:
+        if getattr(pipe, name) is None:  # which diffusers only logs
+            pipe.register_components(**{name: pipe.get_component_spec(name).load(**others)})
+    pipe.update_components(**{name: part for name, part in given.items() if part is not None})
+    return pipe
+
+
+def _is_somewhere(pipe: ModularPipeline, name: str) -> bool:
+    return pipe.get_component_spec(name).pretrained_model_name_or_path is not None
 
 
 def _parted(blocks: Any) -> tuple[Any, Any]:

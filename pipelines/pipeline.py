@@ -51,7 +51,7 @@ from .checks import (
 )
 from .identity import check_agreement, request_identity
 from .memory_need import refuse_too_large
-from .modular import face_of, find_modular
+from .modular import face_of, load_modular
 from .parallel.patch_parallel import PatchParallel
 from .text import Texts, count_images, rewriter
 from .text_encoders import encoders_alone
@@ -133,11 +133,12 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
-        """As `DiffusionPipeline.from_pretrained`; of a modular pipeline with all its parts.
+        """As `DiffusionPipeline.from_pretrained`; of a modular pipeline with its parts, too.
 
         Args:
             pretrained_model_name_or_path: a folder in diffusers format or a hub repository.
-            options: of `DiffusionPipeline.from_pretrained`, and `native_size`.
+            options: of `DiffusionPipeline.from_pretrained` (a part's name: the part, or None for
+                none), and `native_size`.
         """
         if cls is not CLEARPipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
@@ -146,10 +147,9 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         try:
             saved = cls.load_config(pretrained_model_name_or_path, **of_hub)
         except OSError:
-            modular = find_modular(pretrained_model_name_or_path, of_hub)
+            modular = load_modular(pretrained_model_name_or_path, options, of_hub)
             if modular is None:
                 raise
-            modular.load_components(**options)
             return CLEARPipeline(modular, native_size=native_size)
         # Diffusers does not find by its name what was saved as a face.
         faces = {face.partition(":")[2]: stock for stock, face in FACES.items()}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import RequestError
-from ..generation.models import CONFIG, DEMOS, Model, find_model, read_config
+from ..generation.models import DEMOS, Model, find_model
 from .published import CONFIGURATIONS, Configuration
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -30,13 +30,13 @@ def find_configuration(model: str) -> Configuration:
     found = find_model(model)
     recipe = found.family.recipe
     assert recipe is not None  # `find_model` has seen to it
-    transformer = read_config(found.path, CONFIG, "transformer")
+    transformer = found.index.config("transformer")
     return Configuration(
         transformer=transformer,
-        autoencoder=read_config(found.path, CONFIG, "vae"),
+        autoencoder=found.index.config("vae"),
         text_encoders=tuple(
-            read_config(found.path, CONFIG, part)
-            for part in found.parts
+            found.index.config(part)
+            for part in found.index.parts
             if part.startswith("text_encoder")
         ),
         text_length=_text_length(found, transformer),
@@ -53,9 +53,9 @@ def _text_length(model: Model, transformer: dict[str, Any]) -> int:
     # What `Recipe.options` looks at.
     parts = {
         part: SimpleNamespace(**{"model_max_length": recipe.text_length} | settings)
-        for part in model.parts
+        for part in model.index.parts
         if part.startswith("tokenizer")
-        for settings in [read_config(model.path, TOKENIZER_CONFIG, part)]
+        for settings in [model.index.config(part, TOKENIZER_CONFIG)]
     }
     config = SimpleNamespace(**{"guidance_embeds": False} | transformer)
     pipe = SimpleNamespace(transformer=SimpleNamespace(config=config), **parts)

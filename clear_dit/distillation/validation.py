@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from ..generation.conditioning import record
-from ..generation.denoising import decode
+from ..generation.denoising import decode, in_calls
 from ..generation.image_output import save_png
+from ..generation.models import OF_TEXTS
 from ..generation.prompts import read_prompts
 from ..pipelines.text import Texts
 from .precision import autocast
@@ -62,9 +63,10 @@ class Validator:
         self.texts = Texts()
         size = {"height": index.height, "width": index.width}
         with autocast(dtype, pipe.device):
-            record(pipe, prompts, guidance=index.guidance, texts=self.texts, **size)
+            for some in in_calls(pipe, prompts):
+                record(pipe, some, guidance=index.guidance, texts=self.texts, **size)
         for part in pipe.components:
-            if part.startswith("text_encoder"):
+            if part.startswith(OF_TEXTS):
                 setattr(pipe, part, None)
 
     def generate(self) -> list[Any]:

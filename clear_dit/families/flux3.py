@@ -21,7 +21,7 @@ from .family import Family, Reading, own_positions
 from .flux1 import read_ids
 from .flux2 import ExtendedFlux2PosEmbed
 from .joint import JointProcessor, Stream
-from .recipe import Defaults, Guidance, Latents, Recipe
+from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
 Flux3AttnProcessor, Flux3PosEmbed = names_from(
     "diffusers.models.transformers.transformer_flux3", "Flux3AttnProcessor", "Flux3PosEmbed"
@@ -111,6 +111,18 @@ def _extend(model: Any, extension: Extension) -> dict[str, Any]:
     return {"pos_embed": ExtendedFlux3PosEmbed(positions, extension)}
 
 
+class _Denoiser(Denoiser):
+    """A flow map has the velocity where the time it jumps to is the time itself."""
+
+    def arguments(
+        self, latents: torch.Tensor, levels: torch.Tensor, conditioning: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        found = super().arguments(latents, levels, conditioning)
+        if conditioning.get("target_timestep") is not None:
+            found["target_timestep"] = found[self.time]
+        return found
+
+
 def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults | None:
     """`Recipe.defaults_of`: FLUX.3 of few steps."""
     if not config.get("flow_map"):
@@ -127,6 +139,8 @@ FAMILY = Family(
         latents=Latents(given="rows"),
         shift=6.93,  # its own, at any size
         guidance=Guidance(None),
+        denoiser=_Denoiser(),
+        several_prompts=False,
         defaults_of=_defaults,
     ),
     transformer="Flux3Transformer2DModel",

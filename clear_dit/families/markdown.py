@@ -51,16 +51,14 @@ def _whole(family: Family) -> tuple[str, ...]:
     local = "yes"
     if family.reference_grids is None:
         local = f"no: they are {family.references}" if family.references else "it takes none"
-    whole = commands = "no" if family.recipe is None else "yes"
-    if family.recipe and all("Modular" in name for name in family.recipe.pipelines):
-        commands = "no: they do not read modular pipelines yet"
+    whole = "no" if family.recipe is None else "yes"
     return (
         family.title,
         "yes",
         local,
         whole,
-        commands,
-        commands,
+        whole,
+        whole,
         "yes",
         "`compile_repeated_blocks`" if family.repeated_blocks else "`compile` of each block",
         family.weights,

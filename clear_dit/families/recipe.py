@@ -216,6 +216,7 @@ class Recipe:
         factor_counts_packing: whether a pipeline's `vae_scale_factor` is the side of as many latent
             pixels as are packed together, not of one.
         casts_latents: whether a pipeline casts its `latents=` to what the transformer takes.
+        several_prompts: whether a call takes them, or one alone.
         rewriters: methods of the pipelines by which a language model rewrites prompts, the first
             argument.
         defaults_of: (the transformer's configuration, model_index.json) to what suits a model that
@@ -238,6 +239,7 @@ class Recipe:
     options: Callable[[Any], Mapping[str, Any]] = no_options
     factor_counts_packing: bool = False
     casts_latents: bool = True
+    several_prompts: bool = True
     rewriters: tuple[str, ...] = ()
     defaults_of: Callable[[Mapping[str, Any], Mapping[str, Any]], Defaults | None] = (
         lambda config, index: None

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 Conditioning = Mapping[str, Any]
 
 
-class _Recorded(Exception):  # noqa: N818 - it ends the call as soon as there is a forward to see
-    """The arguments of a forward, by name."""
+class _Recorded(BaseException):
+    """The arguments of a forward, by name: it ends the call as soon as there is one to see.
+
+    No `Exception`, of which a modular pipeline's blocks say each that they failed.
+    """
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
@@ -44,7 +47,7 @@ def record(
 
     Args:
         pipe: with text encoders.
-        prompts: of the call.
+        prompts: of one call, see `in_calls`.
         height, width: in pixels.
         guidance: its strength.
         texts: what is encoded is looked up in, and kept for later calls.
@@ -52,12 +55,14 @@ def record(
     Raises:
         ValueError: the pipeline cannot do this size.
     """
-    forward = inspect.signature(type(pipe.transformer).forward)
+    signature = inspect.signature(type(pipe.transformer).forward)
+    _, *arguments = signature.parameters.values()
+    signature = signature.replace(parameters=arguments)
 
     def stop(*args: Any, **kwargs: Any) -> None:
-        given = forward.bind(stand_in, *args, **kwargs).arguments
-        raise _Recorded(dict(list(given.items())[1:]))
+        raise _Recorded(dict(signature.bind(*args, **kwargs).arguments))
 
+    stop.__signature__ = signature  # type: ignore[attr-defined]
     stand_in, call = copy.copy(pipe.transformer), copy.copy(pipe)
     stand_in.__dict__["forward"] = stop
     call.__dict__["transformer"] = stand_in

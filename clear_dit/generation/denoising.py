@@ -29,6 +29,11 @@ def latents_shape(pipe: CLEARPipeline, height: int, width: int) -> tuple[int, ..
     return pipe.recipe.latents.shape(channels, height // factor, width // factor)
 
 
+def in_calls(pipe: CLEARPipeline, prompts: list[str]) -> list[list[str]]:
+    """Prompts as the pipeline takes them: all in one call, or each in a call of its own."""
+    return [prompts] if pipe.recipe.several_prompts else [[prompt] for prompt in prompts]
+
+
 def denoise(
     pipe: CLEARPipeline,
     prompts: list[str],
@@ -53,29 +58,42 @@ def denoise(
     Returns:
         As the stock pipeline holds them, see `Latents`.
     """
-    recipe = pipe.recipe
-    images = _guided(pipe, guidance)(
-        prompt=prompts,
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **recipe.guidance.options(pipe, guidance, len(prompts)),
-        **recipe.options(pipe),
-        **stages,
-    ).images
-    assert isinstance(images, torch.Tensor)
-    return images
+    recipe, call, left = pipe.recipe, _guided(pipe, guidance), iter(seeds)
+    images = [
+        call(
+            prompt=some,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            generator=[torch.Generator("cpu").manual_seed(next(left)) for _ in some],
+            output_type="latent",
+            **recipe.guidance.options(pipe, guidance, len(some)),
+            **recipe.options(pipe),
+            **stages,
+        ).images
+        for some in in_calls(pipe, prompts)
+    ]
+    return torch.cat(images)
 
 
 def _guided(pipe: CLEARPipeline, guidance: float) -> CLEARPipeline:
-    """The pipeline; one with a guider of this strength, where guidance is a part of it."""
-    guider = getattr(pipe, "guider", None)
-    if guider is None or pipe.recipe.guidance.argument is not None:
+    """The pipeline; one with a guider of this strength, where guidance is a part of it.
+
+    Raises:
+        ValueError: guidance of a pipeline without a guider, such as one of few steps.
+    """
+    if pipe.recipe.guidance.argument is not None:
+        return pipe
+    guider, off = getattr(pipe, "guider", None), pipe.recipe.guidance.off
+    strength = guidance if passes(pipe, guidance) > 1 else off
+    if guider is None:
+        if strength > off:
+            raise ValueError(
+                f"{pipe.family.title}: this pipeline has no guider, and takes no guidance of "
+                f"{guidance:g}; use {off:g}."
+            )
         return pipe
     call = copy.copy(pipe)
-    strength = guidance if passes(pipe, guidance) > 1 else pipe.recipe.guidance.off
     call.guider = guider.new(guidance_scale=strength)
     return call
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from ..compat import release
 from ..errors import RequestError, first_line
 from ..files import ASSETS
+from .index import INDEX, Index, Part, index_file, is_repository, read_index
 
 if TYPE_CHECKING:
     from ..families.family import Family
@@ -31,8 +31,10 @@ DEMO = ASSETS / "demo"
 DEMOS = {"demo": DEMO, "demo-sd3": ASSETS / "demo-sd3"}
 DEMO_DEFAULTS: dict[str, Any] = {"size": 512, "radius": 8, "steps": 20, "guidance": 2.0}
 
-INDEX = "model_index.json"
-CONFIG = "config.json"
+# Of a pipeline with one, its entry may lead nowhere: prompts are then encoded as they are.
+UPSAMPLER = "prompt_upsampler"
+# The parts whose work is over when prompts are encoded.
+OF_TEXTS = ("text_encoder", UPSAMPLER)
 
 # What libraries are told while they load holds for the process.
 _quieting = threading.RLock()
@@ -49,16 +51,15 @@ class Model:
         token_pixels: side of a token.
         side_pixels: what sides of images are multiples of.
         native_size: in pixels, where it is not the family's; else None.
-        parts: names of the pipeline's.
+        index: of the pipeline and its parts.
     """
 
-    path: str
     family: Family
     defaults: Defaults
     token_pixels: int
     side_pixels: int
     native_size: int | None
-    parts: tuple[str, ...]
+    index: Index
 
 
 def model_path(model: str) -> str:
@@ -74,10 +75,9 @@ def model_path(model: str) -> str:
                 f"--model {model}: this installation has no such pipeline (assets/{model})."
             )
         return str(DEMOS[model])
-    folder = Path(model)
-    if folder.is_dir():
-        _family_of(folder, _read_index(folder))
-    elif folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if Path(model).is_dir():
+        _family_of(read_index(model))
+    elif not is_repository(model):
         raise RequestError(
             f"--model must be {' or '.join(map(repr, DEMOS))}, a folder in diffusers format or a "
             f"hub repository (owner/name); got {model!r}."
@@ -92,20 +92,20 @@ def find_model(model: str) -> Model:
         RequestError: see `model_path`; or its configuration cannot be found or read.
     """
     path = model_path(model)
-    index = Path(path) / INDEX
+    index = index_file(Path(path))
     return _find_model(model, path, index.stat().st_mtime_ns if index.is_file() else 0)
 
 
 @functools.lru_cache(maxsize=32)
 def _find_model(model: str, path: str, changed: int) -> Model:
-    index = read_config(path, INDEX)
-    family = _family_of(path, index)
-    _check_parts(path, index)
-    transformer, autoencoder = (read_config(path, CONFIG, part) for part in ("transformer", "vae"))
+    index = read_index(path)
+    family = _family_of(index)
+    _check_parts(index)
+    transformer, autoencoder = index.config("transformer"), index.config("vae")
     recipe = family.recipe
     assert recipe is not None  # `_family_of` has seen to it
-    defaults = recipe.defaults_of(transformer, index) or recipe.defaults
-    native_size = index.get("native_size")
+    defaults = recipe.defaults_of(transformer, index.content) or recipe.defaults
+    native_size = index.content.get("native_size")
     if model in DEMOS:
         defaults = replace(defaults, **DEMO_DEFAULTS)
         native_size = defaults.size
@@ -113,74 +113,16 @@ def _find_model(model: str, path: str, changed: int) -> Model:
         defaults = replace(defaults, size=native_size)
     token_pixels = recipe.patch * (recipe.reduction or _reduction(autoencoder))
     return Model(
-        path=path,
         family=family,
         defaults=defaults,
         token_pixels=token_pixels,
         side_pixels=recipe.step * token_pixels,
         native_size=native_size,
-        parts=_parts(index),
+        index=index,
     )
 
 
-def read_config(path: str, name: str, part: str = "") -> dict[str, Any]:
-    """A JSON file of a pipeline's; fetched where that is on the hub.
-
-    Args:
-        path: see `Model`.
-        name: of the file.
-        part: of the pipeline, whose folder the file is in.
-
-    Raises:
-        RequestError: it cannot be fetched or read.
-    """
-    file = Path(path) / part / name
-    if not Path(path).is_dir():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            file = Path(hf_hub_download(path, name, subfolder=part or None))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise RequestError(
-                f"--model {path}: {name} cannot be fetched from the hub ({first_line(error)}); a "
-                "gated model needs its licence accepted, and hf auth login."
-            ) from error
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--model: {file} is missing or is not JSON.") from error
-    if not isinstance(found, dict):
-        raise RequestError(f"--model: {file} is not a JSON object.")
-    return found
-
-
-def _is_part(entry: Any) -> bool:
-    """Whether an entry of an index is a part's library and class, and not Krea 2's numbers."""
-    listed = isinstance(entry, (list, tuple)) and len(entry) == 2
-    return listed and all(one is None or isinstance(one, str) for one in entry)
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    """A pipeline's model_index.json.
-
-    Raises:
-        RequestError: there is none, or none that can be read.
-    """
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
-        str(index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"no valid {INDEX}"
-        if (folder / CONFIG).is_file() and not (folder / INDEX).exists():
-            why = "it is one model of it; give the folder around it"
-        raise RequestError(
-            f"--model: {folder} is not a pipeline in diffusers format ({why})."
-        ) from error
-    return index
-
-
-def _family_of(path: str | Path, index: Mapping[str, Any]) -> Family:
+def _family_of(index: Index) -> Family:
     """The family of a pipeline.
 
     Raises:
@@ -188,40 +130,39 @@ def _family_of(path: str | Path, index: Mapping[str, Any]) -> Family:
     """
     from ..families.table import MODELS, named_family
 
-    transformer: Any = index.get("transformer")
-    name = str(index["_class_name"])
-    family = named_family(str(transformer[-1])) if _is_part(transformer) else None
+    transformer = index.parts.get("transformer")
+    family = None if transformer is None else named_family(str(transformer.class_name))
     if family is None or family.recipe is None:
         raise RequestError(
-            f"--model: {path} holds a {name}, whose transformer is none of {', '.join(MODELS)}."
+            f"--model: {index.path} holds a {index.pipeline}, whose transformer is none of "
+            f"{', '.join(MODELS)}."
         )
-    if name.removeprefix("CLEAR") not in family.recipe.pipelines:
+    if index.pipeline.removeprefix("CLEAR") not in family.recipe.pipelines:
         raise RequestError(
-            f"--model: {path} holds a {name}; of {family.title} the supported pipelines are "
-            f"{', '.join(family.recipe.pipelines)}."
+            f"--model: {index.path} holds a {index.pipeline}; of {family.title} the supported "
+            f"pipelines are {', '.join(family.recipe.pipelines)}."
         )
     return family
 
 
-def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of a pipeline's parts: each has a library and a class, or twice None."""
-    return tuple(name for name, entry in index.items() if _is_part(entry))
-
-
-def _check_parts(path: str, index: Mapping[str, Any]) -> None:
-    """Refuse a pipeline without a text encoder, or a folder without one of its parts.
+def _check_parts(index: Index) -> None:
+    """Refuse a pipeline without a text encoder, or without one of its parts where they should be.
 
     Raises:
         RequestError: which part.
     """
-    for name in _parts(index):
-        cls = index[name][-1]
-        there = not Path(path).is_dir() or (Path(path) / name).is_dir()
-        if (cls is None and name.startswith("text_encoder")) or (cls is not None and not there):
+    for name in dict.fromkeys(("vae", "text_encoder", *index.parts)):
+        part = index.parts.get(name, Part(None, None, name))
+        cls = part.class_name
+        if cls is None:
+            missing = name.startswith(("vae", "text_encoder"))
+        else:
+            missing = not (part.is_there or (name.startswith(UPSAMPLER) and part.source is None))
+        if missing:
             what = name if cls is None else f"{name} ({cls})"
             raise RequestError(
-                f"--model: {path} has no {what}, without which a {index['_class_name']} cannot "
-                f"generate; put it into the folder {name} there."
+                f"--model: {index.path} has no {what}, without which a {index.pipeline} cannot "
+                f"generate; put it into the folder {part.folder or name} there."
             )
 
 
@@ -259,18 +200,18 @@ def load_pipeline(
     found = find_model(model)
     renamed = release(metadata.version("diffusers")) >= (0, 42)
     options: dict[str, Any] = {"dtype" if renamed else "torch_dtype": dtype}
-    for part in found.parts:
+    for part in found.index.parts:
         # Qwen-Image 2.1's pipeline has a question to its processor when it is made.
         if only_transformer and part not in ("transformer", "scheduler", "processor"):
             options[part] = None
     if not text_encoders:
-        options |= {part: None for part in found.parts if part.startswith("text_encoder")}
+        options |= {part: None for part in found.index.parts if part.startswith(OF_TEXTS)}
     try:
         with quiet_libraries():
             from ..pipelines.pipeline import CLEARPipeline
 
             pipe: CLEARPipeline = CLEARPipeline.from_pretrained(
-                found.path, native_size=found.native_size, use_safetensors=True, **options
+                found.index.path, native_size=found.native_size, use_safetensors=True, **options
             )
     except (OSError, ValueError) as error:
         raise RequestError(f"--model {model}: cannot be loaded: {first_line(error)}") from error

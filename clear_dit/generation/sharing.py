@@ -100,9 +100,11 @@ class RequestTexts(Texts):
 
 
 def _description(value: Any) -> Any:
-    """Of nested tuples and lists of tensors, texts and None, as JSON."""
+    """Of nested tuples, lists and dicts of tensors, texts and None, as JSON."""
     if isinstance(value, torch.Tensor):
         return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+    if isinstance(value, dict):
+        return {"names": list(value), "values": _description(list(value.values()))}
     if isinstance(value, (tuple, list)):
         return [isinstance(value, tuple), *map(_description, value)]
     assert value is None or isinstance(value, str), type(value)
@@ -119,6 +121,10 @@ def _exchanged(shape: Any, made: Any, group: RankGroup, device: torch.device) ->
         pairs = zip(parts, given, strict=True)
         found = [_exchanged(part, value, group, device) for part, value in pairs]
         return tuple(found) if is_tuple else found
+    if "names" in shape:
+        values = None if made is None else list(made.values())
+        found = _exchanged(shape["values"], values, group, device)
+        return dict(zip(shape["names"], found, strict=True))
     if made is None:
         made = torch.empty(shape["shape"], dtype=getattr(torch, shape["dtype"]), device=device)
     tensor: torch.Tensor = made.to(device).contiguous()

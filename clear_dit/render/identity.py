@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from ..generation.index import read_index
 from ..generation.models import model_path
 from ..generation.request import GenerateRequest
 
@@ -33,7 +34,7 @@ def identity(request: GenerateRequest, model: str, weights: str, image: str) -> 
 
 
 def model_digest(model: str) -> str:
-    """Of the files of a local model; a hub repository is known by its name alone.
+    """Of the files of a local model, and of parts elsewhere; a hub repository is known by its name.
 
     Raises:
         RequestError: see `model_path`.
@@ -42,6 +43,16 @@ def model_digest(model: str) -> str:
     folder = Path(model_path(model))
     if not folder.is_dir():
         return model
+    elsewhere = [
+        Path(part.source) / part.folder
+        for part in read_index(str(folder)).parts.values()
+        if part.source is not None and Path(part.source) != folder and Path(part.source).is_dir()
+    ]
+    found = [_folder_digest(each) for each in (folder, *elsewhere)]
+    return found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
     files = sorted(p for p in folder.rglob("*") if p.suffix in _MODEL_FILES and p.is_file())
     return files_digest(files, folder)
 

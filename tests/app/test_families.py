@@ -6,7 +6,8 @@ from dataclasses import replace
 import gradio as gr
 import pytest
 from PIL import Image
-from support.families.folders import GENERATED, NATIVE, token_pixels
+from support.families.folders import NATIVE, token_pixels
+from support.families.pipelines import PIPELINES
 from support.slow import few
 
 from clear_dit.app.actions import Actions
@@ -21,7 +22,7 @@ from clear_dit.generation.checks import find_window
 from clear_dit.generation.denoising import passes, text_length
 from clear_dit.generation.models import find_model
 
-families = pytest.mark.parametrize("family", few(GENERATED, "sd3"))
+families = pytest.mark.parametrize("family", few(PIPELINES, "sd3"))
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import huggingface_hub
 import pytest
 import torch
 from support.command_line import run
-from support.families.folders import GENERATED, NATIVE, size_options, token_pixels
+from support.families.folders import NATIVE, size_options, token_pixels
 from support.families.models import FAMILIES, make_model
+from support.families.pipelines import PIPELINES
 from support.slow import few
 
 from clear_dit import Window, apply_clear
@@ -47,7 +48,7 @@ def test_two_counts_tell_those_of_any_size(name):
         assert flops.local(window) == pytest.approx(local, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", few(GENERATED, "qwen-image"))
+@pytest.mark.parametrize("name", few(PIPELINES, "qwen-image"))
 def test_a_folder_is_planned(name, family_folder, capsys):
     folder, side = family_folder(name), token_pixels(name)
     size = size_options(name, 2 * NATIVE, 2 * NATIVE)
@@ -67,7 +68,7 @@ def test_of_a_repository_configurations_alone_are_fetched(family_folder, tmp_pat
     folder = family_folder("sd3")
     fetched = []
 
-    def fetch(repository, name, subfolder=None):
+    def fetch(repository, name, subfolder=None, revision=None):
         assert repository == "owner/sd3-tiny"
         fetched.append(f"{subfolder}/{name}")
         target = tmp_path / (subfolder or "") / name

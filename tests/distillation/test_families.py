@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
+from diffusers import Flux3DistilledModularPipeline
 from safetensors import safe_open
 from support import command_line
 from support.distilling import make_options, make_run
-from support.families.folders import GENERATED
 from support.families.models import FAMILIES
+from support.families.pipelines import PIPELINES
 from support.families.saved import save_pipeline
 from support.slow import few, slow
 
@@ -22,7 +23,7 @@ from clear_dit.generation.models import load_pipeline
 from clear_dit.pipelines.cascade.resolution import Resolution
 from clear_dit.weights.format import parameters_by_key
 
-NAMES = GENERATED
+NAMES = tuple(PIPELINES)
 # Prompts of different lengths, one of them again.
 PROMPTS = "a red house\nthe small house by the sea\na red house\n"
 ROWS, COLUMNS = 4, 6
@@ -210,9 +211,22 @@ def test_a_step_of_the_stock_loop_from_what_was_recorded(name, config, tmp_path)
         assert (found - expected).abs().max() < 1e-5 * moved
 
 
-def test_a_mean_flow_model_is_asked_for_the_velocity_at_one_level(tmp_path):
-    side = save_pipeline("hunyuan-image", tmp_path, use_meanflow=True)
+@pytest.mark.parametrize(
+    ("name", "cls", "config", "shape", "target"),
+    [
+        ("hunyuan-image", None, {"use_meanflow": True}, (4, 4, 6), "timestep_r"),
+        ("flux3", Flux3DistilledModularPipeline, {"flow_map": True}, (24, 4), "target_timestep"),
+    ],
+)
+def test_a_mean_flow_model_is_asked_for_the_velocity_at_one_level(
+    name, cls, config, shape, target, tmp_path
+):
+    side = save_pipeline(name, tmp_path, cls, **config)
     pipe = load_pipeline(str(tmp_path), torch.float32, torch.device("cpu"))
     given = conditioning_of(pipe, "sea", height=4 * side, width=6 * side, guidance=1.0)
-    arguments = pipe.recipe.denoiser.arguments(torch.zeros(1, 4, 4, 6), torch.ones(1) / 2, given)
-    assert arguments["timestep"].item() == arguments["timestep_r"].item() == 500
+    denoiser = pipe.recipe.denoiser
+    arguments = denoiser.arguments(torch.zeros(1, *shape), torch.ones(1) / 4, given)
+    assert arguments["timestep"].item() == arguments[target].item() == denoiser.scale / 4
+    assert given[target].item() != denoiser.scale / 4
+    with torch.no_grad():
+        assert pipe.transformer(**arguments, return_dict=False)[0].isfinite().all()

@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, Flux3DistilledModularPipeline
 from support.command_line import run
 from support.families.folders import NATIVE, size_options
 from support.families.models import make_model
+from support.families.pipelines import make_pipeline
 
-from clear_dit import apply_clear, save_clear_weights
-from clear_dit.generation.models import INDEX
+from clear_dit import CLEARPipeline, apply_clear, save_clear_weights
+from clear_dit.generation.index import MODULAR_INDEX, index_file
 
 
 @pytest.fixture
@@ -38,8 +39,14 @@ def copy_of(family_folder, tmp_path):
 
 
 def change_index(folder, **changes):
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps(index | changes))
+    file = index_file(folder)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_part(folder, name, **changes):
+    """Where the index of a modular pipeline says that a part is."""
+    library, cls, where = json.loads((folder / MODULAR_INDEX).read_text())[name]
+    change_index(folder, **{name: [library, cls, where | changes]})
 
 
 def test_a_folder_that_is_no_pipeline(refused, tmp_path):
@@ -52,11 +59,20 @@ def test_a_transformer_alone(refused, family_folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("sd3", "text_encoder_3"), ("flux2", "text_encoder"), ("z-image", "vae")]
+    ("name", "part"),
+    [
+        ("sd3", "text_encoder_3"),
+        ("flux2", "text_encoder"),
+        ("z-image", "vae"),
+        ("flux3", "text_encoder"),
+        ("flux3", "tokenizer"),
+    ],
 )
 def test_a_part_that_is_missing(refused, copy_of, name, part):
     folder = copy_of(name)
     shutil.rmtree(folder / part)
+    if name == "flux3":  # else it would be where it was copied from
+        change_part(folder, part, pretrained_model_name_or_path=str(folder))
     line = refused(folder)
     assert f"{folder} has no {part} (" in line
     assert f"put it into the folder {part} there" in line
@@ -66,6 +82,39 @@ def test_a_pipeline_without_text_encoder(refused, copy_of):
     folder = copy_of("qwen-image")
     change_index(folder, text_encoder=[None, None])
     assert "has no text_encoder, without which a QwenImagePipeline cannot" in refused(folder)
+
+
+@pytest.mark.parametrize("where", [None, "/nowhere/at/all"])
+def test_a_modular_pipeline_without_text_encoder(refused, copy_of, where):
+    folder = copy_of("flux3")
+    shutil.rmtree(folder / "text_encoder")
+    change_part(folder, "text_encoder", pretrained_model_name_or_path=where)
+    line = refused(folder)
+    assert "has no text_encoder (Qwen3VLForConditionalGeneration), without which a Flux3Mod" in line
+
+
+def test_a_modular_pipeline_that_says_nothing_of_its_text_encoder(refused, copy_of):
+    folder = copy_of("flux3")
+    index = json.loads((folder / MODULAR_INDEX).read_text())
+    del index["text_encoder"]
+    (folder / MODULAR_INDEX).write_text(json.dumps(index))
+    assert "has no text_encoder, without which a Flux3ModularPipeline cannot" in refused(folder)
+
+
+def test_a_modular_pipeline_with_code_of_its_own(refused, copy_of):
+    folder = copy_of("flux3")
+    (folder / "blocks.py").write_text("raise SystemExit('it was run')")
+    config = {"auto_map": {"ModularPipelineBlocks": "blocks.Blocks"}}
+    (folder / "modular_config.json").write_text(json.dumps(config))
+    assert f"The repository for {folder} contains custom code" in refused(folder)
+
+
+def test_guidance_of_a_modular_pipeline_without_guider(refused, tmp_path):
+    pipe = make_pipeline("flux3", Flux3DistilledModularPipeline)
+    pipe.update_components(transformer=make_model("flux3", flow_map=True))
+    CLEARPipeline(pipe).save_pretrained(tmp_path / "model")
+    line = refused(tmp_path / "model", *size_options("flux3", 4, 6), "--guidance", 3)
+    assert "this pipeline has no guider, and takes no guidance of 3; use 1" in line
 
 
 def test_a_pipeline_that_is_not_supported(refused, copy_of):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from support.command_line import run
-from support.families.folders import GENERATED, NATIVE, size_options, token_pixels
+from support.families.folders import NATIVE, size_options, token_pixels
+from support.families.pipelines import PIPELINES
 from support.slow import few
 
 import clear_dit.pipelines.cascade.run as cascade_run
@@ -31,12 +32,13 @@ STOCK = {
     "hunyuan-image": {},
     "cogview4": {"guidance_scale": GUIDANCE},
     "krea2": {"guidance_scale": GUIDANCE},
+    "flux3": {},
     "qwen-image-2.1": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
     "longcat-image": {"guidance_scale": GUIDANCE, "negative_prompt": ""},
     "ernie-image": {"guidance_scale": GUIDANCE},
 }
 
-families = pytest.mark.parametrize("family", few(GENERATED, "sd3"))
+families = pytest.mark.parametrize("family", few(PIPELINES, "sd3"))
 
 
 @pytest.fixture
@@ -58,7 +60,10 @@ def pixels(path):
 @torch.no_grad()
 def stock_image(folder, family, rows, columns, seed):
     with quiet_libraries():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(plain(folder))
+        if family == "flux3":
+            pipe = stock_modular(folder)
+        else:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(plain(folder))
     pipe.set_progress_bar_config(disable=True)
     if family == "chroma":  # its mask hides nothing but as bools, see clear_dit/families/chroma.py
         pipe.transformer.register_forward_pre_hook(
@@ -68,18 +73,27 @@ def stock_image(folder, family, rows, columns, seed):
             ),
             with_kwargs=True,
         )
-    if family == "hunyuan-image":
+    if family in ("hunyuan-image", "flux3"):
         pipe.guider = pipe.guider.new(guidance_scale=GUIDANCE)
     side = token_pixels(family)
-    image = pipe(
+    made = pipe(
         prompt=PROMPT,
         height=rows * side,
         width=columns * side,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(seed),
         **STOCK[family],
-    ).images[0]
-    return np.array(image.convert("RGB")).astype(int)
+    ).images
+    return np.array(made[0].convert("RGB")).astype(int)
+
+
+def stock_modular(folder):
+    """That of the folder, without the block whose parts it does not have."""
+    blocks = diffusers.Flux3ModularPipeline().blocks
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipe = blocks.init_pipeline(str(folder))
+    pipe.load_components()
+    return pipe
 
 
 def plain(folder):

@@ -22,7 +22,7 @@ def pixels(path):
     [
         ("flux2", "sd3", "qwen-image"),
         pytest.param(("chroma", "z-image", "hunyuan-image", "cogview4"), marks=slow),
-        pytest.param(("flux", "krea2", "qwen-image-2.1"), marks=slow),
+        pytest.param(("flux", "krea2", "flux3", "qwen-image-2.1"), marks=slow),
     ],
 )
 def test_a_cascade_by_two_ranks(names, family_folder, tmp_path):

@@ -1,13 +1,13 @@
 """CLEARPipeline of a modular pipeline: FLUX.3, which has no other; see also `test_families.py`."""
 
 import logging
+import shutil
 
 import diffusers
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers.modular_pipelines import Flux3AutoBlocks
 from support.families.models import make_model
 from support.families.pipelines import make_pipeline
 from support.models import FAR
@@ -112,20 +112,36 @@ def test_bars_say_the_stage(capsys):
     assert "stage" not in capsys.readouterr().err
 
 
-def test_saved_and_loaded(tmp_path, monkeypatch):
+def test_saved_and_loaded(tmp_path):
+    """Without the block that was taken out: no part of it is saved."""
     pipe = clear(3)
     pipe.scheduler = FLUX3().scheduler  # which blocks make: it is not saved
     expected = one(pipe, 8, 8)
-    make().save_pretrained(str(tmp_path), overwrite_modular_index=True)
-    # What is saved does not say that a block was taken out.
-    with pytest.raises(ValueError, match="prompt_upsampler, prompt_upsampler_processor not loaded"):
-        CLEARPipeline.from_pretrained(tmp_path)
-    for each in ("block_classes", "block_names"):
-        monkeypatch.setattr(Flux3AutoBlocks, each, list(getattr(Flux3AutoBlocks, each))[1:])
-    again = CLEARPipeline.from_pretrained(tmp_path, native_size=NATIVE)
+    pipe.save_pretrained(tmp_path)
+    again = CLEARPipeline.from_pretrained(tmp_path)
+    assert again.native_size == NATIVE
+    assert "prompt_upsampler" not in again.components
     apply_clear(again, radius=3)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(one(again, 8, 8), expected)
+
+
+def test_parts_that_are_not_loaded(tmp_path):
+    pipe = clear(3)
+    pipe.save_pretrained(tmp_path)
+    given = CLEARPipeline.from_pretrained(tmp_path, text_encoder=pipe.text_encoder, vae=None)
+    assert given.text_encoder is pipe.text_encoder
+    assert given.vae is None
+    without = CLEARPipeline.from_pretrained(tmp_path, text_encoder=None)
+    with pytest.raises(ValueError, match=r"text_encoder not loaded, which blocks of Flux3Modular"):
+        one(without)
+
+
+def test_a_part_that_cannot_be_loaded(tmp_path):
+    make().save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    shutil.rmtree(tmp_path / "text_encoder")
+    with pytest.raises(ValueError, match="Unable to load text_encoder"):
+        CLEARPipeline.from_pretrained(tmp_path)
 
 
 def test_no_pipeline_at_all(tmp_path):

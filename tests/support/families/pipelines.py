@@ -188,10 +188,10 @@ def make_qwen_vl() -> transformers.Qwen2_5_VLForConditionalGeneration:
     return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def make_qwen3_vl() -> transformers.Qwen3VLForConditionalGeneration:
+def make_qwen3_vl(**changes: Any) -> transformers.Qwen3VLForConditionalGeneration:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
     config = transformers.Qwen3VLConfig(
-        text_config=LANGUAGE | {"rope_parameters": rope},
+        text_config=LANGUAGE | {"rope_parameters": rope} | changes,
         vision_config=VISION | {"out_hidden_size": TEXT_CHANNELS, "deepstack_visual_indexes": [0]},
     )
     return transformers.Qwen3VLForConditionalGeneration(config).eval()
