@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.slow import slow, slow_but
+from support.slow import slow
 
 from clear_dit import Window
 from clear_dit.bench.fake import build, defaults
@@ -50,7 +50,8 @@ def test_every_family_can_be_planned():
     assert planned == set(INPUTS)
 
 
-@pytest.mark.parametrize("name", slow_but(MODELS_AT_4096, "sd35-medium"))
+@slow
+@pytest.mark.parametrize("name", MODELS_AT_4096)
 def test_flops_are_the_windows(name):
     millions, layers, heads, head_dim, alone = MODELS_AT_4096[name]
     configuration = CONFIGURATIONS[name]

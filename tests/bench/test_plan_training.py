@@ -20,6 +20,7 @@ def test_the_command(capsys):
     assert len(json.loads(lines[-1])["rows"]) == 5
 
 
+@slow
 def test_the_demo_s_rows_are_its_parameters():
     result = plan_training("demo", 256, 256, 4, 2, False, 1)
     rows = {row["what"]: row for row in result["rows"]}

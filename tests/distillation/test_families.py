@@ -12,7 +12,7 @@ from support.distilling import make_options, make_run
 from support.families.models import FAMILIES
 from support.families.pipelines import PIPELINES
 from support.families.saved import save_pipeline
-from support.slow import few, slow
+from support.slow import few, slow, slow_but
 
 from clear_dit import apply_clear
 from clear_dit.distillation.sample import make_request, sample
@@ -179,7 +179,9 @@ def test_bfloat16_checkpointed_and_with_images(name, tmp_path):
 GUIDED = [(name, FAMILIES[name].guided) for name in NAMES if FAMILIES[name].guided]
 
 
-@pytest.mark.parametrize(("name", "config"), [*((name, {}) for name in NAMES), *GUIDED])
+@pytest.mark.parametrize(
+    ("name", "config"), slow_but([*((name, {}) for name in NAMES), *GUIDED], ("sd3", {}))
+)
 def test_a_step_of_the_stock_loop_from_what_was_recorded(name, config, tmp_path):
     side = save_pipeline(name, tmp_path / "model", **config)
     pipe = load_pipeline(str(tmp_path / "model"), torch.float32, torch.device("cpu"))

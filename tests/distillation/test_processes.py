@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support import distilling
 from support.processes import launch, start
-from support.slow import slow, slow_but
+from support.slow import slow
 
 from clear_dit.distillation.checkpoint import checkpoints
 from clear_dit.distillation.samples import SampleFolder, open_samples, read_index
@@ -116,7 +116,8 @@ def test_two_processes_share_the_samples(samples, tmp_path):
     assert [found[n].seed for n in range(10)] == list(range(10))
 
 
-@pytest.mark.parametrize("changes", slow_but([{}, {"far": True}, {"lora": 2}], {}))
+@slow
+@pytest.mark.parametrize("changes", [{}, {"far": True}, {"lora": 2}])
 def test_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(
     samples, tmp_path, changes
 ):

@@ -8,6 +8,7 @@ import torch
 from support.families.models import FAMILIES, make_inputs, make_model, run, sized
 from support.families.oracle import FAR, dense_attention, expected
 from support.families.pipelines import draw, make_pipeline
+from support.slow import few
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +21,7 @@ NAMES = [name for name, tiny in FAMILIES.items() if tiny.model_class.__name__ in
 MASKING = [name for name in NAMES if FAMILIES[name].masks_text]
 EDITING = [name for name in NAMES if FAMILIES[name].takes_references]
 GUIDED = [name for name in NAMES if FAMILIES[name].guided]
-families = pytest.mark.parametrize("name", NAMES)
+families = pytest.mark.parametrize("name", few(NAMES, "flux2", "sd3", "krea2"))
 with_and_without_far = pytest.mark.parametrize("far", [False, True])
 SHAPES = pytest.mark.parametrize(("rows", "columns"), [(5, 5), (4, 6), (7, 2)])
 
@@ -61,7 +62,7 @@ def test_guidance(name):
     check(name, 4, 6, config=FAMILIES[name].guided, guidance=True)
 
 
-@pytest.mark.parametrize("name", MASKING)
+@pytest.mark.parametrize("name", few(MASKING, "qwen-image", "z-image"))
 @SHAPES
 def test_prompts_of_two_lengths(name, rows, columns):
     check(name, rows, columns, batch=3, padded=True)

@@ -8,7 +8,7 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 from support.families.models import FAMILIES, make_inputs, make_model, run
 from support.families.oracle import FAR, dense_masks, expected, local_mask
-from support.slow import slow
+from support.slow import few, slow
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,7 @@ from clear_dit.kernels.cells import FAR_LEVELS
 from clear_dit.pipelines.parallel.patch_parallel import parallelize
 
 EDITING = [name for name, tiny in FAMILIES.items() if tiny.takes_references]
-families = pytest.mark.parametrize("name", EDITING)
+families = pytest.mark.parametrize("name", few(EDITING, "flux2", "qwen-image"))
 # Of unequal sizes; past a diagonal of the second radius 2 reaches nowhere near.
 TWO = ((3, 4), (6, 2))
 

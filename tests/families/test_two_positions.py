@@ -12,7 +12,7 @@ from clear_dit.weights.forward import changed_in_forwards
 from clear_dit.weights.state import ClearState
 
 NAMES = list(EMBEDDERS)
-families = pytest.mark.parametrize("name", few(NAMES))
+families = pytest.mark.parametrize("name", few(NAMES, "flux2", "krea2"))
 ROWS, COLUMNS, RADIUS = 5, 7, 2
 # Of the angles of the further positions, the least scaled first.
 FACTORS = {"one": (0.3,), "three": (0.7, 0.5, 0.3)}

@@ -20,7 +20,8 @@ def pixels(path):
 @pytest.mark.parametrize(
     "names",
     [
-        ("flux2", "sd3", "qwen-image"),
+        ("sd3",),
+        pytest.param(("flux2", "qwen-image"), marks=slow),
         pytest.param(("chroma", "z-image", "hunyuan-image", "cogview4"), marks=slow),
         pytest.param(("flux", "krea2", "flux3", "qwen-image-2.1"), marks=slow),
     ],

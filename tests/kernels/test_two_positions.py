@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.oracle import relative_error
 from support.oracle import two_positions_by_definition as definition
+from support.slow import slow_but
 
 from clear_dit.kernels import two_positions
 from clear_dit.kernels.attention import local_attention
@@ -59,7 +60,7 @@ def attend(rotated, value, window, **options):
 @pytest.mark.parametrize("window", WINDOWS, ids=IDS)
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("between", [0, 1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.float32))
 def test_each_pair_is_scored_by_its_own_positions(window, impl, between, dtype):
     rotated, value, learned = inputs(window, dtype, between)
     out = attend(rotated, value, window, scale=0.3, impl=impl, **learned)
