@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from .errors import RequestError
 
-# The demo pipelines, and weights distilled for them.
+# The demo pipelines, and weights distilled for the first.
 ASSETS = Path(__file__).parent / "assets"
 
 # Files being written have names that begin so; a killed process leaves one.

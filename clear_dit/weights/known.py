@@ -7,8 +7,8 @@ from .load import published_name
 
 AUTO = "auto"
 
-# Of the demos; in each, a folder for a setting, "r4", "r4-down4" or "r4-far": weights and a card.
-DEMO_ADAPTERS = {"demo": ASSETS / "demo-adapters", "demo-sd3": ASSETS / "demo-sd3-adapters"}
+# A folder for each setting of the demo, "r4", "r4-down4" or "r4-far": the weights and their card.
+DEMO_ADAPTERS = ASSETS / "demo-adapters"
 
 # https://huggingface.co/Huage001/CLEAR, by the method's authors. FLUX.1-schnell takes those of
 # FLUX.1-dev (arXiv 2412.16112, "zero-shot").
@@ -27,19 +27,19 @@ def known_weights(model: str, radius: int, down_factor: int, far: bool | None = 
     """The weights made for a model and a setting, as `apply_clear` takes them.
 
     Args:
-        model: "demo", "demo-sd3", a folder or a hub repository.
+        model: "demo", a folder or a hub repository.
         radius, down_factor: of the window, in tokens.
         far: only those made for far keys, or only those made without; None takes what there is,
             those for far keys first.
 
     Returns:
-        A file of this package for a demo, the authors' hub repository for FLUX.1-dev and
+        A file of this package for the demo, the authors' hub repository for FLUX.1-dev and
         FLUX.1-schnell; None where there are none.
     """
-    if model in DEMO_ADAPTERS:
+    if model == "demo":
         for made_for_far in (True, False) if far is None else (far,):
             setting = (radius, down_factor, made_for_far)
-            file = DEMO_ADAPTERS[model] / adapter_folder(*setting) / published_name(*setting)
+            file = DEMO_ADAPTERS / adapter_folder(*setting) / published_name(*setting)
             if file.is_file():
                 return str(file)
     elif model in PUBLISHED_MODELS and (radius, down_factor) in PUBLISHED_SETTINGS and not far:

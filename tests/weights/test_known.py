@@ -32,8 +32,8 @@ def ship(folder, far):
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
     """A folder of adapters with one for radius 2, made for local attention."""
-    monkeypatch.setitem(known.DEMO_ADAPTERS, "demo", tmp_path / "adapters")
-    return ship(tmp_path / "adapters", far=False)
+    monkeypatch.setattr(known, "DEMO_ADAPTERS", tmp_path / "adapters")
+    return ship(known.DEMO_ADAPTERS, far=False)
 
 
 def test_known_weights(shipped):
@@ -53,7 +53,7 @@ def test_known_weights(shipped):
 def test_weights_made_for_far_keys_come_first(shipped):
     assert known_weights("demo", 2, 1, far=True) is None
     assert known_weights("demo", 2, 1, far=False) == str(shipped)
-    made_for_far = ship(known.DEMO_ADAPTERS["demo"], far=True)
+    made_for_far = ship(known.DEMO_ADAPTERS, far=True)
     assert (made_for_far.parent.name, made_for_far.name) == ("r2-far", "clear_far_2.safetensors")
     assert known_weights("demo", 2, 1) == str(made_for_far)
     assert known_weights("demo", 2, 1, far=True) == str(made_for_far)
