@@ -349,8 +349,11 @@ def test_what_a_process_prints_is_what_it_found(monkeypatch, capsys):
     monkeypatch.setattr(
         trust, "look_at", lambda asked, entry: trust.Finding(asked, entry, {"output": 0.5}, "no", 1)
     )
+    alarms = []
+    monkeypatch.setattr(trust.signal, "alarm", alarms.append)  # it would end the tests' process
     trust.main(json.dumps(["cpu", "float16", 16, "forward", 1, "gluon"]))
     assert json.loads(capsys.readouterr().out) == {"errors": {"output": 0.5}, "wrong": "no"}
+    assert alarms == [int(trust.SECONDS) + 1]
 
 
 def test_only_kernels_with_barriers_of_their_own_may_hang(monkeypatch):
