@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from support.families.folders import NATIVE, token_pixels
 from support.families.pipelines import PIPELINES
-from support.slow import few
+from support.slow import slow
 
 from clear_dit.app.actions import Actions
 from clear_dit.app.jobs import Jobs
@@ -22,7 +22,8 @@ from clear_dit.generation.checks import find_window
 from clear_dit.generation.denoising import passes, text_length
 from clear_dit.generation.models import find_model
 
-families = pytest.mark.parametrize("family", few(PIPELINES, "sd3"))
+pytestmark = slow
+families = pytest.mark.parametrize("family", PIPELINES)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from support.slow import slow_but
+from support.slow import slow, slow_but
 
 from clear_dit.app.jobs import Jobs
 from clear_dit.app.request import Entry, make_requests
@@ -132,6 +132,7 @@ def test_places_progress_and_cancel(jobs):
     assert not jobs.cancel(three, second), "it has ended"
 
 
+@slow
 def test_both_attentions_are_one_job(jobs):
     (one,) = visitors(1)
     jobs._runner.go.set()
@@ -162,6 +163,7 @@ def test_stopping_ends_all_jobs(jobs):
         submit(jobs, one)
 
 
+@slow
 def test_a_request_the_pipeline_refuses_is_not_queued(jobs):
     (one,) = visitors(1)
     entry = Entry("a house", 256, 256, "clear", 8, 1, None, 3, 2.0, 0, "demo")

@@ -52,6 +52,7 @@ def wait_for(jobs, visitor, name):
     return found
 
 
+@slow
 @pytest.mark.parametrize("each", [1, pytest.param(6, marks=slow)])
 def test_everybody_gets_their_own_images(jobs, runner, tmp_path, each):
     store, settings = jobs._store, jobs._settings

@@ -10,7 +10,7 @@ from support.command_line import run
 from support.families.folders import NATIVE, size_options, token_pixels
 from support.families.models import FAMILIES, make_model
 from support.families.pipelines import PIPELINES
-from support.slow import few
+from support.slow import few, slow
 
 from clear_dit import Window, apply_clear
 from clear_dit.bench.configurations import find_configuration
@@ -37,6 +37,7 @@ def test_a_step_with_values(name):
         assert relative_error(output_of(model, inputs), full) > TOLERANCE[torch.float32]
 
 
+@slow
 @pytest.mark.parametrize("name", few(FAMILIES, "krea2"))
 def test_two_counts_tell_those_of_any_size(name):
     config = config_of(make_model(name))
@@ -48,6 +49,7 @@ def test_two_counts_tell_those_of_any_size(name):
         assert flops.local(window) == pytest.approx(local, rel=1e-9)
 
 
+@slow
 @pytest.mark.parametrize("name", few(PIPELINES, "qwen-image"))
 def test_a_folder_is_planned(name, family_folder, capsys):
     folder, side = family_folder(name), token_pixels(name)

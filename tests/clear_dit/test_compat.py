@@ -58,6 +58,7 @@ def test_version_is_pyproject_s():
     assert {name: bounds[name] for name in compat.MINIMUM} == compat.MINIMUM
 
 
+@slow
 def test_import_is_light_and_needs_no_network():
     code = """
 import socket, sys

@@ -5,6 +5,7 @@ import pytest
 import torch
 import typer
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, StableDiffusion3Pipeline
+from support.slow import slow
 from transformers import CLIPTextModel, T5EncoderModel
 
 from clear_dit.demo import sd3, train_sd3
@@ -60,6 +61,7 @@ def test_encoders_say_what_the_first_demo_s_say(encoders):
     assert real.sum(1).tolist() == [sd3.CLIP_LENGTH + 16, sd3.CLIP_LENGTH + 1]
 
 
+@slow
 def test_encoders_do_as_the_stock_pipeline_does(encoders, trained):
     pipe = StableDiffusion3Pipeline.from_pretrained(trained / "demo")
     words, _, pooled, _ = pipe.encode_prompt(
@@ -70,6 +72,7 @@ def test_encoders_do_as_the_stock_pipeline_does(encoders, trained):
     torch.testing.assert_close(pooled, expected[0], rtol=0, atol=1e-5)
 
 
+@slow
 def test_stages_make_a_stock_pipeline(trained):
     pipe = DiffusionPipeline.from_pretrained(trained / "demo")
     assert isinstance(pipe, StableDiffusion3Pipeline)

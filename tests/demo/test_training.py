@@ -50,6 +50,7 @@ def test_all_stages_make_a_stock_pipeline(trained):
     assert image.size == (96, 64)
 
 
+@slow
 def test_export_is_clean(trained):
     files = [path for path in (trained / "demo").rglob("*") if path.is_file()]
     assert {"README.md", "loss.png", "model_index.json"} <= {path.name for path in files}

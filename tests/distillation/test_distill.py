@@ -40,6 +40,7 @@ RESUMED = {
 }
 
 
+@slow
 @pytest.mark.parametrize("name", slow_but(RESUMED, "prodigy-bf16"))
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path, monkeypatch, name):
     changes = RESUMED[name]

@@ -136,6 +136,7 @@ def test_gradients_of_two_processes_are_those_of_one_with_twice_the_batch(
             assert (gradients[name] - gradient).abs().max() <= 1e-4 * scale + 1e-9, name
 
 
+@slow
 def test_two_processes_train_and_save_once(samples, tmp_path):
     out = tmp_path / "out"
     run_ranks(distilling.child_distill, (samples, out, {"train_batch_size": 1}))

@@ -184,6 +184,7 @@ def test_another_model_of_the_same_name_is_generated_again(tmp_path, evaluate, c
     assert last_generated(capsys) == 2
 
 
+@slow
 @pytest.mark.parametrize(("room", "times"), [(4096, 1), (0, 2)])
 def test_text_is_encoded_once(tmp_path, evaluate, monkeypatch, room, times):
     encoded, real = [], FluxPipeline.encode_prompt
@@ -213,6 +214,7 @@ def test_prompts_from_a_file(tmp_path, evaluate):
     assert "Infinity" not in (tmp_path / "out" / "report.json").read_text()
 
 
+@slow
 def test_a_lora_is_weights_too(tmp_path, evaluate, lora):
     arguments = ("--weights", lora, "--radius", 2, "--metrics", "psnr,output_mse")
     assert evaluate(tmp_path, *arguments, count=1) == 0

@@ -17,13 +17,13 @@ def pixels(path):
         return np.asarray(image.convert("RGB")).astype(int)
 
 
+@slow
 @pytest.mark.parametrize(
     "names",
     [
-        ("sd3",),
-        pytest.param(("flux2", "qwen-image"), marks=slow),
-        pytest.param(("chroma", "z-image", "hunyuan-image", "cogview4"), marks=slow),
-        pytest.param(("flux", "krea2", "flux3", "qwen-image-2.1"), marks=slow),
+        ("flux2", "sd3", "qwen-image"),
+        ("chroma", "z-image", "hunyuan-image", "cogview4"),
+        ("flux", "krea2", "flux3", "qwen-image-2.1"),
     ],
 )
 def test_a_cascade_by_two_ranks(names, family_folder, tmp_path):

@@ -10,6 +10,7 @@ from support.compiled import needs_compiler, switch_off
 from support.live_memory import LiveMemory
 from support.operators import check_operator
 from support.oracle import attention_by_definition, relative_error, repeated
+from support.slow import slow
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,6 +117,7 @@ def memory_beside(run, window):
     return memory.peak - known, query.nbytes
 
 
+@slow
 @pytest.mark.parametrize("impl", [pytest.param("tiled", marks=needs_compiler), OPERATORS])
 @pytest.mark.parametrize("window", [BIG, replace(BIG, far_levels=3)], ids=["disc", "far"])
 def test_keys_are_not_repeated_in_memory(impl, window, monkeypatch):
@@ -133,6 +135,7 @@ def test_nor_are_they_before_the_operator():
     assert beside < repeated_keys / 2
 
 
+@slow
 def test_gradients_of_keys_are_not_repeated_in_memory():
     def run(query, *others):
         lse = query.new_zeros(query.shape[:-1])

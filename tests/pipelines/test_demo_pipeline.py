@@ -36,6 +36,7 @@ def generate(pipe, height, width, prompt=PROMPT, **options):
     ).images
 
 
+@slow
 def test_stock_pipeline_past_the_diagonal_is_full_attention(pipe):
     full = [generate(pipe, *size) for size in SIZES]
     stock = pipe.transformer.attn_processors

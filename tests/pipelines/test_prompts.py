@@ -9,7 +9,7 @@ from conftest import make_components
 from diffusers import FluxPipeline
 from support.families.models import TEXT_CHANNELS
 from support.ip_adapter import load_ip_adapters
-from support.slow import slow_but
+from support.slow import slow, slow_but
 
 from clear_dit import CLEARFluxPipeline, apply_clear
 
@@ -138,6 +138,7 @@ def any_call(seed):
     return options
 
 
+@slow
 @pytest.mark.parametrize("part", slow_but(range(8), 0))
 def test_any_call_that_stock_takes(pipes, part):
     taken = 0

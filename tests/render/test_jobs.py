@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.slow import slow
 
 from clear_dit.errors import RequestError
 from clear_dit.render.identity import model_digest
@@ -254,6 +255,7 @@ def test_many_errors_are_counted(tmp_path):
     assert text.endswith("and 30 more")
 
 
+@slow
 def test_ten_thousand_lines_are_read_and_bounded(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", *({"prompt": "a house", "seed": n} for n in range(10_000)))
     start = time.process_time()

@@ -9,6 +9,7 @@ import torch
 from support.compiled import needs_compiler
 from support.oracle import relative_error
 from support.pooling import exact, problem
+from support.slow import slow
 
 from clear_dit.kernels import choice
 from clear_dit.kernels.attention import local_attention
@@ -113,6 +114,7 @@ MUTANTS = {
 }
 
 
+@slow
 @pytest.mark.parametrize("fault", [None, *MUTANTS])
 def test_a_fault_is_noticed(fault, tmp_path, monkeypatch):
     source = Path(pool.__file__).with_suffix(".cpp")

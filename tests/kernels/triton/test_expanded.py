@@ -6,7 +6,7 @@ The interpreter would read them all the same, so here descriptors are made by TM
 import pytest
 import torch
 from support.oracle import attention_by_definition, relative_error
-from support.slow import slow_but
+from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.window import Window
@@ -68,6 +68,7 @@ CASES = {
 }
 
 
+@slow
 @pytest.mark.parametrize(
     "name", slow_but(CASES, "a gradient of one vector", "the gradient of a sum")
 )

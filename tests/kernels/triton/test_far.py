@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from support.agreement import HALVES, check, inputs, problem
-from support.slow import slow_but
+from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.cells import cell_count
@@ -58,6 +58,7 @@ def test_float32_is_the_definition(name):
     check(run(CASES[name]), case, torch.float32)
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     slow_but(
@@ -73,6 +74,7 @@ def test_half_precision_is_the_definition(name, dtype):
     check(run(CASES[name]), case, dtype)
 
 
+@slow
 @pytest.mark.parametrize("text", slow_but((0, 5), 0))
 def test_grouped_heads_are_the_definition(text):
     """With an offset for every query head."""

@@ -322,8 +322,6 @@ MUTANTS = {
 QUICK = (
     "disc with its rim",
     "last split of the text queries dropped",
-    "groups: image queries read the key heads in turns",
-    "gradients groups: heads of other keys",
     "pooling: what tokens of a cell weigh is not passed on",
     "replay: lists that a graph reads are freed",
 )

@@ -205,6 +205,7 @@ def test_half_precision_is_as_close_as_stock(size, dtype):
         assert mine <= 1.01 * theirs, name  # stock rounds at least as often
 
 
+@slow
 @pytest.mark.parametrize(
     ("layout", "text"),
     slow_but(

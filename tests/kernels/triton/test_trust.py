@@ -49,6 +49,7 @@ def kernel(name, dtype=torch.float16, device=CPU, group=1):
     return Kernel(device, dtype, 16, name, group)
 
 
+@slow
 @pytest.mark.parametrize(
     "dtype", slow_but([torch.float16, torch.bfloat16], torch.bfloat16), ids=str
 )

@@ -5,9 +5,10 @@ import torch
 from support import far_ranks
 from support.far_ranks import CASES
 from support.processes import launch
-from support.slow import slow_but
+from support.slow import slow, slow_but
 
 
+@slow
 @pytest.mark.parametrize("world", slow_but((1, 2, 3, 5), 3))
 def test_ranks_attend_as_one_process_does(world, tmp_path):
     children = launch(far_ranks.attend_all, world, tmp_path)
