@@ -88,6 +88,7 @@ def visitors(count):
     return [visitor_of(new_secret()) for _ in range(count)]
 
 
+@slow
 @pytest.mark.parametrize(
     ("prompt", "words"),
     slow_but(

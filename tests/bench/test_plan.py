@@ -55,6 +55,7 @@ def check_flux_dev(result, side, radius):
     assert (result["layers"], result["heads"], result["head_dim"]) == (57, 24, 128)
 
 
+@slow
 @pytest.mark.parametrize(("side", "radius"), slow_but(FLUX_DEV, (2048, 16)))
 def test_flux_dev_is_the_papers_table_and_the_bound(side, radius):
     window = Window(side // 16, side // 16, 512, radius)
@@ -138,6 +139,7 @@ def test_8192_pixels_within_40_gb_in_bfloat16(flux):
     assert row["total_gib"] < 40e9 / 2**30  # GB, not GiB
 
 
+@slow
 @pytest.mark.parametrize(
     "setting",
     [
@@ -221,6 +223,7 @@ def test_schnell_has_shorter_texts(capsys):
     assert result["rows"][1]["attention_gflop_per_layer"] == gflop
 
 
+@slow
 def test_text_length(capsys):
     result = plan(capsys, "--model", "demo", "--height", 512, "--text-length", 9)
     assert result["text_length"] == 9

@@ -8,6 +8,7 @@ import png
 import pytest
 from PIL import Image
 from support.command_line import run
+from support.slow import slow
 
 import clear_dit.pipelines.cascade.run as cascade_run
 from clear_dit.generation.image_output import read_settings
@@ -76,6 +77,7 @@ def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(tmp_path):
     assert difference("other", "wide") > 10
 
 
+@slow
 @pytest.mark.parametrize("options", [("--impl", "reference"), ("--impl", "tiled")])
 def test_generate_in_bfloat16_and_pooled(tmp_path, capsys, options):
     out = tmp_path / "image.png"
@@ -358,6 +360,7 @@ def test_bench_growth_says_what_is_wrong(monkeypatch, capsys):
     assert re.match(r"WRONG results, errors at 128 px: text rows 1.*; 256 px: text rows 1", out)
 
 
+@slow
 @pytest.mark.parametrize("far", [(), ("--far",)])
 def test_bench_denoise(capsys, far):
     arguments = ("--height", 256, "--width", 256, "--radius", 3, "--repeats", 1, "--json")

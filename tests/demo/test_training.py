@@ -95,6 +95,7 @@ def test_finished_stages_are_not_repeated(trained):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@slow
 def test_probe_and_score(trained, tmp_path):
     probe = train_probe(TINY.image_sets(trained / "work")[0], epochs=1)
     save_probe(probe, tmp_path / "probe.safetensors")

@@ -43,6 +43,7 @@ def finished(tmp_path_factory, evaluate, weights):
     return out
 
 
+@slow
 def test_rows_are_teacher_untuned_and_distilled(finished, weights):
     report = report_of(finished)
     rows = [(row["kind"], row["radius"], row["down_factor"]) for row in report["rows"]]

@@ -5,6 +5,7 @@ import threading
 import diffusers.utils.logging
 import pytest
 import transformers.utils.logging
+from support.slow import slow
 from support.threads import PATIENCE, Middle, pixels_of
 
 from clear_dit.generation import runner as runner_module
@@ -38,6 +39,7 @@ def generate(runner, folder, kind, **options):
     return pixels_of(folder / "a.png")
 
 
+@slow
 @pytest.mark.parametrize(
     ("first", "second"), [("local", "full"), ("full", "local"), ("far", "large"), ("large", "far")]
 )
@@ -69,6 +71,7 @@ def test_one_stops_and_the_other_does_not(runner, expected, tmp_path):
     assert middle.run(stopped, lambda: generate(runner, tmp_path, "local"))[1] == expected["local"]
 
 
+@slow
 @pytest.mark.parametrize("name", ["apply_clear", "remove_clear"])
 @pytest.mark.parametrize("done", [True, False])
 def test_after_an_interrupted_switch(monkeypatch, runner, expected, tmp_path, name, done):

@@ -120,6 +120,7 @@ def check_flex_mask(case, dtype):
     check(run, case, dtype, gradients=False)
 
 
+@slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     "case",

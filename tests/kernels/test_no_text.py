@@ -9,7 +9,7 @@ from support.agreement import check, inputs, problem
 from support.compiled import switch_off
 from support.operators import check_operator
 from support.oracle import attention_by_definition, relative_error
-from support.slow import slow_but
+from support.slow import slow, slow_but
 from support.triton_mode import interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +69,7 @@ def test_triton_is_the_definition(run, name):
     check(run("triton", WINDOWS[name]), case, torch.float16)
 
 
+@slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", WINDOWS)
 def test_flex_is_the_definition(name):

@@ -24,7 +24,7 @@ FAR = 1000
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-@pytest.fixture(params=few(NAMES, "flux2", "sd3", "qwen-image-2.1"))
+@pytest.fixture(params=few(NAMES, "sd3", "qwen-image-2.1"))
 def name(request):
     return request.param
 

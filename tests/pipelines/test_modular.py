@@ -11,6 +11,7 @@ import torch
 from support.families.models import make_model
 from support.families.pipelines import make_pipeline
 from support.models import FAR
+from support.slow import slow
 
 from clear_dit import CLEARPipeline, apply_clear
 from clear_dit.families.flux3 import FAMILY
@@ -41,6 +42,7 @@ def reference():
     return PIL.Image.fromarray(pixels.byte().numpy())
 
 
+@slow
 @pytest.mark.parametrize("cls", [FLUX3, DISTILLED])
 def test_of_few_steps_and_with_reference_images(cls):
     pipe = clear(FAR, cls)

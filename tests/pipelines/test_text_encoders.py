@@ -8,6 +8,7 @@ import torch
 from conftest import make_components
 from diffusers import FluxPipeline
 from peft import LoraConfig
+from support.slow import slow
 from support.threads import Middle
 
 from clear_dit import CLEARFluxPipeline
@@ -72,6 +73,7 @@ def test_tokenizers_pad_and_cut_as_each_thread_asked(monkeypatch, name, prompt, 
         assert_equal(texts, right)
 
 
+@slow
 @pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
 @pytest.mark.parametrize("scales", [(0.5, None), (None, 0.5), (0.0, 2.0)])
 def test_loras_act_as_strongly_as_each_thread_asked(encoder, scales):

@@ -11,6 +11,7 @@ from conftest import make_components, make_inputs
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 from support.families.models import run
+from support.slow import slow
 
 from clear_dit import (
     CLEARFluxPipeline,
@@ -61,6 +62,7 @@ INNER = {
 }
 
 
+@slow
 @pytest.mark.parametrize(
     ("inner", "with_weights"), [*((name, True) for name in INNER), ("a forward", False)]
 )

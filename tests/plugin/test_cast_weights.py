@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support.autoencoders import make_autoencoder
 from support.families.models import FAMILIES, make_inputs, make_model, run
 from support.models import FAR, assert_same, draw
-from support.slow import few
+from support.slow import few, slow
 
 from clear_dit import (
     CLEARFluxPipeline,
@@ -94,6 +94,7 @@ def test_layerwise_casting(name, first):
 @pytest.mark.parametrize("first", ["load", "cast"])
 @pytest.mark.parametrize("settings", POOLED, ids=str)
 # CogView4's norms have no weights; FLUX.2's layers no to_q.
+@slow
 @pytest.mark.parametrize("name", ["flux", "flux2", "cogview4"])
 def test_layerwise_casting_and_weights(name, settings, first, weights):
     model, stock, expected = make_model(name), make_model(name), tuned(name, settings)

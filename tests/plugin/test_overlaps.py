@@ -80,6 +80,7 @@ CHANGES = {
 }
 
 
+@slow
 @pytest.mark.parametrize("change", ["load", "remove", "apply again"])
 @pytest.mark.parametrize("place", ["transformer_blocks.0.attn", "single_transformer_blocks.1"])
 def test_a_change_in_the_middle_of_a_forward(weights, change, place):
@@ -325,6 +326,7 @@ def test_the_end_of_a_call_in_the_middle_of_another_with_a_cache():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@slow
 @pytest.mark.parametrize("kind", ["own weights", "CLEAR weights", "a fused LoRA", "kept stages"])
 def test_a_call_that_begins_in_the_middle_of_the_first_stage_of_another(weights, kind, tmp_path):
     """Which for its forwards has other processors, or weights."""
@@ -342,6 +344,7 @@ def test_a_call_that_begins_in_the_middle_of_the_first_stage_of_another(weights,
         torch.testing.assert_close(image, right, rtol=0, atol=1e-5)
 
 
+@slow
 @pytest.mark.parametrize("act", ["ask", "load", "save"])
 def test_weights_in_the_middle_of_a_stage_with_the_original_ones(weights, act, tmp_path):
     """They are loaded and saved after it, and a LoRA stays."""

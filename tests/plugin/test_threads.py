@@ -64,6 +64,7 @@ def state_of(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
+@slow
 @pytest.mark.parametrize("count", [2, pytest.param(9, marks=slow)])
 @pytest.mark.parametrize("kind", ["two", "one scheduler", "one pipeline"])
 def test_cascades_at_once(weights, kind, count):

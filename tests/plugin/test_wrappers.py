@@ -71,6 +71,7 @@ def test_a_model_in_fsdp(tmp_path):
         distributed.destroy_process_group()
 
 
+@slow
 @pytest.mark.parametrize("name", few(FAMILIES))
 def test_blocks_compiled_one_by_one(name):
     plain, model, given = make_model(name), make_model(name), make_inputs(name, 4, 6)

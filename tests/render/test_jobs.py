@@ -294,6 +294,7 @@ def fuzzed(tmp_path_factory):
     return folder, JobReader(FLAGS | {"weights": "none"}, folder)
 
 
+@slow
 @settings(
     max_examples=1000,
     deadline=None,

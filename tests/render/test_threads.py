@@ -43,6 +43,7 @@ def images(folder):
     return {path.name: pixels_of(path) for path in folder.glob("[!.]*.png")}
 
 
+@slow
 @pytest.mark.parametrize("count", [6, pytest.param(60, marks=slow)])
 def test_two_processes_make_the_images_of_one(fork, runner, make_jobs, tmp_path, count):
     jobs = make_jobs(count)

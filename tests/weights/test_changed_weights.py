@@ -12,6 +12,7 @@ from conftest import make_components
 from diffusers import FluxPipeline
 from peft import LoraConfig
 from support.models import run
+from support.slow import slow
 
 from clear_dit import CLEARFluxPipeline, apply_clear, load_clear_weights, remove_clear
 from clear_dit.pipelines.cascade.stage_attention import can_run_full, full_attention
@@ -139,6 +140,7 @@ def test_a_lora_that_comes_after_a_stage_of_full_attention(pipes):
     close(pipe.transformer, stock.transformer)
 
 
+@slow
 @pytest.mark.parametrize("lora", LORAS)
 def test_other_weights_get_them_too(pipes, tiny_pipeline, clear_file, lora):
     pipe, stock = pipes

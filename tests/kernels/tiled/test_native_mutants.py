@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from support.agreement import FAR
 from support.compiled import needs_compiler
 from support.oracle import relative_error, repeated
-from support.slow import slow_but
+from support.slow import slow, slow_but
 
 from clear_dit.kernels.opaque import Geometry
 from clear_dit.kernels.tiled.native import build, forward
@@ -151,6 +151,7 @@ def compile_mutant(tmp_path, monkeypatch):
     return compile_
 
 
+@slow
 def test_the_battery_passes_without_a_fault(compile_mutant, monkeypatch):
     assert battery(compile_mutant(), monkeypatch) < EXACT
 

@@ -129,6 +129,7 @@ def test_gradients_are_those_of_the_definition(name):
     check(window, **shape)
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     slow_but(
@@ -183,6 +184,7 @@ def test_strides_that_no_descriptor_takes():
     check(Window(5, 9, 2, 3), config, head_dim=18)
 
 
+@slow
 @pytest.mark.parametrize("programs", [1, 5, 1000])
 def test_any_number_of_splits(programs):
     check(Window(4, 40, 40, 3), programs=programs, pooled=35)

@@ -119,6 +119,7 @@ def every_forward_config():
     return [*entries, tables.ForwardConfig(Tiling(4, 16, 16, 2), 32, 4, 2)]
 
 
+@slow
 @pytest.mark.parametrize(
     "config",
     slow_but(every_forward_config(), *tables.FORWARD["sm_90"], *tables.WIDE_FORWARD),
@@ -168,6 +169,7 @@ SCALED = {
 }
 
 
+@slow
 @pytest.mark.usefixtures("hopper_tiles")
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 @pytest.mark.parametrize("name", slow_but(SCALED, "pooled"))

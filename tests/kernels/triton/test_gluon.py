@@ -276,6 +276,7 @@ QUICK_FAULTS = (
 )
 
 
+@slow
 @pytest.mark.parametrize("name", slow_but(FAULTS, *QUICK_FAULTS))
 def test_fault_is_noticed(name, monkeypatch):
     assert is_noticed(monkeypatch, faults=(FAULTS[name],))

@@ -191,6 +191,7 @@ SIZES = [
 ]
 
 
+@slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_forward_and_gradients_are_as_close_as_stock(size):
     for name, (mine, theirs) in errors(*arguments(**size)).items():

@@ -11,7 +11,7 @@ from support.slow import few, slow_but
 WORLDS = slow_but((2, 3), 3)  # ranks; 3 have bands of 2, 2 and 3 rows
 
 
-@pytest.mark.parametrize("name", few(FAMILIES))
+@pytest.mark.parametrize("name", few(FAMILIES, "krea2"))
 @pytest.mark.parametrize("world", WORLDS)
 def test_ranks_predict_what_one_process_predicts(world, name, tmp_path):
     ranks = launch(family_ranks.predict_all, world, tmp_path, name)
@@ -26,7 +26,7 @@ def test_ranks_predict_what_one_process_predicts(world, name, tmp_path):
             assert error <= 1e-5, (what, error)
 
 
-@pytest.mark.parametrize("name", few(FAMILIES))
+@pytest.mark.parametrize("name", few(FAMILIES, "krea2"))
 def test_cases_matter(name):
     """Otherwise the comparison above would say little."""
     found = [predict(name, **case) for case in cases(name).values()]

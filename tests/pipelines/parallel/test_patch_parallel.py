@@ -51,6 +51,7 @@ def difference(value, expected):
     return float((value - expected).abs().max() / expected.abs().max())
 
 
+@slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_ranks_generate_what_one_process_generates(world, shared, alone):
     latents, _ = shared(world)

@@ -22,6 +22,7 @@ PLACE = {
 }
 
 
+@slow
 @pytest.mark.parametrize(
     ("how", "who", "own_status", "reason"),
     [
