@@ -23,9 +23,6 @@ from .joint import JointProcessor, Stream, Turn, image_tables
 from .recipe import Defaults, Denoiser, Latents, Recipe
 
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
-(_calculate_shift,) = names_from(
-    "diffusers.pipelines.cogview4.pipeline_cogview4", "calculate_shift"
-)
 (CogView4RotaryPosEmbed,) = names_from(
     "diffusers.models.transformers.transformer_cogview4", "CogView4RotaryPosEmbed"
 )
@@ -107,9 +104,11 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
 
 def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
     """`Recipe.mu`: the shift itself, its scheduler being "linear"."""
+    module = "diffusers.pipelines.cogview4.pipeline_cogview4"
+    (calculate_shift,) = names_from(module, "calculate_shift")
     config = pipe.scheduler.config
     return float(
-        _calculate_shift(
+        calculate_shift(
             tokens,
             config.get("base_image_seq_len", 256),
             config.get("base_shift", 0.25),

@@ -23,9 +23,6 @@ from .joint import JointProcessor, Stream
 from .recipe import Defaults, Latents, Recipe
 
 (Flux2PosEmbed,) = names_from("diffusers.models.transformers.transformer_flux2", "Flux2PosEmbed")
-(_compute_empirical_mu,) = names_from(
-    "diffusers.pipelines.flux2.pipeline_flux2", "compute_empirical_mu"
-)
 
 
 class Flux2Processor(JointProcessor):
@@ -110,7 +107,9 @@ def _read(model: Any, given: Mapping[str, Any], grid: tuple[int, int] | None) ->
 
 def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
     """`Recipe.mu`."""
-    return float(_compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
+    module = "diffusers.pipelines.flux2.pipeline_flux2"
+    (compute_empirical_mu,) = names_from(module, "compute_empirical_mu")
+    return float(compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
 
 
 def _defaults(config: Mapping[str, Any], index: Mapping[str, Any]) -> Defaults | None:

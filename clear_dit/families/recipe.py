@@ -10,8 +10,6 @@ import torch
 
 from ..compat import names_from
 
-(calculate_shift,) = names_from("diffusers.pipelines.flux.pipeline_flux", "calculate_shift")
-
 
 @dataclass(frozen=True)
 class Latents:
@@ -180,6 +178,8 @@ def log_shift(pipe: Any, tokens: int, steps: int) -> float:
 
 def linear_shift(config: Mapping[str, Any], tokens: int) -> float:
     """log(shift) as FLUX.1's pipeline has it, by a scheduler's configuration."""
+    # Pipelines are imported when they are needed: it takes seconds, and they print warnings.
+    (calculate_shift,) = names_from("diffusers.pipelines.flux.pipeline_flux", "calculate_shift")
     mu: float = calculate_shift(
         tokens,
         config.get("base_image_seq_len", 256),
