@@ -36,7 +36,7 @@ class Extension:
             over the trained extent stay, slow ones are divided by the factor, those between are
             blended. YaRN's attention temperature is left to `proportional_base`.
         "interpolation": all frequencies divided by the factor (arXiv 2306.15595): the grid keeps
-            the trained extent. A table that was learned is resampled.
+            the trained extent. A stored table is resampled, `MARGIN` off both ends of that extent.
         "two": the frequencies of the model, and a last table in which the image's positions are
             divided by the factors, and begin at `MARGIN` on axes whose factor is not 1: CLEAR's
             processors score keys inside the disc by the first and all others by the last
