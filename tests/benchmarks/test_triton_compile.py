@@ -65,7 +65,7 @@ def rows(tmp_path_factory):
     asked = [word for name in ARCHITECTURES for word in ("--architecture", name)]
     done = subprocess.run(
         [sys.executable, triton_compile.__file__, "--out", str(out), *asked],
-        env=environment, capture_output=True, text=True, timeout=1500,
+        env=environment, capture_output=True, text=True, timeout=3000,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(out.read_text())["rows"]
