@@ -38,7 +38,7 @@ def test_a_step_with_values(name):
 
 
 @slow
-@pytest.mark.parametrize("name", few(FAMILIES, "krea2"))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_two_counts_tell_those_of_any_size(name):
     config = config_of(make_model(name))
     flops = PassFlops.of(config, TEXT)
@@ -50,7 +50,7 @@ def test_two_counts_tell_those_of_any_size(name):
 
 
 @slow
-@pytest.mark.parametrize("name", few(PIPELINES, "qwen-image"))
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_folder_is_planned(name, family_folder, capsys):
     folder, side = family_folder(name), token_pixels(name)
     size = size_options(name, 2 * NATIVE, 2 * NATIVE)

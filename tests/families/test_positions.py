@@ -513,16 +513,21 @@ def test_sd3s_table_is_resampled(patch_embed):
     model = SimpleNamespace(pos_embed=patch_embed)
     embed = FAMILY["sd3"].extended(model, Extension("interpolation", (2.0, 1.5)))["pos_embed"]
     table = patch_embed.pos_embed.unflatten(1, (12, 12)).movedim(-1, 1)
-    # Of 6 rows from the fourth on, and of 8 columns from the third.
-    places = torch.linspace(3.5, 7.5, 12), torch.linspace(2.5, 8.5, 12)
-    rows, columns = torch.meshgrid(*(place / 5.5 - 1 for place in places), indexing="ij")
-    expected = torch.nn.functional.grid_sample(
-        table, torch.stack([columns, rows], -1)[None], mode="bicubic", align_corners=True
-    )
+
+    def expected(rows, columns):
+        places = torch.meshgrid(rows / 5.5 - 1, columns / 5.5 - 1, indexing="ij")[::-1]
+        return torch.nn.functional.grid_sample(
+            table, torch.stack(places, -1)[None], mode="bicubic", padding_mode="border",
+            align_corners=True,
+        )[0].movedim(0, -1)  # fmt: skip
+
+    # Of 6 rows from the fourth on, and of 8 columns from the third; and of all.
+    middle = expected(torch.linspace(3.5, 7.5, 12), torch.linspace(2.5, 8.5, 12))
+    whole = expected(torch.linspace(0.5, 10.5, 24), torch.linspace(0.5, 10.5, 18))
     found = sd3_positions(embed, 12, 12)
-    torch.testing.assert_close(found, expected[0].movedim(0, -1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, middle, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sd3_positions(embed, 24, 18), whole, atol=1e-5, rtol=0)
     assert embed.limits == (24, 18)
-    sd3_positions(embed, 24, 18)
     assert (sd3_positions(patch_embed, 12, 12) - found).abs().max() > 0.5
     half = embed.to(torch.bfloat16)
     assert sd3_positions(half, 12, 12, torch.bfloat16).dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from support.families.models import FAMILIES, blocks_of, make_inputs, make_model
 from support.models import draw
 from support.processes import launch
 from support.sharded_ranks import KINDS
-from support.slow import few, slow
+from support.slow import slow
 from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -72,7 +72,7 @@ def test_a_model_in_fsdp(tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("name", few(FAMILIES))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_compiled_one_by_one(name):
     plain, model, given = make_model(name), make_model(name), make_inputs(name, 4, 6)
     blocks = blocks_of(model)
