@@ -1,5 +1,6 @@
 """Tiny random FLUX models and pipelines, built on the fly: no network, no files."""
 
+import logging
 import os
 from functools import cache, partial
 
@@ -43,6 +44,12 @@ def make_components() -> dict:
 def pytest_xdist_auto_num_workers(config) -> int:
     """One more than there are cores: a worker often waits for processes it has started."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_imported():
+    """A command sets the level of the package's logger for its process, which here goes on."""
+    logging.getLogger("clear_dit").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
