@@ -17,6 +17,7 @@ from support.slow import slow
 from clear_dit.app.guard import COOKIE
 from clear_dit.app.store import ENDED, new_secret
 
+pytestmark = slow
 # The long version: CLEAR_DIT_LOAD_SECONDS=60.
 LOAD_SECONDS = float(os.environ.get("CLEAR_DIT_LOAD_SECONDS", "15"))
 SMALL = {"width": 256, "height": 256, "steps": 2}
@@ -149,7 +150,6 @@ def test_who_has_no_cookie_gets_one_that_scripts_cannot_read(app_server):
     )
 
 
-@slow
 def test_auth_keeps_others_out(tmp_path):
     with AppServer(tmp_path / "out", "--auth", "ann:secret") as server:
         assert httpx.get(f"{server.url}config", timeout=120).status_code == 401
@@ -202,7 +202,6 @@ class Visitor(threading.Thread):
             self.client.predict(found["id"], api_name="/cancel")
 
 
-@slow
 def test_eight_clients_with_cancels_and_disconnects_lose_nothing(tmp_path):
     with AppServer(tmp_path / "out", "--queue-size", "6") as server:
         client, _ = connect(server)

@@ -63,6 +63,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path, monke
     assert again["resumed_from"] == 4
 
 
+@slow
 def test_accumulation_is_a_larger_batch(options, tmp_path):
     whole, whole_losses = gradients_of_a_step(options(train_batch_size=4))
     parts, part_losses = gradients_of_a_step(

@@ -93,7 +93,8 @@ def test_sampled_distilled_loaded_and_evaluated(made, tmp_path, capsys):
     assert untuned["psnr"] != tuned["psnr"]
 
 
-@pytest.mark.parametrize("made", few(NAMES, "sd3"), indirect=True)
+@slow
+@pytest.mark.parametrize("made", NAMES, indirect=True)
 def test_a_lora(made, tmp_path, capsys):
     folder, size = made
     pipeline = json.loads(index_file(folder / "model").read_text())["_class_name"]

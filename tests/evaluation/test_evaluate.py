@@ -171,6 +171,7 @@ def test_images_are_used_again_only_if_all_settings_match(tmp_path, evaluate, ca
     assert last_generated(capsys) == 3
 
 
+@slow
 def test_another_model_of_the_same_name_is_generated_again(tmp_path, evaluate, capsys):
     model = tmp_path / "model"
     shutil.copytree(DEMO, model)
@@ -203,6 +204,7 @@ def test_text_is_encoded_once(tmp_path, evaluate, monkeypatch, room, times):
     assert set(Counter(encoded).values()) == {times}
 
 
+@slow
 def test_prompts_from_a_file(tmp_path, evaluate):
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("prompt\na pink tower at night\nsome image\n")

@@ -41,6 +41,7 @@ from support.any_order import (
     right_gradient,
     tuned_values,
 )
+from support.slow import slow, slow_but
 
 from clear_dit import (
     CLEARProcessor,
@@ -469,12 +470,12 @@ def run(machine, folder, examples, steps=12):
     )
 
 
-@pytest.mark.parametrize("machine", [Flux, SD3])
+@pytest.mark.parametrize("machine", slow_but([Flux, SD3], Flux))
 def test_a_few(machine, weights_folder):
     run(machine, weights_folder, 5)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("machine", [Flux, SD3])
 def test_many(machine, weights_folder):
     run(machine, weights_folder, 150)

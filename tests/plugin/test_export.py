@@ -40,12 +40,10 @@ def other(given):
 # The stock models cannot be exported; ERNIE-Image cannot do without the lengths of its prompts.
 NOT_EXPORTED = ("hunyuan-image", "qwen-image-2.1", "ernie-image")
 PROGRAMS = [(name, far) for name in FAMILIES if name not in NOT_EXPORTED for far in (False, True)]
-QUICK = (("sd3", False),)
 
 
-@pytest.mark.parametrize(
-    ("name", "far"), [pytest.param(*one, marks=() if one in QUICK else slow) for one in PROGRAMS]
-)
+@slow
+@pytest.mark.parametrize(("name", "far"), PROGRAMS)
 def test_the_program_is_the_model(name, far):
     model, given = make_model(name), make_inputs(name, 4, 6)
     if name in MASKED:

@@ -77,7 +77,7 @@ def test_large_masks_are_made_in_groups(monkeypatch, elements, levels):
         torch.testing.assert_close(grad, other)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[needs_compiler, slow])])
 def test_work_is_linear_in_the_tokens(monkeypatch, compiled):
     if not compiled:
         switch_off(monkeypatch)

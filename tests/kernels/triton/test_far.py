@@ -150,7 +150,6 @@ def test_parts_of_the_keys_merge_to_the_whole(window, cuts):
             tables.ForwardConfig(Tiling(4, 4, 4, 4), 16, 4, 1),
             tables.ForwardConfig(Tiling(2, 16, 4, 4), 64, 4, 1),
         ],
-        tables.ForwardConfig(Tiling(8, 16, 8, 8), 32, 4, 1),
     ),
     ids=lambda config: config.name,
 )

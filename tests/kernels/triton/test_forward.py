@@ -57,8 +57,8 @@ CASES = {
 # The quick ones of all dtypes together go every way through the kernels.
 HALF = slow_but(
     product(CASES, HALVES),
-    *product(("less than a tile", "wide heads"), HALVES[1:]),
-    *product(("itself and the text", "one token"), HALVES[:1]),
+    *product(("less than a tile",), HALVES[1:]),
+    *product(("one token",), HALVES[:1]),
 )
 FLOAT32 = slow_but(CASES, "pooled, two blocks", "odd head_dim", "one token")
 
@@ -95,7 +95,8 @@ def test_float32_is_the_definition():
     check(run(window), problem(window, batch=1, heads=1, head_dim=16), torch.float32)
 
 
-@pytest.mark.parametrize("tiles", ["hopper_tiles", pytest.param("own tiles", marks=slow)])
+@slow
+@pytest.mark.parametrize("tiles", ["hopper_tiles", "own tiles"])
 def test_log_sum_exp_and_strides(tiles, request):
     if tiles == "hopper_tiles":
         request.getfixturevalue(tiles)
@@ -207,6 +208,7 @@ def test_scale_of_any_sign_or_zero_by_descriptor(scale):
     torch.testing.assert_close(lse[:, 70:].double(), exact_lse[:, 70:], rtol=1e-5, atol=1e-5)
 
 
+@slow
 def test_large_scores_stay_finite():
     window = Window(9, 9, 3, 3)
     query, key, value, *_ = inputs(**problem(window, batch=1), dtype=torch.float32)

@@ -120,7 +120,6 @@ CASES = {
 QUICK = (
     "several programs",
     "no text",
-    "radius 16: tiles seen whole",
     "one column of the second group",
     "some rows",
     "a scale below zero",

@@ -114,6 +114,7 @@ def test_other_layers_of_an_autoencoder_kl():
     )
 
 
+@slow
 def test_attention_of_a_large_image_is_local_and_knows_no_tiles(kl, monkeypatch):
     monkeypatch.setattr(layers, "WHOLE_ATTENTION", 100)
     monkeypatch.setattr(layers, "ATTENTION_RADIUS", 6)

@@ -6,12 +6,13 @@ from support import family_ranks
 from support.families.models import FAMILIES
 from support.family_ranks import cases, predict
 from support.processes import launch
-from support.slow import few, slow_but
+from support.slow import few, slow
 
-WORLDS = slow_but((2, 3), 3)  # ranks; 3 have bands of 2, 2 and 3 rows
+WORLDS = (2, 3)  # ranks; 3 have bands of 2, 2 and 3 rows
 
 
-@pytest.mark.parametrize("name", few(FAMILIES, "krea2"))
+@slow
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("world", WORLDS)
 def test_ranks_predict_what_one_process_predicts(world, name, tmp_path):
     ranks = launch(family_ranks.predict_all, world, tmp_path, name)

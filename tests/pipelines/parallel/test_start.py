@@ -44,10 +44,12 @@ def test_one_that_fails_stops_all(how, who, own_status, reason, tmp_path):
         assert re.fullmatch(rf"{pattern}rank {rank} stops.\n", said[rank]), said[rank]
 
 
+@slow
 def test_all_finish(tmp_path):
     assert run_ranks(rank_tasks.fail, 2, tmp_path, "not at all", 0) == ([0, 0], ["finished\n"] * 2)
 
 
+@slow
 def test_what_differs_is_named_with_its_rank(tmp_path):
     statuses, said = run_ranks(rank_tasks.disagree, 3, tmp_path)
     assert 0 not in statuses
