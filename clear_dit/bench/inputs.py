@@ -24,7 +24,7 @@ from ..families.table import family_of
 from ..kernels.window import Window
 from ..plugin import install
 from ..weights.forward import other_attributes
-from ..weights.state import ClearState
+from ..weights.state import Call, ClearState
 from .fake import IMPL, quiet
 
 # Of Z-Image's images and captions.
@@ -60,23 +60,45 @@ def positions_for(model: nn.Module, window: Window, inputs: dict[str, Any]) -> I
     Raises:
         RequestError: they cannot reach so far.
     """
-    family, size = family_of(model), (window.height, window.width)
-    # Masks and lengths would be read by their values, which few have.
-    hidden = [name for name, value in inputs.items() if "mask" in name or "lens" in name]
-    plain = inputs | {name: None for name in hidden if inputs[name].is_meta}
     with ExitStack() as stack:
         try:
-            family.read(model, plain, size)
+            check_positions(model, window, inputs)
         except ValueError:
-            farthest = float(max(size))
+            farthest = float(max(window.height, window.width))
             extension = Extension("interpolation", (farthest, farthest))
             try:
-                for name, positions in family.extended(model, extension).items():
+                for name, positions in family_of(model).extended(model, extension).items():
                     stack.enter_context(other_attributes(name, {model: positions}))
-                family.read(model, plain, size)
+                check_positions(model, window, inputs)
             except ValueError as error:
                 raise RequestError(first_line(error)) from error
         yield
+
+
+def check_positions(model: nn.Module, window: Window, inputs: dict[str, Any]) -> None:
+    """Refuse an image for which a model has no positions.
+
+    Raises:
+        ValueError: its positions end before.
+    """
+    # Masks and lengths would be read by their values, which few have.
+    hidden = [name for name, value in inputs.items() if "mask" in name or "lens" in name]
+    plain = inputs | {name: None for name in hidden if inputs[name].is_meta}
+    family_of(model).read(model, plain, (window.height, window.width))
+
+
+@contextmanager
+def told_layout(model: nn.Module, window: Window) -> Iterator[None]:
+    """Within it a model's forwards under CLEAR do not read where the tokens are."""
+    state = ClearState.on(model)
+    assert state is not None
+    assert state.tracker is not None
+    call = Call(state.tracker, Forward(layout_of(model, window)), IMPL, {})
+    vars(state)["read"] = lambda model, args, kwargs: call
+    try:
+        yield
+    finally:
+        del vars(state)["read"]
 
 
 def layout_of(model: nn.Module, window: Window) -> Layout:

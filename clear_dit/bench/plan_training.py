@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from ..attention.processor import CLEARProcessor
 from ..distillation.losses import (
@@ -25,14 +26,14 @@ from ..distillation.losses import (
 from ..distillation.setup import OPTIMIZER_STATES
 from ..distillation.student import add_lora, freeze_others, trained_parameters
 from ..distillation.teacher import Teacher
-from ..errors import RequestError
-from ..families.table import attention_layers, family_of
+from ..errors import RequestError, first_line
 from ..generation.checks import find_window
 from ..kernels.window import Window
-from ..weights.learned import make_far_trainable, settle
+from ..plugin import install
+from ..weights.learned import make_far_trainable
 from .configurations import find_configuration
 from .fake import IMPL, LiveStorages, build, defaults, quiet
-from .inputs import Empty, model_inputs
+from .inputs import Empty, check_positions, model_inputs, told_layout
 from .plan import number
 from .timing import table
 
@@ -69,8 +70,7 @@ def plan_training(
         activations), total_gib and fits (one 80 GB GPU); and the setting.
 
     Raises:
-        RequestError: an unknown model or one of another family than FLUX.1, or a size, radius or
-            down_factor out of its range.
+        RequestError: an unknown model, or a size, radius or down_factor out of its range.
     """
     configuration = find_configuration(model)
     window = find_window(
@@ -119,27 +119,22 @@ def plan_training(
 
 
 def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int | None) -> Step:
-    with defaults(torch.bfloat16, "meta"):
+    with defaults(torch.bfloat16, "meta"), quiet():
         model = build(config)
-        family = family_of(model)
-        if family.name != "flux1":
-            raise RequestError(f"--train counts a step of FLUX.1 alone, got {family.title}.")
-        grid = (window.height, window.width)  # not found from ids, which have no values
-        for attn in attention_layers(model).values():
-            far = window.far_levels > 0
-            processor = CLEARProcessor(window.radius, window.down_factor, IMPL, grid, far=far)
-            attn.set_processor(processor)
-            settle(model, attn)
+        try:
+            check_positions(
+                model, window, model_inputs(model, window, Empty(torch.bfloat16, "meta"))
+            )
+        except ValueError as error:
+            raise RequestError(first_line(error)) from error
+        far = window.far_levels > 0
+        install([model], CLEARProcessor(window.radius, window.down_factor, IMPL, far=far))
         if lora is not None:
             add_lora(model, lora, seed=0)
-        elif window.far_levels:
+        elif far:
             make_far_trainable(model)
-    with FakeTensorMode(), quiet():
-        # Only now, since peft cannot move fake weights.
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                size, dtype = parameter.shape, parameter.dtype
-                setattr(module, name, nn.Parameter(torch.empty(size, dtype=dtype, device=DEVICE)))
+    with FakeTensorMode(), quiet(), told_layout(model, window):
+        _move(model)  # only now, since peft cannot move fake weights
         teacher = Teacher(model)
         freeze_others(model, lora is not None)
         model.enable_gradient_checkpointing()
@@ -152,22 +147,41 @@ def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int 
         return Step(everything - trained, trained, storages.peak)
 
 
+def _move(model: nn.Module) -> None:
+    """Tensors of this device for all that a model has, tables that are no buffers among them."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
+        return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name != "_modules":
+                vars(module)[name] = tree_map_only(torch.Tensor, moved, value)
+
+
 def _bytes(parameters: Any) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _step(model: nn.Module, teacher: Teacher, inputs: dict[str, Any]) -> None:
     """What `Run.losses` does, and the backward pass."""
-    clean = inputs["hidden_states"].float()
     layers = default_layers(last_stack(model)[1])
     with _autocast(), teacher.attention(), attention_outputs(model, layers) as expected_attention:
-        expected = model(**inputs, return_dict=False)[0].float()
+        expected = _velocity(model, inputs)
     with _autocast(), attention_outputs(model, layers) as attention:
-        predicted = model(**inputs, return_dict=False)[0].float()
+        predicted = _velocity(model, inputs)
+    clean = torch.empty_like(expected)
     losses = distillation_losses(
         clean, clean, predicted, expected, attention, expected_attention, 0.5, 0.5
     )
     losses.total.backward()
+
+
+def _velocity(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """One tensor of all that the model returns for the images, in float32."""
+    output = model(**inputs, return_dict=False)[0]
+    return (torch.stack(output) if isinstance(output, list) else output).float()
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from diffusers import Flux3DistilledModularPipeline
 from safetensors import safe_open
 from support import command_line
 from support.distilling import make_options, make_run
+from support.families.folders import save_folder, token_pixels
 from support.families.models import FAMILIES
 from support.families.pipelines import PIPELINES
-from support.families.saved import save_pipeline
 from support.slow import few, slow, slow_but
 
 from clear_dit import apply_clear
@@ -34,7 +34,8 @@ ROWS, COLUMNS = 4, 6
 def made(request, tmp_path_factory):
     """A pipeline's folder, three samples of it, the size of their images in pixels."""
     folder = tmp_path_factory.mktemp(request.param)
-    side = save_pipeline(request.param, folder / "model")
+    side = token_pixels(request.param)
+    save_folder(request.param, folder / "model")
     (folder / "prompts.txt").write_text(PROMPTS)
     size = ("--height", ROWS * side, "--width", COLUMNS * side)
     assert (
@@ -164,7 +165,8 @@ def test_the_losses_of_a_batch_are_those_of_its_rows(made):
 def test_bfloat16_checkpointed_and_with_images(name, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(PROMPTS)
-    side = save_pipeline(name, tmp_path / "model")
+    side = token_pixels(name)
+    save_folder(name, tmp_path / "model")
     size = {"height": ROWS * side, "width": COLUMNS * side}
     request = make_request(
         *(str(tmp_path / "model"), str(prompts), 3), steps=2, dtype="bfloat16", device="cpu", **size
@@ -186,7 +188,8 @@ GUIDED = [(name, FAMILIES[name].guided) for name in NAMES if FAMILIES[name].guid
     ("name", "config"), slow_but([*((name, {}) for name in NAMES), *GUIDED], ("sd3", {}))
 )
 def test_a_step_of_the_stock_loop_from_what_was_recorded(name, config, tmp_path):
-    side = save_pipeline(name, tmp_path / "model", **config)
+    side = token_pixels(name)
+    save_folder(name, tmp_path / "model", **config)
     pipe = load_pipeline(str(tmp_path / "model"), torch.float32, torch.device("cpu"))
     pipe.set_progress_bar_config(disable=True)
     if name == "chroma":  # stock layers do not hide padded text, CLEAR's do
@@ -226,7 +229,8 @@ def test_a_step_of_the_stock_loop_from_what_was_recorded(name, config, tmp_path)
 def test_a_mean_flow_model_is_asked_for_the_velocity_at_one_level(
     name, cls, config, shape, target, tmp_path
 ):
-    side = save_pipeline(name, tmp_path, cls, **config)
+    side = token_pixels(name)
+    save_folder(name, tmp_path, cls, **config)
     pipe = load_pipeline(str(tmp_path), torch.float32, torch.device("cpu"))
     given = conditioning_of(pipe, "sea", height=4 * side, width=6 * side, guidance=1.0)
     denoiser = pipe.recipe.denoiser

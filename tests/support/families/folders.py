@@ -13,33 +13,43 @@ from .pipelines import PIPELINES, make_mistral, make_pipeline, make_qwen3_vl
 
 # The side of a square of as many pixels as the models were trained at, in tokens.
 NATIVE = 8
-# What text is made of in FLUX.2 and FLUX.3: 3 and 8 of their text encoders' layers.
-FLUX2_LAYERS, FLUX3_LAYERS = 30, 32
+# Text encoders of FLUX.2 and FLUX.3: how many layers there are, and of how many text is made.
+FLUX2_LAYERS, FLUX3_LAYERS = (30, 3), (32, 8)
+# A token between texts, so that an empty one is not nothing, as in real tokenizers.
+STARTED = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+# Qwen-Image 2.1's place for an image; else any word that is not known would stand for it.
+IMAGE = "<|image_pad|>"
 
 
-def save_folder(name: str, folder: Path) -> Path:
-    """Save a pipeline of a family, at its default prompt settings."""
-    pipe = make_pipeline(name)
+def save_folder(name: str, folder: Path, cls: type | None = None, **config: Any) -> Path:
+    """Save a pipeline of a family that runs as its stock calls are by default.
+
+    Args:
+        folder: to be made.
+        cls: see `make_pipeline`.
+        config: changes to the transformer's configuration.
+    """
+    pipe = make_pipeline(name, cls)
+    for part, tokenizer in pipe.components.items():
+        if part.startswith(("tokenizer", "processor")):
+            tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+            tokenizer.backend_tokenizer.post_processor = STARTED
+    changed: dict[str, Any] = {}
     if name == "flux2":
-        pipe.register_modules(
-            text_encoder=make_mistral(num_hidden_layers=FLUX2_LAYERS),
-            transformer=make_model(name, joint_attention_dim=3 * TEXT_CHANNELS),
-        )
+        layers, taken = FLUX2_LAYERS
+        changed["text_encoder"] = make_mistral(num_hidden_layers=layers)
+        config |= {"joint_attention_dim": taken * TEXT_CHANNELS}
     elif name == "flux3":
-        pipe.update_components(
-            text_encoder=make_qwen3_vl(num_hidden_layers=FLUX3_LAYERS),
-            transformer=make_model(name, joint_attention_dim=8 * TEXT_CHANNELS),
-        )
+        layers, taken = FLUX3_LAYERS
+        changed["text_encoder"] = make_qwen3_vl(num_hidden_layers=layers)
+        config |= {"joint_attention_dim": taken * TEXT_CHANNELS}
     elif name == "qwen-image-2.1":
-        # Else any word that is not known would stand for it.
-        pipe.processor.add_tokens(["<|image_pad|>"], special_tokens=True)
         sides = {"dim_mult": [1] * 5, "temperal_downsample": [False] * 4}  # 16 pixels a latent
-        pipe.register_modules(vae=type(pipe.vae).from_config({**pipe.vae.config, **sides}).eval())
-    if name in ("cogview4", "flux3"):  # whose text is never empty
-        tokenizer = pipe.tokenizer
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<eos> $A", special_tokens=[("<eos>", tokenizer.eos_token_id)]
-        )
+        changed["vae"] = type(pipe.vae).from_config({**pipe.vae.config, **sides}).eval()
+    if config:
+        changed["transformer"] = make_model(name, **config)
+    for part, module in changed.items():
+        setattr(pipe, part, module)
     with quiet_libraries():
         CLEARPipeline(pipe, native_size=NATIVE * token_pixels(name)).save_pretrained(folder)
     return folder
