@@ -166,9 +166,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
     @property
     def recipe(self) -> Recipe:
         """How the family's pipelines make whole images."""
-        recipe = self.family.recipe
-        assert recipe is not None  # `_class_for` has seen to it
-        return recipe
+        return self.family.recipe
 
     @property
     def token_pixels(self) -> int:
@@ -573,15 +571,14 @@ def _class_for(pipe: Any) -> type[CLEARPipeline]:
     """
     if isinstance(pipe, CLEARPipeline):
         return type(pipe)
-    family = None
     modular = isinstance(pipe, ModularPipeline)
-    if modular or isinstance(pipe, DiffusionPipeline):
-        family = family_of(transformer_of(pipe, WHO))
-    recipe = None if family is None else family.recipe
-    if recipe is None or type(pipe).__name__ not in recipe.pipelines:
-        known = "a pipeline of diffusers" if recipe is None else " or ".join(recipe.pipelines)
-        of = "" if family is None else f" of {family.title}"
-        raise ValueError(f"{WHO}: takes {known}{of}, got {type(pipe).__name__}.")
+    if not modular and not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(f"{WHO}: takes a pipeline of diffusers, got {type(pipe).__name__}.")
+    family = family_of(transformer_of(pipe, WHO))
+    recipe = family.recipe
+    if type(pipe).__name__ not in recipe.pipelines:
+        known = " or ".join(recipe.pipelines)
+        raise ValueError(f"{WHO}: takes {known} of {family.title}, got {type(pipe).__name__}.")
     stock: Any = face_of(pipe) if modular else type(pipe)
     return _made(stock, recipe.rewriters)
 

@@ -29,7 +29,6 @@ def find_configuration(model: str) -> Configuration:
         )
     found = find_model(model)
     recipe = found.family.recipe
-    assert recipe is not None  # `find_model` has seen to it
     transformer = found.index.config("transformer")
     return Configuration(
         transformer=transformer,
@@ -49,7 +48,6 @@ def find_configuration(model: str) -> Configuration:
 def _text_length(model: Model, transformer: dict[str, Any]) -> int:
     """As `generation.denoising.text_length`, for a pipeline that is not loaded."""
     recipe = model.family.recipe
-    assert recipe is not None
     # What `Recipe.options` looks at.
     parts = {
         part: SimpleNamespace(**{"model_max_length": recipe.text_length} | settings)

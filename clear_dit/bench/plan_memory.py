@@ -93,12 +93,9 @@ def plan_memory(
     denoising = transformer.streamed_weights if offload == "group" else transformer.weights
     text = max(encoders, key=lambda part: sum(part) if offload != "none" else part.activations)
     stages = [("text encoding", text)]
-    sizes = [(window.height, window.width)]
-    side = configuration.token_pixels
-    if transformer.recipe is not None:
-        native_size = configuration.native_size or transformer.recipe.native_size
-        sizes = cascade_sizes(window, native_size, side, transformer.recipe.step)
-    for height, width in sizes:
+    side, recipe = configuration.token_pixels, transformer.recipe
+    native_size = configuration.native_size or recipe.native_size
+    for height, width in cascade_sizes(window, native_size, side, recipe.step):
         size = f"denoising {height * side} x {width * side}"
         down_factor = min(window.down_factor, height, width)
         smaller = replace(window, height=height, width=width, down_factor=down_factor)
@@ -151,7 +148,7 @@ class TransformerMemory:
 
     Attributes:
         weights, streamed_weights: in bytes, of all blocks and of two of the larger kind.
-        recipe: of the family; None where larger images are not made from smaller ones.
+        recipe: of the family.
     """
 
     def __init__(

@@ -53,9 +53,7 @@ def lora_pipeline(model: nn.Module) -> Any:
     Raises:
         RequestError: diffusers has none for the family.
     """
-    family = family_of(model)
-    assert family.recipe is not None, family.title
-    name = family.recipe.pipelines[0]
+    name = family_of(model).recipe.pipelines[0]
     found = getattr(diffusers, name)
     if not hasattr(found, "save_lora_weights"):
         raise RequestError(

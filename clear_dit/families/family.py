@@ -73,6 +73,7 @@ class Family:
     Attributes:
         name: in commands and file names, such as "flux2".
         title: for people, such as "FLUX.2 (dev, klein)".
+        recipe: how its pipelines make whole images.
         transformer: class name of the transformer in diffusers.
         stacks: attributes of the model that hold its blocks, such as "mode_blocks.image"; a block's
             attention layers are its children with `set_processor`.
@@ -92,7 +93,6 @@ class Family:
         extend: (model, how) to attributes of the model that stand in for its own while positions
             are extended: {"pos_embed": module}; None where positions cannot be extended.
         methods: of `Extension.rope` that `extend` knows.
-        recipe: how its pipelines make whole images; None where no pipeline is known.
         proportional: whether its tables bring proportional attention along: each layer rotates all
             tokens by one table, made at once. Elsewhere only CLEAR's processors can have it.
         tuned: linear layers of an attention layer that distillation trains and CLEAR weights hold,
@@ -110,6 +110,7 @@ class Family:
 
     name: str
     title: str
+    recipe: Recipe
     transformer: str
     stacks: tuple[str, ...]
     processors: Mapping[str, type[CLEARProcessor]]
@@ -124,7 +125,6 @@ class Family:
     references: str | None = None
     extend: Callable[[Any, Extension], Mapping[str, Any]] | None = None
     methods: tuple[str, ...] = METHODS
-    recipe: Recipe | None = None
     proportional: bool = False
     was_undone: Callable[[Any, CLEARProcessor], bool] = lambda model, installed: False
     is_fused: Callable[[Any], bool] = lambda attn: getattr(attn, "fused_projections", False)

@@ -51,14 +51,13 @@ def _whole(family: Family) -> tuple[str, ...]:
     local = "yes"
     if family.reference_grids is None:
         local = f"no: they are {family.references}" if family.references else "it takes none"
-    whole = "no" if family.recipe is None else "yes"
     return (
         family.title,
         "yes",
         local,
-        whole,
-        whole,
-        whole,
+        "yes",
+        "yes",
+        "yes",
         "yes",
         "`compile_repeated_blocks`" if family.repeated_blocks else "`compile` of each block",
         family.weights,

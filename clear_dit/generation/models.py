@@ -103,7 +103,6 @@ def _find_model(model: str, path: str, changed: int) -> Model:
     _check_parts(index)
     transformer, autoencoder = index.config("transformer"), index.config("vae")
     recipe = family.recipe
-    assert recipe is not None  # `_family_of` has seen to it
     defaults = recipe.defaults_of(transformer, index.content) or recipe.defaults
     native_size = index.content.get("native_size")
     if model in DEMOS:
@@ -132,7 +131,7 @@ def _family_of(index: Index) -> Family:
 
     transformer = index.parts.get("transformer")
     family = None if transformer is None else named_family(str(transformer.class_name))
-    if family is None or family.recipe is None:
+    if family is None:
         raise RequestError(
             f"--model: {index.path} holds a {index.pipeline}, whose transformer is none of "
             f"{', '.join(MODELS)}."

@@ -150,7 +150,6 @@ def settings_for(
     """
     family = family or FLUX
     recipe = family.recipe
-    assert recipe is not None
     native_size = native_size or recipe.native_size
     published = native_size == recipe.native_size
     enlargement = max(1.0, math.sqrt(height * width) / native_size)

@@ -63,7 +63,7 @@ def fraction(page):
 
 
 def test_generate_with_progress_and_preview_then_cancel_and_generate_again(page):
-    enter(page, "a red house by the sea", steps=60, size=384)
+    enter(page, "a red house by the sea", steps=40, size=320)
     page.wait_for_selector("img.preview")
     first = fraction(page)
     page.wait_for_function(

@@ -19,7 +19,7 @@ from clear_dit.app.store import ENDED, MAX_UPLOADS, Store, new_secret, visitor_o
 from clear_dit.errors import RequestError
 from clear_dit.generation.runner import PipelineRunner
 
-VISITORS = 8
+VISITORS, IMAGES = 8, 3  # of each
 SIZES = [(64, 64), (64, 96), (96, 64), (80, 48)]
 
 
@@ -53,15 +53,14 @@ def wait_for(jobs, visitor, name):
 
 
 @slow
-@pytest.mark.parametrize("each", [1, pytest.param(6, marks=slow)])
-def test_everybody_gets_their_own_images(jobs, runner, tmp_path, each):
+def test_everybody_gets_their_own_images(jobs, runner, tmp_path):
     store, settings = jobs._store, jobs._settings
     ready = threading.Barrier(VISITORS)
 
     def visit(number):
         who, found = visitor_of(new_secret()), []
         ready.wait(30)
-        for image in range(each):
+        for image in range(IMAGES):
             entry = make_entry(number + VISITORS * image)
             name = jobs.submit(who, make_requests(entry, settings)).id
             assert wait_for(jobs, who, name)["state"] == "done"
