@@ -156,7 +156,9 @@ def bench_plan(
         from .plan_training import plan_training
         from .plan_training import report as training_report
 
-        planned = plan_training(model, height, width, radius, down_factor, far, train_batch_size)
+        planned = plan_training(
+            model, height, width, radius, down_factor, far, train_batch_size, text_length
+        )
         _show(planned, training_report, as_json)
         return
     from ..generation.checks import find_dtype

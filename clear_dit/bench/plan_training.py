@@ -8,13 +8,14 @@ optimizer keeps is added: PyTorch's allocations between operators are counted, n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..attention.processor import CLEARProcessor
 from ..distillation.losses import (
@@ -54,7 +55,14 @@ class Step(NamedTuple):
 
 
 def plan_training(
-    model: str, height: int, width: int, radius: int, down_factor: int, far: bool, batch: int
+    model: str,
+    height: int,
+    width: int,
+    radius: int,
+    down_factor: int,
+    far: bool,
+    batch: int,
+    text_length: int | None = None,
 ) -> dict[str, Any]:
     """Peak memory of a distillation step, for what can be trained and how.
 
@@ -63,6 +71,7 @@ def plan_training(
         height, width: in pixels; radius and down_factor in tokens.
         far: whether with far keys.
         batch: samples at once.
+        text_length: text tokens; the model's own where None.
 
     Returns:
         rows with what (in words), parameters (trained), frozen_gib (weights that both roles share,
@@ -73,14 +82,9 @@ def plan_training(
         RequestError: an unknown model, or a size, radius or down_factor out of its range.
     """
     configuration = find_configuration(model)
+    text_length = configuration.text_length if text_length is None else text_length
     window = find_window(
-        height,
-        width,
-        radius,
-        down_factor,
-        configuration.text_length,
-        configuration.token_pixels,
-        far=far,
+        height, width, radius, down_factor, text_length, configuration.token_pixels, far=far
     )
     rows = []
     for lora in (None, LORA_RANK):
@@ -121,43 +125,56 @@ def plan_training(
 def _measure_step(config: dict[str, Any], window: Window, batch: int, lora: int | None) -> Step:
     with defaults(torch.bfloat16, "meta"), quiet():
         model = build(config)
-        try:
-            check_positions(
-                model, window, model_inputs(model, window, Empty(torch.bfloat16, "meta"))
-            )
-        except ValueError as error:
-            raise RequestError(first_line(error)) from error
         far = window.far_levels > 0
         install([model], CLEARProcessor(window.radius, window.down_factor, IMPL, far=far))
         if lora is not None:
             add_lora(model, lora, seed=0)
         elif far:
             make_far_trainable(model)
-    with FakeTensorMode(), quiet(), told_layout(model, window):
+    inputs = model_inputs(model, window, Empty(torch.bfloat16, "meta"), batch)
+    try:
+        check_positions(model, window, inputs)
+    except ValueError as error:
+        raise RequestError(first_line(error)) from error
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet(), told_layout(model, window):
         _move(model)  # only now, since peft cannot move fake weights
+        inputs = tree_map_only(torch.Tensor, lambda x: _moved(x) if x.is_meta else x, inputs)
         teacher = Teacher(model)
         freeze_others(model, lora is not None)
         model.enable_gradient_checkpointing()
         trained = _bytes(trained_parameters(model, lora is not None).values())
         everything = _bytes(model.parameters())
-        inputs = model_inputs(model, window, Empty(torch.bfloat16, DEVICE), batch)
-        with LiveStorages() as storages:
+        with LiveStorages() as storages, _ValuesStay():
             storages.add(model.parameters())
             _step(model, teacher, inputs)
         return Step(everything - trained, trained, storages.peak)
 
 
+def _moved(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of this device."""
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
+    return nn.Parameter(fake) if isinstance(tensor, nn.Parameter) else fake
+
+
 def _move(model: nn.Module) -> None:
-    """Tensors of this device for all that a model has, tables that are no buffers among them."""
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE)
-        return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-
+    """Put such tensors in the place of all that a model has, tables that are no buffers, too."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if name != "_modules":
-                vars(module)[name] = tree_map_only(torch.Tensor, moved, value)
+                vars(module)[name] = tree_map_only(torch.Tensor, _moved, value)
+
+
+class _ValuesStay(TorchDispatchMode):
+    """What is computed of tensors with values alone has values: a model reads them of a mask."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        valued = given and not any(isinstance(tensor, FakeTensor) for tensor in given)
+        valued = valued or func is torch.ops.aten.scalar_tensor.default
+        with unset_fake_temporarily() if valued else nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 def _bytes(parameters: Any) -> int:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 from support.command_line import run
+from support.families.folders import token_pixels
+from support.families.pipelines import PIPELINES
 from support.slow import slow
 
 from clear_dit.bench.plan_training import plan_training, report
@@ -59,3 +61,26 @@ def test_activations_grow_with_the_batch():
     assert one["frozen_gib"] == four["frozen_gib"]
     assert one["step_gib"] < four["step_gib"] < 4 * one["step_gib"]
     assert "batch 4" in report(plan_training("demo", 256, 256, 4, 1, False, 4))
+
+
+@slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_step_of_every_family(name, family_folder):
+    side = 8 * token_pixels(name)
+    one, two = (
+        plan_training(str(family_folder(name)), side, side, 2, 1, True, batch, 12)["rows"]
+        for batch in (1, 2)
+    )
+    for row, more in zip(one, two, strict=True):
+        assert row["parameters"] > 0
+        assert row["step_gib"] * GIB > 4 * row["parameters"]
+        assert more["step_gib"] > row["step_gib"]
+        assert (more["frozen_gib"], more["trained_gib"]) == (row["frozen_gib"], row["trained_gib"])
+
+
+@slow
+def test_past_the_positions_of_a_model(family_folder, capsys):
+    side = 20 * token_pixels("sd3")
+    arguments = ("--model", family_folder("sd3"), "--height", side, "--width", side, "--radius", 2)
+    assert run("bench", "plan", "--train", *arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
