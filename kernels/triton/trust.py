@@ -373,12 +373,15 @@ def _look_at_backward(kernel: Kernel, entry: str, window: Window) -> Results:
         out, lse = reference_attention(
             wide[0], wide[1], wide[2], window, scale=scale, pooled=(wide[3], wide[4])
         )
-    exact = torch.autograd.grad(out, wide, grad.double())
+    # The kernels are given the rounded output; to be off is to have a gradient of log-sum-exp.
+    rounded = out.detach().to(kernel.dtype)
+    off = ((out.detach() - rounded) * grad).sum(-1)
+    exact = torch.autograd.grad((out, lse), wide, (grad.double(), off))
     device = kernel.device
     given = [x.to(device) for x in (grad, *inputs)]
     rest = [
         pooled_bias(window, query.shape[2], None, device),
-        out.detach().to(device, kernel.dtype),
+        rounded.to(device),
         lse.detach().to(device, torch.float32).contiguous(),
     ]
     run: Callable[..., Any] = far_attention_backward if window.far_levels else attention_backward
