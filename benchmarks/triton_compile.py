@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -140,12 +140,11 @@ def compile_kind(
     return rows
 
 
-def compile_all(architectures: tuple[str, ...], workers: int) -> list[dict[str, Any]]:
-    """Rows of all kinds, in processes of their own that do not interpret."""
+def compile_all(jobs: Sequence[tuple[str, str, int]], workers: int) -> list[dict[str, Any]]:
+    """Rows of (architecture, dtype, head_dim), in processes of their own that do not interpret."""
     os.environ.pop("TRITON_INTERPRET", None)
     # Multiply-add in one instruction, as the launches ask for; unset, Triton warns.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    jobs = [(architecture, *kind) for architecture in architectures for kind in KINDS]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         return [row for rows in pool.map(compile_kind, *zip(*jobs, strict=True)) for row in rows]
@@ -163,7 +162,8 @@ def main(
 
     from clear_dit.bench.timing import table
 
-    rows = compile_all(tuple(architecture or ARCHITECTURES), workers)
+    jobs = [(name, *kind) for name in architecture or ARCHITECTURES for kind in KINDS]
+    rows = compile_all(jobs, workers)
     good = [row for row in rows if "error" not in row]
     shown = ("architecture", "dtype", "head_dim", "name", "entry", "registers", "loop_spills",
              "stack", "shared")  # fmt: skip

@@ -478,7 +478,7 @@ def test_a_few(machine, weights_folder):
 @slow
 @pytest.mark.parametrize("machine", [Flux, SD3])
 def test_many(machine, weights_folder):
-    run(machine, weights_folder, 150)
+    run(machine, weights_folder, 100)
 
 
 def test_images_tell_states_apart():

@@ -34,6 +34,11 @@ def save_folder(name: str, folder: Path, cls: type | None = None, **config: Any)
         if part.startswith(("tokenizer", "processor")):
             tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
             tokenizer.backend_tokenizer.post_processor = STARTED
+    if name == "longcat-image":  # any word ends a rewritten prompt, else it has 512
+        encoder = pipe.text_encoder
+        encoder.generation_config.eos_token_id = list(
+            range(encoder.get_input_embeddings().num_embeddings)
+        )
     changed: dict[str, Any] = {}
     if name == "flux2":
         layers, taken = FLUX2_LAYERS
