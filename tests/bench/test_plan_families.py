@@ -9,7 +9,6 @@ from clear_dit.bench.fake import build, defaults
 from clear_dit.bench.inputs import INPUTS
 from clear_dit.bench.plan import count_flops, plan, report
 from clear_dit.bench.plan_memory import TransformerMemory
-from clear_dit.bench.plan_training import plan_training
 from clear_dit.bench.published import CONFIGURATIONS
 from clear_dit.errors import RequestError
 from clear_dit.families.table import CONTROLNETS, MODELS
@@ -117,9 +116,3 @@ def test_positions_that_end_are_extended_as_in_a_cascade():
 def test_a_size_of_no_whole_tokens():
     with pytest.raises(RequestError, match=r"--height must be a multiple of 32 .* got 1040"):
         plan("hunyuanimage-2.1", 1040, 1024, 8, 1, False, None, torch.bfloat16)
-
-
-def test_training_is_counted_of_flux():
-    message = r"^--train counts a step of FLUX\.1 alone, got CogView4\.$"
-    with pytest.raises(RequestError, match=message):
-        plan_training("cogview4", 1024, 1024, 8, 1, False, 1)

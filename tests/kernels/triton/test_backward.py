@@ -120,7 +120,7 @@ CASES = {
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        CASES, "partial tiles", "whole tiles and blocks", "itself and one text token",
+        CASES, "whole tiles and blocks", "itself and one text token",
         "itself alone", "less than a tile", "one token",
     ),
 )  # fmt: skip

@@ -14,7 +14,8 @@ from clear_dit.pipelines.decoding.autoencoder import decode, decode_rows, encode
 from clear_dit.pipelines.decoding.image_files import to_bytes
 from clear_dit.pipelines.decoding.kinds import layers
 
-SIZES = [(12, 12), (17, 9), (5, 21)]  # in latent pixels
+# In latent pixels.
+SIZES = [*(pytest.param(size, marks=slow) for size in ((12, 12), (17, 9))), (5, 21)]
 
 
 def make_kl(channels=(8, 8, 16, 16), **config):
