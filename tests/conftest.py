@@ -42,8 +42,8 @@ def make_components() -> dict:
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """One more than there are cores: a worker often waits for processes it has started."""
-    return (os.cpu_count() or 1) + 1
+    """As many as cores; one more for slow tests, which often wait for processes they started."""
+    return (os.cpu_count() or 1) + (config.option.markexpr == "slow")
 
 
 @pytest.fixture(autouse=True)
