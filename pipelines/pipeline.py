@@ -119,7 +119,9 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
     def _begin(self, native_size: int | None) -> None:
         """What is CLEAR's on a pipeline that holds its parts."""
         if native_size is not None:
-            native_size = check_side("native_size", native_size, self.side_pixels)
+            # Without an autoencoder nothing says how many pixels a token has.
+            side = 1 if getattr(self, "vae", None) is None else self.side_pixels
+            native_size = check_side("native_size", native_size, side)
             self.register_to_config(native_size=native_size)
         self._patch_parallel: PatchParallel | None = None
         self._interrupt = False

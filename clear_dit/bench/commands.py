@@ -153,6 +153,11 @@ def bench_plan(
 ) -> None:
     """What a model will cost at a size: FLOPs and memory, without its weights or a GPU."""
     if train:
+        if weights_dtype is not None or offload != "none":
+            raise RequestError(
+                "--train counts weights in bfloat16, all on the device; leave out --weights-dtype "
+                "and --offload."
+            )
         from .plan_training import plan_training
         from .plan_training import report as training_report
 

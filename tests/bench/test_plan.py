@@ -155,6 +155,7 @@ def test_8192_pixels_within_24_gb_with_8_bit_weights_or_offload(flux, setting):
     assert row["total_gib"] < 24e9 / 2**30
 
 
+@slow
 def test_chunks_are_what_makes_it_fit():
     window = Window(512, 512, 512, 8)
     config = CONFIGURATIONS["flux-dev"].transformer
@@ -289,6 +290,7 @@ def test_tile_choices():
             assert needed == pytest.approx(exact / window.image_length)
 
 
+@slow
 def test_tile_choices_with_far_keys():
     window = Window(128, 96, 512, 8, far_levels=10)
     rows = tile_choices(window)

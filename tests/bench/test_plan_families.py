@@ -1,5 +1,8 @@
 """`clear-dit bench plan` of every family's true configuration at 4096 px."""
 
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 from support.slow import slow
@@ -82,9 +85,30 @@ def test_flops_are_the_windows(name):
     assert 0.3 * products < full["linear_tflop"] < 1.02 * products
 
 
+@pytest.fixture(scope="module")
+def planned():
+    """A function of a name: its plan at 4096 px."""
+    return cache(lambda name: plan(name, 4096, 4096, 8, 1, False, None, torch.bfloat16))
+
+
 @slow
-def test_memory_and_the_report():
-    result = plan("hunyuanimage-2.1", 4096, 4096, 8, 1, False, None, torch.bfloat16)
+@pytest.mark.parametrize("name", ["hunyuanimage-2.1", "sd35-medium", "krea-2"])
+def test_the_documented_table(planned, name):
+    result = planned(name)
+    full, clear = (row["total_tflop"] for row in result["rows"])
+    text, first, *_, last, tile = (row["activations_gib"] for row in result["memory"])
+    numbers = (
+        *(f"{full:,.0f}", f"{clear:,.0f}", f"{result['bound']:.1f}"),
+        *(f"{result['memory'][0]['weights_gib']:.1f}", f"{text:.2f}", f"{first:.2f}"),
+        *(f"{number:.1f}" for number in (last, tile, result["peak_gib"])),
+    )
+    row = " | ".join((f"| `{name}`", *numbers))
+    assert row in (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+
+
+@slow
+def test_memory_and_the_report(planned):
+    result = planned("hunyuanimage-2.1")
     assert (result["token_rows"], result["token_columns"]) == (128, 128)
     stages = {row["stage"]: row for row in result["memory"]}
     assert list(stages) == [

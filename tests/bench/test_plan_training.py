@@ -78,6 +78,12 @@ def test_a_step_of_every_family(name, family_folder):
         assert (more["frozen_gib"], more["trained_gib"]) == (row["frozen_gib"], row["trained_gib"])
 
 
+@pytest.mark.parametrize("option", [("--weights-dtype", "int8"), ("--offload", "model")])
+def test_other_weights(option, capsys):
+    assert run("bench", "plan", "--train", *option) == 2
+    assert "--train counts weights in bfloat16" in capsys.readouterr().err
+
+
 @slow
 def test_past_the_positions_of_a_model(family_folder, capsys):
     side = 20 * token_pixels("sd3")

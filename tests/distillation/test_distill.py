@@ -97,6 +97,7 @@ def test_the_adapter_is_what_apply_clear_reads(run, tmp_path, samples):
     assert (header["radius"], header["down_factor"], header["base_model"]) == ("2", "2", "demo")
 
 
+@slow
 def test_an_adapter_with_far_keys_is_what_apply_clear_reads(run, tmp_path):
     result = run(far=True, optimizer="adamw", learning_rate=1e-3, use_ema=True, ema_decay=0.5)
     name = "clear_far_2.safetensors"
@@ -131,6 +132,7 @@ def test_an_adapter_with_far_keys_is_what_apply_clear_reads(run, tmp_path):
         assert part in card
 
 
+@slow
 def test_a_lora_trains_nothing_of_far_keys(run, tmp_path):
     run(lora=2, far=True)
     state = adapter(tmp_path / "run", "pytorch_lora_weights.safetensors")

@@ -16,6 +16,7 @@ from support.families.pipelines import draw, make_pipeline
 from support.ip_adapter import load_sd3_ip_adapter as load
 from support.models import assert_differs, assert_same
 from support.oracle import far_attention_within
+from support.slow import slow_but
 from torch.nn import functional
 
 from clear_dit import Window, apply_clear, remove_clear
@@ -80,7 +81,7 @@ orders = pytest.mark.parametrize("order", [loaded_before, loaded_after])
 
 
 @orders
-@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("far", slow_but([False, True], True))
 def test_loaded_used_and_unloaded(pipe, given, order, far):
     plain = run(pipe.transformer, given)
     with by_definition(far):

@@ -199,7 +199,7 @@ def test_forward_and_gradients_are_as_close_as_stock(size):
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"), slow_but(product(SIZES, HALVES), *product(SIZES[:3], HALVES)), ids=str
+    ("size", "dtype"), slow_but(product(SIZES, HALVES), *product(SIZES[:1], HALVES)), ids=str
 )
 def test_half_precision_is_as_close_as_stock(size, dtype):
     for name, (mine, theirs) in errors(*arguments(**size, dtype=dtype)).items():

@@ -5,9 +5,9 @@ import torch
 from support import patches
 from support.patches import CASES, IMAGES, LARGER, OTHERS, denoise, generate
 from support.processes import launch
-from support.slow import slow, slow_but
+from support.slow import slow
 
-WORLDS = slow_but((2, 3, 4, 7), 2)  # ranks
+WORLDS = (2, 3, 4, 7)  # ranks
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,8 @@ def test_ranks_generate_what_one_process_generates(world, shared, alone):
     assert max(errors.values()) <= 1e-5, errors
 
 
-@pytest.mark.parametrize("world", slow_but([2, 4], 2))
+@slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_guidance_ranks_compute_one_pass_each(world, shared, alone):
     latents, _ = shared(world)
     assert difference(latents["guidance ranks"], alone("256 x 256 px")) <= 1e-5
@@ -80,6 +81,7 @@ def test_the_cache_acts_in_between(alone):
     assert difference(some, everything) > 1e-3
 
 
+@slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_averaging_the_text_as_the_paper_does_is_no_substitute(world, shared, alone):
     latents, _ = shared(world)
@@ -93,6 +95,7 @@ def test_averaging_the_text_as_the_paper_does_is_no_substitute(world, shared, al
         assert theirs > 100 * max(ours, 1e-7)
 
 
+@slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_stale_halos_are_an_approximation(world, shared, alone):
     latents, _ = shared(world)
@@ -133,6 +136,7 @@ def test_bytes_depend_on_the_radius_and_not_on_the_ranks(shared):
         assert sent["halo"] / layers == halo_bytes(4, 16, sides=1)
 
 
+@slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_merging_the_text_sends_at_most_twice_its_output(world, shared):
     """In float32, whatever the number of ranks."""
