@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from support.command_line import run
-from support.slow import slow, slow_but
+from support.slow import slow
 
 from clear_dit import Window
 from clear_dit.bench.configurations import find_configuration
@@ -56,7 +56,7 @@ def check_flux_dev(result, side, radius):
 
 
 @slow
-@pytest.mark.parametrize(("side", "radius"), slow_but(FLUX_DEV, (2048, 16)))
+@pytest.mark.parametrize(("side", "radius"), FLUX_DEV)
 def test_flux_dev_is_the_papers_table_and_the_bound(side, radius):
     window = Window(side // 16, side // 16, 512, radius)
     check_flux_dev(count_flops(CONFIGURATIONS["flux-dev"].transformer, window), side, radius)
@@ -144,8 +144,8 @@ def test_8192_pixels_within_40_gb_in_bfloat16(flux):
     "setting",
     [
         ("int8", "model"),
-        pytest.param(("float8", "model"), marks=slow),
-        pytest.param((None, "group"), marks=slow),
+        ("float8", "model"),
+        (None, "group"),
     ],
 )
 def test_8192_pixels_within_24_gb_with_8_bit_weights_or_offload(flux, setting):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support import command_line
 from support.distilling import gradients_of_a_step, make_samples
-from support.slow import slow, slow_but
+from support.slow import slow
 
 from clear_dit import apply_clear
 from clear_dit.distillation import checkpoint, files
@@ -41,7 +41,7 @@ RESUMED = {
 
 
 @slow
-@pytest.mark.parametrize("name", slow_but(RESUMED, "prodigy-bf16"))
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, tmp_path, monkeypatch, name):
     changes = RESUMED[name]
     whole = run(out=tmp_path / "whole", max_train_steps=4, **changes)

@@ -65,7 +65,7 @@ def state_of(model):
 
 
 @slow
-@pytest.mark.parametrize("count", [2, pytest.param(9, marks=slow)])
+@pytest.mark.parametrize("count", [2, 9])
 @pytest.mark.parametrize("kind", ["two", "one scheduler", "one pipeline"])
 def test_cascades_at_once(weights, kind, count):
     first, second = pipelines(2, weights, scheduler_too=kind == "one scheduler")

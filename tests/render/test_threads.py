@@ -44,7 +44,7 @@ def images(folder):
 
 
 @slow
-@pytest.mark.parametrize("count", [6, pytest.param(60, marks=slow)])
+@pytest.mark.parametrize("count", [6, 60])
 def test_two_processes_make_the_images_of_one(fork, runner, make_jobs, tmp_path, count):
     jobs = make_jobs(count)
     render(jobs, tmp_path / "one", FLAGS, progress=False, make_runner=runner)

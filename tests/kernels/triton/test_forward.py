@@ -127,7 +127,7 @@ def every_forward_config():
 @slow
 @pytest.mark.parametrize(
     "config",
-    slow_but(every_forward_config(), *tables.FORWARD["sm_90"], *tables.WIDE_FORWARD),
+    every_forward_config(),
     ids=lambda config: config.name,
 )
 def test_every_tile_shape_and_way_to_load(config):
@@ -177,7 +177,7 @@ SCALED = {
 @slow
 @pytest.mark.usefixtures("hopper_tiles")
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
-@pytest.mark.parametrize("name", slow_but(SCALED, "pooled"))
+@pytest.mark.parametrize("name", SCALED)
 def test_scale_of_any_sign_or_zero(name, scale):
     """Output, gradients and log-sum-exp; what is added to pooled and far keys is not scaled."""
     window = SCALED[name]

@@ -264,19 +264,8 @@ def test_nothing_is_noticed_without_a_fault(monkeypatch):
     assert not is_noticed(monkeypatch)
 
 
-QUICK_FAULTS = (
-    "a tile passed over is not given back",
-    "loads wait by the other parity",
-    "a sum is read before it is there",
-    "queries without a fence",
-    "a group's last tile dropped",
-    "the disc with its rim",
-    "the bias of another key",
-)
-
-
 @slow
-@pytest.mark.parametrize("name", slow_but(FAULTS, *QUICK_FAULTS))
+@pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_noticed(name, monkeypatch):
     assert is_noticed(monkeypatch, faults=(FAULTS[name],))
 

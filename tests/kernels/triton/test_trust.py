@@ -50,10 +50,8 @@ def kernel(name, dtype=torch.float16, device=CPU, group=1):
 
 
 @slow
-@pytest.mark.parametrize(
-    "dtype", slow_but([torch.float16, torch.bfloat16], torch.bfloat16), ids=str
-)
-@pytest.mark.parametrize("name", slow_but(trust.KERNELS, "text", "far", "backward"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", trust.KERNELS)
 def test_right_kernels_are_found_right(name, dtype):
     check_right(kernel(name, dtype))
 

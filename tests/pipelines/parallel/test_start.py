@@ -26,11 +26,11 @@ PLACE = {
 @pytest.mark.parametrize(
     ("how", "who", "own_status", "reason"),
     [
-        pytest.param("killed", 1, -9, "its process ended", marks=slow),
+        ("killed", 1, -9, "its process ended"),
         ("out of memory", 1, 1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 3 GiB."),
-        pytest.param("killed", 0, -9, "its process ended", marks=slow),
-        pytest.param("stopped", 2, None, SILENT, marks=slow),
-        pytest.param("hanging", 0, 1, HANGING, marks=slow),
+        ("killed", 0, -9, "its process ended"),
+        ("stopped", 2, None, SILENT),
+        ("hanging", 0, 1, HANGING),
     ],
 )
 def test_one_that_fails_stops_all(how, who, own_status, reason, tmp_path):
