@@ -19,7 +19,7 @@ import torch
 
 from clear_dit import Window
 from clear_dit.bench.denoise import bench_denoise
-from clear_dit.bench.plan import config_of, count_flops
+from clear_dit.counting.flops import config_of, count_flops
 from clear_dit.generation.denoising import passes as forwards
 from clear_dit.generation.denoising import text_length
 from clear_dit.generation.models import load_pipeline, model_defaults

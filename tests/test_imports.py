@@ -22,6 +22,7 @@ ROOMS = (
     "families",
     "weights chunking",
     "plugin",
+    "counting",
     "pipelines",
     "generation",
     "demo render",

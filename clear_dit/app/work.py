@@ -43,8 +43,8 @@ class WorkPlanner:
     """
 
     def __init__(self, pipe: Any) -> None:
-        from ..bench.pass_flops import PassFlops
-        from ..bench.plan import config_of
+        from ..counting.flops import config_of
+        from ..counting.pass_flops import PassFlops
 
         self._pipe = pipe
         self._scheduler = copy.deepcopy(pipe.scheduler)

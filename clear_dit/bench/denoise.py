@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..counting.flops import config_of, count_flops
+from ..counting.inputs import Random, model_inputs, positions_for
 from ..families.table import attention_layers, transformer_of
 from ..generation.checks import find_impl, find_window
 from ..generation.denoising import text_length
@@ -15,8 +17,6 @@ from ..generation.models import find_model, load_pipeline
 from ..kernels.window import Window
 from ..plugin import apply_clear
 from ..weights.forward import changed_in_forwards, other_attributes
-from .inputs import Random, model_inputs, positions_for
-from .plan import config_of, count_flops
 from .step import output_of, relative_error, step_report, verdict
 from .timing import time_in_turn
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from ..counting.flops import config_of, count_flops
+from ..counting.inputs import Random, model_inputs
 from ..errors import RequestError, first_line
 from ..families.table import transformer_of
 from ..generation.checks import find_impl, find_window
 from ..generation.denoising import text_length
 from ..generation.models import find_model, load_pipeline
 from ..plugin import apply_clear
-from .inputs import Random, model_inputs
-from .plan import config_of, count_flops
 from .step import output_of, relative_error, step_report, verdict
 
 if TYPE_CHECKING:

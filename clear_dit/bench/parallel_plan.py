@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from ..counting.fake import build, defaults
+from ..counting.pass_flops import PassFlops
 from ..generation.checks import find_window
 from ..kernels.window import Window
 from .configurations import find_configuration
-from .fake import build, defaults
 from .parallel_bytes import Layer, halo_bytes, ring_bytes, ulysses_bytes
-from .pass_flops import PassFlops
 from .published import Configuration
 from .timing import table
 

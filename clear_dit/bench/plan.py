@@ -1,8 +1,6 @@
 """What a model will cost at a size: FLOPs and memory, without its weights and without a GPU.
 
-FLOPs are those of one forward pass at batch 1 of the true configuration: matrix products of the
-linear layers, counted by PyTorch, and attention, 4 per attended pair and channel. Norms, RoPE and
-activations are not counted. Of memory, see `plan_memory`.
+Of FLOPs, see `counting/flops.py`; of memory, `plan_memory`.
 """
 
 from __future__ import annotations
@@ -10,23 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention.norm_rope import HAS_TRITON
-from ..chunking import chunk_feed_forward
-from ..families.table import family_of, head_dim_of, heads_of
+from ..counting.flops import count_flops
 from ..generation.checks import find_window
-from ..kernels.window import Window
 from .configurations import find_configuration
 from .executed import tile_choices
-from .fake import build, defaults, quiet
-from .inputs import Empty, clear_applied, forward, model_inputs, positions_for
 from .plan_memory import check_memory_options, plan_memory
 from .timing import table
 
-# On the meta device stock attention is two batched products, and nothing else is one.
-ATTENTION_OPS = (torch.ops.clear_dit.tiled_attention, torch.ops.aten.bmm)
-LINEAR_OPS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 OFFLOAD_WORDS = {
     "none": "all parts on the device",
     "model": "one part at a time on the device",
@@ -93,69 +83,6 @@ def plan(
         "offload": offload,
         "torch": torch.__version__,
     }
-
-
-def config_of(transformer: Any) -> dict[str, Any]:
-    """A loaded transformer's configuration, as `count_flops` takes it."""
-    return {"_class_name": type(transformer).__name__, **transformer.config}
-
-
-def count_flops(config: dict[str, Any], window: Window) -> dict[str, Any]:
-    """FLOPs of a forward pass, full and local.
-
-    Attention over text alone, as some families have it beside that over the image, is the same in
-    both.
-
-    Raises:
-        RequestError: a size past the model's positions.
-    """
-    with defaults(torch.float32, "meta"):
-        model = build(config)
-    inputs = model_inputs(model, window, Empty(torch.float32, "meta"))
-    family = family_of(model)
-    layers = family.layers(model).values()
-    heads, head_dim = heads_of(next(iter(layers))), head_dim_of(model)
-    with positions_for(model, window, inputs):
-        linear, full = _count_products(model, inputs)
-        with clear_applied(model, window):
-            if family.chunked:
-                with quiet():
-                    chunk_feed_forward(model, None)  # whole: the same products in fewer operators
-            same, local = _count_products(model, inputs)
-    assert linear == same
-    # Not attention, but a weighted sum of keys and of values that PyTorch counts as a product.
-    if window.down_factor > 1:
-        cells = window.pooled_length * window.down_factor**2
-        local -= len(layers) * 4 * cells * heads * head_dim
-    rows = [
-        {
-            "attention": name,
-            "linear_tflop": linear / 1e12,
-            "attention_tflop": attention / 1e12,
-            "total_tflop": (linear + attention) / 1e12,
-            "attention_share": attention / (linear + attention),
-            "attention_gflop_per_layer": attention / len(layers) / 1e9,
-        }
-        for name, attention in (("full", full), ("clear", local))
-    ]
-    return {
-        "rows": rows,
-        "bound": (linear + full) / (linear + local),
-        "layers": len(layers),
-        "heads": heads,
-        "head_dim": head_dim,
-        "chunked": family.chunked,
-    }
-
-
-def _count_products(model: Any, inputs: dict[str, Any]) -> tuple[int, int]:
-    """FLOPs of one forward, those of attention apart: (linear layers, attention)."""
-    with FlopCounterMode(display=False) as counter, quiet(), torch.no_grad():
-        forward(model, inputs)
-    counts = dict(counter.get_flop_counts()["Global"])
-    attention = sum(counts.pop(op, 0) for op in ATTENTION_OPS)
-    assert set(counts) <= set(LINEAR_OPS), counts
-    return sum(counts.values()), attention
 
 
 def report(result: dict[str, Any]) -> str:

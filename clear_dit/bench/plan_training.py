@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..attention.processor import CLEARProcessor
+from ..counting.fake import IMPL, LiveStorages, build, defaults, quiet
+from ..counting.inputs import Empty, check_positions, model_inputs, told_layout
 from ..distillation.losses import (
     attention_outputs,
     default_layers,
@@ -33,8 +35,6 @@ from ..kernels.window import Window
 from ..plugin import install
 from ..weights.learned import make_far_trainable
 from .configurations import find_configuration
-from .fake import IMPL, LiveStorages, build, defaults, quiet
-from .inputs import Empty, check_positions, model_inputs, told_layout
 from .plan import number
 from .timing import table
 

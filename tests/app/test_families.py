@@ -17,7 +17,7 @@ from clear_dit.app.preview import Previewer
 from clear_dit.app.request import Entry, make_requests
 from clear_dit.app.settings import Settings
 from clear_dit.app.store import ENDED, Store, new_secret, visitor_of
-from clear_dit.bench.plan import config_of, count_flops
+from clear_dit.counting.flops import config_of, count_flops
 from clear_dit.generation.checks import find_window
 from clear_dit.generation.denoising import passes, text_length
 from clear_dit.generation.models import find_model

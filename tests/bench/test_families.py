@@ -14,10 +14,10 @@ from support.slow import few, slow
 
 from clear_dit import Window, apply_clear
 from clear_dit.bench.configurations import find_configuration
-from clear_dit.bench.inputs import Random, model_inputs
-from clear_dit.bench.pass_flops import PassFlops
-from clear_dit.bench.plan import config_of, count_flops
 from clear_dit.bench.step import TOLERANCE, output_of, relative_error
+from clear_dit.counting.flops import config_of, count_flops
+from clear_dit.counting.inputs import Random, model_inputs
+from clear_dit.counting.pass_flops import PassFlops
 
 # Z-Image pads text to a multiple of 32; FLUX.3 takes multiples of 16.
 TEXT = 32

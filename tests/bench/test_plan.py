@@ -15,11 +15,12 @@ from support.slow import slow
 from clear_dit import Window
 from clear_dit.bench.configurations import find_configuration
 from clear_dit.bench.executed import raster_keys, tile_choices, tiled_keys
-from clear_dit.bench.fake import LiveStorages, build, defaults, tensor_bytes
-from clear_dit.bench.plan import count_flops
-from clear_dit.bench.plan_memory import TransformerMemory, cascade_sizes, plan_memory
+from clear_dit.bench.plan_memory import cascade_sizes, plan_memory
 from clear_dit.bench.published import CLIP_L, CONFIGURATIONS
 from clear_dit.chunking import chunk_feed_forward
+from clear_dit.counting.fake import LiveStorages, build, defaults, tensor_bytes
+from clear_dit.counting.flops import count_flops
+from clear_dit.counting.memory import TransformerMemory
 from clear_dit.generation.models import DEMO
 from clear_dit.kernels import flex
 

@@ -8,11 +8,12 @@ import torch
 from support.slow import slow
 
 from clear_dit import Window
-from clear_dit.bench.fake import build, defaults
-from clear_dit.bench.inputs import INPUTS
-from clear_dit.bench.plan import count_flops, plan, report
-from clear_dit.bench.plan_memory import TransformerMemory
+from clear_dit.bench.plan import plan, report
 from clear_dit.bench.published import CONFIGURATIONS
+from clear_dit.counting.fake import build, defaults
+from clear_dit.counting.flops import count_flops
+from clear_dit.counting.inputs import INPUTS
+from clear_dit.counting.memory import TransformerMemory
 from clear_dit.errors import RequestError
 from clear_dit.families.table import CONTROLNETS, MODELS
 

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from support.slow import slow
 
 from clear_dit import apply_clear, chunking
-from clear_dit.bench.eight_bit import Int8Linear, use_eight_bit_linears
 from clear_dit.chunking import ChunkedForward, chunk_feed_forward
+from clear_dit.counting.eight_bit import Int8Linear, use_eight_bit_linears
 from clear_dit.generation.models import DEMO
 from clear_dit.hooks import Innermost
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..kernels.window import Window
-from .plan import count_flops
+from .flops import count_flops
 
 # Sides in tokens of the images that are counted: a multiple of 32 tokens, to which Z-Image pads
 # them, and small, for positions end somewhere.
