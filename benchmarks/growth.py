@@ -18,7 +18,7 @@ import torch
 from plot_gpu import Panel, draw
 
 from clear_dit.bench.denoise import bench_denoise
-from clear_dit.bench.timing import table
+from clear_dit.tables import table
 
 
 def measure(sizes: list[int], radius: int, repeats: int) -> dict[str, Any]:

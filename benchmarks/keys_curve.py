@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 from plot_gpu import GREY, LIGHT, SCALE, _at, _font
 
-from clear_dit.bench.timing import table
 from clear_dit.generation.checks import find_window
+from clear_dit.tables import table
 
 WIDTH, HEIGHT = 760, 490
 COLOURS = {

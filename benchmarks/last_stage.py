@@ -35,13 +35,14 @@ from torchmetrics.functional.image import (
 from tqdm import tqdm
 
 from clear_dit import apply_clear, remove_clear
-from clear_dit.bench.timing import hardware, table
+from clear_dit.bench.timing import hardware
 from clear_dit.evaluation.request import evaluation_prompts
 from clear_dit.files import whole_file
 from clear_dit.generation.checks import find_window
 from clear_dit.generation.denoising import decode, denoise, encode
 from clear_dit.generation.models import load_pipeline, model_defaults
 from clear_dit.pipelines.cascade.resolution import settings_for
+from clear_dit.tables import table
 from clear_dit.weights.known import known_weights
 
 

@@ -320,8 +320,8 @@ def main() -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
 
-    from clear_dit.bench.timing import table
     from clear_dit.kernels.triton import tables
+    from clear_dit.tables import table
 
     names = {entry.name for entry in tables.forward_configs("sm_90", HEAD_DIM, ELEMENT_SIZE)}
     entries = {

@@ -160,7 +160,7 @@ def main(
     """Compile, print a table, and write it as JSON."""
     import triton
 
-    from clear_dit.bench.timing import table
+    from clear_dit.tables import table
 
     jobs = [(name, *kind) for name in architecture or ARCHITECTURES for kind in KINDS]
     rows = compile_all(jobs, workers)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .bench.timing import table
 from .errors import first_line
 from .generation.models import DEMO
 from .kernels.choice import IMPLS, preference, run_chosen, why_not
@@ -22,6 +21,7 @@ from .kernels.reference import reference_attention
 from .kernels.tiled.native.build import BuildError, compiler
 from .kernels.tiled.native.forward import why_not_compiled
 from .kernels.window import Window
+from .tables import table
 from .versions import __version__
 
 EXTRAS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -19,6 +20,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")
 # What is None here is as the model has it.
 Height = Annotated[int | None, typer.Option(help="Height in pixels.")]
 Width = Annotated[int | None, typer.Option(help="Width in pixels.")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="How images are enlarged above the native size: repaint (half the noise and steps), "
+        "refine (little noise, few steps), auto (repaint up to twice the native size, then refine)."
+    ),
+]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of guidance.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
@@ -77,6 +85,13 @@ def fractions(name: str, text: str) -> tuple[float, ...]:
             "for one, and several with points: 0.0,1.0."
         )
     return numbers(name, text)
+
+
+def optional(
+    read: Callable[[str, str], tuple[float, ...]], name: str, text: str | None
+) -> tuple[float, ...] | None:
+    """What `numbers` or `fractions` reads; None of None."""
+    return None if text is None else read(name, text)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from clear_dit.weights.state import ClearState
 from clear_dit.wrappers import unwrapped
 
 from .cascade.given_image import enlarged_size, pixels_from
+from .cascade.presets import AUTO
 from .cascade.resolution import Resolution
 from .cascade.run import Request, images_from, run_stages
 from .cascade.stage_attention import can_run_full, pools_keys, runs_clear
@@ -244,7 +245,9 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         *args: Any,
         image: Any = None,
         enlarge: Any = None,
+        preset: str = AUTO,
         strength: float | Sequence[float] | None = None,
+        stage_steps: int | Sequence[int] | None = None,
         cascade: bool | None = None,
         low_resolution_guidance: float | None = None,
         stages_dir: str | os.PathLike[str] | None = None,
@@ -263,10 +266,15 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
                 aspect ratio. Of a stock pipeline that takes an `image` itself (reference images)
                 it is that one.
             enlarge: the same, also where `image` is the stock pipeline's.
+            preset: where the stages that enlarge start and how many steps they take: "repaint",
+                "refine", or "auto", which repaints images of up to twice the native size and
+                refines larger ones; see `pipelines/cascade/presets.py`.
             strength: from 0 (only enlarge) to 1 (ignore the enlarged image), the noise level at
                 which a stage starts to repaint it; one number, or one for each stage that
-                enlarges; 0.55 where None. It does not depend on the scheduler's shift:
+                enlarges; the preset's where None. It does not depend on the scheduler's shift:
                 `FluxImg2ImgPipeline`'s strength s starts at 3 s / (1 + 2 s) with a shift of 3.
+            stage_steps: steps of these stages, one number, or one for each. None: the preset's; of
+                a strength that is given its share of `num_inference_steps`.
             cascade: whether to start at the native size; None does where the image has over 1.25
                 times the native number of pixels.
             low_resolution_guidance: from 0 (none) to 1, how much the low frequencies of the
@@ -281,12 +289,12 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             texts: what earlier calls have encoded, `pipelines.text.Texts`; this call's stages alone
                 share theirs where None.
 
-        `num_inference_steps` is that of a whole schedule, of which a stage that enlarges takes its
-        share; `sigmas` and `latents` are those of a first stage without an image. Noise is drawn
-        on the generator's device. The pipeline that `callback_on_step_end` is given is the call's
-        own copy, with the same models: `pipe.stage` is the stage; `pipe._interrupt = True` ends the
-        work after the step, and the image that is returned has the size of that stage. Set on the
-        pipeline itself it ends every call that is under way.
+        `num_inference_steps` is that of a whole schedule; `sigmas` and `latents` are those of a
+        first stage without an image. Noise is drawn on the generator's device. The pipeline that
+        `callback_on_step_end` is given is the call's own copy, with the same models: `pipe.stage`
+        is the stage; `pipe._interrupt = True` ends the work after the step, and the image that is
+        returned has the size of that stage. Set on the pipeline itself it ends every call that is
+        under way.
 
         Threads may call one pipeline at the same time, or several with the same models and
         scheduler. A stage of full attention has the transformer for itself where CLEAR weights are
@@ -326,7 +334,9 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             native_size=self.native_size,
             token_pixels=token_pixels,
             text_length=self._text_length(options),
+            preset=preset,
             strength=strength,
+            stage_steps=stage_steps,
             attention="clear" if runs_clear(model) else "full",
             native_attention="full" if can_run_full(model) else "clear",
             pooled=pools_keys(model),

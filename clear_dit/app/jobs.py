@@ -15,11 +15,11 @@ from typing import Any
 from ..errors import RequestError, first_line
 from ..generation.request import GenerateRequest
 from ..generation.runner import PipelineRunner, Step, Stopped
+from ..generation.stage_plan import PlannedStage, StagePlanner
 from .preview import Previewer
 from .settings import MAX_JOBS_OF_VISITOR, Settings
 from .store import Store, new_name
 from .tiles import write_tiles
-from .work import StageWork, WorkPlanner
 
 # How often images that are too old are looked for, in seconds.
 SWEEP_EVERY = 3600.0
@@ -57,7 +57,7 @@ class Job:
     created: float = field(default_factory=time.time)
     state: str = "waiting"
     phase: str = ""
-    plan: tuple[tuple[StageWork, ...], ...] = ()
+    plan: tuple[tuple[PlannedStage, ...], ...] = ()
     flops_done: float = 0.0
     started: float | None = None
     preview: str | None = None
@@ -118,7 +118,7 @@ class Jobs:
         self._stopping = False
         self._runner: PipelineRunner | None = None
         self._runner_for: tuple[str, str, str] | None = None
-        self._planners: dict[str, WorkPlanner] = {}
+        self._planners: dict[str, StagePlanner] = {}
         # Of the jobs so far: for an estimate of those that wait.
         self._seconds_per_flop: float | None = None
         self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
@@ -316,7 +316,7 @@ class Jobs:
         job: Job,
         runner: PipelineRunner,
         request: GenerateRequest,
-        stages: tuple[StageWork, ...],
+        stages: tuple[PlannedStage, ...],
     ) -> None:
         previewer = Previewer(runner.pipe)
         which = f"{request.attention} attention, " if len(job.requests) > 1 else ""
@@ -374,7 +374,7 @@ class Jobs:
             self._runner = self._make_runner(*wanted)
             self._runner_for = wanted
         if model not in self._planners:
-            self._planners[model] = WorkPlanner(self._runner.pipe)
+            self._planners[model] = StagePlanner(model)
         return self._runner
 
 
@@ -392,10 +392,10 @@ def _linked(upload: Path, own: Path) -> Path:
 
 
 def _plan(
-    planner: WorkPlanner,
+    planner: StagePlanner,
     requests: tuple[GenerateRequest, ...],
     image_size: tuple[int, int] | None,
-) -> tuple[tuple[StageWork, ...], ...]:
+) -> tuple[tuple[PlannedStage, ...], ...]:
     try:
         return tuple(planner.plan(request, image_size) for request in requests)
     except ValueError as error:

@@ -25,8 +25,9 @@ from ..kernels.tiled import bands
 from ..kernels.triton.device import kernels_of
 from ..kernels.window import Window
 from ..memory import peak_mb, reset_peak
+from ..tables import table
 from .peers import PEERS, Peer, Sees, raster_pairs, sees_window, triton_pairs
-from .timing import measured_on, table, time_in_turn
+from .timing import measured_on, time_in_turn
 
 # Full attention by PyTorch's scaled_dot_product_attention: the peer that CLEAR replaces.
 DENSE = "sdpa"

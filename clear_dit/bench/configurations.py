@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from ..errors import RequestError
-from ..generation.models import DEMOS, Model, find_model
+from ..generation.denoising import text_length
+from ..generation.models import DEMOS, find_model
+from ..generation.stage_plan import described
 from .published import CONFIGURATIONS, Configuration
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def find_configuration(model: str) -> Configuration:
@@ -38,24 +36,8 @@ def find_configuration(model: str) -> Configuration:
             for part in found.index.parts
             if part.startswith("text_encoder")
         ),
-        text_length=_text_length(found, transformer),
+        text_length=text_length(described(found)),
         native_size=found.defaults.size,
         token_pixels=found.token_pixels,
         latent_pixels=found.token_pixels // recipe.patch,
     )
-
-
-def _text_length(model: Model, transformer: dict[str, Any]) -> int:
-    """As `generation.denoising.text_length`, for a pipeline that is not loaded."""
-    recipe = model.family.recipe
-    # What `Recipe.options` looks at.
-    parts = {
-        part: SimpleNamespace(**{"model_max_length": recipe.text_length} | settings)
-        for part in model.index.parts
-        if part.startswith("tokenizer")
-        for settings in [model.index.config(part, TOKENIZER_CONFIG)]
-    }
-    config = SimpleNamespace(**{"guidance_embeds": False} | transformer)
-    pipe = SimpleNamespace(transformer=SimpleNamespace(config=config), **parts)
-    length: int = recipe.options(pipe).get("max_sequence_length", recipe.text_length)
-    return length

@@ -14,8 +14,9 @@ from ..generation.checks import find_impl
 from ..kernels.attention import local_attention
 from ..kernels.triton.device import kernels_of
 from ..memory import peak_mb, reset_peak
+from ..tables import table
 from .attention import Problem, errors_of, local_lse, sampled_errors
-from .timing import table, time_in_turn
+from .timing import time_in_turn
 
 
 def bench_growth(problems: Sequence[Problem], impl: str, repeats: int) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from ..counting.fake import build, defaults
 from ..counting.pass_flops import PassFlops
 from ..generation.checks import find_window
 from ..kernels.window import Window
+from ..tables import table
 from .configurations import find_configuration
 from .parallel_bytes import Layer, halo_bytes, ring_bytes, ulysses_bytes
 from .published import Configuration
-from .timing import table
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 BFLOAT16 = 2

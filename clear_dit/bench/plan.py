@@ -12,10 +12,10 @@ import torch
 from ..attention.norm_rope import HAS_TRITON
 from ..counting.flops import count_flops
 from ..generation.checks import find_window
+from ..tables import number, table
 from .configurations import find_configuration
 from .executed import tile_choices
 from .plan_memory import check_memory_options, plan_memory
-from .timing import table
 
 OFFLOAD_WORDS = {
     "none": "all parts on the device",
@@ -142,8 +142,3 @@ surroundings; not counted is the whole image, which need not be on the device.
 
 Keys for each image query, text included, by choice of tiles (in tokens):
 {table(tiles)}"""
-
-
-def number(value: float) -> str:
-    """Three digits at least."""
-    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"

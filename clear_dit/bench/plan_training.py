@@ -33,10 +33,9 @@ from ..errors import RequestError, first_line
 from ..generation.checks import find_window
 from ..kernels.window import Window
 from ..plugin import install
+from ..tables import number, table
 from ..weights.learned import make_far_trainable
 from .configurations import find_configuration
-from .plan import number
-from .timing import table
 
 # On "cpu", autocast works for fake tensors, and attention is PyTorch's fused one.
 DEVICE = "cpu"

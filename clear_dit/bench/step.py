@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .timing import measured_on, table
+from ..tables import table
+from .timing import measured_on
 
 # Largest relative error of what a whole transformer returns that still counts as right.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}

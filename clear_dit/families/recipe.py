@@ -115,6 +115,17 @@ class Guidance:
         """The strength with which a step is the first of its passes alone."""
         return strength if self.passes(config, strength) == 1 else self.off
 
+    def without(self, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call for one pass instead of two; what is embedded stays.
+
+        A guider among the pipeline's parts is not told by arguments.
+        """
+        embedded = config.get("guidance_embeds") and self.argument == self.embedded
+        changed = {name: None for name in options if name.startswith("negative_")}
+        if self.argument is not None and not embedded:
+            changed[self.argument] = self.off  # type: ignore[assignment]
+        return {**options, **changed}
+
     def options(self, pipe: Any, strength: float, prompts: int) -> dict[str, Any]:
         """The arguments of a call for so many prompts with guidance of this strength."""
         config = pipe.transformer.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +29,19 @@ def generate(
     image: Annotated[
         str | None, typer.Option(help="An image to enlarge, twice unless a size is given.")
     ] = None,
+    preset: options.Preset = "auto",
     strength: Annotated[
         str | None,
         typer.Option(
             help="Noise level from which stages above the native size repaint, 0 to 1; one, or "
-            "one for each with commas."
+            "one for each with commas; default the preset's."
+        ),
+    ] = None,
+    stage_steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps of these stages, one number, or one for each with commas; default the "
+            "preset's, or with --strength its share of --steps."
         ),
     ] = None,
     low_resolution_guidance: Annotated[
@@ -52,12 +61,16 @@ def generate(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The PNG or TIFF to write.")] = Path("clear-dit.png"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan of stages and what it takes only.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Generate one image."""
     from .request import make_request
     from .runner import generate as run
     from .sharing import joined_ranks
+    from .stage_plan import planned
 
     with joined_ranks(parallel, device) as ranks:
         if ranks is not None and not ranks.is_first:
@@ -77,12 +90,24 @@ def generate(
             guidance=guidance,
             seed=seed,
             image=image,
-            strength=None if strength is None else options.fractions("--strength", strength),
+            preset=preset,
+            strength=options.optional(options.fractions, "--strength", strength),
+            stage_steps=options.optional(options.numbers, "--stage-steps", stage_steps),
             low_resolution_guidance=low_resolution_guidance,
             stages_dir=stages_dir,
             dtype=dtype,
             device=device if ranks is None else str(ranks.device),
         )
+        if ranks is None or ranks.is_first:
+            plan = planned(request)
+            if dry_run:
+                print(plan)
+                if as_json:
+                    options.print_json(plan.as_json())
+            else:
+                print(plan, file=sys.stderr)
+        if dry_run:
+            return
         try:
             result = run(request, out, ranks=ranks)
         except KeyboardInterrupt:

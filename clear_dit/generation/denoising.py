@@ -52,8 +52,8 @@ def denoise(
         seeds: an image depends on its own seed only, not on the others in the batch.
         height, width: in pixels.
         steps, guidance: see `GenerateRequest`.
-        stages: enlarge, strength, cascade, low_resolution_guidance, stages_dir, resolution, texts
-            and callback_on_step_end, see `CLEARPipeline`.
+        stages: enlarge, preset, strength, stage_steps, cascade, low_resolution_guidance,
+            stages_dir, resolution, texts and callback_on_step_end, see `CLEARPipeline`.
 
     Returns:
         As the stock pipeline holds them, see `Latents`.

@@ -8,7 +8,9 @@ from typing import Any
 
 from ..errors import RequestError
 from ..families.recipe import Defaults
-from ..kernels.numbers import number
+from ..kernels.numbers import integer, number
+from ..pipelines.cascade.presets import AUTO as AUTO_PRESET
+from ..pipelines.cascade.presets import PRESETS
 from ..weights.known import AUTO
 from .checks import (
     Bounds,
@@ -57,8 +59,10 @@ class GenerateRequest:
         seed: of the initial noise.
         image: an image to enlarge to height x width, of that aspect ratio; None to start from
             noise.
-        strength: of the stages above the native size, from 0 to 1: one for all, or one for each;
-            None for the default. See `CLEARPipeline`.
+        preset: of the stages above the native size: "auto", "repaint" or "refine".
+        strength: of these stages, from 0 to 1: one for all, or one for each; None for the preset's.
+        stage_steps: of these stages: one for all, or one for each; None for the preset's. See
+            `CLEARPipeline` for all three.
         low_resolution_guidance: from 0 to 1, see `CLEARPipeline`; None for the default.
         stages_dir: a folder for finished stages, from which the same request goes on.
         dtype: "float32", "bfloat16" or "float16".
@@ -82,7 +86,9 @@ class GenerateRequest:
     guidance: float
     seed: int
     image: str | None
+    preset: str
     strength: tuple[float, ...] | None
+    stage_steps: tuple[int, ...] | None
     low_resolution_guidance: float | None
     stages_dir: str | None
     dtype: str
@@ -107,14 +113,29 @@ class GenerateRequest:
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
         if self.attention == "full" and self.weights not in (None, AUTO):
             raise RequestError("--weights are for --attention clear; leave them out with full.")
-        if self.strength is not None:
-            several = isinstance(self.strength, (tuple, list))
-            values = self.strength if several else (self.strength,)
-            strength = tuple(number("--strength", x, 0, 1, RequestError) for x in values)
-            object.__setattr__(self, "strength", strength)
+        if self.preset not in PRESETS:
+            raise RequestError(
+                f"--preset must be one of {', '.join(PRESETS)}; got {self.preset!r}."
+            )
+        for name, check, most in (("strength", number, 1), ("stage_steps", integer, MAX_STEPS)):
+            given = getattr(self, name)
+            if given is not None:
+                values = given if isinstance(given, (tuple, list)) else (given,)
+                who = f"--{name.replace('_', '-')}"
+                checked = tuple(check(who, x, 0, most, RequestError) for x in values)
+                object.__setattr__(self, name, checked)
         dtype, device = find_dtype(self.dtype), find_device(self.device)
         if self.attention == "clear":
             find_impl(self.impl, dtype, device)
+
+    @property
+    def stage_options(self) -> dict[str, Any]:
+        """preset, strength and stage_steps as `CLEARPipeline` takes them."""
+        found: dict[str, Any] = {"preset": self.preset}
+        for name in ("strength", "stage_steps"):
+            given = getattr(self, name)
+            found[name] = given[0] if given is not None and len(given) == 1 else given
+        return found
 
 
 def make_request(
@@ -149,7 +170,9 @@ def make_request(
         "guidance": defaults.guidance,
         "seed": 0,
         "image": None,
+        "preset": AUTO_PRESET,
         "strength": None,
+        "stage_steps": None,
         "low_resolution_guidance": None,
         "stages_dir": None,
         "dtype": "float32" if device == "cpu" else "bfloat16",

@@ -290,10 +290,8 @@ class PipelineRunner:
             "low_resolution_guidance": request.low_resolution_guidance,
             "stages_dir": request.stages_dir,
             "texts": texts,
+            **request.stage_options,
         }
-        if request.strength is not None:
-            one = len(request.strength) == 1
-            stages["strength"] = request.strength[0] if one else request.strength
         if request.image is not None:
             stages["enlarge"] = read_image(Path(request.image))
         with timer.measure("denoise", self.device):

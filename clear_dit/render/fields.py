@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import RequestError
 from ..generation.prompts import check_prompt
 from ..kernels.numbers import as_integer, as_number
-from ..options import fractions
+from ..options import fractions, numbers
 from .names import check_id
 
 MAX_SEEDS = 10_000
@@ -38,7 +38,9 @@ FIELDS = {
     "weights": "text",
     "attention": "text",
     "image": "text",
+    "preset": "text",
     "strength": "numbers",
+    "stage_steps": "integers",
     "low_resolution_guidance": "number",
 }
 
@@ -95,6 +97,8 @@ def from_text(name: str, text: str) -> Any:
         return _number_from(name, text)
     if kind == "numbers":
         return list(fractions(name, text))
+    if kind == "integers":
+        return list(numbers(name, text))
     return text
 
 
@@ -161,6 +165,13 @@ def _numbers(name: str, value: object) -> tuple[float, ...]:
     return tuple(_number(name, one) for one in values)
 
 
+def _integers(name: str, value: object) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not 1 <= len(values) <= 100:
+        raise RequestError(f"{name} must be an integer or a list of some.")
+    return tuple(_integer(name, one) for one in values)
+
+
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise RequestError(f"{name} must be text, got {str(value)[:100]!r}.")
@@ -178,5 +189,6 @@ _CHECKS = {
     "boolean": _boolean,
     "number": _number,
     "numbers": _numbers,
+    "integers": _integers,
     "text": _text,
 }

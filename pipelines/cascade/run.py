@@ -122,6 +122,8 @@ def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None
             stack.enter_context(full_attention(model))
         # After it: positions may need processors of their own.
         stack.enter_context(applied(pipe, stage.resolution))
+        if not stage.guided:
+            stack.enter_context(_unguided(pipe))
         if len(stages) > 1:
             description = f"stage {index + 1} of {len(stages)}, {stage.name}"
             pipe._progress_bar_config = bar | {"desc": description}
@@ -130,6 +132,19 @@ def _settings(pipe: Any, stages: tuple[Stage, ...], index: int) -> Iterator[None
             yield
         finally:
             pipe._progress_bar_config, pipe._stage = bar, None
+
+
+@contextmanager
+def _unguided(pipe: Any) -> Iterator[None]:
+    """Within it a pipeline's guider, and ranks that share guidance's passes, take one pass."""
+    guider = getattr(pipe, "guider", None)
+    with ExitStack() as stack:
+        if pipe.patch_parallel is not None:
+            stack.enter_context(pipe.patch_parallel.unguided())
+        if guider is not None:
+            pipe.guider = guider.new(guidance_scale=pipe.recipe.guidance.off)
+            stack.callback(setattr, pipe, "guider", guider)
+        yield
 
 
 def images_from(pipe: Any, latents: torch.Tensor, stage: Stage) -> Iterator[torch.Tensor]:
@@ -180,6 +195,7 @@ def _repaint(
         stage.height,
         stage.width,
         strength=stage.strength,
+        taken=stage.steps,
         token_pixels=pipe.token_pixels,
         mu=partial(pipe.recipe.mu, pipe, steps=request.steps),
     )
@@ -230,8 +246,11 @@ def _denoise(
             raise Ended(tensors["latents"])
         return tensors
 
+    given = request.options
+    if not stage.guided:
+        given = pipe.recipe.guidance.without(pipe.transformer.config, given)
     # Z-Image writes its chat template into the list it is given.
-    options = {name: list(x) if type(x) is list else x for name, x in request.options.items()}
+    options = {name: list(x) if type(x) is list else x for name, x in given.items()}
     known = inspect.signature(pipe.stock.__call__).parameters
     own, after_step, levels = pipe.scheduler, None, None
     if "callback_on_step_end" in known:

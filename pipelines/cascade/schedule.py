@@ -49,6 +49,7 @@ def sigmas_for(
     width: int,
     *,
     strength: float = 1.0,
+    taken: int | None = None,
     token_pixels: int = 16,
     mu: Mu | None = None,
 ) -> list[float]:
@@ -60,6 +61,7 @@ def sigmas_for(
         height, width: of the image, in pixels.
         strength: the sigma to start at, over 0 and at most 1. 1 starts from noise alone; an
             image-to-image stage starts from (1 - strength) image + strength noise.
+        taken: number of steps to take from there; None for the share of the schedule.
         token_pixels: side of a token.
         mu: of the pipeline; FLUX.1's where None.
 
@@ -72,8 +74,8 @@ def sigmas_for(
             that `check_dynamic_shift` refuses.
     """
     _check_scheduler(scheduler)
-    if steps < 1:
-        raise ValueError(f"sigmas_for: steps must be at least 1, got {steps}.")
+    if min(steps, taken or steps) < 1:
+        raise ValueError(f"sigmas_for: steps must be at least 1, got {min(steps, taken or steps)}.")
     if not 0 < strength <= 1:
         raise ValueError(f"sigmas_for: strength must be over 0 and at most 1, got {strength}.")
     check_dynamic_shift(scheduler, height, width, token_pixels, mu)
@@ -83,14 +85,14 @@ def sigmas_for(
     log_shift = linear_shift(scheduler.config, tokens) if mu is None else mu(tokens)
     own.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=log_shift)
     levels = own.sigmas.double().numpy()  # [steps + 1], the last is 0
-    if strength >= levels[0]:
+    if strength >= levels[0] and taken in (None, steps):
         return levels[:-1].tolist()
     # Where the schedule crosses the strength, counted in steps; the rest is taken as evenly.
     crossing = np.interp(-strength, -levels, np.arange(steps + 1))
-    taken = max(1, math.ceil(steps - crossing - 1e-4))
+    taken = taken or max(1, math.ceil(steps - crossing - 1e-4))
     places = np.linspace(crossing, steps, taken + 1)[:-1]
     rest: list[float] = np.interp(places, np.arange(steps + 1), levels).tolist()
-    return [strength, *rest[1:]]
+    return [min(strength, float(levels[0])), *rest[1:]]
 
 
 def static_scheduler(scheduler: Any, shift: float) -> Any:

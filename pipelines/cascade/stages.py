@@ -6,15 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from clear_dit.families.family import Family
-from clear_dit.kernels.numbers import number
 
+from .presets import AUTO, NOISE, REFINE_BY, REPAINT_BY, enlargements, starts_of
 from .resolution import NATIVE_SLACK, Resolution, settings_for
-
-# The noise level at which a stage starts to repaint an enlarged image.
-DEFAULT_STRENGTH = 0.55
 
 Attention = Literal["clear", "full"]
 
@@ -30,6 +27,8 @@ class Stage:
             is; None in a first stage, which starts from noise and has no image.
         attention: "clear", or "full" with the weights the model had before CLEAR's.
         resolution: what the model needs to generate at this size.
+        steps: denoising steps; None for its share of a whole schedule.
+        guided: whether classifier-free guidance acts, where a call has it.
     """
 
     height: int
@@ -37,6 +36,8 @@ class Stage:
     strength: float | None
     attention: Attention
     resolution: Resolution
+    steps: int | None = None
+    guided: bool = True
 
     @property
     def name(self) -> str:
@@ -51,7 +52,9 @@ def plan_stages(
     native_size: int,
     token_pixels: int = 16,
     text_length: int = 512,
+    preset: str = AUTO,
     strength: float | Sequence[float] | None = None,
+    stage_steps: int | Sequence[int] | None = None,
     attention: Attention = "full",
     native_attention: Attention = "full",
     pooled: bool = False,
@@ -61,7 +64,7 @@ def plan_stages(
     family: Family | None = None,
     step: int = 1,
 ) -> tuple[Stage, ...]:
-    """The fewest stages that lead to an image by at most doubling, evenly spaced.
+    """The fewest stages that lead to an image, see `presets.py`.
 
     Without an image the first stage has the aspect ratio asked for and about the native number of
     pixels, and starts from noise. Every other stage starts from the enlarged image before it.
@@ -78,7 +81,7 @@ def plan_stages(
         native_size: side of a square of as many pixels as the model was trained at, in pixels.
         token_pixels: side of a token.
         text_length: text tokens the model is given.
-        strength: of all stages that enlarge, or one for each; `DEFAULT_STRENGTH` where None.
+        preset, strength, stage_steps: of the stages that enlarge, see `starts_of`.
         attention: what the pipeline is set to.
         native_attention: of stages of about the native number of pixels in a cascade.
         pooled: whether CLEAR's keys are followed by pooled ones.
@@ -93,7 +96,8 @@ def plan_stages(
         At least one stage; the last has the size asked for.
 
     Raises:
-        ValueError: strength is not from 0 to 1, or not one for each stage that enlarges.
+        ValueError: an unknown preset, a strength or steps out of their range, or not one for each
+            stage that enlarges.
     """
     if resolution is None:
         resolution = partial(
@@ -111,49 +115,40 @@ def plan_stages(
     if image_size is None:
         excess = target[0] * target[1] / native_units
         wanted = excess > NATIVE_SLACK if cascade is None else cascade and excess > 1
-        # As few as leave at most the slack for the first stage, or one where a cascade is forced.
-        doublings = max(1, math.ceil(math.log(excess / NATIVE_SLACK, 4))) if wanted else 0
-        sizes = _sizes(target, max(1.0, math.sqrt(excess)), doublings)
+        factors = []
+        if wanted:
+            factors = enlargements(math.sqrt(excess), 1.0, preset, math.sqrt(NATIVE_SLACK))
+        sizes = _sizes(target, factors)
     else:
         scale = max(height / image_size[0], width / image_size[1])
-        enlargements = max(1, math.ceil(math.log2(scale) - 1e-9))
-        sizes = _sizes(target, scale, enlargements)[1:]
+        start = math.sqrt(image_size[0] * image_size[1]) / native_size
+        sizes = _sizes(target, enlargements(scale, start, preset))[1:]
     from_noise = 1 if image_size is None else 0
-    strengths = _strengths(strength, len(sizes) - from_noise)
-    planned: list[float | None] = [None] * from_noise + list(strengths)
+    enlarged = [math.sqrt(rows * columns / native_units) for rows, columns in sizes[from_noise:]]
+    starts = [NOISE] * from_noise + starts_of(enlarged, preset, strength, stage_steps)
     return tuple(
         Stage(
             rows * unit,
             columns * unit,
-            part,
+            start.strength,
             native_attention if len(sizes) > 1 and rows * columns <= most_native else attention,
             resolution(rows * unit, columns * unit),
+            start.steps,
+            start.guided,
         )
-        for (rows, columns), part in zip(sizes, planned, strict=True)
+        for (rows, columns), start in zip(sizes, starts, strict=True)
     )
 
 
-def _sizes(target: tuple[int, int], scale: float, enlargements: int) -> list[tuple[int, int]]:
-    """Sizes in units from 1 / scale of the target to the target, none over twice the last."""
-    sizes = [target]
-    for index in range(enlargements - 1, -1, -1):
-        shrink = scale ** ((index - enlargements) / enlargements)
+def _sizes(target: tuple[int, int], factors: Sequence[float]) -> list[tuple[int, int]]:
+    """Sizes in units, the last is the target; none is enlarged by more than its preset does."""
+    sizes, shrink = [target], 1.0
+    for factor in reversed(factors):
+        shrink /= factor
+        most = REPAINT_BY if factor <= REPAINT_BY else REFINE_BY
         rows, columns = (
-            max(round(side * shrink), math.ceil(larger / 2))
+            max(round(side * shrink), math.ceil(larger / most))
             for side, larger in zip(target, sizes[0], strict=True)
         )
         sizes.insert(0, (rows, columns))
     return sizes
-
-
-def _strengths(strength: Any, stages: int) -> Sequence[float]:
-    who = "CLEARPipeline: strength"
-    values: list[Any] = [DEFAULT_STRENGTH if strength is None else strength] * max(stages, 1)
-    if getattr(strength, "ndim", isinstance(strength, (tuple, list))) == 1:
-        values = list(strength)
-        if len(values) != stages:
-            raise ValueError(
-                f"{who} has {len(values)} values, but {stages} stages enlarge an image; give one "
-                "number, or one for each."
-            )
-    return [number(who, value, 0, 1) for value in values][:stages]

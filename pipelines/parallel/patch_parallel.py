@@ -194,6 +194,16 @@ class PatchParallel:
         finally:
             self._guidance_scale = None
 
+    @contextmanager
+    def unguided(self) -> Iterator[None]:
+        """Within it outputs are of the pass with the prompt alone, on all guidance ranks."""
+        scale = self._guidance_scale
+        self._guidance_scale = None if scale is None else 1.0
+        try:
+            yield
+        finally:
+            self._guidance_scale = scale
+
     @torch.compiler.disable
     def before(
         self, model: nn.Module, call: Call | None, given: dict[str, Any]
@@ -268,7 +278,9 @@ class PatchParallel:
         is_tuple = isinstance(output, tuple)
         sample = output[0] if is_tuple else output.sample
         both = Gathered(sample, self.guidance_group, self.traffic, "guidance").wait()
-        sample = both[1] + self._guidance_scale * (both[0] - both[1])
+        sample = both[0]
+        if self._guidance_scale != 1:
+            sample = both[1] + self._guidance_scale * (both[0] - both[1])
         return (sample, *output[1:]) if is_tuple else type(output)(sample=sample)
 
 

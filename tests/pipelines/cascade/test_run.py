@@ -119,7 +119,7 @@ def test_guidance_of_both_kinds_acts_in_every_stage(pipe, tiny_transformer):
     plain = generate(pipe, strength=0.0)
     guided = {"negative_prompt": "the sea", "true_cfg_scale": 3.0}
     assert not torch.allclose(generate(pipe, strength=0.0, **guided), plain, atol=1e-3)
-    image = {"image": make_image(), "height": 48, "width": 80}
+    image = {"image": make_image(), "height": 48, "width": 80, "preset": "repaint"}
     one, two = generate(pipe, **image), generate(pipe, **image, **guided)
     assert not torch.allclose(one, two, atol=1e-3)
     batch = generate(pipe, ["a red house", "the sea"], **image, **guided)  # one negative prompt
@@ -489,6 +489,14 @@ def test_low_resolution_guidance_is_for_large_images():
         request.weight(Stage(side, 64, 0.5, "clear", Resolution())) for side in (4096, 4112, 8192)
     ]
     assert weights == [0.0, 1.0, 1.0]
+
+
+def test_a_stage_that_refines_takes_one_pass_of_as_many_steps_as_asked(pipe):
+    guided = {"negative_prompt": "the sea", "true_cfg_scale": 3.0}
+    image = {"image": make_image(), "height": 48, "width": 80, "preset": "refine"}
+    assert torch.equal(generate(pipe, **image), generate(pipe, **image, **guided))
+    seen, _ = watch(pipe, **image, stage_steps=4)
+    assert [entry[:2] for entry in seen] == [("80x48", step) for step in range(4)]
 
 
 def test_full_attention_in_large_images_is_warned_about(pipe, caplog):

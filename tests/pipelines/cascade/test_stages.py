@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from clear_dit.pipelines.cascade.stages import DEFAULT_STRENGTH, NATIVE_SLACK, plan_stages
+from clear_dit.pipelines.cascade.presets import PRESETS, REFINE, REPAINT
+from clear_dit.pipelines.cascade.stages import NATIVE_SLACK, plan_stages
 
 
 def sizes(*args, **options):
@@ -25,34 +26,56 @@ def sizes(*args, **options):
         (1024, 2048, 512, [(368, 720), (608, 1216), (1024, 2048)]),
         (8192, 8192, 1024, [(1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192)]),
         (8192, 512, 512, [(2048, 128), (4096, 256), (8192, 512)]),
-        (16384, 16384, 512, [(512 * 2**k,) * 2 for k in range(6)]),
+        (8192, 8192, 512, [(512,) * 2, (1024,) * 2, (2896,) * 2, (8192,) * 2]),
     ],
 )
 def test_sizes(height, width, native, expected):
     assert sizes(height, width, native_size=native) == expected
 
 
+def test_sizes_of_presets():
+    assert sizes(16384, 16384, native_size=512, preset="repaint") == [
+        (512 * 2**k,) * 2 for k in range(6)
+    ]
+    assert sizes(4096, 4096, native_size=512, preset="refine") == [
+        (512, 512),
+        (1456, 1456),
+        (4096, 4096),
+    ]
+
+
 side = st.integers(1, 1024).map(lambda tokens: 16 * tokens)
 
 
-@given(side, side, st.sampled_from([512, 1024]), st.sampled_from([None, True, False]))
-@example(16384, 16, 512, None)
-@example(512, 8192, 512, True)
-def test_every_stage_at_most_doubles_and_the_first_is_native(height, width, native, cascade):
-    stages = plan_stages(height, width, native_size=native, cascade=cascade)
+cascades = st.sampled_from([None, True, False])
+presets = st.sampled_from(PRESETS)
+
+
+@given(side, side, st.sampled_from([512, 1024]), cascades, presets)
+@example(16384, 16, 512, None, "auto")
+@example(512, 8192, 512, True, "auto")
+@example(1072, 1072, 512, None, "auto")
+def test_no_stage_enlarges_too_much_and_the_first_is_native(height, width, native, cascade, preset):
+    stages = plan_stages(height, width, native_size=native, cascade=cascade, preset=preset)
     assert (stages[-1].height, stages[-1].width) == (height, width)
     for stage in stages:
         assert stage.height % 16 == 0
         assert stage.width % 16 == 0
     for smaller, larger in itertools.pairwise(stages):
-        assert smaller.height <= larger.height <= 2 * smaller.height
-        assert smaller.width <= larger.width <= 2 * smaller.width
+        most = 2 if larger.strength == REPAINT.strength else 3
+        assert smaller.height <= larger.height <= most * smaller.height
+        assert smaller.width <= larger.width <= most * smaller.width
     assert [stage.strength is None for stage in stages] == [True] + [False] * (len(stages) - 1)
     excess = height * width / native**2
     if cascade is False or excess <= 1 or (cascade is None and excess <= NATIVE_SLACK):
         assert len(stages) == 1
         return
-    assert len(stages) == 1 + max(1, math.ceil(math.log(excess / NATIVE_SLACK, 4)))
+    scale = math.sqrt(excess / NATIVE_SLACK)
+    by, doublings = (3 if preset == "refine" else 2), 0
+    if preset == "auto" and excess > 2.1**2:
+        by, doublings = 3, 1
+    number = doublings + math.ceil(math.log(scale / 2**doublings, by) - 1e-9)
+    assert len(stages) == 1 + max(number, 1)
     first = stages[0]
     # A long, thin image cannot be rounded to whole tokens as closely.
     for own, target in ((first.height, height), (first.width, width)):
@@ -63,9 +86,9 @@ def test_every_stage_at_most_doubles_and_the_first_is_native(height, width, nati
 @given(side, side, st.floats(1, 20))
 def test_an_image_is_enlarged_by_at_most_doubling(height, width, scale):
     image = (max(1, math.ceil(height / scale)), max(1, math.ceil(width / scale)))
-    stages = plan_stages(height, width, native_size=512, image_size=image)
+    stages = plan_stages(height, width, native_size=512, image_size=image, preset="repaint")
     assert (stages[-1].height, stages[-1].width) == (height, width)
-    assert all(stage.strength == DEFAULT_STRENGTH for stage in stages)
+    assert all(stage.strength == REPAINT.strength for stage in stages)
     largest = max(height / image[0], width / image[1])
     assert len(stages) == max(1, math.ceil(math.log2(largest) - 1e-9))
     before = image
@@ -79,7 +102,8 @@ def test_strength():
     def strengths(*size, **options):
         return [stage.strength for stage in plan_stages(*size, native_size=512, **options)]
 
-    assert strengths(2048, 2048) == [None, DEFAULT_STRENGTH, DEFAULT_STRENGTH]
+    assert strengths(2048, 2048) == [None, REPAINT.strength, REFINE.strength]
+    assert strengths(2048, 2048, preset="repaint") == [None, REPAINT.strength, REPAINT.strength]
     assert strengths(2048, 2048, strength=(0.55, 0.3)) == [None, 0.55, 0.3]
     assert strengths(1024, 1024, strength=0) == [None, 0]
     assert strengths(1024, 1024, strength=1, image_size=(300, 300)) == [1, 1]
@@ -103,6 +127,43 @@ def test_strength_is_refused(strength, message):
 def test_strength_is_refused_even_without_a_use():
     with pytest.raises(ValueError, match="from 0 to 1, got 3"):
         plan_stages(512, 512, native_size=512, strength=3)
+
+
+def starts(**options):
+    stages = plan_stages(2048, 2048, native_size=512, **options)[1:]
+    return [(stage.strength, stage.steps, stage.guided) for stage in stages]
+
+
+def test_steps_go_with_the_strength():
+    repaint = (REPAINT.strength, None, True)
+    assert starts() == [repaint, (REFINE.strength, REFINE.steps, False)]
+    # A strength that is given takes its share of the schedule, and guidance.
+    assert starts(strength=0.3) == [(0.3, None, True)] * 2
+    assert starts(stage_steps=3) == [(REPAINT.strength, 3, True), (REFINE.strength, 3, False)]
+    assert starts(strength=(0.5, 0.1), stage_steps=(6, 1)) == [(0.5, 6, True), (0.1, 1, True)]
+    # One number is for those that are denoised.
+    assert starts(strength=(0.5, 0), stage_steps=2) == [(0.5, 2, True), (0, 0, True)]
+    assert starts(strength=(0.5, 0), stage_steps=(2, 0)) == [(0.5, 2, True), (0, 0, True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "sharpen"}, "preset must be one of auto, repaint, refine; got 'sharpen'"),
+        ({"stage_steps": 0}, "enlargement 1 of 2 cannot have 0 steps from strength 0.55"),
+        ({"stage_steps": (2, 0)}, "enlargement 2 of 2 cannot have 0 steps from strength"),
+        (
+            {"strength": (0.5, 0), "stage_steps": (2, 2)},
+            "enlargement 2 of 2 cannot have 2 steps from strength 0; a strength of 0 has 0 steps",
+        ),
+        ({"stage_steps": 1.5}, "stage_steps must be an integer from 0 to 1000, got 1.5"),
+        ({"stage_steps": 1001}, "stage_steps must be from 0 to 1000, got 1001"),
+        ({"stage_steps": (1, 2, 3)}, "stage_steps has 3 values, but 2 stages enlarge an image"),
+    ],
+)
+def test_steps_that_a_stage_cannot_have(options, message):
+    with pytest.raises(ValueError, match=message):
+        starts(**options)
 
 
 def test_full_attention_up_to_the_native_size_of_a_cascade():
