@@ -2,12 +2,23 @@
 
 - "repaint" doubles. It starts from noise enough to invent what an enlargement lacks, and takes its
   share of a whole schedule.
-- "refine" enlarges further at a time. It starts from little noise and takes few steps, without
-  guidance: the image before decides what is seen, and its finest detail alone is made anew (as
-  MrFlow, arXiv 2607.01642, from sigma 0.12 to 0.2; guidance has little to say at low noise levels,
-  arXiv 2404.07724).
-- "auto" repaints up to `REPAINTED_UP_TO` times the native size and refines beyond, where a step is
-  dear and the image has its composition and detail from the stages before.
+- "refine" starts from little noise and takes few steps, without guidance: the image before decides
+  what is seen, and its finest detail alone is made anew (as MrFlow, arXiv 2607.01642, from sigma
+  0.12 to 0.2; guidance has little to say at low noise levels, arXiv 2404.07724).
+- "auto" repaints up to `REPAINTED_UP_TO` times the native size. Beyond, where a step is dear, it
+  starts from as much noise, but takes few steps, of second order and without guidance.
+
+Why these: the demo, 1024 to 2048 px, radius 8 with its weights, float32, one prompt. PSNR of the
+result, scaled down, to the image before, and gradient energy against its Lanczos enlargement:
+
+    steps                              sigma 0.2        0.3         0.4         0.55
+    6, guidance 2 (12 forwards)                                                 30.8 dB 2.04
+    6                                                                           30.6 dB 1.92
+    3                                               36.2 dB 1.67  33.6 dB 1.72  30.8 dB 1.80
+    3 of second order                                             33.4 dB 1.79  30.5 dB 1.99
+    2                               38.6 dB 1.58                                31.0 dB 1.71
+    2 of second order                                                           30.6 dB 1.91
+    1                               38.6 dB 1.55
 """
 
 from __future__ import annotations
@@ -35,10 +46,12 @@ class Start:
 
 NOISE = Start(None)
 REPAINT, REFINE = Start(0.55), Start(0.2, 2, guided=False)
+# What "auto" does instead of repainting, where images are large.
+FURTHER = Start(0.55, 3, guided=False)
 PRESETS = (AUTO, "repaint", "refine")
 # Linear, of the native size.
 REPAINTED_UP_TO = 2.0
-# What a stage enlarges by at most, linear.
+# What a stage enlarges by at most, linear: up to there, and beyond.
 REPAINT_BY, REFINE_BY = 2.0, 3.0
 # A side rounded to whole tokens may be a little longer.
 SLACK = 1.05
@@ -116,7 +129,7 @@ def check_preset(preset: str) -> None:
 
 def _preset(preset: str, size: float) -> Start:
     if preset == AUTO:
-        preset = "repaint" if size <= REPAINTED_UP_TO * SLACK else "refine"
+        return REPAINT if size <= REPAINTED_UP_TO * SLACK else FURTHER
     return REPAINT if preset == "repaint" else REFINE
 
 

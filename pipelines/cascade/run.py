@@ -261,8 +261,9 @@ def _denoise(
         after_step = partial(_told_by_scheduler, pipe, on_step_end)
     if "sigmas" not in known:
         levels = arguments.pop("sigmas")
-    if levels is not None or after_step is not None:
-        pipe.scheduler = StageScheduler.of(own, levels, after_step)
+    few = stage.steps is not None
+    if levels is not None or after_step is not None or few:
+        pipe.scheduler = StageScheduler.of(own, levels, after_step, second_order=few)
     try:
         return pipe.stock.__call__(
             pipe,

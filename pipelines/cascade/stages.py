@@ -27,7 +27,8 @@ class Stage:
             is; None in a first stage, which starts from noise and has no image.
         attention: "clear", or "full" with the weights the model had before CLEAR's.
         resolution: what the model needs to generate at this size.
-        steps: denoising steps; None for its share of a whole schedule.
+        steps: denoising steps, of second order (see `StageScheduler`); None for its share of a
+            whole schedule, in the scheduler's own steps.
         guided: whether classifier-free guidance acts, where a call has it.
     """
 

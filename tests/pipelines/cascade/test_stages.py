@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from clear_dit.pipelines.cascade.presets import PRESETS, REFINE, REPAINT
+from clear_dit.pipelines.cascade.presets import FURTHER, PRESETS, REPAINT
 from clear_dit.pipelines.cascade.stages import NATIVE_SLACK, plan_stages
 
 
@@ -62,7 +62,7 @@ def test_no_stage_enlarges_too_much_and_the_first_is_native(height, width, nativ
         assert stage.height % 16 == 0
         assert stage.width % 16 == 0
     for smaller, larger in itertools.pairwise(stages):
-        most = 2 if larger.strength == REPAINT.strength else 3
+        most = 2 if larger.guided else 3
         assert smaller.height <= larger.height <= most * smaller.height
         assert smaller.width <= larger.width <= most * smaller.width
     assert [stage.strength is None for stage in stages] == [True] + [False] * (len(stages) - 1)
@@ -102,7 +102,7 @@ def test_strength():
     def strengths(*size, **options):
         return [stage.strength for stage in plan_stages(*size, native_size=512, **options)]
 
-    assert strengths(2048, 2048) == [None, REPAINT.strength, REFINE.strength]
+    assert strengths(2048, 2048) == [None, REPAINT.strength, FURTHER.strength]
     assert strengths(2048, 2048, preset="repaint") == [None, REPAINT.strength, REPAINT.strength]
     assert strengths(2048, 2048, strength=(0.55, 0.3)) == [None, 0.55, 0.3]
     assert strengths(1024, 1024, strength=0) == [None, 0]
@@ -136,10 +136,10 @@ def starts(**options):
 
 def test_steps_go_with_the_strength():
     repaint = (REPAINT.strength, None, True)
-    assert starts() == [repaint, (REFINE.strength, REFINE.steps, False)]
+    assert starts() == [repaint, (FURTHER.strength, FURTHER.steps, False)]
     # A strength that is given takes its share of the schedule, and guidance.
     assert starts(strength=0.3) == [(0.3, None, True)] * 2
-    assert starts(stage_steps=3) == [(REPAINT.strength, 3, True), (REFINE.strength, 3, False)]
+    assert starts(stage_steps=4) == [(REPAINT.strength, 4, True), (FURTHER.strength, 4, False)]
     assert starts(strength=(0.5, 0.1), stage_steps=(6, 1)) == [(0.5, 6, True), (0.1, 1, True)]
     # One number is for those that are denoised.
     assert starts(strength=(0.5, 0), stage_steps=2) == [(0.5, 2, True), (0, 0, True)]
