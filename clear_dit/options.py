@@ -53,6 +53,12 @@ Weights = Annotated[
 ]
 Attention = Annotated[str, typer.Option(help="clear or full.")]
 Impl = Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.")]
+Upscaler = Annotated[
+    str | None,
+    typer.Option(
+        help="A .safetensors file: the network that enlarges images before they are repainted."
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Images at once.")]
 
 

@@ -38,6 +38,19 @@ def find_images(image: Any, enlarge: Any) -> Any:
     return enlarge if image is None else image
 
 
+def check_upscaler(upscaler: Any) -> None:
+    """Refuse what cannot be called; a file's name is told how it becomes one.
+
+    Raises:
+        ValueError: it is neither None nor callable.
+    """
+    if upscaler is not None and not callable(upscaler):
+        raise ValueError(
+            f"{WHO}: upscaler must be a callable, image to image, got {type(upscaler).__name__}; "
+            "load_upscaler makes one of a file."
+        )
+
+
 def plain_numbers(
     options: Mapping[str, Any], defaults: Mapping[str, Any], token_pixels: int
 ) -> dict[str, Any]:

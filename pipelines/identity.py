@@ -17,6 +17,7 @@ from clear_dit.wrappers import unwrapped
 
 from .cascade.run import Request
 from .cascade.stage_files import digest
+from .cascade.upscaler import Upscaler
 from .parallel.agreement import agree
 
 # Of every parameter; other weights and adapters change them.
@@ -44,6 +45,7 @@ def request_identity(pipe: Any, request: Request) -> dict[str, str]:
         "seed": digest([states, request.latents]),
         "image": digest(request.pixels),
         "steps, guidance or other setting": settings,
+        "upscaler": _upscaler(request.upscaler),
         "model": pipeline_digest(pipe),
         "text encoder": digest(_text_encoders(pipe, request)),
     }
@@ -101,6 +103,23 @@ def _text_encoders(pipe: Any, request: Request) -> dict[str, Any]:
         if name.startswith(("text_encoder", "prompt_upsampler", "pe"))
         and isinstance(part, nn.Module)
     }
+
+
+def _upscaler(upscaler: Any) -> str:
+    """A digest of what enlarges images.
+
+    Raises:
+        ValueError: of a function nothing tells whether it is the same as another.
+    """
+    if isinstance(upscaler, nn.Module):
+        return digest([type(upscaler).__qualname__, _model(upscaler)])
+    if upscaler is None or isinstance(upscaler, Upscaler):
+        return digest(upscaler and upscaler.digest)
+    raise ValueError(
+        f"CLEARPipeline: cannot tell whether an upscaler that is a {type(upscaler).__name__} is "
+        "the same as another; give a torch.nn.Module or load_upscaler's, or leave out stages_dir "
+        "and patch parallelism."
+    )
 
 
 def _scales(model: nn.Module) -> Any:

@@ -32,6 +32,7 @@ from clear_dit.weights.load import load_clear_weights
 from clear_dit.weights.state import ClearState
 from clear_dit.wrappers import unwrapped
 
+from .cascade.enlarge import Enlarger
 from .cascade.given_image import enlarged_size, pixels_from
 from .cascade.presets import AUTO
 from .cascade.resolution import Resolution
@@ -47,6 +48,7 @@ from .checks import (
     check_shared,
     check_side,
     check_stages,
+    check_upscaler,
     find_images,
     plain_numbers,
 )
@@ -250,6 +252,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         stage_steps: int | Sequence[int] | None = None,
         cascade: bool | None = None,
         low_resolution_guidance: float | None = None,
+        upscaler: Enlarger | None = None,
         stages_dir: str | os.PathLike[str] | None = None,
         resolution: Callable[[int, int], Resolution] | None = None,
         texts: Texts | None = None,
@@ -280,9 +283,13 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             low_resolution_guidance: from 0 (none) to 1, how much the low frequencies of the
                 previous image steer each stage that enlarges. None: 1 above 4096 pixels a side,
                 else 0.
+            upscaler: enlarges the image before every stage that repaints one: any callable that
+                takes (1, 3, height, width), float32 in [0, 1], on the pipeline's device, and
+                returns it larger, by any factor; see `load_upscaler`, `enlarge`.
             stages_dir: a folder in which finished stages are kept. The same call goes on after
                 the last one there, bit for bit as if it had not been interrupted. Needs a
-                `generator`; a callback that changes latents is not told apart.
+                `generator`; a callback that changes latents is not told apart, and an upscaler must
+                be a module or of `load_upscaler`.
             resolution: positions, shift and proportional attention for a stage's height and width
                 in pixels; `settings_for` where None. `lambda height, width: Resolution()` generates
                 every stage as the model was trained.
@@ -305,7 +312,8 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
             "pt", or "latent": as the stock pipeline gives them.
 
         Raises:
-            ValueError: a bad request, before any work; or ranks that do not agree on one.
+            ValueError: a bad request, before any work; ranks that do not agree on one; or an
+                upscaler that does not return an image, enlarged.
             FloatingPointError: latents are NaN or infinite; stage and step are named.
         """
         signature = _signature_of(self.stock)
@@ -322,6 +330,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         if low_resolution_guidance is not None:
             who = f"{WHO}: low_resolution_guidance"
             low_resolution_guidance = number(who, low_resolution_guidance, 0, 1)
+        check_upscaler(upscaler)
         pixels = [] if enlarge is None else pixels_from(enlarge, token_pixels)
         image_size = (pixels[0].shape[-2], pixels[0].shape[-1]) if pixels else None
         height, width = self._size(options["height"], options["width"], image_size)
@@ -393,6 +402,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
                 guidance_weight=low_resolution_guidance,
                 callback=callback,
                 callback_inputs=inputs,
+                upscaler=upscaler,
             )
             files = None
             if stages_dir is not None:

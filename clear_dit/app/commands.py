@@ -36,6 +36,7 @@ def serve_app(
     out: Annotated[Path, typer.Option(help="The folder for images; made if missing.")] = Path(
         "clear-dit-app"
     ),
+    upscaler: options.Upscaler = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
@@ -53,6 +54,7 @@ def serve_app(
         keep_days=keep_days,
         dtype=dtype,
         device=device,
+        upscaler=upscaler,
     )
     if find_spec("gradio") is None:
         raise RequestError("the web page needs Gradio: pip install 'clear-dit[app]'.")

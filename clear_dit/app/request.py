@@ -113,6 +113,7 @@ def make_requests(
             guidance=_number("Guidance", entry.guidance, 0, 100),
             seed=_whole("Seed", entry.seed, 0, 2**53 - 1),
             image=image,
+            upscaler=settings.upscaler,
             attention="full" if entry.attention == "full" else "clear",
             dtype=settings.dtype,
             device=settings.device,

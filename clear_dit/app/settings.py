@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RequestError
-from ..generation.checks import Bounds, take_numbers
+from ..generation.checks import Bounds, check_upscaler, take_numbers
 from ..generation.models import find_model
 
 # Of a prompt, in characters: text encoders read some hundred tokens.
@@ -36,6 +36,7 @@ class Settings:
         queue_size: jobs that may wait besides the one that runs.
         keep_days: images older than this are removed.
         dtype, device: see `GenerateRequest`; None for the best.
+        upscaler: of all images, see `GenerateRequest`.
 
     Raises:
         RequestError: the first thing that is wrong.
@@ -51,6 +52,7 @@ class Settings:
     keep_days: float = 7.0
     dtype: str | None = None
     device: str | None = None
+    upscaler: str | None = None
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -60,6 +62,8 @@ class Settings:
         take_numbers(self, _BOUNDS)
         if not self.keep_days > 0:
             raise RequestError(f"--keep-days must be over 0, got {self.keep_days:g}.")
+        if self.upscaler is not None:
+            check_upscaler(self.upscaler)
 
     @property
     def local(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,3 +135,17 @@ def find_window(
         )
     except (TypeError, ValueError) as error:
         raise RequestError(str(error)) from error
+
+
+def check_upscaler(path: str) -> None:
+    """Refuse a file that holds no upscaler, as far as it can be told without reading it.
+
+    Raises:
+        RequestError: see `load_upscaler`.
+    """
+    from ..pipelines.cascade.upscaler import check_upscaler_file
+
+    try:
+        check_upscaler_file(Path(path))
+    except ValueError as error:
+        raise RequestError(f"--{error}") from error

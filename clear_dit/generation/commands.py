@@ -48,6 +48,7 @@ def generate(
         float | None,
         typer.Option(help="How much the previous stage steers the next, 0 to 1."),
     ] = None,
+    upscaler: options.Upscaler = None,
     stages_dir: Annotated[
         str | None, typer.Option(help="Keep finished stages here; the same command goes on.")
     ] = None,
@@ -94,6 +95,7 @@ def generate(
             strength=options.optional(options.fractions, "--strength", strength),
             stage_steps=options.optional(options.numbers, "--stage-steps", stage_steps),
             low_resolution_guidance=low_resolution_guidance,
+            upscaler=upscaler,
             stages_dir=stages_dir,
             dtype=dtype,
             device=device if ranks is None else str(ranks.device),

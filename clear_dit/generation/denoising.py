@@ -52,7 +52,7 @@ def denoise(
         seeds: an image depends on its own seed only, not on the others in the batch.
         height, width: in pixels.
         steps, guidance: see `GenerateRequest`.
-        stages: enlarge, preset, strength, stage_steps, cascade, low_resolution_guidance,
+        stages: enlarge, preset, strength, stage_steps, cascade, low_resolution_guidance, upscaler,
             stages_dir, resolution, texts and callback_on_step_end, see `CLEARPipeline`.
 
     Returns:

@@ -15,6 +15,7 @@ from ..weights.known import AUTO
 from .checks import (
     Bounds,
     check_size,
+    check_upscaler,
     find_device,
     find_dtype,
     find_impl,
@@ -64,6 +65,8 @@ class GenerateRequest:
         stage_steps: of these stages: one for all, or one for each; None for the preset's. See
             `CLEARPipeline` for all three.
         low_resolution_guidance: from 0 to 1, see `CLEARPipeline`; None for the default.
+        upscaler: the .safetensors file of a network that enlarges images before they are
+            repainted, see `load_upscaler`; None for none.
         stages_dir: a folder for finished stages, from which the same request goes on.
         dtype: "float32", "bfloat16" or "float16".
         device: a torch device.
@@ -90,6 +93,7 @@ class GenerateRequest:
     strength: tuple[float, ...] | None
     stage_steps: tuple[int, ...] | None
     low_resolution_guidance: float | None
+    upscaler: str | None
     stages_dir: str | None
     dtype: str
     device: str
@@ -124,6 +128,8 @@ class GenerateRequest:
                 who = f"--{name.replace('_', '-')}"
                 checked = tuple(check(who, x, 0, most, RequestError) for x in values)
                 object.__setattr__(self, name, checked)
+        if self.upscaler is not None:
+            check_upscaler(self.upscaler)
         dtype, device = find_dtype(self.dtype), find_device(self.device)
         if self.attention == "clear":
             find_impl(self.impl, dtype, device)
@@ -174,6 +180,7 @@ def make_request(
         "strength": None,
         "stage_steps": None,
         "low_resolution_guidance": None,
+        "upscaler": None,
         "stages_dir": None,
         "dtype": "float32" if device == "cpu" else "bfloat16",
     }

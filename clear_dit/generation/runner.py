@@ -18,6 +18,7 @@ from ..families.table import head_dim_of
 from ..files import check_writable
 from ..kernels.triton.device import kernels_of
 from ..memory import peak_mb, reset_peak
+from ..pipelines.cascade.upscaler import Upscaler, file_digest, load_upscaler
 from ..pipelines.decoding.image_files import IMAGE_SUFFIXES, save_rows
 from ..pipelines.decoding.segments import check_autoencoder
 from ..plugin import apply_clear, remove_clear
@@ -100,6 +101,7 @@ class PipelineRunner:
         # What `_set_attention` was last asked for, and what it said; None for the stock model.
         self._attention: tuple[Any, ...] | None = None
         self._told: set[str] = set()
+        self._upscaler: Upscaler | None = None
 
     def generate(
         self,
@@ -166,9 +168,11 @@ class PipelineRunner:
                     self._ranks.follow(self.pipe)
                 shown = progress and self._writes
                 self.pipe.set_progress_bar_config(disable=not shown, desc="denoising")
-                latents = self._denoise(request, watch, timer)
+                upscaler = self._find_upscaler(request)
+                latents = self._denoise(request, upscaler, watch, timer)
                 settings = asdict(request) | {"far": far}
                 settings |= {"version": __version__, "impl": impl, "ranks": ranks}
+                settings |= _named(upscaler)
                 settings |= notes
                 with timer.measure("decode", self.device):
                     self._write(latents, request, out, settings, watch)
@@ -282,12 +286,33 @@ class PipelineRunner:
             logger.info("%s: it is full attention; take a smaller one for local attention", said)
         return True
 
-    def _denoise(self, request: GenerateRequest, watch: _Watch, timer: Timer) -> torch.Tensor:
+    def _find_upscaler(self, request: GenerateRequest) -> Upscaler | None:
+        """A request's, loaded once as long as requests name the same."""
+        if request.upscaler is None:
+            self._upscaler = None
+            return None
+        path = Path(request.upscaler)
+        if self._upscaler is None or self._upscaler.digest != file_digest(path):
+            self._upscaler = None
+            try:
+                self._upscaler = load_upscaler(path, self.device)
+            except ValueError as error:
+                raise RequestError(f"--{error}") from error
+        return self._upscaler
+
+    def _denoise(
+        self,
+        request: GenerateRequest,
+        upscaler: Upscaler | None,
+        watch: _Watch,
+        timer: Timer,
+    ) -> torch.Tensor:
         """Text and denoising, each timed; latents as the stock pipeline holds them."""
         pipe = self.pipe
         texts = RequestTexts(self._ranks, timer, self.device)
         stages: dict[str, Any] = {
             "low_resolution_guidance": request.low_resolution_guidance,
+            "upscaler": upscaler,
             "stages_dir": request.stages_dir,
             "texts": texts,
             **request.stage_options,
@@ -424,6 +449,13 @@ class _Watch:
             if self._should_stop is not None and self._should_stop():
                 raise Stopped
             yield strip
+
+
+def _named(upscaler: Upscaler | None) -> dict[str, str]:
+    """What stands in an image of its upscaler."""
+    if upscaler is None:
+        return {}
+    return {"upscaler": upscaler.name, "upscaler_sha256": upscaler.digest}
 
 
 def _free(device: torch.device) -> None:

@@ -19,7 +19,7 @@ def render(
             help="A .jsonl or .csv file of jobs, or a .txt of prompts. A job has a prompt and, "
             "where it differs from the options, id, height, width, seed, seeds, steps, guidance, "
             "radius, down_factor, far, weights, attention, image, preset, strength, stage_steps, "
-            "low_resolution_guidance."
+            "low_resolution_guidance, upscaler."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder for images and manifest.jsonl.")],
@@ -38,6 +38,7 @@ def render(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     preset: options.Preset = "auto",
+    upscaler: options.Upscaler = None,
     seed: Annotated[int, typer.Option(help="Seed of a job's first image.")] = 0,
     seeds: Annotated[int, typer.Option(help="Images of a job; each next seed adds 1.")] = 1,
     dtype: options.Dtype = None,

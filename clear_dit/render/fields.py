@@ -42,6 +42,7 @@ FIELDS = {
     "strength": "numbers",
     "stage_steps": "integers",
     "low_resolution_guidance": "number",
+    "upscaler": "text",
 }
 
 

@@ -19,16 +19,20 @@ _MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
 _WHOLE, _SAMPLES, _SAMPLE = 2**20, 64, 4096
 
 
-def identity(request: GenerateRequest, model: str, weights: str, image: str) -> str:
+def identity(request: GenerateRequest, model: str, weights: str, image: str, upscaler: str) -> str:
     """A digest of a request, of 32 characters.
 
     Args:
         request: what to generate; with far keys or without, not None.
-        model, weights, image: digests of what its settings of these names stand for.
+        model, weights, image, upscaler: digests of what its settings of these names stand for.
     """
     content = {name: value for name, value in asdict(request).items() if name not in _ELSEWHERE}
     if not request.far:  # images of before there were far keys are known again
         del content["far"]
+    if request.upscaler is None:  # nor upscalers
+        del content["upscaler"]
+    else:
+        content["upscaler"] = upscaler
     content |= {"model": model, "weights": weights, "image": image}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -68,7 +68,7 @@ class JobReader:
         make_request("settings only", defaults=self._defaults, **self._settings)
         self._model_digest = model_digest(self._model)
         self._weights: dict[tuple[Any, ...], tuple[str, bool]] = {}
-        self._images: dict[str, str] = {}
+        self._files: dict[str, str] = {}
 
     def read(self, path: Path, *, growing: bool = False) -> tuple[list[Job], list[str]]:
         """All jobs of a file, and what is wrong with it, line by line.
@@ -111,17 +111,17 @@ class JobReader:
         """
         values = dict(entry)
         label, seeds = values.pop("id", None), values.pop("seeds", self._seeds)
-        for name in ("image", "weights"):
+        for name in ("image", "weights", "upscaler"):
             if name in values and (self._folder / values[name]).exists():
                 values[name] = str(self._folder / values[name])
         first = make_request(defaults=self._defaults, **(self._settings | values))
         weights, far = self._weights_digest(first)
-        image = self._image_digest(first)
+        image, upscaler = (self._file_digest(name) for name in (first.image, first.upscaler))
         first = replace(first, far=far)
         jobs = []
         for seed in range(first.seed, first.seed + seeds):
             request = replace(first, seed=seed)
-            key = identity(request, self._model_digest, weights, image)
+            key = identity(request, self._model_digest, weights, image, upscaler)
             if label is None:
                 name = name_from(request.prompt, key)
             else:
@@ -143,12 +143,12 @@ class JobReader:
             self._weights[key] = digest, far
         return self._weights[key]
 
-    def _image_digest(self, request: GenerateRequest) -> str:
-        if request.image is None:
+    def _file_digest(self, path: str | None) -> str:
+        if path is None:
             return ""
-        if request.image not in self._images:
-            self._images[request.image] = files_digest([Path(request.image)])
-        return self._images[request.image]
+        if path not in self._files:
+            self._files[path] = files_digest([Path(path)])
+        return self._files[path]
 
 
 def _refuse_taken(job: Job, jobs: Mapping[str, Job], labelled: bool) -> None:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed import ProcessGroup
-from torch.nn.functional import interpolate
 
 from clear_dit.families.table import transformer_of
 from clear_dit.weights.forward import as_between_forwards
 from clear_dit.weights.state import ClearState
 
 from ..decoding.autoencoder import decode, encode
+from .enlarge import Enlarger, enlarge
 from .low_resolution_guidance import DEFAULT_WEIGHT, GUIDED_ABOVE, LowResolutionGuidance
 from .resolution import applied
 from .schedule import given_sigmas, sigmas_for
@@ -54,6 +54,7 @@ class Request:
             `DEFAULT_WEIGHT` in stages with a side above `GUIDED_ABOVE` pixels.
         callback: as `callback_on_step_end` in diffusers.
         callback_inputs: the tensors it is given.
+        upscaler: of the images that stages start from, see `enlarge`.
     """
 
     stages: tuple[Stage, ...]
@@ -67,6 +68,7 @@ class Request:
     guidance_weight: float | None
     callback: Callable[..., dict[str, Any]] | None
     callback_inputs: Sequence[str]
+    upscaler: Enlarger | None = None
 
     def weight(self, stage: Stage) -> float:
         """Of low-resolution guidance in a stage that enlarges."""
@@ -178,8 +180,9 @@ def _repaint(
     encoded, enlargement = [], 1.0
     for pixels in images:
         enlargement = max(stage.height / pixels.shape[-2], stage.width / pixels.shape[-1])
-        enlarged = encode(pipe.vae, _enlarge(pixels, stage), group=_tile_group(pipe))
-        encoded.append(enlarged.to(pipe._execution_device))
+        pixels = pixels.to(pipe._execution_device)
+        enlarged = enlarge(pixels, stage.height, stage.width, request.upscaler)
+        encoded.append(encode(pipe.vae, enlarged, group=_tile_group(pipe)))
     reference = torch.cat(encoded).float()
     reference = reference.expand(request.batch, *reference.shape[1:])
     # Where it knows the text only later, the stock pipeline casts to what it takes.
@@ -290,11 +293,6 @@ def _told_by_scheduler(
 def _tile_group(pipe: Any) -> ProcessGroup | None:
     """The ranks that share out the autoencoder's tiles."""
     return None if pipe.patch_parallel is None else pipe.patch_parallel.group
-
-
-def _enlarge(pixels: torch.Tensor, stage: Stage) -> torch.Tensor:
-    size = (stage.height, stage.width)
-    return interpolate(pixels.float(), size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def _unpack(pipe: Any, latents: torch.Tensor, stage: Stage) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""A stage's own scheduler: it takes few steps better, and tells stock pipelines what they cannot be.
+"""A stage's own scheduler: few steps go further, and stock pipelines need not be told or call back.
 
-All of them have one: they ask it for the noise levels, and give it every step.
+They ask it for the noise levels, and give it every step.
 """
 
 from __future__ import annotations

@@ -234,6 +234,7 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
         (("--image", "bomb.png"), "bomb.png has 20000 x 1 pixels; at most 16384 a side are read"),
         (("--image", "wide.png"), "another aspect ratio; ask for 64x64, or crop the image"),
         (("--strength", "0.5,0.5"), "has 2 values, but 0 stages enlarge an image"),
+        (("--upscaler", "alpha.png"), "--upscaler must be a .safetensors file"),
     ],
 )
 def test_bad_requests_of_the_cascade(monkeypatch, tmp_path, capsys, options, message):

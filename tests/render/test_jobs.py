@@ -13,6 +13,7 @@ from PIL import Image
 from support.slow import slow
 
 from clear_dit.errors import RequestError
+from clear_dit.pipelines.cascade import upscaler
 from clear_dit.render.identity import model_digest
 from clear_dit.render.jobs import JobReader, read_jobs
 from clear_dit.render.run import render
@@ -118,6 +119,24 @@ def test_images_of_before_far_keys_are_known_again(tmp_path):
     content |= {"model": model_digest("demo"), "weights": "", "image": ""}
     before = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     assert job.identity == before[:32]
+
+
+def test_identity_knows_the_contents_of_upscalers(tmp_path, monkeypatch):
+    monkeypatch.setattr(upscaler, "find_spec", lambda name: name)  # as if spandrel were there
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "a house"},
+        {"prompt": "a house", "upscaler": "u.safetensors"},
+    )
+    identities = []
+    for content in (b"one", b"two"):
+        (tmp_path / "u.safetensors").write_bytes(content)
+        jobs = read_jobs(path, FLAGS)
+        assert jobs[1].request.upscaler == str(tmp_path / "u.safetensors")
+        identities += [job.identity for job in jobs]
+    assert len(set(identities)) == 3
+    (tmp_path / "u.safetensors").unlink()
+    assert "line 2: --upscaler: there is no file u.safetensors" in refusal(path)
 
 
 def test_identity_knows_the_contents_of_images_and_weights(tmp_path, demo_weights):
