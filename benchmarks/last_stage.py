@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from clear_dit.bench.timing import hardware
 from clear_dit.evaluation.request import evaluation_prompts
 from clear_dit.files import whole_file
 from clear_dit.generation.checks import find_window
-from clear_dit.generation.denoising import decode, denoise, encode
+from clear_dit.generation.denoising import decode, denoise, text_length
 from clear_dit.generation.models import load_pipeline, model_defaults
 from clear_dit.pipelines.cascade.resolution import settings_for
 from clear_dit.tables import table
@@ -78,6 +79,8 @@ class Row:
         return window.attended_pairs() / window.image_length
 
 
+LANCZOS = Image.Resampling.LANCZOS
+
 Made = tuple[list[Image.Image], float | None]
 
 FULL = Row(None)
@@ -96,12 +99,12 @@ ROWS = (
 
 
 def enlarge(
-    pipe: Any, row: Row, base: Image.Image, text: Any, empty: Any, seed: int, steps: int
+    pipe: Any, row: Row, base: Image.Image, prompt: str, seed: int, steps: int
 ) -> tuple[Image.Image, float]:
     """The image at twice the size, and the median seconds of a step."""
     height, width = 2 * base.height, 2 * base.width
     settings = settings_for(
-        height, width, pipe.native_size, text_length=text.words.shape[1], local=row.local
+        height, width, pipe.native_size, text_length=text_length(pipe), local=row.local
     )
     marks = [time.perf_counter()]
 
@@ -110,32 +113,37 @@ def enlarge(
         return tensors
 
     latents = denoise(
-        pipe, text, empty, [seed], height=height, width=width, steps=steps,
-        guidance=model_defaults("demo").guidance, image=base,
+        pipe, [prompt], [seed], height=height, width=width, steps=steps, preset="repaint",
+        guidance=model_defaults("demo").guidance, enlarge=base,
         resolution=lambda height, width: settings, callback_on_step_end=mark,
     )  # fmt: skip
     seconds = statistics.median(np.diff(marks[1:]))
     return decode(pipe, latents, height, width), float(seconds)
 
 
-def compare(result: Image.Image, full: Image.Image, base: Image.Image) -> dict[str, float]:
-    def tensor(image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float() / 255
-
-    def gradient(image: Image.Image) -> float:
-        grey = np.asarray(image.convert("L"), dtype=np.float64)
-        return float((np.diff(grey, axis=0) ** 2).mean() + (np.diff(grey, axis=1) ** 2).mean())
-
-    lanczos = Image.Resampling.LANCZOS
-    small, large = result.resize(base.size, lanczos), base.resize(result.size, lanczos)
-    same = result is full
+def compare(result: Image.Image, full: Image.Image | None, base: Image.Image) -> dict[str, float]:
+    """Measures of an image against full attention's, where there is one, and the image before."""
+    small, large = result.resize(base.size, LANCZOS), base.resize(result.size, LANCZOS)
     psnr, ssim = peak_signal_noise_ratio, structural_similarity_index_measure
-    return {
-        "psnr": float("inf") if same else float(psnr(tensor(result), tensor(full), 1.0)),
-        "ssim": 1.0 if same else float(ssim(tensor(result), tensor(full), data_range=1.0)),
+    found: dict[str, float] = {}
+    if full is not None:
+        same = result is full
+        found["psnr"] = inf if same else float(psnr(tensor(result), tensor(full), 1.0))
+        found["ssim"] = 1.0 if same else float(ssim(tensor(result), tensor(full), data_range=1.0))
+    return found | {
         "base_psnr": float(psnr(tensor(small), tensor(base), 1.0)),
         "sharpness": gradient(result) / gradient(large),
     }
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def gradient(image: Image.Image) -> float:
+    """Mean squared difference of neighbouring pixels' brightness."""
+    grey = np.asarray(image.convert("L"), dtype=np.float32)
+    return sum(float((np.diff(grey, axis=axis) ** 2).mean(dtype=np.float64)) for axis in (0, 1))
 
 
 def measure(count: int, steps: int, size: int, rows: list[Row], out: Path) -> dict[str, Any]:
@@ -145,7 +153,6 @@ def measure(count: int, steps: int, size: int, rows: list[Row], out: Path) -> di
     pipe.set_progress_bar_config(disable=True)
     native = {"height": defaults.size, "width": defaults.size}
     prompts = evaluation_prompts("demo", count)
-    texts, empty = [encode(pipe, [prompt]) for prompt in prompts], encode(pipe, [""])
     folder = out.with_suffix("") / f"{steps} steps"
 
     def images(label: str, make: Callable[[int], tuple[Image.Image, float]]) -> Made:
@@ -165,12 +172,12 @@ def measure(count: int, steps: int, size: int, rows: list[Row], out: Path) -> di
 
     def at_native_size(seed: int) -> tuple[Image.Image, float]:
         options: dict[str, Any] = {"steps": steps, "guidance": defaults.guidance}
-        latents = denoise(pipe, texts[seed], empty, [seed], **native, **options)
+        latents = denoise(pipe, [prompts[seed]], [seed], **native, **options)
         return decode(pipe, latents, **native), 0.0
 
     def enlarged(row: Row, bases: list[Image.Image]) -> Made:
         def make(seed: int) -> tuple[Image.Image, float]:
-            return enlarge(pipe, row, bases[seed], texts[seed], empty, seed, steps)
+            return enlarge(pipe, row, bases[seed], prompts[seed], seed, steps)
 
         return images(f"{2 * bases[0].height} px, {row.label}", make)
 
