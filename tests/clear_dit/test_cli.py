@@ -207,6 +207,22 @@ def test_an_image_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys)
     assert "is of another request (another seed)" in capsys.readouterr().err
 
 
+def test_a_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("clear_dit.generation.models.load_pipeline", None)
+    out = tmp_path / "image.png"
+    size = ("--height", 8192, "--width", 8192, "--stage-steps", "6,3,2", "--out", out)
+    assert run("generate", PROMPT, *size, "--dry-run", "--json") == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    plan = json.loads(last)
+    sizes = [(stage["width"], stage["steps"], stage["passes"]) for stage in plan["stages"]]
+    assert sizes == [(512, 20, 2), (1024, 6, 2), (2896, 3, 1), (8192, 2, 1)]
+    assert table[-2].split()[:5] == ["8192x8192", "0.55", "2", "1", "clear"]
+    # Of the last stage, as `bench plan` counts.
+    assert plan["stages"][-1]["flops"] == pytest.approx(2 * 1.7895e12, rel=1e-3)
+    assert plan["flops"] == sum(stage["flops"] for stage in plan["stages"])
+    assert not out.exists()
+
+
 def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     photo, out = tmp_path / "photo.jpg", tmp_path / "out.png"
     exif = Image.Exif()
@@ -235,6 +251,10 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
         (("--image", "wide.png"), "another aspect ratio; ask for 64x64, or crop the image"),
         (("--strength", "0.5,0.5"), "has 2 values, but 0 stages enlarge an image"),
         (("--upscaler", "alpha.png"), "--upscaler must be a .safetensors file"),
+        (("--stage-steps", "two"), "--stage-steps must be numbers with commas between, got 'two'"),
+        (("--stage-steps", "1.5"), "--stage-steps must be from 0 to 1000, got 1.5"),
+        (("--stage-steps", "3,3"), "has 2 values, but 0 stages enlarge an image"),
+        (("--preset", "sharpen"), "--preset must be one of auto, repaint, refine; got 'sharpen'"),
     ],
 )
 def test_bad_requests_of_the_cascade(monkeypatch, tmp_path, capsys, options, message):
