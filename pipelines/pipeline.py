@@ -40,6 +40,7 @@ from .cascade.run import Request, images_from, run_stages
 from .cascade.stage_attention import can_run_full, pools_keys, runs_clear
 from .cascade.stage_files import StageFiles
 from .cascade.stages import Stage, plan_stages
+from .cascade.step_caches import check_caches
 from .checks import (
     WHO,
     check_callback_inputs,
@@ -369,6 +370,7 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
                 "set_attn_processor(CLEARProcessor()) first",
                 stages[-1].name,
             )
+        check_caches(self, options, stages, self._patch_parallel)
         noises, batch = self._count_images(options)
         copies = options["num_images_per_prompt"]
         if len(pixels) > 1 and len(pixels) * copies == batch:

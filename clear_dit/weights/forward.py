@@ -113,6 +113,10 @@ class ClearForward:
         """By which torch.export names what it traces."""
         return inspect.unwrap(type(self.model).forward).__code__
 
+    def __get__(self, *_: Any) -> ClearForward:
+        """As a bound method has it: cache-dit puts a forward back by it."""
+        return self
+
     @property
     def stock(self) -> Callable[..., Any]:
         """The forward it stands for."""
@@ -132,7 +136,7 @@ class ClearForward:
     def _run(self, compiled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model, stock = self.model, self.stock
         state = vars(model).get(STATE)
-        if state is None:
+        if state is None or self._is_within_another():
             return stock(*args, **kwargs)
         changes = [change for other, change in _CHANGES.get() if other is model]
         compiled = compiled or _has_compiled_blocks(model)
@@ -145,6 +149,11 @@ class ClearForward:
                 stack.enter_context(change(model))
             stack.enter_context(state.own_weights(model))
             return self._call(state, compiled, args, kwargs)
+
+    def _is_within_another(self) -> bool:
+        """Whether somebody has wrapped it since, and `put_under` put another around that."""
+        outermost = Innermost(self.model).forward
+        return isinstance(outermost, ClearForward) and outermost is not self
 
     # What it calls may be compiled, but not this: it decides anew in every call.
     _run_outside_of_graphs = torch.compiler.disable(_run, recursive=False)
@@ -226,8 +235,8 @@ def put_under(model: nn.Module) -> None:
 
 
 def is_bare(model: nn.Module) -> bool:
-    """Whether the class's own forward is a model's innermost one."""
-    return Innermost(model).forward == type(model).forward.__get__(model)
+    """Whether a model's innermost forward, or what somebody has put over it, is not CLEAR's."""
+    return not isinstance(Innermost(model).forward, ClearForward)
 
 
 def take_away(model: nn.Module) -> None:

@@ -26,11 +26,12 @@ from ..decoding.autoencoder import decode, encode
 from .enlarge import Enlarger, enlarge
 from .low_resolution_guidance import DEFAULT_WEIGHT, GUIDED_ABOVE, LowResolutionGuidance
 from .resolution import applied
-from .schedule import given_sigmas, sigmas_for
+from .schedule import given_sigmas, place_of, sigmas_for
 from .stage_attention import full_attention, keeps_between_forwards, runs_clear
 from .stage_files import StageFiles
 from .stage_scheduler import Ended, StageScheduler
 from .stages import Stage
+from .step_caches import of_a_stage
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -162,6 +163,7 @@ def _generate(pipe: Any, request: Request, stage: Stage) -> torch.Tensor:
         request,
         stage,
         None,
+        begins=0.0,
         num_inference_steps=request.steps,
         sigmas=request.sigmas,
         latents=request.latents,
@@ -192,16 +194,16 @@ def _repaint(
         dtype = pipe.transformer.dtype
     if not stage.strength or pipe.interrupt:
         return _pack(pipe, reference).to(dtype)
-    sigmas = sigmas_for(
+    levels = partial(
+        sigmas_for,
         pipe.scheduler,
         request.steps,
         stage.height,
         stage.width,
-        strength=stage.strength,
-        taken=stage.steps,
         token_pixels=pipe.token_pixels,
         mu=partial(pipe.recipe.mu, pipe, steps=request.steps),
     )
+    sigmas = levels(strength=stage.strength, taken=stage.steps)
     noise = randn_tensor(reference.shape, generator, reference.device, dtype)
     start = sigmas[0] * noise + (1 - sigmas[0]) * reference
     weight = request.weight(stage)
@@ -212,6 +214,7 @@ def _repaint(
             request,
             stage,
             guidance,
+            begins=place_of(sigmas[0], levels()),
             num_inference_steps=len(sigmas),
             sigmas=sigmas,
             latents=pipe.recipe.latents.as_given(start).to(dtype),
@@ -223,9 +226,11 @@ def _denoise(
     request: Request,
     stage: Stage,
     guidance: LowResolutionGuidance | None,
+    *,
+    begins: float,
     **arguments: Any,
 ) -> torch.Tensor:
-    """The stock pipeline's own loop."""
+    """The stock pipeline's own loop, from `begins` of a whole schedule on."""
 
     def on_step_end(
         pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
@@ -267,16 +272,18 @@ def _denoise(
     few = stage.steps is not None
     if levels is not None or after_step is not None or few:
         pipe.scheduler = StageScheduler.of(own, levels, after_step, second_order=few)
+    steps = arguments["num_inference_steps"]
     try:
-        return pipe.stock.__call__(
-            pipe,
-            height=stage.height,
-            width=stage.width,
-            output_type="latent",
-            return_dict=False,
-            **options,
-            **arguments,
-        )[0]
+        with of_a_stage(pipe, begins, steps):
+            return pipe.stock.__call__(
+                pipe,
+                height=stage.height,
+                width=stage.width,
+                output_type="latent",
+                return_dict=False,
+                **options,
+                **arguments,
+            )[0]
     except Ended as ended:
         return ended.latents
     finally:

@@ -95,6 +95,12 @@ def sigmas_for(
     return [min(strength, float(levels[0])), *rest[1:]]
 
 
+def place_of(sigma: float, levels: list[float]) -> float:
+    """Where a schedule of these falling noise levels crosses a sigma: 0 at its first, 1 at 0."""
+    falling = -np.asarray([*levels, 0.0])
+    return float(np.interp(-sigma, falling, np.linspace(0, 1, len(falling))))
+
+
 def static_scheduler(scheduler: Any, shift: float) -> Any:
     """A copy that shifts sigmas by a constant, whatever the size of the image.
 

@@ -14,6 +14,8 @@ from clear_dit.weights.format import refuse_unsuitable
 from clear_dit.weights.forward import changed_in_forwards, other_attributes
 from clear_dit.weights.state import ClearState, originals_of
 
+from .step_caches import caches_on
+
 logger = logging.getLogger(__name__)
 
 WHO = "CLEARPipeline: full attention at the native size"
@@ -39,11 +41,11 @@ def _clear_processors(model: nn.Module) -> list[CLEARProcessor]:
 def keeps_between_forwards(model: nn.Module) -> bool:
     """Whether a model keeps what belongs to one image from forward to forward.
 
-    diffusers' caches do, and ranks that share images: no other image may come between.
+    Step caches do, and ranks that share images: no other image may come between.
     """
     state = ClearState.on(model)
     shared = state is not None and state.sharing is not None
-    return shared or bool(getattr(model, "is_cache_enabled", False))
+    return shared or bool(caches_on(model))
 
 
 def can_run_full(model: nn.Module) -> bool:

@@ -47,6 +47,11 @@ class SharedDecisions:
                 "patch parallel: SeaCache needs the whole image on every rank; use "
                 "FirstBlockCacheConfig, or disable_cache()."
             )
+        if hasattr(model, "_is_cached"):  # cache-dit's, whose means are not those of one process
+            raise ValueError(
+                "patch parallel: with cache-dit ranks would not decide as one process does; use "
+                "FirstBlockCacheConfig, or cache_dit.disable_cache(transformer)."
+            )
         head = _hook(_first_block(model), FBC_HEAD)
         if head is not None:
             setattr(head, DECISION, partial(self._must_compute, head, image_tokens))

@@ -252,7 +252,7 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
         (("--strength", "0.5,0.5"), "has 2 values, but 0 stages enlarge an image"),
         (("--upscaler", "alpha.png"), "--upscaler must be a .safetensors file"),
         (("--stage-steps", "two"), "--stage-steps must be numbers with commas between, got 'two'"),
-        (("--stage-steps", "1.5"), "--stage-steps must be from 0 to 1000, got 1.5"),
+        (("--stage-steps", "1.5"), "--stage-steps must be an integer from 0 to 1000"),
         (("--stage-steps", "3,3"), "has 2 values, but 0 stages enlarge an image"),
         (("--preset", "sharpen"), "--preset must be one of auto, repaint, refine; got 'sharpen'"),
     ],

@@ -7,7 +7,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from diffusers import FirstBlockCacheConfig
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from torch.distributed.device_mesh import init_device_mesh
 
 from clear_dit import CLEARFluxPipeline, apply_clear, remove_clear
@@ -94,6 +100,7 @@ def denoise(
         for number, one in enumerate(given):
             one["hidden_states"] = torch.cat([latents, beside], dim=1)
             one["timestep"] = torch.full((batch,), sigma)
+            model.now = 1000 * sigma
             with model.cache_context(str(number)):
                 out = model(**one).sample[:, : latents.shape[1]]
             velocity = velocity + (1 - 2.5 * number) * out
@@ -128,9 +135,43 @@ def cache(threshold):
     return lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=threshold))
 
 
+def mag_cache(model):
+    settings = {"threshold": 10.0, "retention_ratio": 0.25, "mag_ratios": [1.0] * STEPS}
+    model.enable_cache(MagCacheConfig(num_inference_steps=STEPS, **settings))
+
+
+def taylor_seer(model):
+    model.enable_cache(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1))
+
+
+def attention_broadcast(model):
+    model.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: model.now
+        )
+    )
+
+
+def faster_cache(model):
+    model.enable_cache(
+        FasterCacheConfig(
+            is_guidance_distilled=True,
+            spatial_attention_timestep_skip_range=(-1, 900),
+            current_timestep_callback=lambda: model.now,
+        )
+    )
+
+
 # Skips some steps and not others; test_the_cache_acts_in_between says so.
 SKIPS_SOME = 0.6
 
+# By the number of the step or its timestep, which all ranks know.
+CACHED = {
+    "MagCache, two passes": {"prepare": mag_cache, "grid": ODD, "passes": 2},
+    "TaylorSeer, far keys": {"prepare": taylor_seer, "grid": ODD, "radius": 2, "far": True},
+    "PyramidAttentionBroadcast": {"prepare": attention_broadcast, "grid": ODD},
+    "FasterCache": {"prepare": faster_cache, "grid": ODD},
+}
 CASES = {
     "16 x 16, radius 2": {"radius": 2},
     "16 x 16, radius 1": {"radius": 1},
@@ -147,6 +188,7 @@ CASES = {
     "far keys, odd grid": {"far": True, "grid": ODD, "radius": 2, "passes": 2},
     "LoRA": {"prepare": add_lora},
     "cache, some skipped": {"prepare": cache(SKIPS_SOME), "grid": ODD},
+    **CACHED,
 }
 # For three ranks only, of which one has two neighbours.
 OTHERS = {
@@ -170,7 +212,15 @@ def demo():
 
 
 def generate(
-    mesh, height=256, width=256, radius=4, adapted=False, far=False, stale=None, **options
+    mesh,
+    height=256,
+    width=256,
+    radius=4,
+    adapted=False,
+    far=False,
+    stale=None,
+    prepare=None,
+    **options,
 ):
     """Final latents of the demo pipeline, two passes of guidance.
 
@@ -178,6 +228,7 @@ def generate(
         adapted: whether with the weights made for the radius.
         far: whether with far keys.
         stale: `stale_halos_after`.
+        prepare: enables a step cache on the transformer.
     """
     pipe = demo()
     remove_clear(pipe)
@@ -185,6 +236,8 @@ def generate(
     apply_clear(pipe, radius=radius, far=far, weights=weights)
     if mesh is not None:
         pipe.enable_patch_parallel(mesh, stale)
+    if prepare is not None:
+        prepare(pipe.transformer)
     try:
         return pipe(
             "a green tower in the desert at night, a white moon on the right",
@@ -200,15 +253,21 @@ def generate(
         ).images
     finally:
         pipe.disable_patch_parallel()
+        if prepare is not None:
+            pipe.transformer.disable_cache()
 
 
-IMAGES = {"256 x 256 px": {}}
+IMAGES = {"256 x 256 px": {}, "256 x 256 px, MagCache": {"prepare": mag_cache}}
 # For three ranks only.
 LARGER = {
     "384 x 256 px": {"height": 384, "radius": 3},
     "a cascade to 400 x 272 px": {
         **{"height": 400, "width": 272, "cascade": True, "low_resolution_guidance": 1.0},
         **{"radius": 8, "adapted": True},
+    },
+    "MagCache, a cascade to 400 x 272 px": {
+        **{"height": 400, "width": 272, "cascade": True, "radius": 8, "adapted": True},
+        "prepare": mag_cache,
     },
     # Two positions a token in the last stage.
     "far keys, a cascade to 400 x 272 px": {
@@ -253,6 +312,8 @@ def all_cases(mesh, world):
         found["demo averaged"] = averaged(generate, mesh), None
         found["demo stale"] = generate(mesh, stale=2), None
         found["guidance ranks"] = generate(make_mesh(1, guidance=2)), None
+        cached = generate(make_mesh(1, guidance=2), prepare=mag_cache)
+        found["guidance ranks, MagCache"] = cached, None
     if world == 4:
         found["guidance ranks"] = generate(make_mesh(2, guidance=2)), None
     return found

@@ -65,6 +65,10 @@ def test_ranks_generate_what_one_process_generates(world, shared, alone):
 def test_guidance_ranks_compute_one_pass_each(world, shared, alone):
     latents, _ = shared(world)
     assert difference(latents["guidance ranks"], alone("256 x 256 px")) <= 1e-5
+    if world == 2:
+        cached = alone("256 x 256 px, MagCache")
+        assert difference(cached, alone("256 x 256 px")) > 1e-3
+        assert difference(latents["guidance ranks, MagCache"], cached) <= 1e-5
 
 
 def test_radius_and_cases_matter(alone):
@@ -79,6 +83,12 @@ def test_the_cache_acts_in_between(alone):
     everything = denoise(None, grid=patches.ODD, prepare=patches.cache(10.0))[0]
     assert difference(some, nothing_skipped) > 1e-3
     assert difference(some, everything) > 1e-3
+
+
+@pytest.mark.parametrize("name", patches.CACHED)
+def test_caches_that_go_by_steps_act(name, alone):
+    case = {key: value for key, value in CASES[name].items() if key != "prepare"}
+    assert difference(alone(name), denoise(None, **case)[0]) > 1e-3
 
 
 @slow
