@@ -91,9 +91,9 @@ class StageScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc, val
         """The velocity of a step that is a second-order one, from this velocity and the last."""
         if self.step_index is None:
             self._init_step_index(timestep)
-        velocity, last = velocity.float(), self._velocity
-        self._velocity = velocity
+        last, self._velocity = self._velocity, velocity
         if last is None:
             return velocity
         before, now, after = self.sigmas[self.step_index - 1 : self.step_index + 2].tolist()
-        return velocity + (after - now) / (now - before) / 2 * (velocity - last)
+        share = (after - now) / (now - before) / 2
+        return (velocity.float() + share * (velocity.float() - last.float())).to(velocity.dtype)
