@@ -103,10 +103,14 @@ def test_refusals(tiny_pipeline, enabled):
     ):
         draw(pipe, negative_prompt="the sea", true_cfg_scale=2.0)
     with pytest.raises(ValueError, match="ranks that share an image would not decide as one"):
-        check_caches(pipe, {}, SimpleNamespace(guidance_ranks=1))
+        check_caches(pipe, {}, (), SimpleNamespace(guidance_ranks=1))
     disable()
     enabled(pipe.transformer, enable_separate_cfg=True)
-    draw(pipe, negative_prompt="the sea", true_cfg_scale=2.0)
+    guided = {"negative_prompt": "the sea", "true_cfg_scale": 2.0}
+    draw(pipe, **guided)
+    image = torch.rand(1, 3, 24, 40)
+    with pytest.raises(ValueError, match="stages that take few steps have one; use preset="):
+        draw(pipe, enlarge=image, preset="refine", height=48, width=80, **guided)
     pipe = CLEARPipeline(make_pipeline("qwen-image", QwenImagePipeline))
     disable = enabled(pipe)  # of the class
     try:

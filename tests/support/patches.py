@@ -141,7 +141,9 @@ def mag_cache(model):
 
 
 def taylor_seer(model):
-    model.enable_cache(TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1))
+    # By default it keeps bfloat16, in which the last bit of a float32 is one of three digits.
+    settings = {"cache_interval": 2, "disable_cache_before_step": 1}
+    model.enable_cache(TaylorSeerCacheConfig(taylor_factors_dtype=torch.float32, **settings))
 
 
 def attention_broadcast(model):
