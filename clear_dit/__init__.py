@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .pipelines.pipeline import CLEARPipeline
     from .plugin import apply_clear, remove_clear
     from .weights.load import load_clear_weights, save_clear_weights
+    from .weights.quantise import quantize
 
 __all__ = [
     "CLEARFluxPipeline",
@@ -30,6 +31,7 @@ __all__ = [
     "apply_clear",
     "load_clear_weights",
     "local_attention",
+    "quantize",
     "remove_clear",
     "save_clear_weights",
 ]
@@ -42,6 +44,7 @@ _HOME = {
     "apply_clear": "plugin",
     "load_clear_weights": "weights.load",
     "local_attention": "kernels.attention",
+    "quantize": "weights.quantise",
     "remove_clear": "plugin",
     "save_clear_weights": "weights.load",
 }

@@ -135,8 +135,8 @@ def _double_forward(
         streams = text[:, part], text_out[:, part]
         return _finish_stream(*streams, text_modulation, block.norm2_context, block.ff_context)
 
-    text_done = _by_chunks(finish_text, text.shape[1], tokens, block.ff_context)
-    return _finite(text_done), _by_chunks(finish, image.shape[1], tokens, block.ff)
+    text_done = by_chunks(finish_text, text.shape[1], tokens, block.ff_context)
+    return _finite(text_done), by_chunks(finish, image.shape[1], tokens, block.ff)
 
 
 def _finish_stream(
@@ -174,7 +174,7 @@ def _single_forward(
         hidden = block.proj_out(torch.cat([out[:, part], hidden], dim=2))
         return residual + gate.unsqueeze(1) * hidden
 
-    joint = _by_chunks(finish, normed.shape[1], tokens, block.proj_mlp, block.proj_out)
+    joint = by_chunks(finish, normed.shape[1], tokens, block.proj_mlp, block.proj_out)
     joint = _finite(joint)
     return joint[:, :length], joint[:, length:]
 
@@ -200,7 +200,7 @@ def _finite(hidden: torch.Tensor) -> torch.Tensor:
     return hidden.clip(-65504, 65504) if hidden.dtype == torch.float16 else hidden
 
 
-def _by_chunks(run: Run, length: int, tokens: int, *modules: nn.Module) -> torch.Tensor:
+def by_chunks(run: Run, length: int, tokens: int, *modules: nn.Module) -> torch.Tensor:
     """(batch, length, channels) of what `run` makes of slices of at most `tokens` tokens.
 
     modules: those that `run` calls.

@@ -30,6 +30,20 @@ Preset = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of guidance.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Linear layers of the transformer in 8 or 4 bits: int8 (any device), fp8 (GPUs from "
+        "Ada on), nvfp4 (Blackwell)."
+    ),
+]
+Offload = Annotated[
+    str,
+    typer.Option(
+        help="What waits on the CPU. none; model: all parts but the one that runs; group: of the "
+        "transformer all but two blocks, too."
+    ),
+]
 ModelRadius = Annotated[int | None, typer.Option(help="Radius of the window, in tokens.")]
 
 Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens.")]

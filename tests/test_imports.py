@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1] / "clear_dit"
 ROOMS = (
     "compat errors memory process_group tables versions wrappers",
     "access files hooks kernels options",
-    "attention",
+    "attention chunking",
     "families",
-    "weights chunking",
+    "weights",
     "plugin",
     "counting",
     "pipelines",

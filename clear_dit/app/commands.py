@@ -38,6 +38,8 @@ def serve_app(
     ),
     upscaler: options.Upscaler = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    offload: options.Offload = "none",
     device: options.Device = None,
 ) -> None:
     """Serve the web page."""
@@ -53,6 +55,8 @@ def serve_app(
         queue_size=queue_size,
         keep_days=keep_days,
         dtype=dtype,
+        quantize=quantize,
+        offload=offload,
         device=device,
         upscaler=upscaler,
     )

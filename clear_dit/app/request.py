@@ -116,6 +116,8 @@ def make_requests(
             upscaler=settings.upscaler,
             attention="full" if entry.attention == "full" else "clear",
             dtype=settings.dtype,
+            quantize=settings.quantize,
+            offload=settings.offload,
             device=settings.device,
         )
     except RequestError as error:

@@ -6,17 +6,21 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 # Before Gradio is imported: it reports to its makers otherwise.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+import torch
 import uvicorn
 from fastapi import FastAPI
 
 from ..files import own_folder
-from ..generation.checks import find_device
+from ..generation.checks import check_quantize, find_device, find_dtype
+from ..generation.placing import check_offload
+from ..generation.runner import PipelineRunner
 from .actions import Actions
 from .files import STATIC, make_router
 from .guard import Guard
@@ -81,9 +85,12 @@ def serve(settings: Settings) -> None:
         )
     with own_folder(settings.out):
         store = Store(settings.out)
-        jobs = Jobs(settings, store)
         device = str(find_device(settings.device))
         dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
+        check_quantize(settings.quantize, torch.device(device), find_dtype(dtype))
+        check_offload(settings.offload)
+        make_runner = partial(PipelineRunner, quantize=settings.quantize, offload=settings.offload)
+        jobs = Jobs(settings, store, make_runner)
         jobs.start(settings.models[0], dtype, device)
         application = make_application(settings, store, jobs)
         print(f"clear-dit app: http://{settings.host}:{settings.port}", flush=True)

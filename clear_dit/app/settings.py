@@ -36,7 +36,7 @@ class Settings:
         queue_size: jobs that may wait besides the one that runs.
         keep_days: images older than this are removed.
         dtype, device: see `GenerateRequest`; None for the best.
-        upscaler: of all images, see `GenerateRequest`.
+        quantize, offload, upscaler: of all images, see `GenerateRequest`.
 
     Raises:
         RequestError: the first thing that is wrong.
@@ -51,6 +51,8 @@ class Settings:
     queue_size: int = 16
     keep_days: float = 7.0
     dtype: str | None = None
+    quantize: str | None = None
+    offload: str = "none"
     device: str | None = None
     upscaler: str | None = None
 

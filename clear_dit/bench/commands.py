@@ -103,6 +103,7 @@ def bench_denoise(
     far: options.WithFar = False,
     impl: options.Impl = "auto",
     dtype: Dtype = "float32",
+    quantize: options.Quantize = None,
     device: options.Device = None,
     repeats: Repeats = 3,
     as_json: options.Json = False,
@@ -113,7 +114,7 @@ def bench_denoise(
     from .denoise import report
 
     layer = (impl, find_dtype(dtype), find_device(device))
-    result = run(model, height, width, radius, far, *layer, repeats)
+    result = run(model, height, width, radius, far, *layer, repeats, quantize)
     _show(result, report, as_json)
 
 
@@ -135,14 +136,15 @@ def bench_plan(
         int | None, typer.Option(min=1, max=4096, help="Text tokens; default the model's own.")
     ] = None,
     dtype: Dtype = "bfloat16",
-    weights_dtype: Annotated[
+    quantize: options.Quantize = None,
+    offload: options.Offload = "none",
+    fit: Annotated[
         str | None,
-        typer.Option(help="Of the transformer's linear layers: int8 or float8; default --dtype."),
+        typer.Option(
+            help="A card's memory, such as 24GB, or several with commas: the largest square image "
+            "that fits, and the flags it takes, instead."
+        ),
     ] = None,
-    offload: Annotated[
-        str,
-        typer.Option(help="none; model: one part at a time; group: and its blocks two at a time."),
-    ] = "none",
     train: Annotated[
         bool, typer.Option("--train", help="Memory of a distillation step instead, in bfloat16.")
     ] = False,
@@ -153,10 +155,10 @@ def bench_plan(
 ) -> None:
     """What a model will cost at a size: FLOPs and memory, without its weights or a GPU."""
     if train:
-        if weights_dtype is not None or offload != "none":
+        if quantize is not None or offload != "none" or fit is not None:
             raise RequestError(
-                "--train counts weights in bfloat16, all on the device; leave out --weights-dtype "
-                "and --offload."
+                "--train counts weights in bfloat16, all on the device; leave out --quantize, "
+                "--offload and --fit."
             )
         from .plan_training import plan_training
         from .plan_training import report as training_report
@@ -167,6 +169,19 @@ def bench_plan(
         _show(planned, training_report, as_json)
         return
     from ..generation.checks import find_dtype
+
+    if fit is not None:
+        if offload != "none" or down_factor > 1:
+            raise RequestError("--fit tries --offload itself, without pooling; leave both out.")
+        from .fit import fit as run_fit
+        from .fit import parse_memory
+        from .fit import report as fit_report
+
+        found = run_fit(
+            model, parse_memory(fit), radius, far, text_length, find_dtype(dtype), quantize
+        )
+        _show(found, fit_report, as_json)
+        return
     from .plan import plan as run
     from .plan import report
 
@@ -179,7 +194,7 @@ def bench_plan(
         far,
         text_length,
         find_dtype(dtype),
-        weights_dtype,
+        quantize,
         offload,
     )
     _show(result, report, as_json)

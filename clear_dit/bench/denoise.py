@@ -11,12 +11,13 @@ import torch
 from ..counting.flops import config_of, count_flops
 from ..counting.inputs import Random, model_inputs, positions_for
 from ..families.table import attention_layers, transformer_of
-from ..generation.checks import find_impl, find_window
+from ..generation.checks import check_quantize, find_impl, find_window
 from ..generation.denoising import text_length
 from ..generation.models import find_model, load_pipeline
 from ..kernels.window import Window
 from ..plugin import apply_clear
 from ..weights.forward import changed_in_forwards, other_attributes
+from ..weights.quantise import quantize as quantise
 from .step import output_of, relative_error, step_report, verdict
 from .timing import time_in_turn
 
@@ -34,12 +35,14 @@ def bench_denoise(
     dtype: torch.dtype,
     device: torch.device,
     repeats: int,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Check, then time one forward pass of the transformer (one pass of guidance).
 
     Args:
         height, width: in pixels; radius in tokens.
         far: whether with far keys.
+        quantize: a kind of `quantize`, for both; None for `dtype`.
 
     Returns:
         rows with attention, seconds, tflop; `speedup`; `flops_allow`, the ratio of the FLOPs of
@@ -48,7 +51,11 @@ def bench_denoise(
     side = find_model(model).token_pixels
     window = find_window(height, width, radius, token_pixels=side, far=far)
     name = find_impl(impl, dtype, device)
-    pipe = load_pipeline(model, dtype, device)
+    check_quantize(quantize, device, dtype)
+    pipe = load_pipeline(model, dtype, device if quantize is None else torch.device("cpu"))
+    if quantize is not None:
+        quantise(pipe, quantize, device)
+        pipe.to(device)
     transformer: Any = transformer_of(pipe, "bench denoise")
     window = replace(window, text_length=text_length(pipe))
     layers = attention_layers(transformer)
@@ -91,6 +98,7 @@ def bench_denoise(
         "radius": radius,
         "far": far,
         "text_length": window.text_length,
+        "quantize": quantize,
         "impl": name,
         **verdict(error, dtype, device),
     }

@@ -33,7 +33,7 @@ def plan(
     far: bool,
     text_length: int | None,
     dtype: torch.dtype,
-    weights_dtype: str | None = None,
+    quantize: str | None = None,
     offload: str = "none",
 ) -> dict[str, Any]:
     """FLOPs of a step, the most CLEAR can gain, peak memory by stage, and what tiles cost.
@@ -44,26 +44,26 @@ def plan(
         far: whether with far keys.
         text_length: text tokens; the model's own where None.
         dtype: of weights and activations.
-        weights_dtype, offload: see `plan_memory`.
+        quantize, offload: see `plan_memory`.
 
     Returns:
-        rows with attention ("full", "clear"), linear_tflop, attention_tflop, total_tflop,
-        attention_share and attention_gflop_per_layer; `bound`, the ratio of both totals; `memory`,
-        see `plan_memory`; `peak_gib`, its highest total; `tiles`, see `tile_choices`; and the
-        setting.
+        rows with attention ("full", "clear"), linear_tflop, narrow_tflop, attention_tflop,
+        total_tflop, attention_share and attention_gflop_per_layer; `bound`, the ratio of both
+        totals; `memory`, see `plan_memory`; `peak_gib`, its highest total; `tiles`, see
+        `tile_choices`; and the setting.
 
     Raises:
-        RequestError: an unknown model, weights_dtype or offload, or a size, radius or down_factor
+        RequestError: an unknown model, quantize or offload, or a size, radius or down_factor
             out of its range.
     """
-    check_memory_options(weights_dtype, offload)
+    check_memory_options(quantize, offload)
     configuration = find_configuration(model)
     text_length = configuration.text_length if text_length is None else text_length
     window = find_window(
         height, width, radius, down_factor, text_length, configuration.token_pixels, far=far
     )
-    flops = count_flops(configuration.transformer, window)
-    memory = plan_memory(configuration, window, dtype, weights_dtype, offload)
+    flops = count_flops(configuration.transformer, window, quantize)
+    memory = plan_memory(configuration, window, dtype, quantize, offload)
     return {
         **flops,
         "memory": memory,
@@ -79,7 +79,7 @@ def plan(
         "far": far,
         "text_length": text_length,
         "dtype": str(dtype).removeprefix("torch."),
-        "weights_dtype": weights_dtype,
+        "quantize": quantize,
         "offload": offload,
         "torch": torch.__version__,
     }
@@ -89,10 +89,16 @@ def report(result: dict[str, Any]) -> str:
     """The tables of a plan."""
     pooled = f", pooled by {result['down_factor']}" if result["down_factor"] > 1 else ""
     sees = ", far keys" if result["far"] else pooled
+    quantize = result["quantize"]
+
+    def narrow(row: dict[str, Any]) -> dict[str, str]:
+        return {} if quantize is None else {f"in {quantize}": number(row["narrow_tflop"])}
+
     flops = [
         {
             "attention": row["attention"],
             "linear TFLOP": number(row["linear_tflop"]),
+            **narrow(row),
             "attention TFLOP": number(row["attention_tflop"]),
             "sum TFLOP": number(row["total_tflop"]),
             "attention's share": f"{row['attention_share']:.1%}",
@@ -119,8 +125,7 @@ def report(result: dict[str, Any]) -> str:
         }
         for row in result["tiles"]
     ]
-    weights = result["weights_dtype"]
-    weights = "" if weights is None else f", the transformer's linear weights in {weights}"
+    weights = "" if quantize is None else f", the transformer's linear layers in {quantize}"
     chunks = "feed-forward layers in chunks" if result["chunked"] else "feed-forward layers whole"
     fused = "in one kernel" if HAS_TRITON else "step by step, for want of Triton"
     return f"""\

@@ -12,40 +12,39 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..counting.eight_bit import DTYPES
 from ..counting.fake import Memory, build, defaults, measure
 from ..counting.memory import TransformerMemory
 from ..errors import RequestError
 from ..generation.models import TOKEN_PIXELS, quiet_libraries
+from ..generation.placing import check_offload
 from ..kernels.window import Window
+from ..weights.quantise import KINDS
 from .published import Configuration
 
-OFFLOADS = ("none", "model", "group")
 # The autoencoder sees a tile of the image and what lies around it, in pixels.
 TILE_PIXELS, HALO_PIXELS = 1024, 64
+# Of a text encoder under group offload: the layer that runs, and the next on its way.
+STREAMED_LAYERS = 2
 # There, fake tensors take PyTorch's fused attention; on "meta" it would be dense.
 DEVICE = "cpu"
 
 
-def check_memory_options(weights_dtype: str | None, offload: str) -> None:
+def check_memory_options(quantize: str | None, offload: str) -> None:
     """Refuse what `plan_memory` does not know.
 
     Raises:
-        RequestError: an unknown `weights_dtype` or `offload`.
+        RequestError: an unknown `quantize` or `offload`.
     """
-    if weights_dtype not in (None, *DTYPES):
-        raise RequestError(
-            f"--weights-dtype must be one of {', '.join(DTYPES)}; got {weights_dtype!r}."
-        )
-    if offload not in OFFLOADS:
-        raise RequestError(f"--offload must be one of {', '.join(OFFLOADS)}; got {offload!r}.")
+    if quantize not in (None, *KINDS):
+        raise RequestError(f"--quantize must be one of {', '.join(KINDS)}; got {quantize!r}.")
+    check_offload(offload)
 
 
 def plan_memory(
     configuration: Configuration,
     window: Window,
     dtype: torch.dtype,
-    weights_dtype: str | None = None,
+    quantize: str | None = None,
     offload: str = "none",
 ) -> list[dict[str, Any]]:
     """Peak memory by stage, on the device that runs them.
@@ -53,44 +52,86 @@ def plan_memory(
     Args:
         window: of the image asked for; all but its size holds in all stages.
         dtype: of weights and activations.
-        weights_dtype: of the transformer's linear layers: "int8", "float8", or None for `dtype`.
+        quantize: the transformer's linear layers, see `quantize`; None for `dtype`.
         offload: which weights are on the device: those of all parts ("none"), of the one that
-            runs ("model"), and of it only two blocks of the transformer ("group").
+            runs ("model"), or of the autoencoder, two blocks of the transformer, or two layers of
+            a text encoder ("group").
 
     Returns:
         rows with stage, weights_gib, activations_gib and total_gib.
     """
-    encoders = [
-        _measure_encoder(config, window.text_length, dtype)
-        for config in configuration.text_encoders
-    ]
-    transformer = TransformerMemory(configuration.transformer, dtype, weights_dtype)
-    decoding, (tile_height, tile_width) = _measure_decoder(configuration, window, dtype)
-
-    everything = sum(part.weights for part in encoders) + transformer.weights + decoding.weights
-    denoising = transformer.streamed_weights if offload == "group" else transformer.weights
-    text = max(encoders, key=lambda part: sum(part) if offload != "none" else part.activations)
-    stages = [("text encoding", text)]
+    others = OtherParts(configuration, window, dtype)
+    transformer = TransformerMemory(configuration.transformer, dtype, quantize)
     side, recipe = configuration.token_pixels, transformer.recipe
     native_size = configuration.native_size or recipe.native_size
+    denoising = list[tuple[str, float]]()
     for height, width in cascade_sizes(window, native_size, side, recipe.step):
-        size = f"denoising {height * side} x {width * side}"
         down_factor = min(window.down_factor, height, width)
         smaller = replace(window, height=height, width=width, down_factor=down_factor)
-        stages.append((size, Memory(denoising, transformer.activations(smaller))))
-    stages.append((f"decoding a tile of {tile_height} x {tile_width}", decoding))
-    rows = []
-    for stage, memory in stages:
-        weights = everything if offload == "none" else memory.weights
-        rows.append(
-            {
-                "stage": stage,
-                "weights_gib": weights / 2**30,
-                "activations_gib": memory.activations / 2**30,
-                "total_gib": (weights + memory.activations) / 2**30,
-            }
-        )
-    return rows
+        size = f"denoising {height * side} x {width * side}"
+        denoising.append((size, transformer.activations(smaller)))
+    return stage_rows(others, transformer, denoising, offload)
+
+
+class OtherParts:
+    """What a pipeline's text encoders and autoencoder take.
+
+    Args:
+        window: of an image, which the autoencoder decodes by tiles.
+
+    Attributes:
+        encoders: of each the memory, and what is of its weights on the device when it is offloaded
+            layer by layer.
+        decoding: of a tile and its surroundings, `tile`: height and width in pixels.
+    """
+
+    def __init__(self, configuration: Configuration, window: Window, dtype: torch.dtype) -> None:
+        self.encoders = [
+            _measure_encoder(config, window.text_length, dtype)
+            for config in configuration.text_encoders
+        ]
+        self.decoding, self.tile = _measure_decoder(configuration, window, dtype)
+
+
+def stage_rows(
+    others: OtherParts,
+    transformer: TransformerMemory,
+    denoising: list[tuple[str, float]],
+    offload: str,
+) -> list[dict[str, Any]]:
+    """The rows of `plan_memory`.
+
+    Args:
+        denoising: names of stages, and the activations of each in bytes.
+    """
+    encoders, decoding = [part for part, _ in others.encoders], others.decoding
+    everything = sum(part.weights for part in encoders) + transformer.weights + decoding.weights
+    of_text = of_denoising = of_decoding = everything
+    text = max(part.activations for part in encoders)
+    if offload == "model":
+        of_text, text = max(encoders, key=sum)
+        of_denoising, of_decoding = transformer.weights, decoding.weights
+    elif offload == "group":  # the autoencoder stays on the device
+        streamed = [(layers, part.activations) for part, layers in others.encoders]
+        of_text, text = max(streamed, key=sum)
+        of_text += decoding.weights
+        of_denoising = transformer.streamed_weights + decoding.weights
+        of_decoding = decoding.weights
+    height, width = others.tile
+    stages = [
+        ("text encoding", of_text, text),
+        *((stage, of_denoising, activations) for stage, activations in denoising),
+        (f"decoding a tile of {height} x {width}", of_decoding, decoding.activations),
+    ]
+    return [
+        {
+            "stage": stage,
+            "weights_gib": weights / 2**30,
+            "activations_gib": activations / 2**30,
+            "total_gib": (weights + activations) / 2**30,
+        }
+        for stage, weights, activations in stages
+    ]
 
 
 def cascade_sizes(
@@ -118,13 +159,20 @@ def cascade_sizes(
     return [(stage.height // side, stage.width // side) for stage in stages]
 
 
-def _measure_encoder(config: dict[str, Any], text_length: int, dtype: torch.dtype) -> Memory:
+def _measure_encoder(
+    config: dict[str, Any], text_length: int, dtype: torch.dtype
+) -> tuple[Memory, int]:
+    """Memory of an encoder, and of its two largest layers' weights."""
     with FakeTensorMode():
         with defaults(dtype, DEVICE):
             model = build(config)
         length = min(text_length, getattr(model.config, "max_position_embeddings", text_length))
         tokens = torch.zeros(1, length, dtype=torch.int64, device=DEVICE)
-        return measure(model, lambda: model(tokens))
+        layers = [
+            sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+            for module in model.modules()
+        ]
+        return measure(model, lambda: model(tokens)), STREAMED_LAYERS * max(layers)
 
 
 def _measure_decoder(

@@ -40,6 +40,8 @@ def step_report(result: dict[str, Any], conclusion: str) -> str:
     if not result["correct"]:
         return f"WRONG results, relative error {result['max_error']:.1e}"
     sees = ", far keys" if result.get("far") else ""
+    if result.get("quantize") is not None:
+        sees += f", {result['quantize']}"
     return (
         f"{result['model']}, {result['height']} x {result['width']} px, radius {result['radius']} "
         f"tokens{sees}, {result['dtype']}, {result['hardware']}\n{table(result['rows'])}\n"

@@ -12,16 +12,18 @@ whose hooks QK-norm and RoPE are not fused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..chunking import CHUNK_TOKENS, chunk_feed_forward
 from ..families.table import family_of
 from ..kernels.window import Window
-from .eight_bit import use_eight_bit_linears
 from .fake import build, defaults, measure, quiet, tensor_bytes
 from .inputs import Empty, clear_applied, forward, model_inputs, positions_for
+from .narrow import use_narrow_linears
 
 # Meta tensors take the way of a GPU through diffusers and the processor, QK-norm and RoPE in one
 # kernel included.
@@ -45,6 +47,7 @@ class TransformerMemory:
     """What a transformer takes, from a model of the same configuration with fewer blocks.
 
     Args:
+        quantize: one of `quantize`'s kinds, or None for `dtype`.
         chunk_tokens: see `chunk_feed_forward`.
 
     Attributes:
@@ -56,32 +59,23 @@ class TransformerMemory:
         self,
         config: dict[str, Any],
         dtype: torch.dtype,
-        weights_dtype: str | None,
+        quantize: str | None = None,
         chunk_tokens: int | None = CHUNK_TOKENS,
     ) -> None:
         known = {key for _, key in COUNTS if key in config}
         fewer = {key: min(MEASURED_BLOCKS, config[key]) for key in known}
         with defaults(dtype, DEVICE):
-            self._model = build(config | fewer)
-            if weights_dtype is not None:
-                use_eight_bit_linears(self._model, weights_dtype)
+            self._model, whole = build(config | fewer), build(config)
+            if quantize is not None:
+                for model in (self._model, whole):
+                    use_narrow_linears(model, quantize)
         self._dtype = dtype
-        family = family_of(self._model)
+        family = family_of(whole)
         self.recipe = family.recipe
         self._chunked, self._chunk_tokens = family.chunked, chunk_tokens
-        parts: Any = dict(self._model.named_modules())
-        counts = {stack: config[key] for stack, key in COUNTS if key in known and stack in parts}
-        stacks = {stack: list(parts[stack]) for stack in counts}
-        first = {
-            stack: tensor_bytes(blocks[0]) if blocks else 0 for stack, blocks in stacks.items()
-        }
-        present = sum(tensor_bytes(block) for blocks in stacks.values() for block in blocks)
-        whole = tensor_bytes(self._model)
-        # Blocks left out are like the first of their kind.
-        self.weights = whole + sum(
-            first[stack] * (count - len(stacks[stack])) for stack, count in counts.items()
-        )
-        self.streamed_weights = whole - present + STREAMED_BLOCKS * max(first.values())
+        blocks = [tensor_bytes(block) for block in _blocks(whole)]
+        self.weights = tensor_bytes(whole)
+        self.streamed_weights = self.weights - sum(blocks) + STREAMED_BLOCKS * max(blocks)
 
     def activations(self, window: Window) -> int:
         """The most that is alive in a step besides the weights, in bytes."""
@@ -91,3 +85,12 @@ class TransformerMemory:
                 with quiet():
                     chunk_feed_forward(self._model, self._chunk_tokens)
             return measure(self._model, lambda: forward(self._model, inputs)).activations
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """What diffusers' group offload takes for blocks: the members of the model's own lists."""
+    for stack in dict.fromkeys(stack for stack, _ in COUNTS):
+        parts: Any = model
+        for name in stack.split("."):
+            parts = getattr(parts, name, None)
+        yield from parts or ()

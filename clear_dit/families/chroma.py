@@ -14,7 +14,7 @@ from typing import Any
 
 from ..attention.ip_adapter import LayerProcessor
 from ..attention.text_padding import used_length
-from .family import Family, Reading
+from .family import BEGINS, ENDS, Family, Reading
 from .flux1 import adapter_was_undone, extend, read_ids
 from .recipe import Defaults, Guidance, Recipe
 
@@ -71,4 +71,10 @@ FAMILY = Family(
     extend=extend,
     proportional=True,
     serves_fused=True,
+    wide={
+        "distilled_guidance_layer.*": BEGINS,
+        "context_embedder": BEGINS,
+        "x_embedder": BEGINS,
+        "proj_out": ENDS,
+    },
 )

@@ -18,7 +18,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Cut, Family, Reading, own_positions
+from .family import BEGINS, ENDS, Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn, image_tables
 from .recipe import Defaults, Denoiser, Latents, Recipe
 
@@ -204,4 +204,11 @@ FAMILY = Family(
     methods=("none", "yarn", "interpolation", "two"),
     repeated_blocks=False,
     cut=Cut(output_of="patch_embed"),
+    wide={
+        "patch_embed.*": BEGINS,
+        "time_condition_embed.*": BEGINS,
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
+    modulation=("transformer_blocks.*.norm1.linear",),
 )

@@ -19,7 +19,7 @@ from ..attention.norm_rope import Rotary
 from ..attention.positions import ExtendedPosEmbed, Extension
 from ..attention.text_padding import used_length
 from ..compat import names_from
-from .family import Cut, Family, Reading, own_positions
+from .family import BEGINS, ENDS, MODULATES, Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn
 from .recipe import Defaults, Denoiser, Latents, Recipe
 
@@ -131,4 +131,11 @@ FAMILY = Family(
     positions="no limit: sine and cosine of any position",
     extend=_extend,
     cut=Cut(output_of="x_embedder", whole_after="final_linear", tokens_first=True),
+    wide={
+        "text_proj": BEGINS,
+        "time_embedding.*": BEGINS,
+        "adaLN_modulation.1": MODULATES,
+        "final_norm.linear": ENDS,
+        "final_linear": ENDS,
+    },
 )

@@ -15,6 +15,11 @@ from ..attention.processor import CLEARProcessor
 from ..wrappers import unwrapped
 from .recipe import Recipe
 
+# Why linear layers stay wide, in most families.
+BEGINS = "brings image, text or time into the model: a small part, on which all the rest depends"
+ENDS = "gives the image: no layer after it averages its rounding out"
+MODULATES = "modulates every block alike: a small part, whose rounding adds up"
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -97,6 +102,10 @@ class Family:
             tokens by one table, made at once. Elsewhere only CLEAR's processors can have it.
         tuned: linear layers of an attention layer that distillation trains and CLEAR weights hold,
             where the layer has them.
+        wide: patterns of names of linear layers, such as "x_embedder", to why quantisation leaves
+            them as they are, see `linears_of`.
+        modulation: patterns of names of those in the blocks through which one row of numbers goes
+            for each image, of which quantisation takes the weights alone.
         kept: where other attention layers are, such as "mode_blocks.image_cond", to why they stay
             as they are.
         text_processors: class name of a stock processor of those that get a rotary table to what
@@ -129,6 +138,8 @@ class Family:
     was_undone: Callable[[Any, CLEARProcessor], bool] = lambda model, installed: False
     is_fused: Callable[[Any], bool] = lambda attn: getattr(attn, "fused_projections", False)
     tuned: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    wide: Mapping[str, str] = field(default_factory=dict)
+    modulation: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     text_processors: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     cut: Cut = OF_TOKENS

@@ -11,6 +11,8 @@ from ..attention.layout import Layout
 from ..attention.positions import ExtendedPosEmbed, Extension
 from ..compat import names_from
 from .family import (
+    BEGINS,
+    ENDS,
     Family,
     Reading,
     adapter_was_unloaded,
@@ -99,4 +101,16 @@ FAMILY = Family(
     weights="FLUX.1-dev and FLUX.1-schnell: Huage001/CLEAR",
     serves_fused=True,
     chunked=True,
+    wide={
+        "time_text_embed.*": BEGINS,
+        "context_embedder": BEGINS,
+        "x_embedder": BEGINS,
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
+    modulation=(
+        "transformer_blocks.*.norm1.linear",
+        "transformer_blocks.*.norm1_context.linear",
+        "single_transformer_blocks.*.norm.linear",
+    ),
 )

@@ -17,7 +17,7 @@ from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..compat import names_from
 from ..kernels.two_positions import Rotated
-from .family import Family, Reading, own_positions
+from .family import BEGINS, ENDS, MODULATES, Family, Reading, own_positions
 from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor, Stream
 from .recipe import Defaults, Latents, Recipe
@@ -187,4 +187,12 @@ FAMILY = Family(
     extend=_extend,
     tuned=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
     serves_fused=True,
+    wide={
+        "time_guidance_embed.*": BEGINS,
+        "context_embedder": BEGINS,
+        "x_embedder": BEGINS,
+        "*_modulation*.linear": MODULATES,
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
 )

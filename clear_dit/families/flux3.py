@@ -17,7 +17,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate, why_not_norm_rope
 from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Family, Reading, own_positions
+from .family import BEGINS, ENDS, MODULATES, Family, Reading, own_positions
 from .flux1 import read_ids
 from .flux2 import ExtendedFlux2PosEmbed
 from .joint import JointProcessor, Stream
@@ -159,4 +159,12 @@ FAMILY = Family(
     },
     text_processors={"Flux3AttnProcessor": AloneProcessor},
     serves_fused=True,
+    wide={
+        "timestep_embedder.*": BEGINS,
+        "x_embedders.*": BEGINS,
+        "context_embedder": BEGINS,
+        "*_stream_modulations.*": MODULATES,
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
 )

@@ -18,7 +18,7 @@ from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..attention.text_padding import used_length
 from ..compat import names_from
-from .family import Cut, Family, Reading, own_positions
+from .family import BEGINS, ENDS, Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn, image_tables
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
@@ -201,4 +201,16 @@ FAMILY = Family(
     extend=_extend,
     kept={"context_embedder": "attends over text alone"},
     cut=Cut(output_of="x_embedder"),
+    wide={
+        "context_embedder.*": BEGINS,
+        "context_embedder_2.*": BEGINS,
+        "time_guidance_embed.*": BEGINS,
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
+    modulation=(
+        "transformer_blocks.*.norm1.linear",
+        "transformer_blocks.*.norm1_context.linear",
+        "single_transformer_blocks.*.norm.linear",
+    ),
 )

@@ -17,7 +17,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.positions import ExtendedPosEmbed, Extension
 from ..compat import names_from
-from .family import Cut, Family, Reading, check_image_length, own_positions
+from .family import BEGINS, ENDS, MODULATES, Cut, Family, Reading, check_image_length, own_positions
 from .joint import JointProcessor, Stream
 from .recipe import Defaults, Guidance, Recipe, linear_shift
 
@@ -135,4 +135,12 @@ FAMILY = Family(
     proportional=True,
     kept={"text_fusion": "attends over text alone"},
     cut=Cut(("hidden_states",), whole_after="final_layer"),
+    wide={
+        "img_in": BEGINS,
+        "txt_in.*": BEGINS,
+        "text_fusion.*": BEGINS,
+        "time_embed.*": BEGINS,
+        "time_mod_proj": MODULATES,
+        "final_layer.linear": ENDS,
+    },
 )

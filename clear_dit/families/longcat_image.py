@@ -15,7 +15,7 @@ from ..attention.axes import angles_along, of_angles, of_tokens, table_dtype
 from ..attention.norm_rope import Rotary
 from ..attention.positions import ExtendedPosEmbed, Extension
 from ..compat import names_from
-from .family import Family, own_positions
+from .family import BEGINS, ENDS, Family, own_positions
 from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor, Stream
 from .recipe import Defaults, Guidance, Recipe
@@ -122,4 +122,16 @@ FAMILY = Family(
     extend=_extend,
     proportional=True,
     serves_fused=True,
+    wide={
+        "time_embed.*": BEGINS,
+        "context_embedder": BEGINS,
+        "x_embedder": BEGINS,
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
+    modulation=(
+        "transformer_blocks.*.norm1.linear",
+        "transformer_blocks.*.norm1_context.linear",
+        "single_transformer_blocks.*.norm.linear",
+    ),
 )

@@ -16,7 +16,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.text_padding import used_length
 from ..compat import names_from
-from .family import OF_TOKENS, Family, Reading, check_image_length
+from .family import BEGINS, ENDS, OF_TOKENS, Family, Reading, check_image_length
 from .joint import JointProcessor, Stream, Turn
 from .qwen_positions import ExtendedQwenEmbedRope, Shape, extend, image_shapes
 from .recipe import Defaults, Guidance, Recipe
@@ -169,4 +169,16 @@ FAMILY = Family(
     extend=extend,
     proportional=True,
     cut=replace(OF_TOKENS, of_blocks=("modulate_index",)),
+    wide={
+        "time_text_embed.*": BEGINS,
+        "img_in": BEGINS,
+        "txt_in": BEGINS,
+        "transformer_blocks.0.*": "is the first block: the one known to suffer most from 8 bits",
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
+    modulation=(
+        "transformer_blocks.*.img_mod.1",
+        "transformer_blocks.*.txt_mod.1",
+    ),
 )

@@ -22,7 +22,7 @@ from ..attention.processor import Shared, Tables
 from ..attention.text_padding import Projected, Row
 from ..compat import names_from
 from ..kernels.two_positions import Rotated, Scaled
-from .family import Cut, Family, Reading
+from .family import BEGINS, ENDS, MODULATES, Cut, Family, Reading
 from .joint import JointProcessor, Stream, Turn
 from .qwen21_positions import ExtendedQwenImage21Rope, extend
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
@@ -264,4 +264,12 @@ FAMILY = Family(
         of_blocks=("target_token_mask",),
         image_last=True,
     ),
+    wide={
+        "time_text_embed.*": BEGINS,
+        "img_in": BEGINS,
+        "txt_in.*": BEGINS,
+        "modulation.1": MODULATES,
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
 )

@@ -18,7 +18,7 @@ from ..attention.processor import CLEARProcessor
 from ..attention.text_padding import Projected
 from ..attention.tracker import WindowTracker
 from ..compat import names_from
-from .family import Cut, Family, Reading, adapter_was_unloaded
+from .family import BEGINS, ENDS, Cut, Family, Reading, adapter_was_unloaded
 from .joint import JointProcessor, Stream, Turn
 from .recipe import Defaults, Denoiser, Latents, Recipe, linear_shift
 from .sd3_positions import ResampledPatchEmbed, extend
@@ -279,4 +279,14 @@ FAMILY = Family(
     serves_fused=True,
     repeated_blocks=False,
     cut=Cut(("block_controlnet_hidden_states",), output_of="pos_embed"),
+    wide={
+        "time_text_embed.*": BEGINS,
+        "context_embedder": BEGINS,
+        "norm_out.linear": ENDS,
+        "proj_out": ENDS,
+    },
+    modulation=(
+        "transformer_blocks.*.norm1.linear",
+        "transformer_blocks.*.norm1_context.linear",
+    ),
 )

@@ -19,7 +19,7 @@ from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..attention.positions import Extension
 from ..compat import names_from
-from .family import Cut, Family, Reading, own_positions
+from .family import BEGINS, ENDS, Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
@@ -237,4 +237,13 @@ FAMILY = Family(
         whole_after="all_final_layer",
         time=lambda given: -given["t"],
     ),
+    wide={
+        "all_x_embedder.*": BEGINS,
+        "cap_embedder.*": BEGINS,
+        "t_embedder.*": BEGINS,
+        "noise_refiner.*": "refines what all other blocks begin with: a small part",
+        "context_refiner.*": "refines what all other blocks begin with: a small part",
+        "all_final_layer.*": ENDS,
+    },
+    modulation=("layers.*.adaLN_modulation.0",),
 )

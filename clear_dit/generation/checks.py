@@ -61,6 +61,21 @@ def find_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def check_quantize(kind: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a way to quantise that is not known, or that a device or an installation lacks.
+
+    Raises:
+        RequestError: what it lacks, and what to use.
+    """
+    if kind is not None:
+        from ..weights.quantise import check_kind
+
+        try:
+            check_kind(kind, device, dtype)
+        except ValueError as error:
+            raise RequestError(f"--{error}") from error
+
+
 def find_device(name: str | None) -> torch.device:
     """A device by name, or the best there is."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -53,6 +53,8 @@ def generate(
         str | None, typer.Option(help="Keep finished stages here; the same command goes on.")
     ] = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    offload: options.Offload = "none",
     device: options.Device = None,
     parallel: Annotated[
         str | None,
@@ -98,6 +100,8 @@ def generate(
             upscaler=upscaler,
             stages_dir=stages_dir,
             dtype=dtype,
+            quantize=quantize,
+            offload=offload,
             device=device if ranks is None else str(ranks.device),
         )
         if ranks is None or ranks.is_first:

@@ -14,6 +14,7 @@ from ..pipelines.cascade.presets import PRESETS
 from ..weights.known import AUTO
 from .checks import (
     Bounds,
+    check_quantize,
     check_size,
     check_upscaler,
     find_device,
@@ -24,6 +25,7 @@ from .checks import (
 )
 from .image_input import read_image
 from .models import Model, find_model
+from .placing import check_offload
 
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"
@@ -69,6 +71,9 @@ class GenerateRequest:
             repainted, see `load_upscaler`; None for none.
         stages_dir: a folder for finished stages, from which the same request goes on.
         dtype: "float32", "bfloat16" or "float16".
+        quantize: "int8", "fp8" or "nvfp4" for the transformer's linear layers, see `quantize`; None
+            for `dtype`.
+        offload: what waits on the CPU, see `place`.
         device: a torch device.
 
     Raises:
@@ -96,6 +101,8 @@ class GenerateRequest:
     upscaler: str | None
     stages_dir: str | None
     dtype: str
+    quantize: str | None
+    offload: str
     device: str
 
     def __post_init__(self) -> None:
@@ -131,6 +138,8 @@ class GenerateRequest:
         if self.upscaler is not None:
             check_upscaler(self.upscaler)
         dtype, device = find_dtype(self.dtype), find_device(self.device)
+        check_quantize(self.quantize, device, dtype)
+        check_offload(self.offload)
         if self.attention == "clear":
             find_impl(self.impl, dtype, device)
 
@@ -183,6 +192,8 @@ def make_request(
         "upscaler": None,
         "stages_dir": None,
         "dtype": "float32" if device == "cpu" else "bfloat16",
+        "quantize": None,
+        "offload": "none",
     }
     complete |= {name: value for name, value in settings.items() if value is not None}
     if complete["weights"] == NO_WEIGHTS:

@@ -24,10 +24,12 @@ from ..pipelines.decoding.segments import check_autoencoder
 from ..plugin import apply_clear, remove_clear
 from ..versions import __version__
 from ..weights.known import AUTO
+from ..weights.quantise import quantised, quantize
 from .checks import find_device, find_dtype, find_impl
 from .denoising import denoise, unpack
 from .image_input import read_image
 from .models import load_pipeline
+from .placing import place
 from .sharing import RequestTexts, check_shared
 from .timing import Timer
 from .weights import Settled, settled
@@ -76,7 +78,9 @@ class PipelineRunner:
     wait for each other.
 
     Args:
-        model, dtype, device: see `GenerateRequest`; the same for all requests.
+        model, dtype, device, quantize, offload: see `GenerateRequest`; the same for all requests.
+            Quantised layers take no other CLEAR weights: where a request has other ones than the
+            request before, the transformer is loaded anew.
         ranks: that share every image, each with a runner and the same requests; the first has
             the text encoders and writes.
 
@@ -87,13 +91,27 @@ class PipelineRunner:
         RequestError: the model cannot be found or read, or its autoencoder is not known.
     """
 
-    def __init__(self, model: str, dtype: str, device: str, ranks: Ranks | None = None) -> None:
-        self._made_for = {"model": model, "dtype": dtype, "device": device}
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        device: str,
+        ranks: Ranks | None = None,
+        *,
+        quantize: str | None = None,
+        offload: str = "none",
+    ) -> None:
+        self._made_for: dict[str, str | None] = {"model": model, "dtype": dtype, "device": device}
+        self._made_for |= {"quantize": quantize, "offload": offload}
+        self._dtype, self._quantize, self._offload = find_dtype(dtype), quantize, offload
         self.device = find_device(device)
         self._ranks = ranks
         self._writes = ranks is None or ranks.is_first
         self._one_at_a_time = threading.Lock()
-        self.pipe = load_pipeline(model, find_dtype(dtype), self.device, text_encoders=self._writes)
+        # Where it does not all go to the device as it is, it waits on the CPU.
+        plain = quantize is None and offload == "none"
+        home = self.device if plain else torch.device("cpu")
+        self.pipe = load_pipeline(model, self._dtype, home, text_encoders=self._writes)
         try:
             check_autoencoder(self.pipe.vae)
         except ValueError as error:
@@ -102,6 +120,21 @@ class PipelineRunner:
         self._attention: tuple[Any, ...] | None = None
         self._told: set[str] = set()
         self._upscaler: Upscaler | None = None
+        self._placed, self._quantising = plain, False
+        # The CLEAR weights that the transformer was quantised with.
+        self._final_weights: str | None = None
+
+    @classmethod
+    def of(cls, request: GenerateRequest, ranks: Ranks | None = None) -> PipelineRunner:
+        """That of a request, and of all others of its model and settings."""
+        return cls(
+            request.model,
+            request.dtype,
+            request.device,
+            ranks,
+            quantize=request.quantize,
+            offload=request.offload,
+        )
 
     def generate(
         self,
@@ -163,6 +196,7 @@ class PipelineRunner:
         try:
             with timer.measure("total", self.device):
                 (weights, far), impl = self._set_attention(request)
+                self._place(weights)
                 if self._ranks is not None:
                     self.pipe.enable_patch_parallel(self._ranks.mesh)
                     self._ranks.follow(self.pipe)
@@ -173,6 +207,8 @@ class PipelineRunner:
                 settings = asdict(request) | {"far": far}
                 settings |= {"version": __version__, "impl": impl, "ranks": ranks}
                 settings |= _named(upscaler)
+                done = quantised(self.pipe.transformer)
+                settings |= {} if done is None else {"quantised": done.statement()}
                 settings |= notes
                 with timer.measure("decode", self.device):
                     self._write(latents, request, out, settings, watch)
@@ -196,6 +232,7 @@ class PipelineRunner:
             "far": far,
             "weights": weights and Path(weights).name,
             "ranks": ranks,
+            "quantised": done and done.statement(),
             "seconds": timer.seconds,
             "peak_memory_mb": round(peak_mb(self.device), 1),
         }
@@ -210,7 +247,7 @@ class PipelineRunner:
             impl = find_impl(
                 request.impl,
                 self.pipe.dtype,
-                self.pipe.device,
+                self.device,
                 head_dim_of(self.pipe.transformer),
                 kernels_of(found.far, request.down_factor > 1, needs_grad=False),
             )
@@ -219,12 +256,43 @@ class PipelineRunner:
             before = self._attention
             # Where it is interrupted, the next request removes what was done.
             self._attention = ("unfinished",)
+            if self._is_final(found.weights):
+                self._renew_transformer()
+                before = None
             if before is not None:
                 self._remove_clear()
             if wanted is not None:
                 self._apply_clear(request, found)
             self._attention = wanted
         return found, impl
+
+    def _is_final(self, weights: str | None) -> bool:
+        """Whether the transformer is quantised and cannot be had with these CLEAR weights."""
+        have_weights = weights is not None or self._final_weights is not None
+        done = quantised(self.pipe.transformer) is not None
+        return self._quantising or (done and have_weights)
+
+    def _renew_transformer(self) -> None:
+        """Load the transformer again, as it was before CLEAR weights and quantisation."""
+        self.pipe.register_modules(transformer=None)
+        _free(self.device)
+        model, home = self._made_for["model"], torch.device("cpu")
+        assert model is not None
+        fresh = load_pipeline(model, self._dtype, home, only_transformer=True)
+        self.pipe.register_modules(transformer=fresh.transformer)
+        self._placed = self._quantising = False
+
+    def _place(self, weights: str | None) -> None:
+        """Bring the pipeline to its device, once, and quantise it: its CLEAR weights are loaded."""
+        if self._placed:
+            return
+        if self._quantize is not None:
+            self._quantising = True  # where it is interrupted, the next request begins anew
+            self._final_weights = weights
+            quantize(self.pipe, self._quantize, self.device)
+            self._quantising = False
+        place(self.pipe, self.device, self._offload)
+        self._placed = True
 
     def _remove_clear(self) -> None:
         try:
@@ -396,7 +464,7 @@ def generate(
     device = find_device(request.device)
     reset_peak(device)
     start = time.perf_counter()
-    runner = PipelineRunner(request.model, request.dtype, request.device, ranks)
+    runner = PipelineRunner.of(request, ranks)
     load_peak = round(peak_mb(device), 1)
     result = runner.generate(request, out, progress=progress)
     result["seconds"]["total"] = round(time.perf_counter() - start, 3)

@@ -73,6 +73,13 @@ def check_shared(request: GenerateRequest, ranks: Ranks) -> None:
         raise RequestError(str(error)) from error
     if request.attention == "full":
         raise RequestError("--parallel shares rows by local attention; leave --attention full out.")
+    if request.offload != "none":
+        raise RequestError("--parallel keeps all parts on the devices; leave --offload out.")
+    if request.quantize == "nvfp4":
+        raise RequestError(
+            "--quantize nvfp4: its scales are of many rows, of which each rank has its own: "
+            "ranks would not agree on the text; use fp8 or int8 with --parallel."
+        )
 
 
 class RequestTexts(Texts):

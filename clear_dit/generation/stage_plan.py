@@ -114,7 +114,7 @@ class StagePlanner:
         from ..counting.memory import TransformerMemory
 
         config, dtype = self._pipe.transformer.config, find_dtype(request.dtype)
-        transformer = TransformerMemory(config, dtype, None)
+        transformer = TransformerMemory(config, dtype, request.quantize)
         far = request.attention != "full" and settled(request).far
         return [
             transformer.weights + transformer.activations(self._window(stage, request, far))

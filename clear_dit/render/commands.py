@@ -42,6 +42,8 @@ def render(
     seed: Annotated[int, typer.Option(help="Seed of a job's first image.")] = 0,
     seeds: Annotated[int, typer.Option(help="Images of a job; each next seed adds 1.")] = 1,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    offload: options.Offload = "none",
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:

@@ -13,7 +13,9 @@ from ..generation.models import model_path
 from ..generation.request import GenerateRequest
 
 # Where and with what help an image is generated, not which image it is.
-_ELSEWHERE = ("device", "stages_dir")
+_ELSEWHERE = ("device", "offload", "stages_dir")
+# What a setting was before there was one: images of then are known again.
+_BEFORE = {"far": False, "preset": "auto", "stage_steps": None, "upscaler": None, "quantize": None}
 _MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
 # Of a large file: its beginning, which in safetensors names all tensors, and samples of the rest.
 _WHOLE, _SAMPLES, _SAMPLE = 2**20, 64, 4096
@@ -27,13 +29,13 @@ def identity(request: GenerateRequest, model: str, weights: str, image: str, ups
         model, weights, image, upscaler: digests of what its settings of these names stand for.
     """
     content = {name: value for name, value in asdict(request).items() if name not in _ELSEWHERE}
-    if not request.far:  # images of before there were far keys are known again
-        del content["far"]
-    if request.upscaler is None:  # nor upscalers
-        del content["upscaler"]
-    else:
-        content["upscaler"] = upscaler
+    content["far"] = bool(request.far)
     content |= {"model": model, "weights": weights, "image": image}
+    if request.upscaler is not None:
+        content["upscaler"] = upscaler
+    for name, before in _BEFORE.items():
+        if content[name] == before:
+            del content[name]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -51,6 +51,8 @@ def generate_job(
             raise
         return failed(job, error)
     settings = asdict(job.request) | {"version": __version__, "impl": result["impl"]} | notes
+    if result["quantised"] is not None:
+        settings["quantised"] = result["quantised"]
     more = {key: result[key] for key in ("seconds", "peak_memory_mb")}
     write_sidecar(folder, job, settings, **more)
     return entry_of(job, DONE, seconds=result["seconds"]["total"])

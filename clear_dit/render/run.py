@@ -13,6 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..errors import RequestError
 from ..files import TEMPORARY_PREFIX
 from ..generation.checks import find_device
+from ..generation.request import GenerateRequest
 from ..generation.runner import PipelineRunner
 from .claims import Claims
 from .jobs import Job, JobReader, refusal
@@ -32,7 +33,7 @@ def render(
     *,
     watch: bool = False,
     progress: bool = True,
-    make_runner: Callable[[str, str, str], PipelineRunner] = PipelineRunner,
+    make_runner: Callable[[GenerateRequest], PipelineRunner] = PipelineRunner.of,
 ) -> dict[str, Any]:
     """Generate every job of a file that is not generated yet.
 
@@ -48,7 +49,7 @@ def render(
         settings: what a line does not say, see `JobReader`.
         watch: go on with lines that are written later, until asked to end.
         progress: show a bar on standard error.
-        make_runner: of model, dtype and device.
+        make_runner: of a request.
 
     Returns:
         out, jobs, done, failed, waiting (numbers of images), generated (by this process), seconds,

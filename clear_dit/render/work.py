@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..generation.request import GenerateRequest
 from ..generation.runner import PipelineRunner
 from .claims import Claims
 from .images import complete_sidecar, finished
@@ -27,7 +28,7 @@ class Work:
     Args:
         folder: of the images.
         claims, manifest: of that folder.
-        make_runner: of model, dtype and device; called when the first image is to be generated.
+        make_runner: of a request; called when the first image is to be generated.
         stop: asked between images.
         progress: told of every job.
         launch: this process among others, which begin elsewhere in the list.
@@ -43,7 +44,7 @@ class Work:
         folder: Path,
         claims: Claims,
         manifest: Manifest,
-        make_runner: Callable[[str, str, str], PipelineRunner],
+        make_runner: Callable[[GenerateRequest], PipelineRunner],
         stop: Stop,
         progress: Progress,
         launch: Launch,
@@ -165,8 +166,7 @@ class Work:
             entry = finished_before(self._folder, job)  # or was killed before it could say so
             if entry is None:
                 if self._runner is None:
-                    r = job.request
-                    self._runner = self._make_runner(r.model, r.dtype, r.device)
+                    self._runner = self._make_runner(job.request)
                 if self._stop.asked:
                     return
                 entry = self._generate(self._runner, job)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .format import listed, parameters_by_key, refuse_unsuitable
 from .saved import marked, unmark
@@ -77,6 +78,9 @@ class Originals:
         self._loaded: dict[str, _Loaded] = {}
         self._path: Path | None = None
         self._tuned: _Copies | None = None  # while the originals are back
+        # Of a model that was quantised with CLEAR weights: the originals, quantised like them.
+        self._alike: dict[str, torch.Tensor] = {}
+        self._exchanged = False  # while these are back, and CLEAR's are in their place here
 
     def __bool__(self) -> bool:
         """Whether the model has CLEAR weights."""
@@ -90,7 +94,7 @@ class Originals:
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model."""
         loaded = {key: replace(one, version=None) for key, one in self._loaded.items()}
-        return self.__dict__ | {"_loaded": loaded, "_tuned": None}
+        return self.__dict__ | {"_loaded": loaded, "_tuned": None, "_exchanged": False}
 
     def refuse_lost(self, who: str) -> None:
         """Refuse a model that came without its originals.
@@ -159,6 +163,25 @@ class Originals:
             str(dtype): digest(one[dtype] for one in prints) for dtype in sorted(dtypes, key=str)
         }
 
+    @property
+    def are_quantised(self) -> bool:
+        """Whether they are those of a model that `quantize` made of one with CLEAR weights."""
+        return bool(self._alike)
+
+    def plain(self, model: nn.Module, who: str) -> dict[str, torch.Tensor]:
+        """The parameters by name as `back` has them, on the CPU.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        with self.back(model, who):
+            parameters = parameters_by_key(model)
+            return {key: parameters[key].detach().to("cpu", copy=True) for key in self._loaded}
+
+    def keep_quantised(self, alike: dict[str, torch.Tensor]) -> None:
+        """Take what `plain` gave, quantised as the model's parameters now are, on the CPU."""
+        self._alike, self._values = alike, {}
+
     def put_back(self, model: nn.Module, who: str) -> None:
         """Bring the original parameters back for good, bit for bit; fused LoRAs stay on them.
 
@@ -180,6 +203,10 @@ class Originals:
         if self.are_back:  # in a call around this one
             yield
             return
+        if self._alike:
+            with self._exchange(model):
+                yield
+            return
         tuned = _Copies(model, self._loaded)
         try:
             if self:
@@ -193,11 +220,15 @@ class Originals:
     @property
     def are_back(self) -> bool:
         """Whether a thread is within `back`: that which has the model for itself."""
-        return self._tuned is not None
+        return self._tuned is not None or self._exchanged
 
     @contextmanager
     def away(self, model: nn.Module) -> Iterator[None]:
         """Within it, within `back`, the parameters are again those before `back`."""
+        if self._exchanged:
+            with self._exchange(model):
+                yield
+            return
         tuned, loaded, originals = self._tuned, self._loaded, _Copies(model, self._loaded)
         assert tuned is not None
         try:
@@ -223,6 +254,26 @@ class Originals:
             vars(self).update(before)
             self._loaded = tuned.put_back(self._loaded)
             raise
+
+    @contextmanager
+    def _exchange(self, model: nn.Module) -> Iterator[None]:
+        """Within it the quantised parameters and those that are kept here have changed places."""
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        # Values are copied: hooks that offload a model hold its tensors.
+        parameters = parameters_by_key(model)
+        for key, kept in self._alike.items():
+            for here, there in zip(_parts(kept), _parts(parameters[key]), strict=True):
+                value = there.to("cpu", copy=True)
+                there.copy_(here)
+                here.copy_(value)
+        self._exchanged = not self._exchanged
 
     @torch.no_grad()
     def _write(self, model: nn.Module, who: str) -> None:
@@ -371,6 +422,14 @@ def _cast_alike(found: dict[str, Now]) -> dict[str, Now]:
 def _cast(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """In the dtype of another tensor, rounded as far as that one's values are."""
     return value.to(precision_of(like)).to(like.dtype)
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor is made of: several if it is quantised."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def _version(parameter: nn.Parameter) -> int | None:

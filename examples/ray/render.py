@@ -26,11 +26,11 @@ class Generate:
         jobs: the job file, on the shared file system.
         out: the folder of the images, there too.
         settings: what lines do not say.
-        make_runner: of model, dtype and device.
+        make_runner: of a request.
     """
 
     def __init__(
-        self, jobs: str, out: str, settings: Mapping[str, Any], make_runner: Any = PipelineRunner
+        self, jobs: str, out: str, settings: Mapping[str, Any], make_runner: Any = PipelineRunner.of
     ) -> None:
         self.jobs = {job.name: job for job in read_jobs(Path(jobs), settings)}
         self.out = Path(out)
@@ -38,7 +38,7 @@ class Generate:
         with self.claims.arriving():  # until this process ends
             pass
         request = next(iter(self.jobs.values())).request
-        self.runner = make_runner(request.model, request.dtype, request.device)
+        self.runner = make_runner(request)
 
     def __call__(self, row: dict[str, Any]) -> Entry:
         """Generate the job whose id the row has, unless it is done."""

@@ -55,7 +55,7 @@ def can_run_full(model: nn.Module) -> bool:
         ValueError: it cannot, as somebody changed the model's weights since.
     """
     originals = originals_of(model)
-    if not originals or originals.are_back:
+    if not originals or originals.are_back or originals.are_quantised:
         return True
     try:
         refuse_unsuitable(model, WHO, merged_lora=True)

@@ -78,7 +78,9 @@ def test_a_step_of_every_family(name, family_folder):
         assert (more["frozen_gib"], more["trained_gib"]) == (row["frozen_gib"], row["trained_gib"])
 
 
-@pytest.mark.parametrize("option", [("--weights-dtype", "int8"), ("--offload", "model")])
+@pytest.mark.parametrize(
+    "option", [("--quantize", "int8"), ("--offload", "model"), ("--fit", "24GB")]
+)
 def test_other_weights(option, capsys):
     assert run("bench", "plan", "--train", *option) == 2
     assert "--train counts weights in bfloat16" in capsys.readouterr().err

@@ -9,11 +9,11 @@ from diffusers import FirstBlockCacheConfig, FluxControlNetModel, FluxTransforme
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from peft import LoraConfig
+from support.quantised import Packed, by_layer
 from support.slow import slow
 
 from clear_dit import apply_clear, chunking
 from clear_dit.chunking import ChunkedForward, chunk_feed_forward
-from clear_dit.counting.eight_bit import Int8Linear, use_eight_bit_linears
 from clear_dit.generation.models import DEMO
 from clear_dit.hooks import Innermost
 
@@ -113,11 +113,7 @@ def test_gradients_are_those_of_the_stock_model(tiny_transformer, tiny_inputs):
 def test_lora_fused_projections_and_quantised_layers(tiny_transformer, tiny_inputs):
     inputs = double(tiny_inputs(5, 7))
     model = tiny_transformer()
-    use_eight_bit_linears(model.single_transformer_blocks, "int8")
-    for module in model.modules():
-        if isinstance(module, Int8Linear):
-            module.quantised.random_(-127, 127)
-            module.scale.fill_(1e-3)
+    by_layer(Packed)(model.single_transformer_blocks)
     targets = ["transformer_blocks.0.ff.net.2", "transformer_blocks.1.ff.net.0.proj"]
     model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     model = model.double()

@@ -23,6 +23,7 @@ DOCUMENTED = [
     "apply_clear",
     "load_clear_weights",
     "local_attention",
+    "quantize",
     "remove_clear",
     "save_clear_weights",
 ]

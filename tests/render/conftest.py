@@ -24,7 +24,7 @@ class FakeRunner:
     def __init__(self, seconds=0.0, fail=None, log=None):
         self.seconds, self.fail, self.log = seconds, fail or {}, log
 
-    def __call__(self, model, dtype, device):
+    def __call__(self, request):
         return self
 
     def generate(self, request, out, *, on_step=None, should_stop=None, notes=None, progress=False):
@@ -39,7 +39,8 @@ class FakeRunner:
         strip = torch.rand(3, request.height, request.width, generator=generator) * 2 - 1
         settings = asdict(request) | {"version": __version__, "impl": "fake"} | notes
         save_rows([strip], out, height=request.height, width=request.width, settings=settings)
-        return {"impl": "fake", "seconds": {"total": self.seconds}, "peak_memory_mb": 1.0}
+        told = {"impl": "fake", "quantised": None, "peak_memory_mb": 1.0}
+        return told | {"seconds": {"total": self.seconds}}
 
 
 @pytest.fixture
