@@ -15,9 +15,9 @@ from ..counting.memory import TransformerMemory
 from ..errors import RequestError
 from ..generation.checks import MAX_SIDE, find_window
 from ..generation.placing import OFFLOADS
+from ..tables import table
 from .configurations import find_configuration
 from .plan_memory import OtherParts, check_memory_options, stage_rows
-from .timing import table
 
 # Of the card: what a plan does not count. CUDA's context and its loaded kernels take about half a
 # GiB, the workspaces of products, convolutions and attention as much; 5% are for the allocator's
