@@ -13,6 +13,7 @@ import typer
 
 from .app.commands import serve_app
 from .bench.commands import bench
+from .calibration.commands import calibrate
 from .distillation.commands import distill, sample
 from .errors import RequestError, first_line, is_out_of_memory
 from .evaluation.commands import evaluation
@@ -75,6 +76,7 @@ app.command()(doctor)
 app.command()(render)
 app.command()(sample)
 app.command()(distill)
+app.command()(calibrate)
 app.command("app")(serve_app)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="evaluate")

@@ -65,6 +65,13 @@ Weights = Annotated[
         "model, radius, --down-factor and --far; none: the model's own."
     ),
 ]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        help="Radii by layer and noise level, a file of clear-dit calibrate for this model; in the "
+        "place of --radius, --down-factor and --far."
+    ),
+]
 Attention = Annotated[str, typer.Option(help="clear or full.")]
 Impl = Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.")]
 Upscaler = Annotated[

@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from .attention.processor import CLEARProcessor, FluxAttnProcessor
+from .attention.radii import Radii
 from .chunking import chunk_feed_forward, is_chunked
 from .families.family import Family
+from .families.schedule import Schedule, read_schedule
 from .families.table import (
     all_families,
     attention_layers,
@@ -40,6 +42,7 @@ class Applied:
         model: its class.
         family: its title, such as "FLUX.2 (dev, klein)".
         layers: names of the attention layers that have CLEAR now.
+        radii: of their windows.
         far: whether they have far keys.
         kept: names of those that stay as they were, by why.
     """
@@ -47,6 +50,7 @@ class Applied:
     model: str
     family: str
     layers: tuple[str, ...]
+    radii: Radii
     far: bool
     kept: Mapping[str, tuple[str, ...]]
 
@@ -56,12 +60,13 @@ class Applied:
             for why, names in self.kept.items()
         )
         far = " with far keys" if self.far else ""
-        return f"{self.family}: {len(self.layers)} attention layers run CLEAR{far}{kept}"
+        radii = "" if self.radii.is_plain else f", radius {self.radii}"
+        return f"{self.family}: {len(self.layers)} attention layers run CLEAR{far}{radii}{kept}"
 
 
 def apply_clear(
     pipe_or_model: Any,
-    radius: int = 16,
+    radius: int | Mapping[str, int] | Radii | None = None,
     down_factor: int = 1,
     weights: str | os.PathLike[str] | None = None,
     impl: str = "auto",
@@ -70,6 +75,9 @@ def apply_clear(
     far: bool | None = None,
     pooled_weight: str = "one",
     grid: tuple[int, int] | None = None,
+    dense_layers: Sequence[str] = (),
+    dense_until: float | None = None,
+    schedule: Schedule | str | os.PathLike[str] | None = None,
 ) -> tuple[Applied, ...]:
     """Replace the attention of every layer of a model by CLEAR's local attention.
 
@@ -85,7 +93,9 @@ def apply_clear(
     Args:
         pipe_or_model: a pipeline with a transformer of a family, the transformer itself, or one of
             its ControlNets.
-        radius: of the disc an image token attends to, in tokens.
+        radius: of the disc an image token attends to, in tokens; or a map of layers' names, such as
+            "transformer_blocks.0.attn", to such, with "*" for those it does not name. In a pipeline
+            layers are the transformer's, and ControlNets have what "*" says. None takes 16.
         down_factor: side of a pooling cell, in tokens; 1 is the variant without pooled keys.
         weights: fine-tuned weights for these settings, a path or a hub repository: see
             `load_clear_weights`. They are the transformer's; a ControlNet keeps its own. None
@@ -103,6 +113,13 @@ def apply_clear(
         pooled_weight: of a pooled key of `down_factor`: "one", or "count"; see `CLEARProcessor`.
         grid: (rows, columns) of the image, in tokens; it is found where None. Every forward must
             then have it. For `torch.export`, which hides the position ids that it is found by.
+        dense_layers: names of layers in which every token attends to every one, in quadratic time
+            but without a mask; of the transformer's, in a pipeline.
+        dense_until: noise level, from 1 (noise) to 0 (the image), down to which all layers do: 0.9
+            takes full attention in forwards at 0.9 and above.
+        schedule: the radii instead, of this very model, a file of `clear-dit calibrate` or its
+            content; it says `far` too. In a pipeline ControlNets have the uniform radius it was
+            made for.
 
     Returns:
         What was done to the transformer and to every ControlNet; the log says it too, at INFO.
@@ -110,10 +127,21 @@ def apply_clear(
     Raises:
         ValueError: an unsupported model or layer, a setting out of its range, settings that exclude
             each other, weights that do not fit.
-        OSError: the weights cannot be found.
+        OSError: the weights or the schedule cannot be found.
     """
+    models = models_of(pipe_or_model, "apply_clear")
+    radii: Any = 16 if radius is None else radius
+    if schedule is not None:
+        others = {
+            "radius": radius,
+            "dense_layers": dense_layers or None,
+            "dense_until": dense_until,
+        }
+        others |= {"down_factor": down_factor if down_factor != 1 else None}
+        found = _take_schedule(schedule, models[0], others, far)
+        radii, far = found.radii, found.far
     settings = CLEARProcessor(
-        radius=radius,
+        radius=radii,
         down_factor=down_factor,
         impl=impl,
         grid=grid,
@@ -121,8 +149,9 @@ def apply_clear(
         references=references,
         far=far,
         pooled_weight=pooled_weight,
+        dense_layers=dense_layers,
+        dense_until=dense_until,
     )
-    models = models_of(pipe_or_model, "apply_clear")
     for model in models:
         _refuse_layers(model)
         _refuse_references(model, settings)
@@ -130,14 +159,46 @@ def apply_clear(
         return install(models, settings)
     transformer = transformer_of(pipe_or_model, "apply_clear(weights=...)")
     path = find_weights(weights, settings.radius, settings.down_factor, settings.far)
+    each = _for_each(models, settings)
     with open_checked(transformer, path, settings) as file, ExitStack() as stack:
         states = [
             stack.enter_context(changing(model, weights=model is transformer)) for model in models
         ]
-        for model in models:
-            _install(model, settings)
+        for model, own in zip(models, each, strict=True):
+            _install(model, own)
         load_checked(transformer, states[models.index(transformer)], file, path)
     return tuple(_report(model) for model in models)
+
+
+def _take_schedule(
+    schedule: Schedule | str | os.PathLike[str],
+    model: nn.Module,
+    others: Mapping[str, Any],
+    far: bool | None,
+) -> Schedule:
+    """A schedule for a model, beside which nothing else is said.
+
+    Args:
+        others: settings that it excludes, by name; None where they are not given.
+
+    Raises:
+        ValueError: it is for another model, or one is.
+        OSError: there is no such file.
+    """
+    found = schedule if isinstance(schedule, Schedule) else read_schedule(schedule)
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"apply_clear: a schedule has the radii of all layers; leave {name} out, got "
+                f"{value!r}."
+            )
+    if far not in (None, found.far):
+        raise ValueError(
+            f"apply_clear: the schedule was made for far={found.far}, got far={far}; leave far "
+            "out, or calibrate again."
+        )
+    found.check_model("apply_clear", model)
+    return found
 
 
 def remove_clear(pipe_or_model: Any) -> bool:
@@ -222,6 +283,18 @@ def _refuse_layers(model: nn.Module) -> None:
         )
 
 
+def _for_each(models: Sequence[nn.Module], settings: CLEARProcessor) -> list[CLEARProcessor]:
+    """The settings of each model: radii by layer are those of the first.
+
+    Raises:
+        ValueError: it has no such layer, or radii are missing.
+    """
+    first, *others = models
+    settings.radii.check_layers("apply_clear", family_of(first).layers(first))
+    elsewhere = settings.settings | {"radius": settings.radii.of_other_model()}
+    return [settings, *(CLEARProcessor(**elsewhere) for _ in others)]
+
+
 def _class(thing: object) -> str:
     return f"{type(thing).__name__} of {type(thing).__module__}"
 
@@ -249,14 +322,16 @@ def install(models: Sequence[nn.Module], settings: CLEARProcessor) -> tuple[Appl
     learned of far keys, where there still are far keys.
 
     Raises:
-        ValueError: a model's weights go with weights of pooling, which it came without.
+        ValueError: a model's weights go with weights of pooling, which it came without; radii of
+            layers that the first model has not, or that say nothing of all its layers.
     """
     for model in models:
         _refuse_lost_pooling(model, settings)
+    each = _for_each(models, settings)
     with ExitStack() as stack:
-        for model in models:
+        for model, own in zip(models, each, strict=True):
             stack.enter_context(changing(model))
-            _install(model, settings)
+            _install(model, own)
     return tuple(map(_report, models))
 
 
@@ -285,6 +360,7 @@ def _install(model: nn.Module, settings: CLEARProcessor) -> None:
         if not isinstance(old, CLEARProcessor):
             state.processors[name] = old
         new = _replacement(family, old).for_layer(settings, state.tracker, old)
+        new.layer_radii = settings.radii.of_layer(name)
         attn.set_processor(new)
         if new.has_far_keys:
             give_learned(name, attn, state.learned, old)
@@ -301,7 +377,14 @@ def _report(model: nn.Module) -> Applied:
     layers = family.layers(model)
     first = next(iter(layers.values())).processor
     kept = {why: tuple(names) for why, names in family.kept_layers(model).items()}
-    applied = Applied(type(model).__name__, family.title, tuple(layers), first.has_far_keys, kept)
+    applied = Applied(
+        type(model).__name__,
+        family.title,
+        tuple(layers),
+        first.radii,
+        first.has_far_keys,
+        kept,
+    )
     described = (len(layers), first.extra_repr(), applied)
     logger.info("CLEAR applied to %d attention layers: %s; %s", *described)
     first.tracker.say_far()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .choice import run_chosen
+from .full import full_attention
 from .numbers import number
 from .reference_images import attention_with_local_references
 from .window import Window
@@ -141,7 +142,8 @@ def local_attention(
         pooled: pooled key and value, where they are known or come from elsewhere: (batch,
             window.pooled_length, key heads, head_dim) each. Otherwise they are made of k and v.
         impl: one of `auto, triton, flex, tiled, reference`. "auto" takes the first of `preference`
-            that can run; an explicit choice never falls back.
+            that can run, and PyTorch's own attention where the window `sees_everything`; an
+            explicit choice never falls back.
         return_lse: return the log-sum-exp of the scaled scores too.
 
     Returns:
@@ -172,6 +174,8 @@ def local_attention(
             "local_attention: reference images that are local within themselves have no backward "
             "pass; use torch.no_grad(), or references='dense'."
         )
+    if window.sees_everything and impl == "auto" and not return_lse:
+        return full_attention(q, k, v, scale=scale)
     of_pooled = {"spatial_weight": spatial_weight, "far_offset": far_offset, "pooled": pooled}
     if window.local_references and impl != "reference":
         out, lse = attention_with_local_references(

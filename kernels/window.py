@@ -32,6 +32,8 @@ LARGEST_FAR_GRID = 2**14
 # Where tokens have two positions, levels of far keys that end within this share of the longer side,
 # at most, are scored by the true ones.
 NEAR_SHARE = 1 / 4
+# A radius that reaches past the diagonal of every grid.
+EVERYTHING = 2**20
 
 Derived = TypeVar("Derived")
 
@@ -208,6 +210,27 @@ class Window:
     def disc_radius(self) -> int:
         """The radius, no larger than is needed to cover the grid: its square stays small."""
         return min(self.radius, self.height + self.width)
+
+    @property
+    def sees_everything(self) -> bool:
+        """Whether every query sees every token, whatever the grid, and no pooled key besides.
+
+        By the radius alone, `EVERYTHING`, so that torch.compile need not know the grid.
+        """
+        return (
+            self.radius >= EVERYTHING
+            and self.down_factor == 1
+            and self.far_levels == 0
+            and self.local_references == ()
+        )
+
+    def with_radius(self, radius: int) -> Window:
+        """The same tokens with another radius; with `EVERYTHING` nothing else is left to say."""
+        if radius < EVERYTHING:
+            return replace(self, radius=radius)
+        return Window(
+            self.height, self.width, self.text_length, EVERYTHING, query_rows=self.query_rows
+        )
 
     @property
     def reach(self) -> int:

@@ -26,7 +26,7 @@ ROOMS = (
     "pipelines",
     "generation",
     "demo render",
-    "distillation evaluation",
+    "calibration distillation evaluation",
     "bench",
     "__init__ app doctor",
     "cli",
@@ -34,6 +34,7 @@ ROOMS = (
 INSIDE = {
     "kernels": (
         "cells groups merge numbers",
+        "full",
         "window",
         "pooling",
         "opaque reference flex",

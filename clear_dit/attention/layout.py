@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.window import Window
+from ..kernels.window import EVERYTHING, Window
 
 
 class Layout(NamedTuple):
@@ -63,8 +63,13 @@ class Layout(NamedTuple):
         They are treated as text is: seen by every query, and seeing everything, but maybe (see
         `local_references`) of themselves only the disc. An edit may move things further than the
         disc reaches; and they do not grow with the image. Only the image has far keys.
+
+        With a radius of `EVERYTHING` all tokens see all, and neither pooled keys nor anything else
+        means anything.
         """
         text = self.text_length + self.reference_length
+        if radius >= EVERYTHING:
+            return Window(self.rows, self.columns, text, EVERYTHING)
         return Window(
             self.rows, self.columns, text, radius, down_factor,
             local_references=self.local_references,

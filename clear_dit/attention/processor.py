@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,18 @@ from ..kernels.attention import local_attention
 from ..kernels.cells import FAR_LEVELS
 from ..kernels.choice import IMPLS, why_not
 from ..kernels.numbers import integer
-from ..kernels.two_positions import Rotated, Scaled, two_position_attention
+from ..kernels.two_positions import (
+    Rotated,
+    Scaled,
+    full_two_position_attention,
+    two_position_attention,
+)
 from ..kernels.window import POOLED_WEIGHTS, Window
 from .layout import Layout
 from .norm_rope import Rotary, norm_and_rotate
+from .radii import ByLevel, Radii, take_radii
 from .text_padding import Projected, Row, ValidText, attend_without_padding
-from .tracker import Forward, WindowTracker
+from .tracker import Forward, LayerRadii, WindowTracker
 
 _get_qkv_projections, FluxAttention, FluxAttnProcessor = names_from(
     "diffusers.models.transformers.transformer_flux",
@@ -108,9 +115,13 @@ class CLEARProcessor(nn.Module):
     with references="local" they see of their own image only the disc. Only the image has far keys.
 
     Args:
-        radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1.
+        radius: of the disc an image token attends to, in tokens (16 pixels for FLUX), at least 1;
+            or a map of layers' names ("transformer_blocks.0.attn") to such, with "*" for those it
+            does not name. A map, `dense_layers` and `dense_until` are for `apply_clear` and
+            `CLEARPipeline.set_attn_processor`, which know layers' names and noise levels.
         down_factor: side of a pooling cell, in tokens; 1 is the variant without pooled keys.
-        impl: one of `auto, triton, flex, tiled, reference`; see `local_attention`.
+        impl: one of `auto, triton, flex, tiled, reference`; see `local_attention`. Layers that
+            attend to everything run PyTorch's own attention.
         grid: (rows, columns) of the image, in tokens; it is found where None.
         proportional_base: number of tokens (text + image) the model was trained at, 4608 for FLUX
             at 1024 px. Scores are then scaled by sqrt(log_base(tokens) / head_dim), which keeps
@@ -125,8 +136,11 @@ class CLEARProcessor(nn.Module):
             and says so once. With `down_factor` > 1 or radius 1 there are none.
         pooled_weight: of a pooled key of `down_factor`: "one", as published, or "count": the log of
             the tokens it stands for is added to its score.
+        dense_layers: names of layers in which every token attends to every one.
+        dense_until: noise level, from 1 (noise) to 0 (the image), down to which all layers do.
 
     Attributes:
+        radii: of all layers.
         spatial_weight: (1, 1, 1, f, 1, f, 1), the pooling weights; None if f = down_factor is 1.
         far_weight: (levels, 2, 2), the weights that far keys are pooled with, by the child's place;
             None where nothing is learned of far keys, which is 1 / 4 each.
@@ -150,7 +164,7 @@ class CLEARProcessor(nn.Module):
 
     def __init__(
         self,
-        radius: int = 16,
+        radius: int | Mapping[str, int] | Radii = 16,
         down_factor: int = 1,
         impl: str = "auto",
         grid: tuple[int, int] | None = None,
@@ -158,9 +172,11 @@ class CLEARProcessor(nn.Module):
         references: str = "dense",
         far: bool | None = None,
         pooled_weight: str = "one",
+        dense_layers: Sequence[str] = (),
+        dense_until: float | None = None,
     ) -> None:
         super().__init__()
-        radius = integer("CLEARProcessor: radius", radius, 1)
+        radii = take_radii("CLEARProcessor", radius, dense_layers, dense_until)
         down_factor = integer("CLEARProcessor: down_factor", down_factor, 1)
         if impl not in IMPLS:
             raise ValueError(
@@ -194,8 +210,9 @@ class CLEARProcessor(nn.Module):
                 "CLEARProcessor: references='local' needs the grids of the reference images, which "
                 "are found with the image's; leave grid out."
             )
-        _check_far(far, pooled_weight, radius, down_factor)
-        self.radius = radius
+        _check_far(far, pooled_weight, min(radii.all), down_factor)
+        self.radii = radii
+        self.layer_radii = radii.of_layer("") if radii.is_plain else ()
         self.down_factor = down_factor
         self.impl = impl
         self.grid = grid
@@ -215,7 +232,21 @@ class CLEARProcessor(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {name: getattr(self, name) for name in SETTINGS}
+        return {name: getattr(self, name) for name in SETTINGS} | {"radius": self.radii}
+
+    @property
+    def radius(self) -> int:
+        """Of layers of which nothing else is said, in tokens."""
+        return self.radii.base
+
+    @property
+    def layer_radii(self) -> ByLevel:
+        """Of the layer the processor is in, one for each interval of noise levels."""
+        return self.of_layer.radii
+
+    @layer_radii.setter
+    def layer_radii(self, radii: ByLevel) -> None:
+        self.of_layer = LayerRadii(radii)
 
     @property
     def has_far_keys(self) -> bool:
@@ -223,12 +254,15 @@ class CLEARProcessor(nn.Module):
         return self.tracker.far_levels > 0
 
     def extra_repr(self) -> str:
-        shown = self.settings | {"far": self.has_far_keys}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        radius = self.radii.of_one(self.layer_radii) if self.layer_radii else str(self.radii)
+        shown = self.settings | {"radius": radius, "far": self.has_far_keys}
+        return ", ".join(
+            f"{name}={value if name == 'radius' else repr(value)}" for name, value in shown.items()
+        )
 
     def new_tracker(self, weights_far: bool | None = None) -> WindowTracker:
         """A tracker of windows with these settings; for the argument see `decide_far`."""
-        tracker = WindowTracker(self.radius, self.down_factor, pooled_weight=self.pooled_weight)
+        tracker = WindowTracker(self.radii, self.down_factor, pooled_weight=self.pooled_weight)
         tracker.take_far(*self._far_levels(weights_far))
         return tracker
 
@@ -245,7 +279,7 @@ class CLEARProcessor(nn.Module):
         """How many there are, and whether by default alone."""
         if self.far is not None:
             return (FAR_LEVELS if self.far else 0), False
-        far = weights_far is not False and self.down_factor == 1 and self.radius > 1
+        far = weights_far is not False and self.down_factor == 1 and min(self.radii.all) > 1
         return (FAR_LEVELS if far else 0), far and weights_far is None
 
     def add_far_parameters(self, heads: int) -> None:
@@ -336,13 +370,15 @@ class CLEARProcessor(nn.Module):
             )
         text_length = None if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         sequence = hidden_states.shape[1] + (text_length or 0)
-        window, share = None, None
+        self._refuse_unknown_layer()
+        window, forward = None, None
         exported = torch.compiler.is_exporting() and self.tracker.announced is None
         if torch.compiler.is_compiling() and not (exported and self.grid is not None):
-            layout, window = self.tracker.compiled()
-            valid_text = None
+            layout, window = self.tracker.compiled(self.of_layer)
+            forward = Forward(layout)
         else:
-            layout, valid_text, share = self._find_forward(sequence, text_length, rotary)
+            forward = self._find_forward(sequence, text_length, rotary)
+        layout, share = forward.layout, forward.share
         tables = Tables()
         if rotary is not None:
             make = functools.partial(_by_position, rotary, layout)
@@ -376,7 +412,15 @@ class CLEARProcessor(nn.Module):
         shared = None
         if share is not None:
             shared = Shared.of(share, functools.partial(_key_value, attn, halo, tables.halo))
-        out = self._local((query, key, value), layout, valid_text, window, scaled, shared)
+        out = self._local(
+            (query, key, value),
+            layout,
+            forward.valid_text,
+            window,
+            scaled,
+            shared,
+            forward.interval,
+        )
         out = out.flatten(2, 3).to(query.dtype)
         del query, key, value, scaled  # three tensors of the sequence's size, or more
         if encoder_hidden_states is None:
@@ -415,6 +459,7 @@ class CLEARProcessor(nn.Module):
         window: Window | None = None,
         scaled: Scaled | None = None,
         shared: Shared | None = None,
+        interval: int = 0,
     ) -> torch.Tensor:
         """Local attention with the processor's settings.
 
@@ -425,6 +470,7 @@ class CLEARProcessor(nn.Module):
             window: of the layout, where torch.compile traces it; else the tracker's.
             scaled: query and key again, rotated by scaled positions, where tokens have several.
             shared: the image, where ranks share it; layout and tensors are then of this rank.
+            interval: of noise levels, see `Forward`.
         """
         tensors = _autocast(tensors)
         if valid_text is not None:
@@ -439,6 +485,7 @@ class CLEARProcessor(nn.Module):
                     if scaled is None
                     else scaled.after(lambda rotated: _pair(row.tokens(*rotated))),
                     shared=None if shared is None else shared.of_row(row),
+                    interval=interval,
                 ),
             )
         compiling, query = torch.compiler.is_compiling(), tensors[0]
@@ -451,7 +498,8 @@ class CLEARProcessor(nn.Module):
         if shared is not None:
             out: torch.Tensor = shared.image.attend(tensors, scaled, shared.arrived, **options)
             return out
-        window = self.tracker.window(layout) if window is None else window
+        if window is None:
+            window = self.tracker.window(layout, self.layer_radii[interval])
         return self._attention(tensors, scaled, window, **options)
 
     def _attention(
@@ -461,7 +509,17 @@ class CLEARProcessor(nn.Module):
         window: Window,
         **options: Any,
     ) -> torch.Tensor:
-        """Local attention of query, key and value; `scaled` as in `_local`."""
+        """Local attention of query, key and value, or full; `scaled` as in `_local`."""
+        if window.sees_everything:
+            # What is learned of pooled keys means nothing then, and no choice of kernels either.
+            scale = options["scale"]
+            if scaled is None:
+                out = local_attention(*tensors, window, scale=scale)
+                assert isinstance(out, torch.Tensor)
+                return out
+            query, key, value = tensors
+            disc = replace(window, radius=self.radius)
+            return full_two_position_attention((query, key), scaled.far(), value, disc, scale=scale)
         if scaled is not None:
             query, key, value = tensors
             return two_position_attention((query, key), scaled, value, window, **options)
@@ -492,6 +550,7 @@ class CLEARProcessor(nn.Module):
         self.tracker.say_far()
         forward = self.tracker.current
         if self.grid is not None and forward is None:
+            self.tracker.refuse_unknown_level()
             text = sequence - self.grid[0] * self.grid[1]
             if text < 0 or text_length not in (None, text):
                 raise ValueError(
@@ -517,6 +576,15 @@ class CLEARProcessor(nn.Module):
                 f"sequence has {_tokens(sequence, text_length)}."
             )
         return forward
+
+    def _refuse_unknown_layer(self) -> None:
+        # What torch.compile traces would be compiled anew for other radii; `compiled` refuses too.
+        if not torch.compiler.is_compiling() and not self.layer_radii:
+            raise ValueError(
+                "CLEARProcessor: radii by layer or noise level need apply_clear or "
+                "CLEARPipeline.set_attn_processor, which know names and levels; "
+                "set_attn_processor takes one radius, or a dict with a processor for each layer."
+            )
 
     def _refuse_foreign_settings(self, attention_mask: torch.Tensor | None) -> None:
         if attention_mask is not None:

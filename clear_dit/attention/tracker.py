@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..kernels.window import Window
+from ..kernels.window import EVERYTHING, Window
 from .grid import layout_from_rotary
 from .layout import Layout
+from .radii import ByLevel, Radii
 from .text_padding import ValidText
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ FAR_BY_DEFAULT = (
 # Implementations that torch.compile does not look into.
 CUSTOM_OPS = ("triton", "tiled")
 
-# Windows kept per model: two passes of classifier-free guidance at a few resolutions.
+# Layouts whose windows are kept per model: two passes of classifier-free guidance at a few
+# resolutions.
 WINDOWS_KEPT = 8
 
 
@@ -41,17 +43,46 @@ class Forward(NamedTuple):
         layout: where the tokens are.
         valid_text: which of the text's are no padding.
         share: where several processes share the image, a `pipelines.parallel.SharedImage`.
+        interval: of noise levels, `Radii.interval`.
     """
 
     layout: Layout
     valid_text: ValidText | None = None
     share: Any = None
+    interval: int = 0
 
+
+# Place of a radius among the numbers of `_apart`, behind those of any layout.
+RADIUS = 2**10
 
 # The forward under way in this thread, and the tracker of the layers it is for.
 _UNDER_WAY: ContextVar[tuple[WindowTracker, Forward] | None] = ContextVar(
     "clear_dit_forward", default=None
 )
+
+
+class LayerRadii:
+    """A layer's radii, and while a forward is announced to compiled layers, the one it has then.
+
+    Attributes:
+        radii: one for each interval of noise levels.
+        sees_everything: whether the layer does so in the forward.
+        size: an empty tensor, of whose shape is the radius, see `WindowTracker.compiled`.
+        window: the layer's in the forward.
+    """
+
+    def __init__(self, radii: ByLevel) -> None:
+        self.radii = radii
+        self.sees_everything = False
+        self.size = torch.empty(0, device="meta")
+        self.window: Window | None = None
+
+    def announce(self, radius: int, window: Window | None) -> None:
+        """What the layer has in a forward."""
+        self.sees_everything = radius == EVERYTHING
+        self.size = torch.empty(0, _apart(RADIUS) + min(radius, EVERYTHING - 1), device="meta")
+        torch._dynamo.maybe_mark_dynamic(self.size, 1)
+        self.window = window
 
 
 class WindowTracker:
@@ -63,16 +94,17 @@ class WindowTracker:
     rotary tables are held by weak reference only.
 
     Args:
-        radius, down_factor, far_levels, pooled_weight: of the windows, see `Window`.
+        radii: of the layers' windows.
+        down_factor, far_levels, pooled_weight: of the windows, see `Window`.
 
     Attributes:
         far_by_default: whether far keys are on because neither a setting nor weights say otherwise.
     """
 
     def __init__(
-        self, radius: int, down_factor: int, far_levels: int = 0, pooled_weight: str = "one"
+        self, radii: Radii, down_factor: int, far_levels: int = 0, pooled_weight: str = "one"
     ) -> None:
-        self.radius = radius
+        self.radii = radii
         self.down_factor = down_factor
         self.far_levels = far_levels
         self.pooled_weight = pooled_weight
@@ -84,11 +116,11 @@ class WindowTracker:
         self.impl = "auto"
         self._far_is_news = True
         self._lock = threading.Lock()  # of what is remembered
-        self._windows: OrderedDict[Layout, Window] = OrderedDict()
+        self._windows: OrderedDict[Layout, dict[int, Window]] = OrderedDict()
         self._by_rotary = WeakTensorKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("radius", "down_factor", "far_levels", "pooled_weight", "far_by_default")
+        names = ("radii", "down_factor", "far_levels", "pooled_weight", "far_by_default")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,21 +141,22 @@ class WindowTracker:
             self._far_is_news = False
             logger.info(FAR_BY_DEFAULT)
 
-    def _window(self, layout: Layout) -> Window:
-        return layout.window(self.radius, self.down_factor, self.far_levels, self.pooled_weight)
+    def _window(self, layout: Layout, radius: int) -> Window:
+        return layout.window(radius, self.down_factor, self.far_levels, self.pooled_weight)
 
-    def window(self, layout: Layout) -> Window:
-        """The window for a layout: always the same object while it is in use."""
+    def window(self, layout: Layout, radius: int) -> Window:
+        """The window for a layout and a layer's radius: always the same object while in use."""
         if torch.compiler.is_compiling() and self.impl in CUSTOM_OPS:
             # To look it up would make constants of numbers that are symbolic, see `compiled`.
-            return self._window(layout)
+            return self._window(layout, radius)
         with self._lock:
-            if layout not in self._windows:
-                self._windows[layout] = self._window(layout)
+            windows = self._windows.setdefault(layout, {})
             self._windows.move_to_end(layout)
             while len(self._windows) > WINDOWS_KEPT:
                 self._windows.popitem(last=False)
-            return self._windows[layout]
+            if radius not in windows:
+                windows[radius] = self._window(layout, radius)
+            return windows[radius]
 
     @property
     def current(self) -> Forward | None:
@@ -141,14 +174,18 @@ class WindowTracker:
             _UNDER_WAY.reset(token)
 
     @contextmanager
-    def announced_to_compiled(self, forward: Forward, impl: str) -> Iterator[None]:
+    def announced_to_compiled(
+        self, forward: Forward, impl: str, layers: Sequence[LayerRadii]
+    ) -> Iterator[None]:
         """Within it compiled layers know this forward, and which implementation runs it.
 
         What torch.compile traces can read no context: the forward must have the model for itself.
         """
         layout = forward.layout
         self.announced, self.impl = forward, impl
-        self._announced_window = self.window(layout)
+        for layer in layers:
+            radius = layer.radii[forward.interval]
+            layer.announce(radius, self.window(layout, radius))
         sizes = [layout.text_length, layout.rows, layout.columns, layout.reference_length]
         sizes += chain(*layout.local_references)
         self._sizes = [
@@ -158,13 +195,19 @@ class WindowTracker:
             yield
         finally:
             self.announced = None
+            for layer in layers:
+                layer.window = None
 
-    def compiled(self) -> tuple[Layout, Window]:
+    def compiled(self, layer: LayerRadii) -> tuple[Layout, Window]:
         """Layout and window of the forward under way, for code that torch.compile traces.
+
+        Args:
+            layer: its radii.
 
         Implementations that are custom ops take their numbers as arguments. They are then read from
         the shapes of empty tensors, one each: such numbers the compiler keeps symbolic, unless 0 or
-        1 or equal to another (see `_apart`), and a new resolution compiles nothing again.
+        1 or equal to another (see `_apart`), and a new resolution compiles nothing again, nor does
+        a layer with another radius.
         """
         if self.announced is None:
             raise RuntimeError(
@@ -183,13 +226,15 @@ class WindowTracker:
             )
         layout = self.announced.layout
         if self.impl not in CUSTOM_OPS:
-            return layout, self._announced_window
+            assert layer.window is not None
+            return layout, layer.window
         text, rows, columns, references, *local = (
             tensor.shape[1] - _apart(place) for place, tensor in enumerate(self._sizes)
         )
         local_references = tuple(zip(local[::2], local[1::2], strict=True))
         layout = Layout(text, rows, columns, references, layout.image_first, local_references)
-        return layout, self.window(layout)
+        radius = EVERYTHING if layer.sees_everything else layer.size.shape[1] - _apart(RADIUS)
+        return layout, self.window(layout, radius)
 
     def find(
         self,
@@ -208,6 +253,7 @@ class WindowTracker:
         cos, sin = rotary[:2]
         forward = self.current or self._seen(cos)
         if forward is None:
+            self.refuse_unknown_level()
             layout = layout_from_rotary(cos, sin, text_length, local_references)
             forward = Forward(layout)
         self._remember(cos, forward)
@@ -236,6 +282,18 @@ class WindowTracker:
         if key is not None:
             self._remember(key, forward)
         return forward
+
+    def refuse_unknown_level(self) -> None:
+        """Where no forward was told, refuse radii by noise level.
+
+        Raises:
+            ValueError: there are such.
+        """
+        if self.radii.levels:
+            raise ValueError(
+                "CLEAR: radii by noise level need the forward's noise level, but this layer was "
+                "called outside of a forward of its model; call the model as a whole."
+            )
 
     def _seen(self, key: torch.Tensor) -> Forward | None:
         with self._lock:

@@ -101,6 +101,7 @@ def bench_denoise(
     width: Width = 2048,
     radius: options.Radius = 8,
     far: options.WithFar = False,
+    schedule: options.Schedule = None,
     impl: options.Impl = "auto",
     dtype: Dtype = "float32",
     quantize: options.Quantize = None,
@@ -110,11 +111,13 @@ def bench_denoise(
 ) -> None:
     """One denoising step of a model, full attention against CLEAR."""
     from ..generation.checks import find_device, find_dtype
+    from ..generation.request import find_schedule
     from .denoise import bench_denoise as run
     from .denoise import report
 
+    found = None if schedule is None else find_schedule(schedule)
     layer = (impl, find_dtype(dtype), find_device(device))
-    result = run(model, height, width, radius, far, *layer, repeats, quantize)
+    result = run(model, height, width, radius, far, *layer, repeats, quantize, found)
     _show(result, report, as_json)
 
 

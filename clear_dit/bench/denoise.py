@@ -10,6 +10,9 @@ import torch
 
 from ..counting.flops import config_of, count_flops
 from ..counting.inputs import Random, model_inputs, positions_for
+from ..counting.pass_flops import PassFlops
+from ..errors import RequestError
+from ..families.schedule import Schedule
 from ..families.table import attention_layers, transformer_of
 from ..generation.checks import check_quantize, find_impl, find_window
 from ..generation.denoising import text_length
@@ -23,6 +26,8 @@ from .timing import time_in_turn
 
 # Token grid of the check before the timing.
 CHECK_ROWS, CHECK_COLUMNS = 8, 12
+# Noise level of the forwards, see `counting.inputs`.
+LEVEL = 0.5
 
 
 def bench_denoise(
@@ -36,6 +41,7 @@ def bench_denoise(
     device: torch.device,
     repeats: int,
     quantize: str | None = None,
+    schedule: Schedule | None = None,
 ) -> dict[str, Any]:
     """Check, then time one forward pass of the transformer (one pass of guidance).
 
@@ -43,11 +49,14 @@ def bench_denoise(
         height, width: in pixels; radius in tokens.
         far: whether with far keys.
         quantize: a kind of `quantize`, for both; None for `dtype`.
+        schedule: radii by layer instead, those at the noise level `LEVEL`; with its own far keys.
 
     Returns:
         rows with attention, seconds, tflop; `speedup`; `flops_allow`, the ratio of the FLOPs of
         both: linear layers (counted by PyTorch) and attention (4 per attended pair and channel).
     """
+    if schedule is not None:
+        radius, far = schedule.radius, schedule.far
     side = find_model(model).token_pixels
     window = find_window(height, width, radius, token_pixels=side, far=far)
     name = find_impl(impl, dtype, device)
@@ -57,6 +66,11 @@ def bench_denoise(
         quantise(pipe, quantize, device)
         pipe.to(device)
     transformer: Any = transformer_of(pipe, "bench denoise")
+    if schedule is not None:
+        try:
+            schedule.check_model("--schedule", transformer)
+        except ValueError as refused:
+            raise RequestError(str(refused)) from refused
     window = replace(window, text_length=text_length(pipe))
     layers = attention_layers(transformer)
 
@@ -78,13 +92,19 @@ def bench_denoise(
         stock = processors()
         apply_clear(pipe, radius=CHECK_ROWS + CHECK_COLUMNS, far=far, impl=impl)
         wide = step(processors(), small)
-        apply_clear(pipe, radius=radius, far=far, impl=impl)
+        if schedule is None:
+            apply_clear(pipe, radius=radius, far=far, impl=impl)
+        else:
+            apply_clear(pipe, schedule=schedule, impl=impl)
         local = processors()
         error = relative_error(wide, step(stock, small))
         runs = {"full": partial(step, stock, inputs), "clear": partial(step, local, inputs)}
         seconds = time_in_turn(runs, repeats, device)
     counted = count_flops(config_of(transformer), window)["rows"]
     tflop = {row["attention"]: row["total_tflop"] for row in counted}
+    if schedule is not None:
+        flops = PassFlops.of(config_of(transformer), window.text_length)
+        tflop["clear"] = flops.scheduled(window, schedule, LEVEL) / 1e12
     return {
         "rows": [
             {"attention": name, "seconds": seconds[name], "tflop": tflop[name]}
@@ -97,6 +117,7 @@ def bench_denoise(
         "width": width,
         "radius": radius,
         "far": far,
+        "schedule": None if schedule is None else schedule.digest,
         "text_length": window.text_length,
         "quantize": quantize,
         "impl": name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..families.schedule import Schedule
 from ..families.table import family_of, head_dim_of, heads_of
+from ..kernels.cells import FAR_LEVELS
 from ..kernels.window import Window
 from .fake import build, defaults, quiet
 from .inputs import Empty, forward, model_inputs, positions_for
@@ -86,8 +89,23 @@ class PassFlops:
 
     def local(self, window: Window) -> float:
         """With CLEAR. The text is that of `of`, whatever the window says."""
-        own = replace(window, text_length=0).attention_flops(self.heads, self.head_dim)
-        return self.linear(window.image_length) + self.layers * own
+        return self.linear(window.image_length) + self.layers * self._own(window)
+
+    def scheduled(self, window: Window, schedule: Schedule, level: float) -> float:
+        """With the radii of a schedule, in a forward at a noise level from 1 to 0.
+
+        Args:
+            window: whose radius does not count; far keys are the schedule's.
+        """
+        window = replace(window, far_levels=FAR_LEVELS if schedule.far else 0)
+        interval = schedule.radii.interval(level)
+        radii = Counter(radii[interval] for _, radii in schedule.layers)
+        own = sum(number * self._own(window.with_radius(each)) for each, number in radii.items())
+        return self.linear(window.image_length) + own
+
+    def _own(self, window: Window) -> int:
+        """Of one layer's attention of the image to itself."""
+        return replace(window, text_length=0).attention_flops(self.heads, self.head_dim)
 
 
 def _blocks(config: Mapping[str, Any]) -> dict[str, int]:

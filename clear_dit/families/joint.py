@@ -171,9 +171,10 @@ class JointProcessor(CLEARProcessor):
         Raises:
             ValueError: the numbers contradict the forward under way.
         """
+        self._refuse_unknown_layer()
         window = None
         if torch.compiler.is_compiling():
-            layout, window = self.tracker.compiled()
+            layout, window = self.tracker.compiled(self.of_layer)
             forward = Forward(layout)
         else:
             forward = self.tracker.told(key)
@@ -282,8 +283,10 @@ class JointProcessor(CLEARProcessor):
         if halo is not None:
             arrived = functools.partial(self._arrived, stream, halo, tables.halo)
             shared = Shared.of(share, arrived)
-        tensors = query, key, value
-        out = self._local(tensors, turn.layout, turn.valid_text, turn.window, scaled, shared)
+        tensors, interval = (query, key, value), turn.forward.interval
+        out = self._local(
+            tensors, turn.layout, turn.valid_text, turn.window, scaled, shared, interval
+        )
         return out.flatten(2, 3).to(query.dtype)
 
     def _by_position(self, rotary: Rotary, turn: Turn, head_dim: int) -> list[Rotary]:

@@ -133,9 +133,10 @@ class QwenImage21Processor(JointProcessor):
         Returns:
             Shape of the query.
         """
-        layout, window = turn.layout, turn.window
+        layout, window, interval = turn.layout, turn.window, turn.forward.interval
         if torch.is_grad_enabled():
-            return self._local(tensors, layout, turn.valid_text, window, scaled, shared)
+            valid = turn.valid_text
+            return self._local(tensors, layout, valid, window, scaled, shared, interval)
         if turn.valid_text is not None:
             rows = []
             for number, places in enumerate(turn.valid_text):
@@ -152,7 +153,8 @@ class QwenImage21Processor(JointProcessor):
                     )
                 )
             return torch.cat(rows)
-        window = self.tracker.window(layout) if window is None else window
+        if window is None:
+            window = self.tracker.window(layout, self.layer_radii[interval])
         return self._local(tensors, layout, None, window.image_queries, scaled, shared)
 
 

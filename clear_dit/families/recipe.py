@@ -166,6 +166,10 @@ class Denoiser:
         """
         return {**conditioning, self.latents: latents, self.time: self.scale * levels}
 
+    def levels(self, time: torch.Tensor) -> torch.Tensor:
+        """Noise levels from 0 to 1 of the forward's argument for the time; the inverse."""
+        return time / self.scale
+
     def velocity(self, output: Any, shape: Sequence[int]) -> torch.Tensor:
         """noise - image, as the loop holds latents.
 

@@ -203,6 +203,9 @@ class _Denoiser(Denoiser):
         images = list(latents.unsqueeze(2))  # [channels, frame, height, width]
         return {**conditioning, self.latents: images, self.time: 1 - levels}
 
+    def levels(self, time: torch.Tensor) -> torch.Tensor:
+        return 1 - time
+
     def velocity(self, output: Any, shape: Sequence[int]) -> torch.Tensor:
         return -torch.stack(list(output)).squeeze(2)
 

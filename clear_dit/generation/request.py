@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, first_line
 from ..families.recipe import Defaults
+from ..families.schedule import Schedule, read_schedule
 from ..kernels.numbers import integer, number
 from ..pipelines.cascade.presets import AUTO as AUTO_PRESET
 from ..pipelines.cascade.presets import PRESETS
@@ -53,6 +54,8 @@ class GenerateRequest:
             where `down_factor` is 1.
         weights: CLEAR weights: a file, a folder or a hub repository; "auto" for those known to fit
             model, radius, down_factor and far (see `known_weights`); None for the model's own.
+        schedule: radii by layer and noise level (`clear-dit calibrate`), of this model, in place of
+            `radius`, which is then that of the uniform window of as many FLOPs; None for one.
         attention: "clear" or "full".
         impl: see `local_attention`.
         steps: denoising steps.
@@ -88,6 +91,7 @@ class GenerateRequest:
     down_factor: int
     far: bool | None
     weights: str | None
+    schedule: Schedule | None
     attention: str
     impl: str
     steps: int
@@ -124,6 +128,8 @@ class GenerateRequest:
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
         if self.attention == "full" and self.weights not in (None, AUTO):
             raise RequestError("--weights are for --attention clear; leave them out with full.")
+        if self.schedule is not None:
+            _check_schedule(self, self.schedule)
         if self.preset not in PRESETS:
             raise RequestError(
                 f"--preset must be one of {', '.join(PRESETS)}; got {self.preset!r}."
@@ -152,6 +158,12 @@ class GenerateRequest:
             found[name] = given[0] if given is not None and len(given) == 1 else given
         return found
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        content = None if self.schedule is None else self.schedule.as_json()
+        return asdict(self) | {"schedule": content}
+
 
 def make_request(
     prompt: str, model: str = "demo", defaults: Defaults | None = None, **settings: Any
@@ -179,6 +191,7 @@ def make_request(
         "down_factor": 1,
         "far": None,
         "weights": AUTO,
+        "schedule": None,
         "attention": "clear",
         "impl": "auto",
         "steps": defaults.steps,
@@ -196,9 +209,49 @@ def make_request(
         "offload": "none",
     }
     complete |= {name: value for name, value in settings.items() if value is not None}
+    if settings.get("schedule") is not None:
+        if settings.get("radius") is not None:
+            raise RequestError(
+                f"--schedule has the radii of all layers; leave --radius {settings['radius']} out."
+            )
+        complete["schedule"] = schedule = find_schedule(settings["schedule"])
+        complete["radius"] = schedule.radius
     if complete["weights"] == NO_WEIGHTS:
         complete["weights"] = None
     return GenerateRequest(prompt, model, **(complete | {"device": device}))
+
+
+def find_schedule(schedule: Schedule | str) -> Schedule:
+    """The schedule in a file; one that has been read already is taken as it is.
+
+    Raises:
+        RequestError: there is no such file, or it holds none.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    try:
+        return read_schedule(schedule, "--schedule")
+    except (OSError, ValueError) as error:
+        raise RequestError(first_line(error)) from error
+
+
+def _check_schedule(request: GenerateRequest, schedule: Schedule) -> None:
+    """Refuse settings that a schedule excludes.
+
+    Raises:
+        RequestError: by name.
+    """
+    if request.attention == "full":
+        raise RequestError("--schedule is for --attention clear; leave it out with full.")
+    if request.down_factor > 1:
+        raise RequestError(
+            f"--schedule has no pooled keys; leave --down-factor {request.down_factor} out."
+        )
+    if request.far not in (None, schedule.far):
+        made = "far" if schedule.far else "no-far"
+        raise RequestError(
+            f"--schedule was made with --{made}; leave --far and --no-far out, or calibrate again."
+        )
 
 
 def _enlarged_size(settings: dict[str, Any], model: Model) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,7 +204,7 @@ class PipelineRunner:
                 self.pipe.set_progress_bar_config(disable=not shown, desc="denoising")
                 upscaler = self._find_upscaler(request)
                 latents = self._denoise(request, upscaler, watch, timer)
-                settings = asdict(request) | {"far": far}
+                settings = request.settings | {"far": far}
                 settings |= {"version": __version__, "impl": impl, "ranks": ranks}
                 settings |= _named(upscaler)
                 done = quantised(self.pipe.transformer)
@@ -251,7 +251,8 @@ class PipelineRunner:
                 head_dim_of(self.pipe.transformer),
                 kernels_of(found.far, request.down_factor > 1, needs_grad=False),
             )
-            wanted = (request.radius, request.down_factor, *found, request.impl)
+            window = request.radius, request.down_factor, request.schedule
+            wanted = (*window, *found, request.impl)
         if wanted != self._attention:
             before = self._attention
             # Where it is interrupted, the next request removes what was done.
@@ -304,8 +305,9 @@ class PipelineRunner:
         try:
             apply_clear(
                 self.pipe,
-                radius=request.radius,
+                radius=request.radius if request.schedule is None else None,
                 down_factor=request.down_factor,
+                schedule=request.schedule,
                 far=found.far,
                 weights=found.weights,
                 impl=request.impl,
@@ -316,8 +318,8 @@ class PipelineRunner:
     def _find_weights(self, request: GenerateRequest) -> Settled:
         """A request's weights; says which, once, where it leaves the choice to us."""
         found = settled(request)
-        covers_all = self._covers_all(request)
-        if request.weights != AUTO:
+        covers_all = request.schedule is None and self._covers_all(request)
+        if request.weights != AUTO or request.schedule is not None:
             return found
         pooled = f", down_factor {request.down_factor}" if request.down_factor > 1 else ""
         sees = ", far keys" if found.far else pooled

@@ -80,6 +80,8 @@ def check_shared(request: GenerateRequest, ranks: Ranks) -> None:
             "--quantize nvfp4: its scales are of many rows, of which each rank has its own: "
             "ranks would not agree on the text; use fp8 or int8 with --parallel."
         )
+    if request.schedule is not None:
+        raise RequestError("--parallel shares one radius of all layers; leave --schedule out.")
 
 
 class RequestTexts(Texts):

@@ -122,43 +122,51 @@ class StagePlanner:
         ]
 
     def _planned(self, stage: Stage, request: GenerateRequest, far: bool) -> PlannedStage:
-        steps = self._steps(stage, request)
+        levels = self._levels(stage, request)
         of_step = passes(self._pipe, request.guidance) if stage.guided else 1
-        flops = 0.0
-        if steps and stage.attention == "full":
-            flops = self._flops.full(stage.height * stage.width // self._pipe.token_pixels**2)
-        elif steps:
-            flops = self._flops.local(self._window(stage, request, far))
+        if stage.attention == "full":
+            tokens = stage.height * stage.width // self._pipe.token_pixels**2
+            flops = len(levels) * self._flops.full(tokens)
+        else:
+            window, schedule = self._window(stage, request, far), request.schedule
+            flops = sum(
+                self._flops.local(window)
+                if schedule is None
+                else self._flops.scheduled(window, schedule, level)
+                for level in levels
+            )
         return PlannedStage(
             stage.height,
             stage.width,
             stage.strength,
-            steps,
+            len(levels),
             of_step,
             stage.attention,
-            steps * of_step * flops,
+            of_step * flops,
         )
 
-    def _steps(self, stage: Stage, request: GenerateRequest) -> int:
+    def _levels(self, stage: Stage, request: GenerateRequest) -> list[float]:
+        """The noise levels of a stage's steps; where no schedule of radii asks, of them all 1."""
         from ..pipelines.cascade.schedule import sigmas_for, static_scheduler
 
-        if stage.strength is None:
-            return request.steps
-        if stage.strength == 0 or stage.steps is not None:
-            return stage.steps or 0
+        if stage.strength == 0:
+            return []
+        steps = request.steps if stage.strength is None else stage.steps
+        if steps is not None and request.schedule is None:
+            return [1.0] * steps
         scheduler = self._pipe.scheduler
         if stage.resolution.shift is not None:
             scheduler = static_scheduler(scheduler, stage.resolution.shift)
-        sigmas = sigmas_for(
+        return sigmas_for(
             scheduler,
             request.steps,
             stage.height,
             stage.width,
-            strength=stage.strength,
+            strength=1.0 if stage.strength is None else stage.strength,
+            taken=stage.steps,
             token_pixels=self._pipe.token_pixels,
             mu=partial(self._pipe.recipe.mu, self._pipe, steps=request.steps),
         )
-        return len(sigmas)
 
     def _window(self, stage: Any, request: GenerateRequest, far: bool) -> Window:
         return find_window(

@@ -38,6 +38,9 @@ def settled(request: GenerateRequest) -> Settled:
         RequestError: weights that cannot be found or read.
     """
     weights, far = request.weights, request.far
+    if request.schedule is not None:
+        # It was made for the model's own weights.
+        return Settled(None if weights == AUTO else weights, request.schedule.far)
     if weights == AUTO:
         weights = known_weights(request.model, request.radius, request.down_factor, far)
     if far is None and weights == PUBLISHED:  # nothing need be fetched to tell

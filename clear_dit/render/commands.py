@@ -18,8 +18,8 @@ def render(
         typer.Argument(
             help="A .jsonl or .csv file of jobs, or a .txt of prompts. A job has a prompt and, "
             "where it differs from the options, id, height, width, seed, seeds, steps, guidance, "
-            "radius, down_factor, far, weights, attention, image, preset, strength, stage_steps, "
-            "low_resolution_guidance, upscaler."
+            "radius, down_factor, far, weights, schedule, attention, image, preset, strength, "
+            "stage_steps, low_resolution_guidance, upscaler."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder for images and manifest.jsonl.")],
@@ -33,6 +33,7 @@ def render(
     down_factor: options.DownFactor = 1,
     far: options.Far = None,
     weights: options.Weights = "auto",
+    schedule: options.Schedule = None,
     attention: options.Attention = "clear",
     impl: options.Impl = "auto",
     steps: options.Steps = None,

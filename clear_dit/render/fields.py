@@ -36,6 +36,7 @@ FIELDS = {
     "down_factor": "integer",
     "far": "boolean",
     "weights": "text",
+    "schedule": "text",
     "attention": "text",
     "image": "text",
     "preset": "text",

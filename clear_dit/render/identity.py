@@ -15,7 +15,8 @@ from ..generation.request import GenerateRequest
 # Where and with what help an image is generated, not which image it is.
 _ELSEWHERE = ("device", "offload", "stages_dir")
 # What a setting was before there was one: images of then are known again.
-_BEFORE = {"far": False, "preset": "auto", "stage_steps": None, "upscaler": None, "quantize": None}
+_BEFORE = {"far": False, "preset": "auto"}
+_BEFORE |= dict.fromkeys(("schedule", "stage_steps", "upscaler", "quantize"))
 _MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
 # Of a large file: its beginning, which in safetensors names all tensors, and samples of the rest.
 _WHOLE, _SAMPLES, _SAMPLE = 2**20, 64, 4096
@@ -30,6 +31,8 @@ def identity(request: GenerateRequest, model: str, weights: str, image: str, ups
     """
     content = {name: value for name, value in asdict(request).items() if name not in _ELSEWHERE}
     content["far"] = bool(request.far)
+    if request.schedule is not None:
+        content["schedule"] = request.schedule.digest
     content |= {"model": model, "weights": weights, "image": image}
     if request.upscaler is not None:
         content["upscaler"] = upscaler

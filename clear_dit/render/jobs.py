@@ -111,7 +111,7 @@ class JobReader:
         """
         values = dict(entry)
         label, seeds = values.pop("id", None), values.pop("seeds", self._seeds)
-        for name in ("image", "weights", "upscaler"):
+        for name in ("image", "weights", "schedule", "upscaler"):
             if name in values and (self._folder / values[name]).exists():
                 values[name] = str(self._folder / values[name])
         first = make_request(defaults=self._defaults, **(self._settings | values))

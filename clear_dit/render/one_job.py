@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def generate_job(
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in _DISK_IS_FULL:
             raise
         return failed(job, error)
-    settings = asdict(job.request) | {"version": __version__, "impl": result["impl"]} | notes
+    settings = job.request.settings | {"version": __version__, "impl": result["impl"]} | notes
     if result["quantised"] is not None:
         settings["quantised"] = result["quantised"]
     more = {key: result[key] for key in ("seconds", "peak_memory_mb")}

@@ -211,4 +211,5 @@ def _ordered(jobs: list[Job], launch: Launch) -> list[Job]:
 def _geometry(job: Job) -> tuple[Any, ...]:
     r = job.request
     switch = (r.attention, r.radius, r.down_factor, str(r.far), r.weights or "")
-    return (*switch, -r.height * r.width, r.height, r.steps, job.line)
+    schedule = "" if r.schedule is None else r.schedule.digest
+    return (*switch, schedule, -r.height * r.width, r.height, r.steps, job.line)

@@ -189,12 +189,12 @@ def check_header(
             weight,
             settings.pooled_weight,
         )
-    if header.get("radius", str(settings.radius)) != str(settings.radius):
+    if header.get("radius", str(settings.radius)) != str(settings.radii):
         logger.warning(
-            "%s was trained with radius=%s, the model runs radius=%d",
+            "%s was trained with radius=%s, the model runs radius=%s",
             who,
-            header["radius"],
-            settings.radius,
+            header.get("radius", settings.radius),
+            settings.radii,
         )
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-from ..attention.tracker import CarryingCheckpoint
-from ..families.table import family_of
+from ..attention.processor import CLEARProcessor
+from ..attention.tracker import CarryingCheckpoint, LayerRadii
+from ..families.table import attention_layers, family_of
 from ..hooks import Innermost, is_offloaded
 
 # Attribute of a model that holds its `ClearState`.
@@ -178,7 +179,8 @@ class ClearForward:
                 stack.enter_context(call.tracker.under_way(forward))
                 _carry_into_checkpoints(model)
                 if compiled:
-                    told = call.tracker.announced_to_compiled(forward, call.impl)
+                    layers = _radii_of_layers(model)
+                    told = call.tracker.announced_to_compiled(forward, call.impl, layers)
                     stack.enter_context(told)
             if share is not None:
                 stack.enter_context(sharing.cut(model, share))
@@ -191,6 +193,12 @@ def parameter_names(model: nn.Module) -> tuple[str, ...]:
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(one.name for one in parameters if one.kind in kinds)
+
+
+def _radii_of_layers(model: nn.Module) -> list[LayerRadii]:
+    """Of the layers that run CLEAR."""
+    processors = (attn.processor for attn in attention_layers(model).values())
+    return [each.of_layer for each in processors if isinstance(each, CLEARProcessor)]
 
 
 def _has_compiled_blocks(model: nn.Module) -> bool:

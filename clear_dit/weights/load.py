@@ -52,7 +52,8 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
     """A processor that stands for all layers.
 
     Raises:
-        ValueError: a layer without CLEAR, layers that differ, or layers that share pooling weights.
+        ValueError: a layer without CLEAR, layers that differ, radii by layer or noise level, or
+            layers that share pooling weights.
     """
     with _alone(model) as state:
         if state is not None:
@@ -74,6 +75,11 @@ def current_settings(model: nn.Module, who: str) -> CLEARProcessor:
             f"{sorted(kinds)}; call apply_clear."
         )
     first = next(iter(processors.values()))
+    if not first.radii.is_plain:
+        raise ValueError(
+            f"{who}: the layers' radii are {first.radii}; give one radius, or weights= together "
+            "with the radii to apply_clear."
+        )
     if first.down_factor > 1:
         refuse_shared(model, f"{who}: with down_factor > 1")
     return first

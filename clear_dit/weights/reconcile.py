@@ -103,6 +103,7 @@ def _like(state: Any, installed: CLEARProcessor, cls: Any, current: Any) -> Any:
     new = cls.for_layer(installed, state.tracker, current)
     for learned in LEARNED:
         setattr(new, learned, getattr(installed, learned))
+    new.layer_radii = installed.layer_radii
     return new
 
 

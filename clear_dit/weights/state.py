@@ -262,8 +262,33 @@ class ClearState:
             grids = family.reference_grids(given, layout)
             layout = layout._replace(local_references=grids)
         impl = self._chosen_impl(model, settings, reading.like)
-        forward = Forward(layout, text)
+        forward = Forward(layout, text, interval=self._interval(model, settings.tracker, given))
         return Call(settings.tracker, forward, impl, reading.changes, settings.local)
+
+    def _interval(self, model: nn.Module, tracker: WindowTracker, given: Mapping[str, Any]) -> int:
+        """The interval of noise levels of a forward.
+
+        Raises:
+            ValueError: the level cannot be told, or is not one for the whole batch.
+        """
+        if not tracker.radii.levels:
+            return 0
+        denoiser = family_of(model).recipe.denoiser
+        time = given.get(denoiser.time)
+        if torch.compiler.is_exporting() or time is None:
+            why = "torch.export hides it" if time is not None else f"{denoiser.time} is not given"
+            raise ValueError(
+                f"CLEAR: radii by noise level need the forward's noise level, and {why}; leave "
+                "dense_until or the schedule out."
+            )
+        times = torch.as_tensor(time).flatten().float()
+        found = {tracker.radii.interval(level) for level in denoiser.levels(times).tolist()}
+        if len(found) > 1:
+            raise ValueError(
+                "CLEAR: the images of a batch have noise levels on both sides of one at which "
+                "radii change; run them apart, or leave dense_until or the schedule out."
+            )
+        return found.pop()
 
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A forward's arguments by name.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from clear_dit.attention.processor import CLEARProcessor
+from clear_dit.attention.radii import Radii
 from clear_dit.attention.text_padding import Projected
 from clear_dit.attention.tracker import WindowTracker
 from clear_dit.families.family import Family
@@ -53,7 +54,7 @@ class TwoPositionsInFullAttention:
     """
 
     def __init__(self, radius: int) -> None:
-        self._settings, self._tracker = CLEARProcessor(radius), WindowTracker(radius, 1)
+        self._settings, self._tracker = CLEARProcessor(radius), WindowTracker(Radii(radius), 1)
         # Of each stock processor: always the same, or compiled layers would be compiled anew.
         self._made: dict[Any, Any] = {}
 

@@ -246,7 +246,12 @@ class PatchParallel:
                 f"{WHO} does not share pooled keys that weigh as their tokens; call apply_clear "
                 "with pooled_weight='one', or with down_factor=1 and far=True."
             )
-        key = (layout, tracker.radius, tracker.down_factor, tracker.far_levels)
+        if not tracker.radii.is_plain:
+            raise ValueError(
+                f"{WHO} shares one radius for all layers and noise levels, got {tracker.radii}; "
+                "call apply_clear with one radius, and without a schedule."
+            )
+        key = (layout, tracker.radii.base, tracker.down_factor, tracker.far_levels)
         if key not in self._shares:
             for share in self._shares.values():
                 share.forget_halos()

@@ -13,11 +13,15 @@ from support.families.pipelines import PIPELINES
 from support.slow import few, slow
 
 from clear_dit import Window, apply_clear
+from clear_dit.attention.radii import Radii
 from clear_dit.bench.configurations import find_configuration
 from clear_dit.bench.step import TOLERANCE, output_of, relative_error
 from clear_dit.counting.flops import config_of, count_flops
 from clear_dit.counting.inputs import Random, model_inputs
 from clear_dit.counting.pass_flops import PassFlops
+from clear_dit.families.schedule import schedule_for
+from clear_dit.families.table import attention_layers
+from clear_dit.kernels.window import EVERYTHING
 
 # Z-Image pads text to a multiple of 32; FLUX.3 takes multiples of 16.
 TEXT = 32
@@ -47,6 +51,25 @@ def test_two_counts_tell_those_of_any_size(name):
         full, local = (1e12 * row["total_tflop"] for row in rows)
         assert flops.full(window.image_length) == pytest.approx(full, rel=1e-9)
         assert flops.local(window) == pytest.approx(local, rel=1e-9)
+
+
+@slow
+def test_a_schedule_is_counted_layer_by_layer():
+    """As many FLOPs as the operators of the layers that it is applied to."""
+    model, window = make_model("flux"), Window(12, 16, TEXT, 3)
+    names = list(attention_layers(model))
+    radii = dict(zip(names, [(EVERYTHING, 2), (3, 3), (2, 4), (5, EVERYTHING)], strict=True))
+    schedule = schedule_for(model, Radii(3, (0.7,), tuple(radii.items())), far=False)
+    flops = PassFlops.of(config_of(model), TEXT)
+    uniform = [flops.local(window.with_radius(radius)) for radius in (2, 3, 4)]
+    full = flops.full(window.image_length)
+    early = flops.scheduled(window, schedule, 0.9)
+    late = flops.scheduled(window, schedule, 0.5)
+    linear = flops.linear(window.image_length)
+    own = [one - linear for one in uniform]
+    of_five = flops.local(window.with_radius(5)) - linear
+    assert early == pytest.approx(linear + (full - linear + own[1] + own[0] + of_five) / 4)
+    assert late == pytest.approx(linear + (own[0] + own[1] + own[2] + full - linear) / 4)
 
 
 @slow

@@ -17,7 +17,8 @@ from clear_dit import CLEARProcessor, apply_clear
 from clear_dit.attention.grid import reference_grids
 from clear_dit.attention.layout import Layout
 from clear_dit.attention.positions import ExtendedPosEmbed
-from clear_dit.attention.tracker import Forward, WindowTracker
+from clear_dit.attention.radii import Radii
+from clear_dit.attention.tracker import Forward, LayerRadii, WindowTracker
 from clear_dit.families.table import all_families, family_of, heads_of
 from clear_dit.kernels.cells import FAR_LEVELS
 from clear_dit.pipelines.parallel.patch_parallel import parallelize
@@ -175,10 +176,11 @@ def test_another_size_compiles_nothing(far):
 
 
 def test_many_large_references_are_announced():
-    tracker = WindowTracker(radius=8, down_factor=1)
+    tracker = WindowTracker(Radii(8), down_factor=1)
     layout = Layout(512, 512, 512, 8 * 256 * 256, local_references=((256, 256),) * 8)
-    with tracker.announced_to_compiled(Forward(layout), "tiled"):
-        assert tracker.compiled() == (layout, layout.window(8, 1))
+    layer = LayerRadii((8,))
+    with tracker.announced_to_compiled(Forward(layout), "tiled", [layer]):
+        assert tracker.compiled(layer) == (layout, layout.window(8, 1))
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_images_of_earlier_versions_are_known_again(tmp_path):
     (tmp_path / "a.txt").write_text("a house\n")
     (job,) = read_jobs(tmp_path / "a.txt", FLAGS | {"far": False})
     content = dataclasses.asdict(job.request)
-    later = ("far", "preset", "stage_steps", "upscaler", "quantize", "offload")
+    later = ("far", "preset", "stage_steps", "schedule", "upscaler", "quantize", "offload")
     for name in ("device", "stages_dir", *later):
         del content[name]
     content |= {"model": model_digest("demo"), "weights": "", "image": ""}

@@ -1,0 +1,1 @@
+"""Where attention pays: radii by layer and noise level, found by measuring a model."""
