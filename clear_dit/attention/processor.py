@@ -232,7 +232,8 @@ class CLEARProcessor(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {name: getattr(self, name) for name in SETTINGS} | {"radius": self.radii}
+        radius = self.radius if self.radii.is_plain else self.radii
+        return {name: getattr(self, name) for name in SETTINGS} | {"radius": radius}
 
     @property
     def radius(self) -> int:

@@ -9,10 +9,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, FluxPipeli
 from support.families.models import FAMILIES
 from support.families.pipelines import PIPELINES, call_options, draw, make_pipeline
 from support.slow import few
-from torch.nn.functional import interpolate
 
 from clear_dit import CLEARFluxPipeline, CLEARPipeline, apply_clear
 from clear_dit.pipelines.cascade import run
+from clear_dit.pipelines.cascade.enlarge import lanczos
 from clear_dit.pipelines.cascade.resolution import Resolution
 from clear_dit.pipelines.cascade.schedule import sigmas_for
 
@@ -101,7 +101,7 @@ def test_an_enlarged_image_is_repainted_by_the_stock_pipeline(name, monkeypatch)
     side, pipe, stock = side_of(name), clear(name), stock_pipeline(name)
     image = torch.rand(1, 3, 4 * side, 6 * side)
     height, width = 8 * side, 12 * side
-    pixels = interpolate(image * 2 - 1, (height, width), mode="bicubic", antialias=True)
+    pixels = lanczos(image * 2 - 1, height, width)
     latents = encoded(name, stock, pixels.clamp(-1, 1))
     images = 1 if name == "flux3" else 2  # of a call
     noise = torch.randn(images, *latents.shape[1:], generator=torch.Generator().manual_seed(1))

@@ -21,6 +21,7 @@ from clear_dit import (
     remove_clear,
     save_clear_weights,
 )
+from clear_dit.attention.radii import Radii
 from clear_dit.kernels.cells import FAR_LEVELS
 from clear_dit.versions import __version__
 from clear_dit.weights.format import parameters_by_key, pooling_by_key
@@ -328,7 +329,7 @@ def test_models_that_cannot_take_weights(clear_model, tiny_transformer, tensors,
     with pytest.raises(ValueError, match="fused projections; call unfuse_qkv_projections"):
         load_clear_weights(clear_model, path)
     clear_model.unfuse_qkv_projections()
-    clear_model.transformer_blocks[0].attn.processor.radius = 3
+    clear_model.transformer_blocks[0].attn.processor.radii = Radii(3)
     with pytest.raises(ValueError, match="differ in radius, down_factor, far or poo"):
         load_clear_weights(clear_model, path)
     with torch.device("meta"):
