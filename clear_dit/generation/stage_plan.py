@@ -68,12 +68,13 @@ class StagePlanner:
         self._pipe = described(found)
         self._pipe.scheduler = _scheduler(found)
         self._text_length = text_length(self._pipe)
+        self._transformer = found.index.config("transformer")
 
     @cached_property
     def _flops(self) -> PassFlops:
         from ..counting.pass_flops import PassFlops
 
-        return PassFlops.of(self._pipe.transformer.config, self._text_length)
+        return PassFlops.of(self._transformer, self._text_length)
 
     def plan(
         self, request: GenerateRequest, image_size: tuple[int, int] | None = None
@@ -113,8 +114,9 @@ class StagePlanner:
         """
         from ..counting.memory import TransformerMemory
 
-        config, dtype = self._pipe.transformer.config, find_dtype(request.dtype)
-        transformer = TransformerMemory(config, dtype, request.quantize)
+        transformer = TransformerMemory(
+            self._transformer, find_dtype(request.dtype), request.quantize
+        )
         far = request.attention != "full" and settled(request).far
         return [
             transformer.weights + transformer.activations(self._window(stage, request, far))
@@ -198,6 +200,7 @@ def described(model: Model) -> Any:
         recipe=recipe,
         native_size=model.native_size or recipe.native_size,
         token_pixels=model.token_pixels,
+        config=FrozenDict(index.content),
         transformer=SimpleNamespace(config=config),
         **tokenizers,
     )
