@@ -261,8 +261,9 @@ def planned(request: GenerateRequest) -> StagePlan:
         image = read_image(Path(request.image))
         size = (image.height, image.width)
     planner = StagePlanner(request.model)
-    try:
-        stages = planner.plan(request, size)
-    except ValueError as error:
-        raise RequestError(str(error)) from error
-    return StagePlan(stages, tuple(planner.memory(request, stages)))
+    with quiet_libraries():
+        try:
+            stages = planner.plan(request, size)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        return StagePlan(stages, tuple(planner.memory(request, stages)))
