@@ -148,27 +148,26 @@ class StagePlanner:
         )
 
     def _levels(self, stage: Stage, request: GenerateRequest) -> list[float]:
-        """The noise levels of a stage's steps; where no schedule of radii asks, of them all 1."""
+        """The noise levels of a stage's steps; of the first all 1 where no schedule asks."""
         from ..pipelines.cascade.schedule import sigmas_for, static_scheduler
 
         if stage.strength == 0:
             return []
-        steps = request.steps if stage.strength is None else stage.steps
-        if steps is not None and request.schedule is None:
-            return [1.0] * steps
+        if stage.strength is None and request.schedule is None:
+            return [1.0] * request.steps
         scheduler = self._pipe.scheduler
         if stage.resolution.shift is not None:
             scheduler = static_scheduler(scheduler, stage.resolution.shift)
-        return sigmas_for(
+        levels = partial(
+            sigmas_for,
             scheduler,
             request.steps,
             stage.height,
             stage.width,
-            strength=1.0 if stage.strength is None else stage.strength,
-            taken=stage.steps,
             token_pixels=self._pipe.token_pixels,
             mu=partial(self._pipe.recipe.mu, self._pipe, steps=request.steps),
         )
+        return levels() if stage.strength is None else stage.sigmas(levels)[0]
 
     def _window(self, stage: Any, request: GenerateRequest, far: bool) -> Window:
         return find_window(

@@ -203,7 +203,7 @@ def _repaint(
         token_pixels=pipe.token_pixels,
         mu=partial(pipe.recipe.mu, pipe, steps=request.steps),
     )
-    sigmas = levels(strength=stage.strength, taken=stage.steps)
+    sigmas, fewer = stage.sigmas(levels)
     noise = randn_tensor(reference.shape, generator, reference.device, dtype)
     start = sigmas[0] * noise + (1 - sigmas[0]) * reference
     weight = request.weight(stage)
@@ -215,6 +215,7 @@ def _repaint(
             stage,
             guidance,
             begins=place_of(sigmas[0], levels()),
+            second_order=fewer,
             num_inference_steps=len(sigmas),
             sigmas=sigmas,
             latents=pipe.recipe.latents.as_given(start).to(dtype),
@@ -228,6 +229,7 @@ def _denoise(
     guidance: LowResolutionGuidance | None,
     *,
     begins: float,
+    second_order: bool = False,
     **arguments: Any,
 ) -> torch.Tensor:
     """The stock pipeline's own loop, from `begins` of a whole schedule on."""
@@ -269,9 +271,8 @@ def _denoise(
         after_step = partial(_told_by_scheduler, pipe, on_step_end)
     if "sigmas" not in known:
         levels = arguments.pop("sigmas")
-    few = stage.steps is not None
-    if levels is not None or after_step is not None or few:
-        pipe.scheduler = StageScheduler.of(own, levels, after_step, second_order=few)
+    if levels is not None or after_step is not None or second_order:
+        pipe.scheduler = StageScheduler.of(own, levels, after_step, second_order)
     steps = arguments["num_inference_steps"]
     try:
         with of_a_stage(pipe, begins, steps):

@@ -27,8 +27,8 @@ class Stage:
             is; None in a first stage, which starts from noise and has no image.
         attention: "clear", or "full" with the weights the model had before CLEAR's.
         resolution: what the model needs to generate at this size.
-        steps: denoising steps, of second order (see `StageScheduler`); None for its share of a
-            whole schedule, in the scheduler's own steps.
+        steps: denoising steps; None for its share of a whole schedule.
+        most_steps: of that share; None for all of it.
         guided: whether classifier-free guidance acts, where a call has it.
     """
 
@@ -38,12 +38,28 @@ class Stage:
     attention: Attention
     resolution: Resolution
     steps: int | None = None
+    most_steps: int | None = None
     guided: bool = True
 
     @property
     def name(self) -> str:
         """Its size, as people write it: "1024x768", width first."""
         return f"{self.width}x{self.height}"
+
+    def sigmas(self, levels: Callable[..., list[float]]) -> tuple[list[float], bool]:
+        """The noise levels of a stage that starts from an image.
+
+        Args:
+            levels: `sigmas_for`, but for strength and taken.
+
+        Returns:
+            The levels, and whether they are fewer than the share of the schedule.
+        """
+        share = levels(strength=self.strength)
+        taken = self.steps or min(len(share), self.most_steps or len(share))
+        if taken == len(share):
+            return share, False
+        return levels(strength=self.strength, taken=taken), taken < len(share)
 
 
 def plan_stages(
@@ -135,6 +151,7 @@ def plan_stages(
             native_attention if len(sizes) > 1 and rows * columns <= most_native else attention,
             resolution(rows * unit, columns * unit),
             start.steps,
+            start.most_steps,
             start.guided,
         )
         for (rows, columns), start in zip(sizes, starts, strict=True)

@@ -131,12 +131,12 @@ def test_strength_is_refused_even_without_a_use():
 
 def starts(**options):
     stages = plan_stages(2048, 2048, native_size=512, **options)[1:]
-    return [(stage.strength, stage.steps, stage.guided) for stage in stages]
+    return [(stage.strength, stage.steps or stage.most_steps, stage.guided) for stage in stages]
 
 
 def test_steps_go_with_the_strength():
     repaint = (REPAINT.strength, None, True)
-    assert starts() == [repaint, (FURTHER.strength, FURTHER.steps, False)]
+    assert starts() == [repaint, (FURTHER.strength, FURTHER.most_steps, False)]
     # A strength that is given takes its share of the schedule, and guidance.
     assert starts(strength=0.3) == [(0.3, None, True)] * 2
     assert starts(stage_steps=4) == [(REPAINT.strength, 4, True), (FURTHER.strength, 4, False)]
@@ -144,6 +144,24 @@ def test_steps_go_with_the_strength():
     # One number is for those that are denoised.
     assert starts(strength=(0.5, 0), stage_steps=2) == [(0.5, 2, True), (0, 0, True)]
     assert starts(strength=(0.5, 0), stage_steps=(2, 0)) == [(0.5, 2, True), (0, 0, True)]
+
+
+def test_fewer_steps_than_the_share_are_of_second_order():
+    def taken(steps, **options):
+        def levels(strength, taken=None):
+            return [strength] * (taken or steps)
+
+        stage = plan_stages(2048, 2048, native_size=512, **options)[-1]
+        sigmas, second_order = stage.sigmas(levels)
+        return len(sigmas), second_order
+
+    assert taken(6) == (3, True)
+    assert taken(3) == (3, False)
+    assert taken(2) == (2, False)  # a model of few steps
+    assert taken(6, preset="repaint") == (6, False)
+    assert taken(6, preset="refine") == (2, True)
+    assert taken(6, stage_steps=4) == (4, True)
+    assert taken(2, stage_steps=4) == (4, False)
 
 
 @pytest.mark.parametrize(
