@@ -2,9 +2,9 @@
 
 - "repaint" doubles. It starts from noise enough to invent what an enlargement lacks, and takes its
   share of a whole schedule.
-- "refine" starts from little noise and takes two steps at most, without guidance: the image before decides
-  what is seen, and its finest detail alone is made anew (as MrFlow, arXiv 2607.01642, from sigma
-  0.12 to 0.2; guidance has little to say at low noise levels, arXiv 2404.07724).
+- "refine" starts from little noise and takes two steps at most, without guidance: the image before
+  decides what is seen, and its finest detail alone is made anew (as MrFlow, arXiv 2607.01642, from
+  sigma 0.12 to 0.2; guidance has little to say at low noise levels, arXiv 2404.07724).
 - "auto" repaints up to `REPAINTED_UP_TO` times the native size. Beyond, where a step is dear, it
   starts from as much noise, but takes three steps at most, without guidance.
 

@@ -131,7 +131,10 @@ def test_strength_is_refused_even_without_a_use():
 
 def starts(**options):
     stages = plan_stages(2048, 2048, native_size=512, **options)[1:]
-    return [(stage.strength, stage.steps or stage.most_steps, stage.guided) for stage in stages]
+    return [
+        (one.strength, one.most_steps if one.steps is None else one.steps, one.guided)
+        for one in stages
+    ]
 
 
 def test_steps_go_with_the_strength():
