@@ -80,7 +80,7 @@ def layers_computed(pipe, **options):
     return latents, found
 
 
-@pytest.mark.parametrize("name", slow_but(CACHES, "magnitude", "faster"))
+@pytest.mark.parametrize("name", slow_but(CACHES, "faster"))
 def test_each_stage_begins_anew(name, pipe):
     config, computed = CACHES[name]
     plain, everything = layers_computed(pipe)
