@@ -81,7 +81,8 @@ class LayerRadii:
         """What the layer has in a forward."""
         self.sees_everything = radius == EVERYTHING
         self.size = torch.empty(0, _apart(RADIUS) + min(radius, EVERYTHING - 1), device="meta")
-        torch._dynamo.maybe_mark_dynamic(self.size, 1)
+        if not torch.compiler.is_compiling():  # else it is traced, and cannot be
+            torch._dynamo.maybe_mark_dynamic(self.size, 1)
         self.window = window
 
 

@@ -76,12 +76,12 @@ def enlargements(scale: float, start: float, preset: str = AUTO, slack: float = 
     if preset == AUTO and start * scale > REPAINTED_UP_TO * SLACK:
         most, repainted = REFINE_BY, max(0, math.floor(math.log2(REPAINTED_UP_TO * SLACK / start)))
     rest = scale / REPAINT_BY**repainted
-    further = math.ceil(math.log(rest / slack, most) - 1e-9)
-    number = repainted + max(further, 0 if repainted else 1)
-    even = scale ** (1 / number)
+    further = max(math.ceil(math.log(rest / slack, most) - 1e-9), 0 if repainted else 1)
+    even = scale ** (1 / (repainted + further))
     if even <= REPAINT_BY:
-        return [even] * number
-    return [REPAINT_BY] * repainted + [min(most, rest ** (1 / further))] * further
+        return [even] * (repainted + further)
+    doubled = [REPAINT_BY] * repainted
+    return doubled + [min(most, rest ** (1 / further))] * further if further else doubled
 
 
 def starts_of(

@@ -1,5 +1,6 @@
 """Threads that share models: each image is that of one thread alone, the models stay the same."""
 
+import copy
 import random
 import sys
 import threading
@@ -30,7 +31,10 @@ def pipelines(count, weights=None, cls=CLEARFluxPipeline, scheduler_too=False):
     more = {"native_size": 32} if cls is CLEARFluxPipeline else {}
     for _ in range(count):
         own = type(parts["scheduler"]).from_config(parts["scheduler"].config)
-        pipe = cls(**parts | ({} if scheduler_too else {"scheduler": own}), **more)
+        shared = parts | ({} if scheduler_too else {"scheduler": own})
+        if cls is FluxPipeline:  # which does not take turns at a tokenizer's settings
+            shared |= {name: copy.deepcopy(parts[name]) for name in ("tokenizer", "tokenizer_2")}
+        pipe = cls(**shared, **more)
         pipe.set_progress_bar_config(disable=True)
         made.append(pipe)
     apply_clear(made[0], radius=2, far=False, weights=weights)

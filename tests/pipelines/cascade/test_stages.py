@@ -55,6 +55,7 @@ presets = st.sampled_from(PRESETS)
 @example(16384, 16, 512, None, "auto")
 @example(512, 8192, 512, True, "auto")
 @example(1072, 1072, 512, None, "auto")
+@example(1088, 1088, 512, None, "auto")
 def test_no_stage_enlarges_too_much_and_the_first_is_native(height, width, native, cascade, preset):
     stages = plan_stages(height, width, native_size=native, cascade=cascade, preset=preset)
     assert (stages[-1].height, stages[-1].width) == (height, width)
