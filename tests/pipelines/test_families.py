@@ -17,6 +17,8 @@ from clear_dit.pipelines.cascade.resolution import Resolution
 from clear_dit.pipelines.cascade.schedule import sigmas_for
 
 FAR = 1000
+# Whose tiny pipelines have guidance embedded.
+ONE_PASS = ("flux", "flux2")
 
 # ERNIE-Image's pipeline gives its scheduler a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -274,3 +276,24 @@ def test_an_image_by_two_names():
     image = np.zeros((16, 16, 3))
     with pytest.raises(ValueError, match="image and enlarge are the same here"):
         clear("sd3")("a house", image=image, enlarge=image)
+
+
+def test_a_stage_that_refines_takes_one_pass(name):
+    pipe, made = clear(name), []
+    side = side_of(name)
+    image = {source_of(name): torch.rand(1, 3, 4 * side, 6 * side)}
+
+    def count(module, args, output):
+        first = output[0] if isinstance(output, (tuple, list)) else output.sample
+        made.append(len(output[0]) if isinstance(first, list) else len(first))
+
+    pipe.transformer.register_forward_hook(count)
+
+    def images_made(preset):
+        made.clear()
+        draw(pipe, name, 8, 12, preset=preset, stage_steps=2, **image)
+        return sum(made)
+
+    passes = 1 if name in ONE_PASS else 2
+    assert images_made("refine") == 2 * 2
+    assert images_made("repaint") == 2 * 2 * passes
