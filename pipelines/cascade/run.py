@@ -29,7 +29,7 @@ from .resolution import applied
 from .schedule import given_sigmas, place_of, sigmas_for
 from .stage_attention import full_attention, keeps_between_forwards, runs_clear
 from .stage_files import StageFiles
-from .stage_scheduler import Ended, StageScheduler
+from .stage_scheduler import Ended, StageScheduler, takes_eulers_steps
 from .stages import Stage
 from .step_caches import of_a_stage
 
@@ -271,6 +271,7 @@ def _denoise(
         after_step = partial(_told_by_scheduler, pipe, on_step_end)
     if "sigmas" not in known:
         levels = arguments.pop("sigmas")
+    second_order = second_order and takes_eulers_steps(own)
     if levels is not None or after_step is not None or second_order:
         pipe.scheduler = StageScheduler.of(own, levels, after_step, second_order)
     steps = arguments["num_inference_steps"]

@@ -19,6 +19,12 @@ from clear_dit.compat import names_from
 AfterStep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def takes_eulers_steps(scheduler: Any) -> bool:
+    """Whether a scheduler's steps are plain ones, for which others may stand in."""
+    plain = type(scheduler) is FlowMatchEulerDiscreteScheduler
+    return plain and not scheduler.config.get("stochastic_sampling", False)
+
+
 class Ended(BaseException):
     """Somebody ended the call, of a stock pipeline that does not look for that.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from clear_dit.pipelines.cascade.stage_scheduler import StageScheduler
+from clear_dit.pipelines.cascade.stage_scheduler import StageScheduler, takes_eulers_steps
 
 # Steps of unlike lengths.
 LEVELS = ([0.9, 0.5, 0.3], [0.9, 0.75, 0.5, 0.42, 0.3, 0.12])
@@ -46,3 +46,12 @@ def test_a_new_image_begins_without_the_last():
             x = stage.step(torch.sin(x), timestep, x).prev_sample
         ends.append(x)
     assert torch.equal(*ends)
+
+
+def test_steps_of_others_stay_theirs():
+    class Own(FlowMatchEulerDiscreteScheduler):
+        pass
+
+    assert takes_eulers_steps(FlowMatchEulerDiscreteScheduler())
+    assert not takes_eulers_steps(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    assert not takes_eulers_steps(Own())
