@@ -1,4 +1,4 @@
-"""Medians of runs taken in turn, and tables."""
+"""Medians of runs taken in turn, and what they were measured on."""
 
 from __future__ import annotations
 

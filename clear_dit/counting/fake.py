@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import RequestError, first_line
+from ..log_levels import at_level
 
 # Any custom op counts the same FLOPs and returns the same tensors; this one takes all devices.
 IMPL = "tiled"
@@ -64,16 +65,9 @@ class LiveStorages(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Hide which kernels would run on fake tensors: they say nothing about a real device."""
-    logger = logging.getLogger("clear_dit")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return at_level("clear_dit", logging.WARNING)
 
 
 @contextmanager

@@ -208,7 +208,8 @@ class PipelineRunner:
                 settings |= {"version": __version__, "impl": impl, "ranks": ranks}
                 settings |= _named(upscaler)
                 done = quantised(self.pipe.transformer)
-                settings |= {} if done is None else {"quantised": done.statement()}
+                statement = done and done.statement()
+                settings |= {} if statement is None else {"quantised": statement}
                 settings |= notes
                 with timer.measure("decode", self.device):
                     self._write(latents, request, out, settings, watch)
@@ -232,7 +233,7 @@ class PipelineRunner:
             "far": far,
             "weights": weights and Path(weights).name,
             "ranks": ranks,
-            "quantised": done and done.statement(),
+            "quantised": statement,
             "seconds": timer.seconds,
             "peak_memory_mb": round(peak_mb(self.device), 1),
         }

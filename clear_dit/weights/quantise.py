@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from ..compat import release
 from ..families.precision import linear_layers, linears_of
 from ..families.table import transformer_of
 from ..hooks import is_offloaded
+from ..log_levels import at_level
 from .changing import changing
 from .format import parameters_by_key
 from .state import originals_of
@@ -291,16 +292,9 @@ def _as_json(configuration: Any) -> str:
     return json.dumps(config_to_dict(configuration), sort_keys=True)
 
 
-@contextmanager
-def _quiet() -> Any:
+def _quiet() -> AbstractContextManager[None]:
     """torchao says at warning level which libraries for other GPUs it lacks."""
-    library = logging.getLogger("torchao")
-    level = library.level
-    library.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        library.setLevel(level)
+    return at_level("torchao", logging.ERROR)
 
 
 class ChunkedLinear(nn.Linear):
