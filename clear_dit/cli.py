@@ -6,7 +6,6 @@ A command imports its work when it runs: `--help` loads neither torch nor diffus
 from __future__ import annotations
 
 import logging
-import os
 from typing import Annotated
 
 import typer
@@ -18,6 +17,7 @@ from .distillation.commands import distill, sample
 from .errors import RequestError, first_line, is_out_of_memory
 from .evaluation.commands import evaluation
 from .generation.commands import generate
+from .malloc import keep_freed_memory
 from .options import Json, fail, print_json
 from .render.commands import render
 
@@ -30,8 +30,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a bad request is one line on standard error and status 2."""
-    # PyTorch reads this at its first allocation: large pages save page faults on Linux.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("clear_dit").setLevel(logging.INFO)
     try:

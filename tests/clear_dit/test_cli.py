@@ -216,7 +216,7 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, tmp_path, caps
     plan = json.loads(last)
     sizes = [(stage["width"], stage["steps"], stage["passes"]) for stage in plan["stages"]]
     assert sizes == [(512, 20, 2), (1024, 6, 2), (2896, 3, 1), (8192, 2, 1)]
-    assert table[-2].split()[:5] == ["8192x8192", "0.55", "2", "1", "clear"]
+    assert table[-2].split()[:5] == ["8192x8192", "0.62", "2", "1", "clear"]
     # Of the last stage, as `bench plan` counts.
     assert plan["stages"][-1]["flops"] == pytest.approx(2 * 1.7895e12, rel=1e-3)
     assert plan["flops"] == sum(stage["flops"] for stage in plan["stages"])
