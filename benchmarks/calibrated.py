@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from clear_dit import apply_clear, remove_clear
 from clear_dit.attention.radii import Radii
-from clear_dit.bench.timing import hardware, table
+from clear_dit.bench.timing import hardware
 from clear_dit.calibration.forwards import forwards_of, predicted, relative_error
 from clear_dit.evaluation.request import evaluation_prompts
 from clear_dit.families.schedule import Schedule, read_schedule
@@ -37,6 +37,7 @@ from clear_dit.generation.denoising import decode
 from clear_dit.generation.models import load_pipeline
 from clear_dit.generation.request import GenerateRequest, make_request
 from clear_dit.kernels.window import EVERYTHING
+from clear_dit.tables import table
 
 # Of a trajectory's steps, in shares of it.
 POINTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)

@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,7 @@ def full_attention(
         -1
     ]
     with applied(pipe, stage.resolution):
-        sigmas = sigmas_for(
-            pipe.scheduler, steps, size, size, strength=stage.strength, taken=stage.steps
-        )
+        sigmas, _ = stage.sigmas(partial(sigmas_for, pipe.scheduler, steps, size, size))
     window = Window(*2 * [size // pipe.token_pixels], text_length(pipe), radius)
     rows = count_flops(config_of(pipe.transformer), window)["rows"]
     tflop = {row["attention"]: row["total_tflop"] for row in rows}

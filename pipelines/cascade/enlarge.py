@@ -66,7 +66,7 @@ def enlarge(
         larger = upscaler(given)
         check_enlarged(larger, given)
         pixels = larger.to(pixels).clamp(0, 1) * 2 - 1
-    return lanczos(pixels, height, width).clamp(-1, 1)
+    return lanczos(pixels, height, width).clamp_(-1, 1)
 
 
 def check_enlarged(larger: Any, given: torch.Tensor) -> None:
@@ -104,9 +104,7 @@ def lanczos(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
     Smaller, it is smoothed as well. Float32; computed on the CPU, where Pillow is exact and quick.
     """
-    size = (width, height)
-    planes = [
-        np.array(Image.fromarray(plane).resize(size, Image.Resampling.LANCZOS))
-        for plane in image[0].float().cpu().numpy()
-    ]
-    return torch.from_numpy(np.stack(planes))[None].to(image.device)
+    planes = np.empty((image.shape[1], height, width), np.float32)
+    for plane, given in zip(planes, image[0].float().cpu().numpy(), strict=True):
+        plane[:] = Image.fromarray(given).resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(planes)[None].to(image.device)

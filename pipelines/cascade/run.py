@@ -182,9 +182,7 @@ def _repaint(
     encoded, enlargement = [], 1.0
     for pixels in images:
         enlargement = max(stage.height / pixels.shape[-2], stage.width / pixels.shape[-1])
-        pixels = pixels.to(pipe._execution_device)
-        enlarged = enlarge(pixels, stage.height, stage.width, request.upscaler)
-        encoded.append(encode(pipe.vae, enlarged, group=_tile_group(pipe)))
+        encoded.append(_encoded(pipe, pixels, stage, request.upscaler))
     reference = torch.cat(encoded).float()
     reference = reference.expand(request.batch, *reference.shape[1:])
     # Where it knows the text only later, the stock pipeline casts to what it takes.
@@ -220,6 +218,15 @@ def _repaint(
             sigmas=sigmas,
             latents=pipe.recipe.latents.as_given(start).to(dtype),
         )
+
+
+def _encoded(
+    pipe: Any, pixels: torch.Tensor, stage: Stage, upscaler: Enlarger | None
+) -> torch.Tensor:
+    """Latents of an image at a stage's size; the enlarged image is not kept for its denoising."""
+    pixels = pixels.to(pipe._execution_device)
+    enlarged = enlarge(pixels, stage.height, stage.width, upscaler)
+    return encode(pipe.vae, enlarged, group=_tile_group(pipe))
 
 
 def _denoise(
