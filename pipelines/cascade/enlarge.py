@@ -106,5 +106,6 @@ def lanczos(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     planes = np.empty((image.shape[1], height, width), np.float32)
     for plane, given in zip(planes, image[0].float().cpu().numpy(), strict=True):
-        plane[:] = Image.fromarray(given).resize((width, height), Image.Resampling.LANCZOS)
+        larger = Image.fromarray(given).resize((width, height), Image.Resampling.LANCZOS)
+        plane[:] = np.asarray(larger)
     return torch.from_numpy(planes)[None].to(image.device)
