@@ -59,10 +59,9 @@ def main() -> int:
                         Path(folder) / f"{kind}-{size}-{seed}.png",
                         on_step=lambda step, calls=calls: calls.append(step.step),
                     )
-                found = [
-                    psnr(Path(folder), kind, size, seed)
-                    for seed in range(args.count if kind else 0)
-                ]
+                found = []
+                if kind is not None:
+                    found = [psnr(Path(folder), kind, size, seed) for seed in range(args.count)]
                 rows.append(
                     {
                         "layers": kind or "float32",
