@@ -202,7 +202,10 @@ class _Tiles:
         dtype: torch.dtype,
         process_group: RankGroup,
     ) -> None:
-        self._segments = [Segment(lambda x: x.to(device, dtype)), *segments]
+        # Channels last: convolutions on a CPU otherwise copy all they take and give.
+        layout = torch.channels_last if device.type == "cpu" else torch.preserve_format
+        first = Segment(lambda x: x.to(device, dtype, memory_format=layout))
+        self._segments = [first, *segments]
         self._image = image
         self._device, self._dtype, self._process_group = device, dtype, process_group
         everything = output_box(segments, whole(image))
