@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +30,37 @@ class ForwardOf:
 
     level: float
     given: dict[str, Any]
+
+
+class Trajectory:
+    """The forwards of one image, and which of them stand for every interval of noise levels.
+
+    Args:
+        forwards: of every step.
+        intervals: of noise levels, of as many steps each.
+        points: forwards that stand for an interval.
+    """
+
+    def __init__(self, forwards: Sequence[ForwardOf], intervals: int, points: int) -> None:
+        self.forwards = forwards
+        bounds = np.linspace(0, len(forwards), intervals + 1).round().astype(int)
+        self.intervals = [forwards[start:stop] for start, stop in itertools.pairwise(bounds)]
+        # Evenly within each interval, at the middle of as many parts.
+        self.points = [
+            [part[int((place + 0.5) * len(part) / points)] for place in range(points)]
+            for part in self.intervals
+        ]
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Between the intervals: the middle of the neighbours' noise levels."""
+        pairs_of = zip(self.intervals, self.intervals[1:], strict=False)
+        return tuple(round((one[-1].level + two[0].level) / 2, 4) for one, two in pairs_of)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the steps in every interval."""
+        return [len(part) / len(self.forwards) for part in self.intervals]
 
 
 def forwards_of(

@@ -13,7 +13,7 @@ from ..generation.request import GenerateRequest, make_request
 from ..kernels.window import Window
 
 # Radii that are tried, in tokens; of these the ones within SPREAD of the uniform window's.
-RADII = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64)
+RADII = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
 SPREAD = 4
 MAX_COUNT = 1000
 

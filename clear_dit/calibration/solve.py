@@ -12,18 +12,18 @@ UNITS = 100_000
 
 def least_error(
     errors: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float
-) -> list[int]:
+) -> list[int] | None:
     """Which choice of every group together cost at most the budget, and err least in sum.
 
     By dynamic programming over the budget, exact but for the rounding of costs to `UNITS`.
 
     Args:
-        errors: of every choice in every group.
+        errors: of every choice in every group; infinite where it is not allowed.
         costs: likewise, positive; at most 256 choices.
         budget: for all groups together.
 
-    Raises:
-        ValueError: the cheapest choices cost more.
+    Returns:
+        A choice for each group; None if the cheapest that are allowed cost more.
     """
     best = np.zeros(UNITS + 1)  # least error of the groups so far, by what may be spent
     taken = []
@@ -36,7 +36,7 @@ def least_error(
         taken.append((options.argmin(axis=0).astype(np.uint8), units))
         best = options.min(axis=0)
     if not np.isfinite(best[-1]):
-        raise ValueError("the budget is below the cheapest choices.")
+        return None
     left, choices = UNITS, list[int]()
     for choice, units in reversed(taken):
         choices.append(int(choice[left]))

@@ -7,9 +7,9 @@ import pytest
 from support.families.models import make_inputs, make_model, run
 from support.slow import slow
 
-from clear_dit.calibration import run as calibration
+from clear_dit.calibration import search
 from clear_dit.calibration.forwards import ForwardOf, predicted, relative_error
-from clear_dit.calibration.measure import LayerErrors, pairs
+from clear_dit.calibration.measure import Measure
 from clear_dit.calibration.request import make_calibrate_request, training_captions
 from clear_dit.calibration.run import calibrate, report
 from clear_dit.calibration.solve import least_error
@@ -19,6 +19,7 @@ from clear_dit.families.schedule import read_schedule
 from clear_dit.generation.image_output import read_settings
 from clear_dit.generation.request import make_request
 from clear_dit.generation.runner import generate
+from clear_dit.kernels.window import EVERYTHING
 from clear_dit.plugin import apply_clear
 
 
@@ -32,26 +33,26 @@ def test_the_choice_is_the_best_of_all():
         least = min(sum(errors[i, x] for i, x in enumerate(c)) for c in affordable)
         assert sum(costs[i, x] for i, x in enumerate(chosen)) <= budget
         assert sum(errors[i, x] for i, x in enumerate(chosen)) == pytest.approx(least)
-    with pytest.raises(ValueError, match="below the cheapest"):
-        least_error(errors, costs, costs.min(axis=1).sum() / 2)
+    assert least_error(errors, costs, costs.min(axis=1).sum() / 2) is None
 
 
-def test_errors_of_layers_are_those_of_the_whole_model():
-    """Replayed blocks change nothing."""
+@pytest.mark.parametrize("others", [EVERYTHING, 2])
+def test_errors_of_changes_are_those_of_the_whole_model(others):
+    """Replayed blocks change nothing, and the model's own radii neither."""
     model, inputs = make_model("flux"), make_inputs("flux", 6, 8)
     expected = run(model, inputs)
-    apply_clear(model, 3, far=False)
-    layers, forward = LayerErrors(model), ForwardOf(0.5, inputs)
-    apply_clear(model, 3, far=False, dense_until=0.9)  # and it measures what there is then
-    found = layers.of(forward, [2, 4])
-    for name, errors in zip(layers.layers, found, strict=True):
-        for radius, error in zip((2, 4), errors, strict=True):
-            with layers.radii({name: radius}):
+    measure, forward = Measure(model, 3, far=False), ForwardOf(0.5, inputs)
+    about = dict.fromkeys(measure.names, others)
+    apply_clear(model, 3, far=False, dense_until=0.9)
+    found = measure.changes(forward, about, [[2, 4], *[[1, 4]] * (len(about) - 1)])
+    for name, errors in zip(measure.names, found, strict=True):
+        for radius, error in zip((2 if name == measure.names[0] else 1, 4), errors, strict=True):
+            with measure.radii(about | {name: radius}):
                 value = relative_error(predicted(model, forward), expected)
             assert error == pytest.approx(value, rel=1e-4)
             assert error > 1e-6
     apply_clear(model, {"*": 3}, far=False)
-    assert pairs(model, forward, [100])[0] == (6 * 8 + 5) ** 2
+    assert measure.pairs(forward, [100])[0] == (6 * 8 + 5) ** 2
 
 
 def test_prompts_are_not_those_of_evaluation():
@@ -107,7 +108,7 @@ def test_what_is_no_better_is_not_written(tmp_path, monkeypatch):
         best = [abs(cost - budget) for cost in costs]
         return [[best.index(min(best))] * errors.shape[1]] * errors.shape[0]
 
-    monkeypatch.setattr(calibration, "solve", uniform)
+    monkeypatch.setattr(search, "solve", uniform)
     out = tmp_path / "schedule.json"
     request = make_calibrate_request(
         "demo", "demo", 1, radius=3, far=False, intervals=1, height=64, width=64, steps=2
