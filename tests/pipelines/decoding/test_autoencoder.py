@@ -12,7 +12,7 @@ from clear_dit.evaluation.seams import measure_seams
 from clear_dit.generation.models import DEMO
 from clear_dit.pipelines.decoding.autoencoder import decode, decode_rows, encode
 from clear_dit.pipelines.decoding.image_files import to_bytes
-from clear_dit.pipelines.decoding.kinds import layers
+from clear_dit.pipelines.decoding.kinds import layers, tiny
 
 # In latent pixels.
 SIZES = [*(pytest.param(size, marks=slow) for size in ((12, 12), (17, 9))), (5, 21)]
@@ -104,6 +104,35 @@ def test_convolutions_on_a_cpu_get_channels_last(vae):
             hook.remove()
     assert len(given) > len(convolutions)
     assert set(given) == {1}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "changes", [{}, {"padding_mode": "reflect"}, {"dilation": 2, "padding": 2}]
+)
+def test_an_enlargement_with_its_convolution(bias, changes):
+    """One transposed convolution where it is the same; what is not plain stays two layers."""
+    torch.manual_seed(0)
+    upsample, relu = torch.nn.Upsample(scale_factor=2), torch.nn.ReLU()
+    conv = torch.nn.Conv2d(6, 4, 3, **{"padding": 1, "bias": bias} | changes)
+    segments = list(tiny.decoder_layers([relu, upsample, conv, upsample, relu]))
+    assert len(segments) == (5 if changes else 4)
+    image = torch.randn(1, 6, 5, 7)
+    with torch.no_grad():
+        found = image
+        for segment in segments:
+            found = segment.run(found)
+        expected = relu(upsample(conv(upsample(relu(image)))))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_enlargement_whose_weights_are_stored_in_other_types():
+    """As layerwise casting has them: the layers run as they are, which the casting hooks need."""
+    upsample, conv = torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(3, 3, 3, padding=1)
+    (segment,) = tiny.decoder_layers([upsample, conv])
+    conv.to(torch.bfloat16)
+    conv.register_forward_pre_hook(lambda layer, _: layer.float() and None)
+    assert segment.run(torch.randn(1, 3, 4, 4)).dtype == torch.float32
 
 
 def test_statistics_of_each_tile_alone_would_show(kl):

@@ -18,8 +18,8 @@ from clear_dit.pipelines.decoding.image_files import save_rows
 def test_streamed_into_a_file(tmp_path):
     vae = AutoencoderTiny(
         latent_channels=16,
-        encoder_block_out_channels=(16,) * 4,
-        decoder_block_out_channels=(16,) * 4,
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
         num_decoder_blocks=(1, 1, 1, 0),
     )
     peaks = {}
