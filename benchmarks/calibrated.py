@@ -9,7 +9,7 @@ relative squared error of the prediction under either attention, mean over the p
 image from the same noise, its PSNR against full attention's. The model's own weights, untuned.
 "better" is the share of prompts whose error is less, "nearer" that of those whose image is. A line
 of the checkpoint beside the JSON is written after each prompt: a stopped run goes on; after a
-change of code or schedules take another name. The pictures beside it show the radii.
+change of code or schedules take another name. The picture beside it shows the radii.
 """
 
 from __future__ import annotations
@@ -142,6 +142,15 @@ def draw(schedule: Schedule) -> Image.Image:
     return image
 
 
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """Two in a row."""
+    width, height = (max(getattr(one, side) for one in pictures) for side in ("width", "height"))
+    whole = Image.new("RGB", (2 * width, height * -(-len(pictures) // 2)), "white")
+    for index, picture in enumerate(pictures):
+        whole.paste(picture, (index % 2 * width, index // 2 * height))
+    return whole
+
+
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,8 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("calibrated-table.json"))
     options = parser.parse_args()
     schedules = [read_schedule(path) for path in options.schedules]
-    for path, schedule in zip(options.schedules, schedules, strict=True):
-        draw(schedule).save(options.out.with_name(f"{options.out.stem}-{path.stem}.png"))
+    side_by_side([draw(schedule) for schedule in schedules]).save(options.out.with_suffix(".png"))
     rows = rows_of(schedules)
     asked = {"seed": options.seed, "schedules": [schedule.digest for schedule in schedules]}
     kept = options.out.with_suffix(".jsonl")
