@@ -87,7 +87,8 @@ def _enlarging(upsample: nn.Upsample, conv: nn.Conv2d) -> Segment:
         # Hooks may have put the weight elsewhere, until the layer is called.
         if x.device.type != "cpu" or (weight.device, weight.dtype) != (x.device, x.dtype):
             return conv(upsample(x))
-        wide = weight.float().flip(2, 3).transpose(0, 1)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        wide = weight.to(exact).flip(2, 3).transpose(0, 1)
         for dim in (2, 3):
             none = torch.zeros_like(wide.narrow(dim, 0, 1))
             wide = torch.cat([wide, none], dim) + torch.cat([none, wide], dim)

@@ -126,6 +126,13 @@ def test_an_enlargement_with_its_convolution(bias, changes):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_an_enlargement_in_float64():
+    upsample, conv = torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(3, 3, 3, padding=1).double()
+    (segment,) = tiny.decoder_layers([upsample, conv])
+    image = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(segment.run(image), conv(upsample(image)), rtol=1e-12, atol=1e-13)
+
+
 def test_an_enlargement_whose_weights_are_stored_in_other_types():
     """As layerwise casting has them: the layers run as they are, which the casting hooks need."""
     upsample, conv = torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(3, 3, 3, padding=1)
