@@ -73,6 +73,7 @@ def native_measures(options: argparse.Namespace) -> dict[str, float]:
     command = [
         sys.executable, "-m", "clear_dit", "generate", options.prompt,
         "--attention", "full", "--seed", str(options.seed), "--out", str(native),
+        "--overwrite",
     ]  # fmt: skip
     subprocess.run(command, check=True)
     Image.MAX_IMAGE_PIXELS = None
@@ -94,7 +95,7 @@ def main() -> int:
     command = [
         sys.executable, "-m", "clear_dit", "generate", options.prompt, "--seed", str(options.seed),
         "--height", str(options.size), "--width", str(options.size), "--preset", options.preset,
-        "--out", str(options.image), "--json",
+        "--out", str(options.image), "--overwrite", "--json",
     ]  # fmt: skip
     generated = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(generated.stdout.splitlines()[-1]) | full_attention(

@@ -17,20 +17,25 @@ from .distillation.commands import distill, sample
 from .errors import RequestError, first_line, is_out_of_memory
 from .evaluation.commands import evaluation
 from .generation.commands import generate
+from .log_levels import quiet_torchao
 from .malloc import keep_freed_memory
 from .options import Json, fail, print_json
 from .render.commands import render
+from .versions import __version__
 
 app = typer.Typer(
     help="CLEAR: high-resolution images from diffusion transformers, in time linear in the pixels.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose tables leave 24 columns of 80 to the help
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
 def main() -> None:
     """Run the command line; a bad request is one line on standard error and status 2."""
     keep_freed_memory()
+    quiet_torchao()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("clear_dit").setLevel(logging.INFO)
     try:
@@ -45,6 +50,23 @@ def main() -> None:
         fail(f"out of memory: {first_line(error)}", 1)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"clear-dit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None: ...
+
+
 def doctor(
     check: Annotated[
         bool, typer.Option("--check", help="Also run every kernel that can run, and compare.")
@@ -56,11 +78,12 @@ def doctor(
 
     from .doctor import check as check_all
     from .doctor import examine, report, report_checks
+    from .progress import bar_options
 
     found = examine()
     if not as_json:
         print(report(found), flush=True)
-    checks = list(tqdm(check_all(), unit=" kernels", disable=None)) if check else []
+    checks = list(tqdm(check_all(), "checking", **bar_options())) if check else []
     if as_json:
         print_json(found | {"checks": checks} if check else found)
     elif check:

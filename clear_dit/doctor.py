@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .errors import first_line
+from .generation.dtypes import AUTO, cpu_has_bfloat16, resolve_dtype
 from .generation.models import DEMO
 from .kernels.choice import IMPLS, preference, run_chosen, why_not
 from .kernels.reference import reference_attention
@@ -49,7 +50,8 @@ def examine() -> dict[str, Any]:
     """Versions, devices, implementations and extras, as plain values for printing or JSON.
 
     `impls` maps a device and an implementation to None if it can run there, else to the reason;
-    `compiled_tiled` is that of the compiled kernel, which `tiled` can do without on a CPU.
+    `compiled_tiled` is that of the compiled kernel, which `tiled` can do without on a CPU;
+    `dtypes` maps a device to what "auto" is there, for images and in training.
     """
     devices = _devices()
     impls = {}
@@ -78,6 +80,13 @@ def examine() -> dict[str, Any]:
         "auto": {
             device: next(name for name, reason in reasons.items() if reason is None)
             for device, reasons in impls.items()
+        },
+        "dtypes": {
+            device: {
+                use: resolve_dtype(AUTO, torch.device(device), training=use == "training")
+                for use in ("images", "training")
+            }
+            for device in devices
         },
         "demo": (DEMO / "model_index.json").is_file(),
         "extras": {
@@ -221,8 +230,21 @@ def report(found: dict[str, Any]) -> str:
                 else "a kernel compiled here"
             )
             lines.append(f"  tiled runs on {how}")
+        lines.append(f"  --dtype auto is {_dtypes_text(device, **found['dtypes'][device])}")
     lines += ["", "extras (pip install 'clear-dit[EXTRA]'):"]
     for extra, packages in found["extras"].items():
         parts = [f"{name} {version or 'missing'}" for name, version in packages.items()]
         lines.append(f"  {extra:<10} {', '.join(parts)}")
     return "\n".join(lines)
+
+
+def _dtypes_text(device: str, images: str, training: str) -> str:
+    """What "auto" is on a device, and why."""
+    if device == "cpu" and not cpu_has_bfloat16():
+        return f"{images}, the fast one here: this CPU has no bfloat16 units"
+    if device == "cpu":
+        return (
+            f"{images} for images, as on every CPU, and {training} in training, the fast one here: "
+            "this CPU has bfloat16 units"
+        )
+    return images if images == "bfloat16" else f"{images}: it has no bfloat16 units"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -51,21 +52,82 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: the disk is full or the folder is gone; nothing is left behind, and a file that
             had the name keeps it.
     """
+    with _unfinished(path) as temporary:
+        with _on_disk(temporary) as file:
+            yield file
+        temporary.replace(path)
+
+
+def write_new(path: Path, write: Callable[[BinaryIO], None]) -> Path:
+    """Write a file that replaces none: where `path` is taken, it becomes name-2, name-3, ...
+
+    Processes that write at once get different names.
+
+    Args:
+        path: its name, if that is free when the file is complete and on the disk.
+        write: given a binary file, writes it.
+
+    Returns:
+        The name it got.
+
+    Raises:
+        OSError: see `whole_file`.
+    """
+    with _unfinished(path) as temporary:
+        with _on_disk(temporary) as file:
+            write(file)
+        names = (_numbered(path, number) for number in itertools.count(1))
+        return next(name for name in names if _renamed(temporary, name))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    """name.png, name-2.png, ..., cut to what a file may be called."""
+    if number == 1:
+        return path
+    ending = f"-{number}{path.suffix}"
+    stem = path.stem.encode()[: 255 - len(ending.encode())].decode(errors="ignore")
+    return path.with_name(stem + ending)
+
+
+def _renamed(old: Path, new: Path) -> bool:
+    """Rename a file, unless there is one of the new name: False, and nothing is changed."""
+    try:
+        if sys.platform == "win32":
+            old.rename(new)
+        else:
+            new.hardlink_to(old)  # the old name goes with `_unfinished`
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: an empty file takes the name first
+        try:
+            new.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        old.replace(new)
+    return True
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, which is gone afterwards if it still has its name."""
     handle, name = tempfile.mkstemp(
         prefix=TEMPORARY_PREFIX, suffix=path.suffix or ".tmp", dir=path.parent
     )
-    os.close(handle)  # opened again below: a file has its name then, which tifffile asks for
-    temporary = Path(name)
+    os.close(handle)  # opened again: a file has its name then, which tifffile asks for
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _on_disk(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which all may read and which is on the disk afterwards."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    path.chmod(0o644)
 
 
 @contextmanager

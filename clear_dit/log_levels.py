@@ -6,6 +6,27 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# What importing torchao says to all, by logger: which of its libraries are for other GPUs, that it
+# registers enums as PyTorch once asked for, and that diffusers knows an older torchao.
+_TORCHAO = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass ",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects.",
+}
+
+
+def quiet_torchao() -> None:
+    """Hide what diffusers and transformers make torchao say where it is installed, that alone.
+
+    For a program, as it holds for the process.
+    """
+    for name in _TORCHAO:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_TORCHAO[record.name])
+
 
 @contextmanager
 def at_level(name: str, level: int) -> Iterator[None]:

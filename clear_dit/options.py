@@ -11,43 +11,70 @@ import typer
 
 from .errors import RequestError
 
+# The help of what takes a value has an example ("such as") or the choices ("one of").
 Model = Annotated[
-    str, typer.Option(help="demo, demo-sd3, a folder in diffusers format, or a hub repository.")
+    str,
+    typer.Option(
+        help="demo, demo-sd3, a folder in diffusers format, or a hub repository, such as "
+        "Qwen/Qwen-Image."
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="Torch device; default cuda if there, else cpu.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Torch device, such as cuda:1 or cpu; default cuda if there, else cpu."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a last line of JSON.")]
 
 # What is None here is as the model has it.
-Height = Annotated[int | None, typer.Option(help="Height in pixels.")]
-Width = Annotated[int | None, typer.Option(help="Width in pixels.")]
+Height = Annotated[int | None, typer.Option(help="Height in pixels, such as 2048.")]
+Width = Annotated[int | None, typer.Option(help="Width in pixels, such as 2048.")]
 Preset = Annotated[
     str,
     typer.Option(
-        help="How images are enlarged above the native size: repaint (half the noise and steps), "
-        "refine (little noise, few steps), auto (repaint up to twice the native size, then refine)."
+        help="How images are enlarged above the native size, one of repaint (half the noise and "
+        "steps), refine (little noise, few steps), auto (repaint up to twice the native size, "
+        "then refine)."
     ),
 ]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[float | None, typer.Option(help="Strength of guidance.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps, such as 28.")]
+Guidance = Annotated[float | None, typer.Option(help="Strength of guidance, such as 3.5.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="What is computed in, one of float32, bfloat16, float16, auto (float32 on a CPU, "
+        "bfloat16 on a GPU that has it; doctor says which)."
+    ),
+]
+TrainingDtype = Annotated[
+    str,
+    typer.Option(
+        help="What is computed in, one of float32, bfloat16, float16, auto (bfloat16 where the "
+        "CPU or GPU has it; doctor says which)."
+    ),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="Linear layers of the transformer in 8 or 4 bits: int8 (any device), fp8 (GPUs from "
-        "Ada on), nvfp4 (Blackwell)."
+        help="Linear layers of the transformer in 8 or 4 bits, one of int8 (any device), fp8 "
+        "(GPUs from Ada on), nvfp4 (Blackwell)."
     ),
 ]
 Offload = Annotated[
     str,
     typer.Option(
-        help="What waits on the CPU. none; model: all parts but the one that runs; group: of the "
-        "transformer all but two blocks, too."
+        help="What waits on the CPU, one of none, model (all parts but the one that runs), group "
+        "(of the transformer all but two blocks, too)."
     ),
 ]
-ModelRadius = Annotated[int | None, typer.Option(help="Radius of the window, in tokens.")]
+ModelRadius = Annotated[
+    int | None, typer.Option(help="Radius of the window, in tokens, such as 8.")
+]
 
-Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens.")]
-DownFactor = Annotated[int, typer.Option(help="Side of a pooling cell, in tokens.")]
+Radius = Annotated[int, typer.Option(help="Radius of the window, in tokens, such as 8.")]
+DownFactor = Annotated[
+    int,
+    typer.Option(help="Side of a pooling cell, in tokens, such as 4; 1 for no pooling."),
+]
 Far = Annotated[
     bool | None,
     typer.Option(
@@ -61,26 +88,30 @@ WithFar = Annotated[bool, typer.Option("--far", help="With far keys, which see t
 Weights = Annotated[
     str,
     typer.Option(
-        help="CLEAR weights: a file, a folder or a hub repository; auto: those known to fit "
-        "model, radius, --down-factor and --far; none: the model's own."
+        help="CLEAR weights: a file, a folder or a hub repository, such as Huage001/CLEAR; auto: "
+        "those known to fit model, radius, --down-factor and --far; none: the model's own."
     ),
 ]
 Schedule = Annotated[
     str | None,
     typer.Option(
-        help="Radii by layer and noise level, a file of clear-dit calibrate for this model; in the "
-        "place of --radius, --down-factor and --far."
+        help="Radii by layer and noise level, a file of clear-dit calibrate for this model, such "
+        "as schedule.json; in the place of --radius, --down-factor and --far."
     ),
 ]
-Attention = Annotated[str, typer.Option(help="clear or full.")]
-Impl = Annotated[str, typer.Option(help="auto, triton, flex, tiled or reference.")]
+Attention = Annotated[str, typer.Option(help="Which attention, one of clear, full.")]
+Impl = Annotated[
+    str,
+    typer.Option(help="What computes it, one of auto, triton, flex, tiled, reference."),
+]
 Upscaler = Annotated[
     str | None,
     typer.Option(
-        help="A .safetensors file: the network that enlarges images before they are repainted."
+        help="The network that enlarges images before they are repainted, such as "
+        "4x-network.safetensors."
     ),
 ]
-Batch = Annotated[int, typer.Option(help="Images at once.")]
+Batch = Annotated[int, typer.Option(help="Images at once, such as 4.")]
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:

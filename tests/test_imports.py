@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "clear_dit"
 # A room imports from those before it. A line of several has no imports among them.
 ROOMS = (
-    "compat errors log_levels malloc memory process_group tables versions wrappers",
+    "compat errors log_levels malloc memory process_group progress tables versions wrappers",
     "access files hooks kernels options",
     "attention chunking",
     "families",

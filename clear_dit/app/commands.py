@@ -16,28 +16,33 @@ def serve_app(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="demo (the default), a folder in diffusers format, or a hub repository; "
-            "repeatable: the first is loaded at once, visitors choose."
+            help="demo (the default), a folder in diffusers format, or a hub repository, such as "
+            "Qwen/Qwen-Image; repeatable: the first is loaded at once, visitors "
+            "choose."
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen on, such as 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on, such as 7860.")] = 7860,
     auth: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME:PASSWORD that may come in; repeatable.",
+            help="NAME:PASSWORD that may come in, such as anna:s3cret; repeatable.",
             envvar="CLEAR_DIT_AUTH",
             show_envvar=True,
         ),
     ] = None,
-    max_pixels: Annotated[int, typer.Option(help="Of an image, width times height.")] = 8192**2,
-    queue_size: Annotated[int, typer.Option(help="Images that may wait.")] = 16,
-    keep_days: Annotated[float, typer.Option(help="Images older than this are removed.")] = 7.0,
-    out: Annotated[Path, typer.Option(help="The folder for images; made if missing.")] = Path(
-        "clear-dit-app"
-    ),
+    max_pixels: Annotated[
+        int, typer.Option(help="The most of an image, width times height, such as 4194304.")
+    ] = 8192**2,
+    queue_size: Annotated[int, typer.Option(help="Images that may wait, such as 16.")] = 16,
+    keep_days: Annotated[
+        float, typer.Option(help="Days after which images are removed, such as 7.")
+    ] = 7.0,
+    out: Annotated[
+        Path, typer.Option(help="The folder for images, such as images; made if missing.")
+    ] = Path("clear-dit-app"),
     upscaler: options.Upscaler = None,
-    dtype: options.Dtype = None,
+    dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     offload: options.Offload = "none",
     device: options.Device = None,

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from ..files import own_folder
 from ..generation.checks import check_quantize, find_device, find_dtype
+from ..generation.dtypes import resolve_dtype
 from ..generation.placing import check_offload
 from ..generation.runner import PipelineRunner
 from .actions import Actions
@@ -86,7 +87,7 @@ def serve(settings: Settings) -> None:
     with own_folder(settings.out):
         store = Store(settings.out)
         device = str(find_device(settings.device))
-        dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
+        dtype = resolve_dtype(settings.dtype, torch.device(device))
         check_quantize(settings.quantize, torch.device(device), find_dtype(dtype))
         check_offload(settings.offload)
         make_runner = partial(PipelineRunner, quantize=settings.quantize, offload=settings.offload)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..generation.checks import Bounds, check_upscaler, take_numbers
+from ..generation.dtypes import AUTO
 from ..generation.models import find_model
 
 # Of a prompt, in characters: text encoders read some hundred tokens.
@@ -35,7 +36,7 @@ class Settings:
         max_pixels: of an image.
         queue_size: jobs that may wait besides the one that runs.
         keep_days: images older than this are removed.
-        dtype, device: see `GenerateRequest`; None for the best.
+        dtype, device: see `GenerateRequest`; a device of None for the best.
         quantize, offload, upscaler: of all images, see `GenerateRequest`.
 
     Raises:
@@ -50,7 +51,7 @@ class Settings:
     max_pixels: int = 8192 * 8192
     queue_size: int = 16
     keep_days: float = 7.0
-    dtype: str | None = None
+    dtype: str = AUTO
     quantize: str | None = None
     offload: str = "none"
     device: str | None = None

@@ -14,13 +14,14 @@ from ..errors import RequestError
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
-Height = Annotated[int, typer.Option(help="Height in pixels, whole tokens.")]
-Width = Annotated[int, typer.Option(help="Width in pixels, whole tokens.")]
-Heads = Annotated[int, typer.Option(min=1, max=128, help="Attention heads.")]
-HeadDim = Annotated[int, typer.Option(min=1, max=512, help="Channels of a head.")]
-TextLength = Annotated[int, typer.Option(min=0, max=4096, help="Text tokens.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Repeats = Annotated[int, typer.Option(min=1, max=1000, help="Timed runs; the median counts.")]
+Height = Annotated[int, typer.Option(help="Height in pixels, whole tokens, such as 2048.")]
+Width = Annotated[int, typer.Option(help="Width in pixels, whole tokens, such as 2048.")]
+Heads = Annotated[int, typer.Option(min=1, max=128, help="Attention heads, such as 24.")]
+HeadDim = Annotated[int, typer.Option(min=1, max=512, help="Channels of a head, such as 128.")]
+TextLength = Annotated[int, typer.Option(min=0, max=4096, help="Text tokens, such as 512.")]
+Repeats = Annotated[
+    int, typer.Option(min=1, max=1000, help="Timed runs, such as 5; the median counts.")
+]
 
 
 @bench.command("attention")
@@ -33,31 +34,33 @@ def bench_attention(
     heads: Heads = 4,
     head_dim: HeadDim = 128,
     text_length: TextLength = 512,
-    dtype: Dtype = "float32",
+    dtype: options.Dtype = "auto",
     device: options.Device = None,
     impls: Annotated[
         str,
         typer.Option(
-            help="With commas: auto, triton, flex, tiled, reference; full attention by sdpa, "
-            "sdpa-cudnn, sdpa-flash, xformers; natten (a square); flex-tiled and flex-flash "
-            "(tokens permuted)."
+            help="With commas, such as tiled,sdpa: auto, triton, flex, tiled, reference; full "
+            "attention by sdpa, sdpa-cudnn, sdpa-flash, xformers; natten (a square); flex-tiled "
+            "and flex-flash (tokens permuted)."
         ),
     ] = "tiled,flex,sdpa",
     backward: Annotated[bool, typer.Option(help="Time the backward pass too.")] = False,
     repeats: Repeats = 5,
     as_json: options.Json = False,
 ) -> None:
-    """One attention layer: correct first, then timed against its peers."""
+    """One attention layer: correct first, then timed against peers."""
     from ..generation.checks import find_device, find_dtype, find_window
+    from ..generation.dtypes import resolve_dtype
     from .attention import Problem, report
     from .attention import bench_attention as run
 
+    found = find_device(device)
     problem = Problem(
         find_window(height, width, radius, down_factor, text_length, far=far),
         heads,
         head_dim,
-        find_dtype(dtype),
-        find_device(device),
+        find_dtype(resolve_dtype(dtype, found)),
+        found,
     )
     result = run(problem, [name.strip() for name in impls.split(",")], repeats, backward)
     _show(result, report, as_json)
@@ -65,13 +68,15 @@ def bench_attention(
 
 @bench.command("growth")
 def bench_growth(
-    sizes: Annotated[str, typer.Option(help="Sides in pixels, with commas.")] = "1024,2048,4096",
+    sizes: Annotated[
+        str, typer.Option(help="Sides in pixels, with commas, such as 1024,2048.")
+    ] = "1024,2048,4096",
     radius: options.Radius = 8,
     far: options.WithFar = False,
     heads: Heads = 4,
     head_dim: HeadDim = 128,
     text_length: TextLength = 512,
-    dtype: Dtype = "float32",
+    dtype: options.Dtype = "auto",
     device: options.Device = None,
     impl: options.Impl = "auto",
     repeats: Repeats = 3,
@@ -79,6 +84,7 @@ def bench_growth(
 ) -> None:
     """How time and memory of one attention layer grow with the image."""
     from ..generation.checks import find_device, find_dtype, find_window
+    from ..generation.dtypes import resolve_dtype
     from .attention import Problem
     from .growth import bench_growth as run
     from .growth import report
@@ -88,7 +94,8 @@ def bench_growth(
     except ValueError as error:
         raise RequestError(f"--sizes must be pixels with commas between, got {sizes!r}.") from error
     windows = [find_window(side, side, radius, 1, text_length, far=far) for side in sides]
-    layer = (heads, head_dim, find_dtype(dtype), find_device(device))
+    found = find_device(device)
+    layer = (heads, head_dim, find_dtype(resolve_dtype(dtype, found)), found)
     problems = [Problem(window, *layer) for window in windows]
     result = run(problems, impl, repeats)
     _show(result, report, as_json)
@@ -96,14 +103,14 @@ def bench_growth(
 
 @bench.command("denoise")
 def bench_denoise(
-    model: Annotated[str, typer.Option(help="demo, a folder or a hub repository.")] = "demo",
+    model: options.Model = "demo",
     height: Height = 2048,
     width: Width = 2048,
     radius: options.Radius = 8,
     far: options.WithFar = False,
     schedule: options.Schedule = None,
     impl: options.Impl = "auto",
-    dtype: Dtype = "float32",
+    dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     device: options.Device = None,
     repeats: Repeats = 3,
@@ -111,13 +118,15 @@ def bench_denoise(
 ) -> None:
     """One denoising step of a model, full attention against CLEAR."""
     from ..generation.checks import find_device, find_dtype
+    from ..generation.dtypes import resolve_dtype
     from ..generation.request import find_schedule
     from .denoise import bench_denoise as run
     from .denoise import report
 
-    found = None if schedule is None else find_schedule(schedule)
-    layer = (impl, find_dtype(dtype), find_device(device))
-    result = run(model, height, width, radius, far, *layer, repeats, quantize, found)
+    radii = None if schedule is None else find_schedule(schedule)
+    found = find_device(device)
+    layer = (impl, find_dtype(resolve_dtype(dtype, found)), found)
+    result = run(model, height, width, radius, far, *layer, repeats, quantize, radii)
     _show(result, report, as_json)
 
 
@@ -136,9 +145,12 @@ def bench_plan(
     down_factor: options.DownFactor = 1,
     far: options.WithFar = False,
     text_length: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Text tokens; default the model's own.")
+        int | None,
+        typer.Option(min=1, max=4096, help="Text tokens, such as 512; default the model's own."),
     ] = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights, one of float32, bfloat16, float16.")
+    ] = "bfloat16",
     quantize: options.Quantize = None,
     offload: options.Offload = "none",
     fit: Annotated[
@@ -152,11 +164,14 @@ def bench_plan(
         bool, typer.Option("--train", help="Memory of a distillation step instead, in bfloat16.")
     ] = False,
     train_batch_size: Annotated[
-        int, typer.Option(min=1, max=1024, help="Samples at once, with --train.")
+        int, typer.Option(min=1, max=1024, help="Samples at once, with --train, such as 4.")
     ] = 1,
     as_json: options.Json = False,
 ) -> None:
-    """What a model will cost at a size: FLOPs and memory, without its weights or a GPU."""
+    """What a model will cost at a size, in FLOPs and memory.
+
+    Takes neither its weights nor a GPU.
+    """
     if train:
         if quantize is not None or offload != "none" or fit is not None:
             raise RequestError(
@@ -206,37 +221,53 @@ def bench_plan(
 @bench.command("parallel")
 def bench_parallel(
     model: Annotated[
-        str, typer.Option(help="Under torchrun, measured: demo, a folder or a hub repository.")
+        str,
+        typer.Option(
+            help="Under torchrun, measured: demo, a folder or a hub repository, such as "
+            "Qwen/Qwen-Image."
+        ),
     ] = "demo",
     height: Height = 2048,
     width: Width = 2048,
     radius: options.Radius = 8,
     far: options.WithFar = False,
     impl: options.Impl = "auto",
-    dtype: Dtype = "float32",
+    dtype: options.Dtype = "auto",
     device: options.Device = None,
     repeats: Repeats = 3,
     plan_model: Annotated[
-        str, typer.Option(help="Planned: as --model of bench plan.")
+        str, typer.Option(help="Planned: as --model of bench plan, such as flux-dev.")
     ] = "flux-dev",
     sides: Annotated[
-        str, typer.Option(help="Planned: sides in pixels, with commas.")
+        str, typer.Option(help="Planned: sides in pixels, with commas, such as 8192,16384.")
     ] = "8192,16384",
-    plan_radius: Annotated[int, typer.Option(help="Planned: radius, in tokens.")] = 16,
+    plan_radius: Annotated[int, typer.Option(help="Planned: radius, in tokens, such as 16.")] = 16,
     tflops: Annotated[
-        float | None, typer.Option(min=1e-6, help="TFLOP/s of a rank; default measured, or 400.")
+        float | None,
+        typer.Option(
+            min=1e-6, help="TFLOP/s of a rank, such as 700; default what was measured, or 400."
+        ),
     ] = None,
     gbps: Annotated[
-        float | None, typer.Option(min=1e-6, help="GB/s a rank sends; default measured, or 200.")
+        float | None,
+        typer.Option(
+            min=1e-6, help="GB/s a rank sends, such as 50; default what was measured, or 200."
+        ),
     ] = None,
     latency: Annotated[
         float | None,
-        typer.Option(min=0, help="Microseconds a message; default measured, or 20."),
+        typer.Option(
+            min=0, help="Microseconds a message, such as 10; default what was measured, or 20."
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """One image on many GPUs: measured under torchrun, planned for up to 64 from rates."""
+    """One image on many GPUs, measured or planned.
+
+    Measured under torchrun, planned for up to 64 from rates.
+    """
     from ..generation.checks import find_dtype
+    from ..generation.dtypes import resolve_dtype
     from ..generation.sharing import joined_ranks
     from .parallel import measure
     from .parallel import report as measured_report
@@ -248,9 +279,8 @@ def bench_parallel(
     with joined_ranks("patch" if under_torchrun else None, device) as ranks:
         rates = asdict(ASSUMED)
         if ranks is not None:
-            measured = measure(
-                model, height, width, radius, far, impl, find_dtype(dtype), ranks, repeats
-            )
+            shared = find_dtype(resolve_dtype(dtype, ranks.device))
+            measured = measure(model, height, width, radius, far, impl, shared, ranks, repeats)
             if not ranks.is_first:
                 return
             found["measured"] = measured

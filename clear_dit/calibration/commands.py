@@ -18,27 +18,45 @@ def calibrate(
         typer.Option("--far/--no-far", help="Far keys, or the paper's CLEAR; default far keys."),
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="FLOPs of attention, 1 for those of --radius everywhere.")
+        float,
+        typer.Option(
+            help="FLOPs of attention, such as 0.8 of those of --radius everywhere, which are 1."
+        ),
     ] = 1.0,
     prompts: Annotated[
-        str, typer.Option(help="A .txt, .jsonl or .csv file; demo: captions of its training.")
+        str,
+        typer.Option(
+            help="A .txt, .jsonl or .csv file, such as prompts.txt; demo: captions of its training."
+        ),
     ] = "demo",
     count: Annotated[
-        int, typer.Option(help="Prompts that are measured; half as many more check the result.")
+        int,
+        typer.Option(
+            help="Prompts that are measured, such as 8; half as many more check the result."
+        ),
     ] = 8,
-    intervals: Annotated[int, typer.Option(help="Of noise levels, each with its own radii.")] = 4,
-    points: Annotated[int, typer.Option(help="Steps measured in an interval.")] = 1,
+    intervals: Annotated[
+        int, typer.Option(help="Intervals of noise levels, each with its own radii, such as 4.")
+    ] = 4,
+    points: Annotated[int, typer.Option(help="Steps measured in an interval, such as 2.")] = 1,
     height: options.Height = None,
     width: options.Width = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the next add 1.")] = 0,
-    dtype: options.Dtype = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first image, such as 7; the next add 1.")
+    ] = 0,
+    dtype: options.Dtype = "auto",
     device: options.Device = None,
-    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("schedule.json"),
+    out: Annotated[
+        Path, typer.Option(help="The JSON file to write, such as schedule.json.")
+    ] = Path("schedule.json"),
     as_json: options.Json = False,
 ) -> None:
-    """Find radii by layer and noise level that err less than one radius, at its FLOPs."""
+    """Find radii by layer and noise level.
+
+    They err less than one radius, at its FLOPs.
+    """
     from .request import make_calibrate_request
     from .run import calibrate as run
     from .run import report

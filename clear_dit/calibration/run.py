@@ -22,6 +22,7 @@ from ..generation.checks import find_device, find_dtype
 from ..generation.models import load_pipeline
 from ..kernels.window import EVERYTHING
 from ..plugin import remove_clear
+from ..progress import bar_options
 from ..versions import __version__
 from .forwards import Trajectory, forwards_of
 from .measure import Measure
@@ -52,7 +53,7 @@ def calibrate(request: CalibrateRequest, out: Path, progress: bool = True) -> di
     device = find_device(generation.device)
     pipe = load_pipeline(generation.model, find_dtype(generation.dtype), device)
     pipe.set_progress_bar_config(disable=True)
-    bar = tqdm(request.prompts, "trajectories", unit="image", disable=not progress)
+    bar = tqdm(request.prompts, "trajectories", unit="image", **bar_options(progress))
     trajectories = []
     for index, prompt in enumerate(bar):
         forwards, _ = forwards_of(pipe, generation, prompt, generation.seed + index)

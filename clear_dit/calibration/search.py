@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..attention.radii import Radii
 from ..kernels.window import EVERYTHING
+from ..progress import bar_options
 from .forwards import Trajectory
 from .measure import Measure
 from .solve import least_error
@@ -122,7 +123,8 @@ class Search:
         total = np.where(tried, 0.0, np.inf)
         points = sum(len(part) for part in self.trajectories[0].points) // tried.shape[1]
         steps = len(self.trajectories) * points * int(tried.sum())
-        with tqdm(total=steps, desc="layers", unit="forward", disable=not self.progress) as bar:
+        shown = bar_options(self.progress)
+        with tqdm(total=steps, desc="layers", unit="forward", **shown) as bar:
             for trajectory, weight in zip(self.trajectories, weights, strict=True):
                 for interval, part in enumerate(trajectory.points):
                     about = self._by_name(now[:, interval])

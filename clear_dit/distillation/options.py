@@ -12,7 +12,8 @@ from ..generation.models import model_path
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 OPTIMIZERS = {"prodigy": 1.0, "adamw": 1e-4}  # and their learning rates
 REPORTS = ("tensorboard", "wandb", "none")
-PRECISIONS = ("no", "bf16")
+AUTO_PRECISION = "auto"
+PRECISIONS = (AUTO_PRECISION, "no", "bf16")
 _BOUNDS: dict[str, Bounds] = {
     "radius": (1, 10**9),
     "down_factor": (1, 1024),
@@ -69,8 +70,8 @@ class DistillOptions:
         weight_decay: decoupled.
         lr_scheduler, lr_warmup_steps: see `diffusers.optimization.get_scheduler`.
         max_grad_norm: gradients are clipped to it; 0 for no clipping.
-        mixed_precision: "no" or "bf16"; None for what `accelerate launch` says, without it "bf16"
-            on a GPU and "no" on a CPU.
+        mixed_precision: "no" or "bf16"; "auto" for what `accelerate launch` says, without it "bf16"
+            where training is in bfloat16 (see `resolve_dtype`).
         gradient_checkpointing: less memory, a third more time.
         use_ema, ema_decay: the adapter is the moving average of the trained weights.
         checkpointing_steps, checkpoints_total_limit: how often, and how many are kept.
@@ -107,7 +108,7 @@ class DistillOptions:
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     max_grad_norm: float = 1.0
-    mixed_precision: str | None = None
+    mixed_precision: str = AUTO_PRECISION
     gradient_checkpointing: bool = False
     use_ema: bool = False
     ema_decay: float = 0.999

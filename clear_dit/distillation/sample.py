@@ -20,12 +20,15 @@ from ..errors import RequestError, first_line
 from ..generation.checks import Bounds, check_size, find_device, find_dtype, take_numbers
 from ..generation.conditioning import Conditioning, conditioning_of
 from ..generation.denoising import decode, denoise, latents_shape
+from ..generation.dtypes import AUTO as AUTO_DTYPE
+from ..generation.dtypes import resolve_dtype
 from ..generation.image_output import save_png
 from ..generation.models import find_model, load_pipeline, model_defaults
 from ..generation.prompts import read_prompts
 from ..generation.request import MAX_STEPS
 from ..pipelines.cascade.resolution import Resolution
 from ..pipelines.text import Texts
+from ..progress import bar_options
 from ..versions import versions
 from .conditionings import tensors_of
 from .cpu_attention import per_head_attention
@@ -62,7 +65,8 @@ class SampleRequest:
         height, width: in pixels, multiples of a token's side.
         steps, guidance: see `GenerateRequest`.
         seed: sample n starts from the noise of seed + n.
-        dtype: "float32", "bfloat16" or "float16"; also that of the stored numbers.
+        dtype: "float32", "bfloat16" or "float16", also that of the stored numbers; given "auto",
+            what that is in training on `device` (see `resolve_dtype`).
         device: a torch device.
         batch: images at once.
         shard_size: samples in a file, which is what a kill can cost.
@@ -91,8 +95,9 @@ class SampleRequest:
         for name in ("height", "width"):
             object.__setattr__(self, name, check_size(name, getattr(self, name), token_pixels))
         take_numbers(self, _BOUNDS)
-        find_dtype(self.dtype)
-        find_device(self.device)
+        device = find_device(self.device)
+        dtype = resolve_dtype(self.dtype, device, training=True)
+        object.__setattr__(self, "dtype", dtype)
 
 
 def make_request(model: str, prompts: str, count: int, **settings: Any) -> SampleRequest:
@@ -109,7 +114,7 @@ def make_request(model: str, prompts: str, count: int, **settings: Any) -> Sampl
         "steps": defaults.steps,
         "guidance": defaults.guidance,
         "seed": 0,
-        "dtype": "float32" if device == "cpu" else "bfloat16",
+        "dtype": AUTO_DTYPE,
         "batch": 4,
         "shard_size": 32,
         "images": False,
@@ -188,8 +193,8 @@ def sample(request: SampleRequest, out: Path, progress: bool = True) -> dict[str
     missing = [shard for shard in samples.missing() if shard in own]
     start, made = time.perf_counter(), 0
     total = sum(len(samples.index.numbers(shard)) for shard in missing)
-    hidden = not (progress and processes.is_local_main_process)
-    with tqdm(total=total, desc="sampling", unit="image", disable=hidden) as bar:
+    shown = bar_options(progress and processes.is_local_main_process)
+    with tqdm(total=total, desc="sampling", unit="image", **shown) as bar:
         for shard in missing:
             texts = [prompts[number] for number in samples.index.numbers(shard)]
             with autocast(dtype, device):

@@ -14,8 +14,11 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from ..errors import RequestError, first_line
+from ..generation.checks import find_device
+from ..generation.dtypes import AUTO as AUTO_DTYPE
+from ..generation.dtypes import resolve_dtype
 from .files import refuse_full_disk
-from .options import DistillOptions
+from .options import AUTO_PRECISION, DistillOptions
 
 # Numbers an optimizer keeps for each parameter.
 OPTIMIZER_STATES = {"prodigy": 4, "adamw": 2}
@@ -33,10 +36,13 @@ def make_accelerator(options: DistillOptions) -> Accelerator:
     for package in (needed, options.report_to, "peft" if options.lora else "torch"):
         if package != "none" and find_spec(package) is None:
             raise RequestError(f"{package} is not installed: pip install 'clear-dit[training]'.")
-    precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if precision is None:
-        gpu = torch.cuda.is_available() and not options.cpu
-        precision = "bf16" if gpu else "no"
+    precision = options.mixed_precision
+    if precision == AUTO_PRECISION:
+        device = find_device("cpu" if options.cpu else None)
+        fast = resolve_dtype(AUTO_DTYPE, device, training=True)
+        precision = os.environ.get(
+            "ACCELERATE_MIXED_PRECISION", "bf16" if fast == "bfloat16" else "no"
+        )
     if precision not in ("no", "bf16"):
         raise RequestError(f"--mixed-precision must be no or bf16; accelerate says {precision!r}.")
     try:

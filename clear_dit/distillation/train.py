@@ -20,6 +20,7 @@ from ..generation.checks import find_window
 from ..generation.conditioning import stacked
 from ..generation.models import find_model, load_pipeline
 from ..plugin import apply_clear
+from ..progress import bar_options
 from ..weights.learned import make_far_trainable
 from . import checkpoint
 from .card import card, hardware, mean_losses
@@ -325,7 +326,7 @@ class Run:
             desc="distilling",
             initial=progress.step,
             total=options.max_train_steps,
-            disable=not (show_progress and self.accelerator.is_local_main_process),
+            **bar_options(show_progress and self.accelerator.is_local_main_process),
         )
         for step in bar:
             start = time.perf_counter()

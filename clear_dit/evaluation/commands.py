@@ -17,15 +17,22 @@ evaluation = typer.Typer()
 def evaluate(
     context: typer.Context,
     prompts: Annotated[
-        str, typer.Option(help="A .txt, .jsonl or .csv file; demo: the demo's held-out captions.")
+        str,
+        typer.Option(
+            help="A .txt, .jsonl or .csv file, such as prompts.txt; demo: its held-out captions."
+        ),
     ] = "demo",
     model: options.Model = "demo",
     weights: Annotated[
         list[str] | None,
-        typer.Option(help="Distilled weights, repeatable; each brings its untuned row along."),
+        typer.Option(
+            help="Distilled weights, such as run/clear_local_8.safetensors, repeatable; each "
+            "brings its untuned row along."
+        ),
     ] = None,
     radius: Annotated[
-        list[int] | None, typer.Option(help="Radius of an untuned row, in tokens; repeatable.")
+        list[int] | None,
+        typer.Option(help="Radius of an untuned row, in tokens, such as 8; repeatable."),
     ] = None,
     down_factor: options.DownFactor = 1,
     far: Annotated[
@@ -36,24 +43,35 @@ def evaluate(
             "CLEAR; default far keys unless --down-factor is above 1. Files of weights say it.",
         ),
     ] = None,
-    count: Annotated[int, typer.Option(help="Images of each row: the first prompts.")] = 64,
+    count: Annotated[
+        int, typer.Option(help="Images of each row, such as 64: the first prompts.")
+    ] = 64,
     metrics: Annotated[
-        str, typer.Option(help="With commas; auto: all that can be computed here.")
+        str,
+        typer.Option(
+            help="What is measured, with commas, such as psnr,lpips; auto: all that can be "
+            "computed here."
+        ),
     ] = "auto",
     height: options.Height = None,
     width: options.Width = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the next add 1.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first image, such as 7; the next add 1.")
+    ] = 0,
     batch: options.Batch = 4,
-    dtype: options.Dtype = None,
+    dtype: options.Dtype = "auto",
     device: options.Device = None,
-    out: Annotated[Path, typer.Option(help="A folder; a stopped run in it goes on.")] = Path(
-        "evaluation"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="A folder, such as evaluation; a stopped run in it goes on.")
+    ] = Path("evaluation"),
     as_json: options.Json = False,
 ) -> None:
-    """Full attention against CLEAR, untuned and distilled, from the same seeds and prompts."""
+    """Compare CLEAR, untuned and distilled, with full attention.
+
+    All images are from the same seeds and prompts.
+    """
     if context.invoked_subcommand is not None:
         _refuse_options(context)
         return
@@ -101,11 +119,16 @@ def _refuse_options(context: typer.Context) -> None:
 
 @evaluation.command("seams")
 def evaluate_seams(
-    image: Annotated[Path, typer.Argument(help="An image file.")],
-    tile: Annotated[int, typer.Option(help="Side of the tiles to look for, in pixels.")] = 1024,
+    image: Annotated[Path, typer.Argument(help="An image file, such as large.png.")],
+    tile: Annotated[
+        int, typer.Option(help="Side of the tiles to look for, in pixels, such as 1024.")
+    ] = 1024,
     as_json: options.Json = False,
 ) -> None:
-    """How much steeper an image is across the borders of tiles than beside them: 1 is no seam."""
+    """Measure the seams that tiles leave in an image.
+
+    How much steeper it is across their borders than beside them: 1 is no seam.
+    """
     from .seams import report, seams_of_file
 
     result = seams_of_file(image, tile)

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import RequestError
+from ..progress import bar_options
 from .images import ImageSet
 from .metrics import METRICS, MS_SSIM_ABOVE, PIXEL_METRICS, Features, names_attributes
 from .request import EvaluateRequest, Variant
@@ -129,4 +130,4 @@ def _features(
 
 
 def _bar(items: Any, total: int, title: str, progress: bool) -> Any:
-    return tqdm(items, title, total=total, disable=not progress)
+    return tqdm(items, title, total=total, **bar_options(progress))

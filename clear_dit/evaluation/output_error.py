@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..files import whole_file
 from ..generation.conditioning import conditioning_of, moved, stacked
+from ..progress import bar_options
 from .images import BROKEN, ImageSet
 from .request import EvaluateRequest
 from .variants import TextCache
@@ -103,7 +104,7 @@ def predict_all(
     progress: bool = True,
 ) -> list[torch.Tensor]:
     """`predict` at every point."""
-    bar = tqdm(points, "predictions", unit="image", disable=not progress)
+    bar = tqdm(points, "predictions", unit="image", **bar_options(progress))
     return [predict(pipe, request, point, texts) for point in bar]
 
 

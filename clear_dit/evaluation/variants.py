@@ -21,6 +21,7 @@ from ..generation.denoising import decode, denoise
 from ..kernels.triton.device import kernels_of
 from ..pipelines.text import Texts
 from ..plugin import apply_clear, remove_clear
+from ..progress import bar_options
 from ..versions import __version__
 from ..weights.load import open_checked
 from ..weights.state import originals_of
@@ -162,7 +163,7 @@ def generate_missing(
         initial=len(images.wanted) - len(missing),
         desc=variant.label,
         unit="image",
-        disable=not progress,
+        **bar_options(progress),
     )
     with bar:
         for first in range(0, len(missing), request.batch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,14 @@ def check_size(name: str, pixels: Any, token_pixels: int = TOKEN_PIXELS) -> int:
     return side
 
 
-def find_dtype(name: str) -> torch.dtype:
-    """A dtype by name, one of DTYPES."""
+def find_dtype(name: str, choices: Iterable[str] = DTYPES) -> torch.dtype:
+    """A dtype by name, one of DTYPES.
+
+    Args:
+        choices: what else the error lists.
+    """
     if name not in DTYPES:
-        raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}.")
+        raise RequestError(f"--dtype must be one of {', '.join(choices)}; got {name!r}.")
     return DTYPES[name]
 
 

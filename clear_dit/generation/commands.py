@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,9 @@ from .. import options
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to generate.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to generate, such as 'a tower in the desert'.")
+    ],
     model: options.Model = "demo",
     height: options.Height = None,
     width: options.Width = None,
@@ -26,45 +29,61 @@ def generate(
     impl: options.Impl = "auto",
     steps: options.Steps = None,
     guidance: options.Guidance = None,
-    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise, such as 7.")] = 0,
     image: Annotated[
-        str | None, typer.Option(help="An image to enlarge, twice unless a size is given.")
+        str | None,
+        typer.Option(help="An image to enlarge, such as photo.jpg; twice, unless a size is given."),
     ] = None,
     preset: options.Preset = "auto",
     strength: Annotated[
         str | None,
         typer.Option(
-            help="Noise level from which stages above the native size repaint, 0 to 1; one, or "
-            "one for each with commas; default the preset's."
+            help="Noise level from which stages above the native size repaint, 0 to 1: one, such "
+            "as 0.5, or one for each, such as 0.5,0.3; default the preset's."
         ),
     ] = None,
     stage_steps: Annotated[
         str | None,
         typer.Option(
-            help="Steps of these stages, one number, or one for each with commas; default the "
-            "preset's, or with --strength its share of --steps."
+            help="Steps of these stages: one number, such as 10, or one for each, such as 10,4; "
+            "default the preset's, or with --strength its share of --steps."
         ),
     ] = None,
     low_resolution_guidance: Annotated[
         float | None,
-        typer.Option(help="How much the previous stage steers the next, 0 to 1."),
+        typer.Option(help="How much the previous stage steers the next, 0 to 1, such as 0.3."),
     ] = None,
     upscaler: options.Upscaler = None,
     stages_dir: Annotated[
-        str | None, typer.Option(help="Keep finished stages here; the same command goes on.")
+        str | None,
+        typer.Option(
+            help="A folder, such as stages: finished stages are kept there, and the same command "
+            "goes on."
+        ),
     ] = None,
-    dtype: options.Dtype = None,
+    dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     offload: options.Offload = "none",
     device: options.Device = None,
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="Under torchrun: patch, the ranks share the image's rows; guidance, and each "
-            "half computes one of guidance's two passes."
+            help="Under torchrun, one of patch (the ranks share the image's rows), guidance (and "
+            "each half computes one of guidance's two passes)."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The PNG or TIFF to write.")] = Path("clear-dit.png"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The PNG or TIFF to write, such as tower.png; if there is one, tower-2.png."
+        ),
+    ] = Path("clear-dit.png"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the image that has this name.")
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--open", help="Show the image in the system's viewer.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan of stages and what it takes only.")
     ] = False,
@@ -117,7 +136,7 @@ def generate(
         if dry_run:
             return
         try:
-            result = run(request, out, ranks=ranks)
+            result = run(request, out, ranks=ranks, overwrite=overwrite)
         except KeyboardInterrupt:
             kept = (
                 "the same command goes on" if stages_dir else "--stages-dir would have kept stages"
@@ -125,6 +144,11 @@ def generate(
             options.fail(f"interrupted; {kept}.", 130)
     if ranks is not None and not ranks.is_first:
         return
+    written = Path(result["out"])
+    if written != out:
+        print(f"{out} is there already; the image is {written}", file=sys.stderr)
+    if show:
+        _open(written)
     if as_json:
         options.print_json(result)
     else:
@@ -134,3 +158,12 @@ def generate(
             f"{result['impl']} attention, {seconds['total']:.1f} s "
             f"(denoising {seconds['denoise']:.1f} s)"
         )
+
+
+def _open(image: Path) -> None:
+    """Show an image, or say on standard error that this machine shows none."""
+    headless = sys.platform == "linux" and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
+    if headless or typer.launch(str(image.absolute())):
+        print(f"--open: there is no viewer here for {image}", file=sys.stderr)

@@ -24,6 +24,8 @@ from .checks import (
     find_window,
     take_numbers,
 )
+from .dtypes import AUTO as AUTO_DTYPE
+from .dtypes import resolve_dtype
 from .image_input import read_image
 from .models import Model, find_model
 from .placing import check_offload
@@ -73,7 +75,8 @@ class GenerateRequest:
         upscaler: the .safetensors file of a network that enlarges images before they are
             repainted, see `load_upscaler`; None for none.
         stages_dir: a folder for finished stages, from which the same request goes on.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16" or "float16"; given "auto", what that is on `device` (see
+            `resolve_dtype`).
         quantize: "int8", "fp8" or "nvfp4" for the transformer's linear layers, see `quantize`; None
             for `dtype`.
         offload: what waits on the CPU, see `place`.
@@ -143,7 +146,9 @@ class GenerateRequest:
                 object.__setattr__(self, name, checked)
         if self.upscaler is not None:
             check_upscaler(self.upscaler)
-        dtype, device = find_dtype(self.dtype), find_device(self.device)
+        device = find_device(self.device)
+        object.__setattr__(self, "dtype", resolve_dtype(self.dtype, device))
+        dtype = find_dtype(self.dtype)
         check_quantize(self.quantize, device, dtype)
         check_offload(self.offload)
         if self.attention == "clear":
@@ -204,7 +209,7 @@ def make_request(
         "low_resolution_guidance": None,
         "upscaler": None,
         "stages_dir": None,
-        "dtype": "float32" if device == "cpu" else "bfloat16",
+        "dtype": AUTO_DTYPE,
         "quantize": None,
         "offload": "none",
     }

@@ -22,11 +22,13 @@ from ..pipelines.cascade.upscaler import Upscaler, file_digest, load_upscaler
 from ..pipelines.decoding.image_files import IMAGE_SUFFIXES, save_rows
 from ..pipelines.decoding.segments import check_autoencoder
 from ..plugin import apply_clear, remove_clear
+from ..progress import bar_options
 from ..versions import __version__
 from ..weights.known import AUTO
 from ..weights.quantise import quantised, quantize
 from .checks import find_device, find_dtype, find_impl
 from .denoising import denoise, unpack
+from .dtypes import resolve_dtype
 from .image_input import read_image
 from .models import load_pipeline
 from .placing import place
@@ -101,10 +103,11 @@ class PipelineRunner:
         quantize: str | None = None,
         offload: str = "none",
     ) -> None:
+        self.device = find_device(device)
+        dtype = resolve_dtype(dtype, self.device)
         self._made_for: dict[str, str | None] = {"model": model, "dtype": dtype, "device": device}
         self._made_for |= {"quantize": quantize, "offload": offload}
         self._dtype, self._quantize, self._offload = find_dtype(dtype), quantize, offload
-        self.device = find_device(device)
         self._ranks = ranks
         self._writes = ranks is None or ranks.is_first
         self._one_at_a_time = threading.Lock()
@@ -145,6 +148,7 @@ class PipelineRunner:
         should_stop: Callable[[], bool] | None = None,
         notes: Mapping[str, object] | None = None,
         progress: bool = False,
+        overwrite: bool = True,
     ) -> dict[str, Any]:
         """Generate a request and write the image, whole or not at all.
 
@@ -155,13 +159,15 @@ class PipelineRunner:
             should_stop: asked after every step and every decoded strip of the image; True ends
                 the work there.
             notes: stand in the image besides its settings.
-            progress: show a bar on standard error.
+            progress: show a bar on standard error, or lines where that is no terminal.
+            overwrite: replace a file of that name; False for the next free one of name-2, ...
 
         Returns:
-            out, height, width (pixels), tokens (of the image), impl (the attention that ran: an
-            implementation of local attention, or "full"), far (whether with far keys), weights
-            (the name of the CLEAR weights, None for the model's own), ranks (their number),
-            seconds {total, text, denoise, decode}, peak_memory_mb (of this image, in this process).
+            out (the name it got), height, width (pixels), tokens (of the image), impl (the
+            attention that ran: an implementation of local attention, or "full"), far (whether with
+            far keys), weights (the name of the CLEAR weights, None for the model's own), ranks
+            (their number), seconds {total, text, denoise, decode}, peak_memory_mb (of this image,
+            in this process).
 
         Raises:
             Stopped: `should_stop` returned True.
@@ -179,7 +185,8 @@ class PipelineRunner:
         if self._writes:
             check_writable(out, IMAGE_SUFFIXES)
         with self._one_at_a_time:
-            return self._generate(request, out, _Watch(on_step, should_stop), notes or {}, progress)
+            watch = _Watch(on_step, should_stop)
+            return self._generate(request, out, watch, notes or {}, progress, overwrite)
 
     def _generate(
         self,
@@ -188,6 +195,7 @@ class PipelineRunner:
         watch: _Watch,
         notes: Mapping[str, object],
         progress: bool,
+        overwrite: bool,
     ) -> dict[str, Any]:
         reset_peak(self.device)
         ranks = 1 if self._ranks is None else len(self._ranks.members)
@@ -201,7 +209,7 @@ class PipelineRunner:
                     self.pipe.enable_patch_parallel(self._ranks.mesh)
                     self._ranks.follow(self.pipe)
                 shown = progress and self._writes
-                self.pipe.set_progress_bar_config(disable=not shown, desc="denoising")
+                self.pipe.set_progress_bar_config(desc="denoising", **bar_options(shown))
                 upscaler = self._find_upscaler(request)
                 latents = self._denoise(request, upscaler, watch, timer)
                 settings = request.settings | {"far": far}
@@ -212,7 +220,7 @@ class PipelineRunner:
                 settings |= {} if statement is None else {"quantised": statement}
                 settings |= notes
                 with timer.measure("decode", self.device):
-                    self._write(latents, request, out, settings, watch)
+                    out = self._write(latents, request, out, settings, watch, overwrite)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -417,8 +425,9 @@ class PipelineRunner:
         out: Path,
         settings: dict[str, Any],
         watch: _Watch,
-    ) -> None:
-        """Decode and write an image strip by strip."""
+        overwrite: bool,
+    ) -> Path:
+        """Decode and write an image strip by strip; the file."""
         from ..pipelines.decoding.autoencoder import decode_rows
         from ..pipelines.parallel.progress import Progress
         from ..pipelines.parallel.watch import until_failure
@@ -430,24 +439,35 @@ class PipelineRunner:
             self._ranks.watch.progress = Progress("decoding")
             if not self._writes:
                 list(strips)  # there are none: it computes what it sends to the first
-                return
+                return out
             strips = until_failure(strips, self._ranks.watch)
         try:
-            save_rows(watch.each(strips), out, height=height, width=width, settings=settings)
+            return save_rows(
+                watch.each(strips),
+                out,
+                height=height,
+                width=width,
+                settings=settings,
+                overwrite=overwrite,
+            )
         except OSError as error:
             reason = error.strerror or first_line(error)
             raise OSError(f"{out} could not be written ({reason}).") from error
 
 
 def generate(
-    request: GenerateRequest, out: Path, progress: bool = True, ranks: Ranks | None = None
+    request: GenerateRequest,
+    out: Path,
+    progress: bool = True,
+    ranks: Ranks | None = None,
+    overwrite: bool = True,
 ) -> dict[str, Any]:
     """Load the model of a request, generate it and write the image.
 
     Args:
         request: what to generate.
         out: the PNG or TIFF to write; its settings stand in it.
-        progress: show a progress bar on standard error.
+        progress, overwrite: see `PipelineRunner.generate`.
         ranks: that share the work, all with this request but for its device; the first writes and
             shows the bar.
 
@@ -469,7 +489,7 @@ def generate(
     start = time.perf_counter()
     runner = PipelineRunner.of(request, ranks)
     load_peak = round(peak_mb(device), 1)
-    result = runner.generate(request, out, progress=progress)
+    result = runner.generate(request, out, progress=progress, overwrite=overwrite)
     result["seconds"]["total"] = round(time.perf_counter() - start, 3)
     result["peak_memory_mb"] = max(load_peak, result["peak_memory_mb"])
     return result

@@ -16,13 +16,15 @@ def render(
     jobs: Annotated[
         Path,
         typer.Argument(
-            help="A .jsonl or .csv file of jobs, or a .txt of prompts. A job has a prompt and, "
-            "where it differs from the options, id, height, width, seed, seeds, steps, guidance, "
-            "radius, down_factor, far, weights, schedule, attention, image, preset, strength, "
-            "stage_steps, low_resolution_guidance, upscaler."
+            help="A .jsonl or .csv file of jobs, such as jobs.csv, or a .txt of prompts. A job has "
+            "a prompt and, where it differs from the options, id, height, width, seed, seeds, "
+            "steps, guidance, radius, down_factor, far, weights, schedule, attention, image, "
+            "preset, strength, stage_steps, low_resolution_guidance, upscaler."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder for images and manifest.jsonl.")],
+    out: Annotated[
+        Path, typer.Option(help="The folder for images and manifest.jsonl, such as images.")
+    ],
     watch: Annotated[
         bool, typer.Option("--watch", help="Wait for new lines; Ctrl-C ends it.")
     ] = False,
@@ -40,17 +42,20 @@ def render(
     guidance: options.Guidance = None,
     preset: options.Preset = "auto",
     upscaler: options.Upscaler = None,
-    seed: Annotated[int, typer.Option(help="Seed of a job's first image.")] = 0,
-    seeds: Annotated[int, typer.Option(help="Images of a job; each next seed adds 1.")] = 1,
-    dtype: options.Dtype = None,
+    seed: Annotated[int, typer.Option(help="Seed of a job's first image, such as 7.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Images of a job, such as 4; each next seed adds 1.")
+    ] = 1,
+    dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,
     offload: options.Offload = "none",
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Generate many images from a file of jobs; the same command goes on where it was stopped.
+    """Generate many images from a file of jobs.
 
-    Started several times, or by torchrun or accelerate launch, the processes share the jobs.
+    The same command goes on where it was stopped. Started several times, or by torchrun or
+    accelerate launch, the processes share the jobs.
     Ctrl-C ends after the current image, twice at once.
     """
     settings = {

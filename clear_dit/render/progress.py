@@ -6,10 +6,16 @@ from tqdm import tqdm
 
 from ..generation.request import GenerateRequest
 from ..generation.runner import Step
+from ..progress import bar_options
+
+_BAR = "{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left{postfix}"
+_LINE = "{desc} {percentage:3.0f}%, {elapsed} passed, {remaining} left{postfix}"
 
 
 class Progress:
-    """A bar on standard error; time grows with pixels times steps, as CLEAR's does.
+    """A bar on standard error, or lines where that is no terminal.
+
+    Time grows with pixels times steps, as CLEAR's does.
 
     Args:
         shown: False for no bar.
@@ -17,11 +23,8 @@ class Progress:
 
     def __init__(self, shown: bool) -> None:
         self._bar = tqdm(
-            total=0,
-            miniters=0,
-            smoothing=0,
-            disable=not shown,
-            bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left{postfix}",
+            **{"total": 0, "miniters": 0, "smoothing": 0, "bar_format": _BAR}
+            | bar_options(shown, _LINE)
         )
 
     def restart(self, settled: list[GenerateRequest], left: list[GenerateRequest]) -> None:
@@ -34,10 +37,12 @@ class Progress:
         self._bar.initial += done - self._bar.n
         self._bar.n = done
         self.count(len(settled), len(settled) + len(left))
+        self._bar.refresh()
 
     def count(self, settled: int, jobs: int) -> None:
         """How many of how many are done or failed."""
-        self._bar.set_description_str(f"{settled:,} of {jobs:,} images")
+        self._bar.set_description_str(f"{settled:,} of {jobs:,} images", refresh=False)
+        self._bar.update(0)
 
     def settle(self, request: GenerateRequest) -> None:
         """One is done or failed."""

@@ -15,7 +15,7 @@ import png
 import tifffile
 import torch
 
-from clear_dit.files import whole_file
+from clear_dit.files import whole_file, write_new
 
 from .colours import srgb_profile
 
@@ -52,7 +52,8 @@ def save_rows(
     height: int,
     width: int,
     settings: Mapping[str, object],
-) -> None:
+    overwrite: bool = True,
+) -> Path:
     """Write an image from its strips, whole or not at all (see `whole_file`).
 
     Args:
@@ -63,6 +64,10 @@ def save_rows(
         height, width: in pixels.
         settings: stand in the image's text as JSON; `read_settings` of
             `clear_dit.generation.image_output` finds them.
+        overwrite: replace a file of that name; False for another name then (see `write_new`).
+
+    Returns:
+        The file.
 
     Raises:
         ValueError: another kind of file, strips of another size, or pixels that are not finite.
@@ -71,9 +76,16 @@ def save_rows(
     writers = {".png": _write_png, ".tif": _write_tiff, ".tiff": _write_tiff}
     if path.suffix.lower() not in writers:
         raise ValueError(f"save_rows: the file must be {', '.join(writers)}, got {str(path)!r}.")
-    with whole_file(path) as file:
+
+    def write(file: BinaryIO) -> None:
         rows = _checked(strips, height, width)
         writers[path.suffix.lower()](file, rows, height, width, settings)
+
+    if not overwrite:
+        return write_new(path, write)
+    with whole_file(path) as file:
+        write(file)
+    return path
 
 
 def _checked(strips: Iterable[torch.Tensor], height: int, width: int) -> Iterator[np.ndarray]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import png
 import pytest
@@ -11,6 +12,7 @@ from support.command_line import run
 from support.slow import slow
 
 import clear_dit.pipelines.cascade.run as cascade_run
+from clear_dit import progress
 from clear_dit.generation.image_output import read_settings
 from clear_dit.generation.models import DEMO
 
@@ -43,6 +45,63 @@ def test_generate_writes_an_image_with_its_settings(tmp_path, capsys):
     assert (settings["radius"], settings["seed"], settings["impl"]) == (2, 7, "tiled")
     assert settings["far"] is True
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_image_that_is_there_stays(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    out = tmp_path / "clear-dit.png"
+    out.write_bytes(b"older image")
+    small = ("--height", 64, "--width", 96, "--steps", 2, "--radius", 2)
+    assert run("generate", PROMPT, *small, "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["out"] == "clear-dit-2.png"
+    assert "\nclear-dit.png is there already; the image is clear-dit-2.png\n" in said.err
+    assert "\ndenoising 2/2, " in said.err
+    assert "\r" not in said.err
+    assert out.read_bytes() == b"older image"
+    assert read_settings(tmp_path / "clear-dit-2.png")["prompt"] == PROMPT
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Runner:
+    """Takes the place of the work: what it was asked for, and a result."""
+
+    def __init__(self, monkeypatch, out):
+        self.result = {"out": str(out), "width": 96, "height": 64, "impl": "tiled"}
+        self.result["seconds"] = {"total": 1.0, "denoise": 0.5}
+        monkeypatch.setattr("clear_dit.generation.runner.generate", self)
+        monkeypatch.setattr("clear_dit.generation.stage_plan.planned", lambda request: "")
+
+    def __call__(self, request, out, **options):
+        self.request, self.options = request, options
+        return self.result
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_overwrite_is_asked_for(monkeypatch, tmp_path, options):
+    runner = Runner(monkeypatch, tmp_path / "image.png")
+    assert generate(tmp_path / "image.png", *options) == 0
+    assert runner.options["overwrite"] is bool(options)
+
+
+@pytest.mark.parametrize(
+    ("display", "status", "opened"), [(":0", 0, True), (":0", 1, False), ("", 0, False)]
+)
+def test_open_shows_the_image_or_says_that_nothing_does(
+    monkeypatch, tmp_path, capsys, display, status, opened
+):
+    asked = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr("typer.launch", lambda path: asked.append(path) or status)
+    out = tmp_path / "image.png"
+    Runner(monkeypatch, out)
+    assert generate(out, "--open") == 0
+    assert asked == ([str(out)] if display else [])
+    said = f"--open: there is no viewer here for {out}\n" in capsys.readouterr().err
+    assert said is not opened
 
 
 def test_no_far_is_the_paper_s_clear(tmp_path, capsys):
@@ -103,7 +162,7 @@ def test_generate_in_bfloat16_and_pooled(tmp_path, capsys, options):
         (("--steps", 0), "--steps must be from 1"),
         (("--guidance", -1), "--guidance must be from 0"),
         (("--seed", -1), "--seed must be from 0"),
-        (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16"),
+        (("--dtype", "int8"), "--dtype must be one of auto, float32, bfloat16, float16"),
         (("--device", "gpu"), "--device gpu: cannot be used"),
         (("--weights", "missing.safetensors"), "missing.safetensors"),
         (("--attention", "full", "--weights", "x"), "--weights are for --attention clear"),

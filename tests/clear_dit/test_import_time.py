@@ -10,7 +10,7 @@ from support.slow import slow
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    *("generate", "doctor", "render", "sample", "distill", "app"),
+    *("generate", "doctor", "render", "sample", "distill", "calibrate", "app"),
     *("evaluate", "evaluate seams"),
     *("bench", "bench attention", "bench growth", "bench denoise", "bench plan", "bench parallel"),
 )
@@ -49,7 +49,7 @@ def test_help_of_every_command_loads_nothing_heavy():
 import sys
 from clear_dit import cli
 for command in ("", *{COMMANDS}):
-    sys.argv = ["clear-dit", *command.split(), "--help"]
+    sys.argv = ["clear-dit", *command.split(), "-h"]
     try:
         cli.main()
     except SystemExit as status:

@@ -237,7 +237,7 @@ def test_prompt_dropout_and_order(prepared):
         ({"prompt_dropout": 1.5}, "--prompt-dropout must be from 0 to 1, got 1.5"),
         ({"optimizer": "sgd"}, "--optimizer must be one of prodigy, adamw; got 'sgd'"),
         ({"lr_scheduler": "steps"}, "--lr-scheduler must be one of constant"),
-        ({"mixed_precision": "fp16"}, "--mixed-precision must be one of no, bf16"),
+        ({"mixed_precision": "fp16"}, "--mixed-precision must be one of auto, no, bf16"),
         ({"report_to": "wandb"}, "wandb is not installed: pip install"),
         (
             {"attention_layers": "9"},

@@ -42,7 +42,7 @@ def made(request, tmp_path_factory):
         command_line.run(
             *("sample", "--model", folder / "model", "--prompts", folder / "prompts.txt"),
             *("--count", 3, "--out", folder / "samples", "--steps", 2, "--images"),
-            *("--shard-size", 2, "--device", "cpu", *size),
+            *("--shard-size", 2, "--device", "cpu", "--dtype", "float32", *size),
         )
         == 0
     )
@@ -54,7 +54,8 @@ def run_distill(folder, out, *arguments):
         *("distill", "--model", folder / "model", "--samples", folder / "samples"),
         *("--out", out, "--radius", 2, "--max-train-steps", 3, "--report-to", "none"),
         *("--train-batch-size", 2, "--gradient-accumulation-steps", 1, "--prompt-dropout", 0.3),
-        *("--optimizer", "adamw", "--learning-rate", 1e-2, "--cpu", "--json", *arguments),
+        *("--optimizer", "adamw", "--learning-rate", 1e-2, "--cpu", "--json"),
+        *("--mixed-precision", "no", *arguments),
     )
 
 

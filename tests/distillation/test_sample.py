@@ -20,6 +20,7 @@ from clear_dit.distillation.precision import autocast
 from clear_dit.distillation.sample import make_request
 from clear_dit.distillation.samples import SampleFolder, open_samples, read_index
 from clear_dit.errors import RequestError
+from clear_dit.generation.dtypes import resolve_dtype
 from clear_dit.generation.models import load_pipeline
 from clear_dit.pipelines.cascade.resolution import Resolution
 
@@ -315,7 +316,7 @@ def test_fingerprints():
 def test_defaults_are_the_model_s():
     request = make_request("demo", "demo", 3, device="cpu", height=None)
     assert (request.height, request.steps, request.guidance) == (512, 20, 2.0)
-    assert request.dtype == "float32"
+    assert request.dtype == resolve_dtype("auto", torch.device("cpu"), training=True)
 
 
 @pytest.mark.parametrize("text", [1, 5])

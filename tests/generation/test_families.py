@@ -48,7 +48,7 @@ def folder(family, family_folder):
 
 
 def generate(folder, out, *options):
-    settings = ("--steps", 2, "--radius", 3, "--out", out)
+    settings = ("--steps", 2, "--radius", 3, "--out", out, "--overwrite")
     return run("generate", PROMPT, "--model", folder, *settings, *options)
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 from support.command_line import run
 
+from clear_dit import progress
 from clear_dit.errors import RequestError
 from clear_dit.render.claims import Claims
 from clear_dit.render.launch import Launch
@@ -190,7 +191,8 @@ def test_watches_for_whole_lines(generate, tmp_path, caplog):
     assert statuses(tmp_path) == {"cat": "done", "house": "done"}
 
 
-def test_the_command_generates_with_the_demo(tmp_path, capsys):
+def test_the_command_generates_with_the_demo(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     (tmp_path / "jobs.txt").write_text("a red house\n")
     arguments = [tmp_path / "jobs.txt", "--out", tmp_path / "out", "--seeds", 2, "--json"]
     for name in ("height", "width"):
@@ -200,7 +202,8 @@ def test_the_command_generates_with_the_demo(tmp_path, capsys):
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
     assert (result["jobs"], result["done"], result["generated"]) == (2, 2, 2)
-    assert "2 of 2 images 100%" in captured.err
+    assert "\n2 of 2 images 100%, " in captured.err
+    assert "\r" not in captured.err
     for sidecar in (tmp_path / "out").glob("*.json"):
         assert json.loads(sidecar.read_text())["weights"] == "auto"
     assert len(list((tmp_path / "out").glob("a-red-house-*.png"))) == 2

@@ -158,7 +158,7 @@ def test_the_command_line_takes_a_file(spandrel, tmp_path):
     network, _ = networks()["ESRGAN"]
     save_file(network.state_dict(), path)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    arguments = ("--image", tmp_path / "red.png", "--strength", "0.0", "--out", out)
+    arguments = ("--image", tmp_path / "red.png", "--strength", "0.0", "--out", out, "--overwrite")
     assert run("generate", "a red house", "--upscaler", path, *arguments) == 0
     settings = read_settings(out)
     assert settings["upscaler"] == path.name

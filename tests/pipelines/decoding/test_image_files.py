@@ -23,7 +23,7 @@ def make_image(height, width, channels=3):
 
 def save(image, path, rows=7, **changes):
     size = {"height": image.shape[1], "width": image.shape[2]}
-    save_rows(image.split(rows, dim=1), path, settings=SETTINGS, **{**size, **changes})
+    return save_rows(image.split(rows, dim=1), path, settings=SETTINGS, **{**size, **changes})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,6 +89,18 @@ def test_what_fails_leaves_nothing_behind(tmp_path, suffix):
         save(image * float("nan"), path)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_name_that_is_taken(tmp_path, suffix):
+    path, images = tmp_path / f"image{suffix}", [make_image(20, 9) / scale for scale in (1, 2, 4)]
+    assert save(images[0], path) == path
+    other = save(images[1], path, overwrite=False)
+    assert other == tmp_path / f"image-2{suffix}"
+    assert save(images[2], path) == path
+    for image, name in ((images[2], path), (images[1], other)):
+        with Image.open(name) as opened:
+            assert np.array_equal(opened, to_bytes(image).permute(1, 2, 0))
 
 
 def test_a_smooth_png_is_small(tmp_path):
