@@ -15,6 +15,9 @@ from .errors import RequestError
 
 # The demo pipelines, and weights distilled for the first.
 ASSETS = Path(__file__).parent / "assets"
+# The pipelines' folders by name, and the side of the squares they were trained at, in pixels.
+DEMOS = {"demo": ASSETS / "demo", "demo-sd3": ASSETS / "demo-sd3"}
+DEMO_SIZE = 512
 
 # Files being written have names that begin so; a killed process leaves one.
 TEMPORARY_PREFIX = ".clear-dit-"

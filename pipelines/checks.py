@@ -89,13 +89,16 @@ def check_side(name: str, pixels: Any, token_pixels: int) -> int:
         ValueError: it is no positive multiple of a token's side.
     """
     side = as_integer(pixels)
-    if side is None or side <= 0 or side % token_pixels:
-        near = "."
-        if side is not None:
-            lower = max(side // token_pixels, 1) * token_pixels
-            near = f"; the nearest are {lower} and {lower + token_pixels}."
+    if side is None:
         raise ValueError(
-            f"{WHO}: {name} must be a multiple of {token_pixels} pixels, got {shown(pixels)}{near}"
+            f"{WHO}: {name} must be a whole number of pixels, a multiple of {token_pixels}; got "
+            f"{shown(pixels)}."
+        )
+    if side <= 0 or side % token_pixels:
+        lower = max(side // token_pixels, 1) * token_pixels
+        raise ValueError(
+            f"{WHO}: {name} must be a multiple of {token_pixels} pixels, got {shown(pixels)}; the "
+            f"nearest are {lower} and {lower + token_pixels}."
         )
     return side
 
@@ -223,14 +226,12 @@ def check_generators(options: dict[str, Any], noises: int, images: int, stages: 
     """
     generators = options["generator"]
     several = isinstance(generators, list)
-    if not all(
-        one is None or isinstance(one, torch.Generator)
-        for one in (generators if several else [generators])
-    ):
-        raise ValueError(
-            f"{WHO}: generator must be a torch.Generator or a list of them, got "
-            f"{type(generators).__name__}."
-        )
+    for one in generators if several else [generators]:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise ValueError(
+                f"{WHO}: generator must be a torch.Generator or a list of them, got "
+                f"{'a list with ' if several else ''}{_no_generator(one)}."
+            )
     fitting = {noises} if options["latents"] is None else {1, images}
     drawn = options["latents"] is None or stages > 1
     if drawn and several and len(generators) not in fitting:
@@ -238,6 +239,14 @@ def check_generators(options: dict[str, Any], noises: int, images: int, stages: 
             f"{WHO}: {len(generators)} generators for {max(fitting)} images; give one, or one for "
             "each."
         )
+
+
+def _no_generator(given: Any) -> str:
+    """What came in place of a generator; a seed is told how it becomes one."""
+    seed = as_integer(given)
+    if seed is None:
+        return type(given).__name__
+    return f"{seed}; of a seed it is torch.Generator().manual_seed({seed})"
 
 
 def check_shared(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -12,6 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
 )
+from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, FluxPipelineOutput
 from transformers import (
     CLIPImageProcessor,
@@ -22,10 +25,14 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from .cascade.enlarge import Enlarger
+from .cascade.presets import AUTO
+from .cascade.resolution import Resolution
 from .cascade.stages import Stage
 from .checks import check_side
 from .flux_text import EncodedPrompts, count_images, encode_prompts, for_call
 from .pipeline import CLEARPipeline
+from .text import Texts
 from .text_encoders import encoders_alone
 
 
@@ -70,6 +77,52 @@ class CLEARFluxPipeline(CLEARPipeline, FluxPipeline):
             feature_extractor,
         )
         self._begin(native_size)
+
+    # Documented there; written down for editors. A test compares it with `FluxPipeline`'s and ours.
+    def __call__(  # type: ignore[override] # names what that takes as keywords
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        negative_ip_adapter_image: PipelineImageInput | None = None,
+        negative_ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        image: Any = None,
+        enlarge: Any = None,
+        preset: str = AUTO,
+        strength: float | Sequence[float] | None = None,
+        stage_steps: int | Sequence[int] | None = None,
+        cascade: bool | None = None,
+        low_resolution_guidance: float | None = None,
+        upscaler: Enlarger | None = None,
+        stages_dir: str | os.PathLike[str] | None = None,
+        resolution: Callable[[int, int], Resolution] | None = None,
+        texts: Texts | None = None,
+    ) -> Any:
+        options = {name: value for name, value in locals().items() if name != "self"}
+        return CLEARPipeline.__call__(self, **options)
 
     def _begin(self, native_size: int | None) -> None:
         super()._begin(native_size)

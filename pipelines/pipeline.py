@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from clear_dit.attention.processor import CLEARProcessor
 from clear_dit.families.family import Family
 from clear_dit.families.recipe import Recipe
-from clear_dit.families.table import attention_layers, family_of, transformer_of
+from clear_dit.families.table import attention_layers, family_of, find_family, transformer_of
+from clear_dit.files import DEMO_SIZE, DEMOS
 from clear_dit.kernels.numbers import number
 from clear_dit.plugin import install
 from clear_dit.weights.load import load_clear_weights
@@ -122,6 +123,13 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
 
     def _begin(self, native_size: int | None) -> None:
         """What is CLEAR's on a pipeline that holds its parts."""
+        model = unwrapped(getattr(self, "transformer", None))
+        family = find_family(model)
+        if family is not None and self.stock.__name__ not in family.recipe.pipelines:
+            raise ValueError(
+                f"{WHO}: {type(self).__name__} is not for {family.title}, got a "
+                f"{type(model).__name__}; CLEARPipeline.from_pretrained finds a model's class."
+            )
         if native_size is not None:
             # Without an autoencoder nothing says how many pixels a token has.
             side = 1 if getattr(self, "vae", None) is None else self.side_pixels
@@ -142,10 +150,15 @@ class CLEARPipeline(DiffusionPipeline, metaclass=_Wraps):
         """As `DiffusionPipeline.from_pretrained`; of a modular pipeline with its parts, too.
 
         Args:
-            pretrained_model_name_or_path: a folder in diffusers format or a hub repository.
+            pretrained_model_name_or_path: a folder in diffusers format, a hub repository, or "demo"
+                or "demo-sd3" for the pipelines of this package (a folder of such a name: "./demo").
             options: of `DiffusionPipeline.from_pretrained` (a part's name: the part, or None for
                 none), and `native_size`.
         """
+        model = pretrained_model_name_or_path
+        if isinstance(model, str) and model in DEMOS:
+            pretrained_model_name_or_path = DEMOS[model]
+            options = {"native_size": DEMO_SIZE, **options}
         if cls is not CLEARPipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         of_hub = {name: options[name] for name in OF_THE_HUB if name in options}
@@ -568,16 +581,29 @@ def _signature_of(stock: type) -> inspect.Signature:
     }
     known = known.replace(parameters=[*sides.values()])
     added = [
-        inspect.Parameter(name, keyword, default=default)
-        for name, default in BY_SCHEDULER.items()
-        if name not in known.parameters
+        inspect.Parameter(name, keyword, default=default) for name, default in BY_SCHEDULER.items()
     ]
     return _with(known, added)
 
 
-def _with(known: inspect.Signature, added: Sequence[inspect.Parameter]) -> inspect.Signature:
-    parameters = sorted([*known.parameters.values(), *added], key=lambda one: one.kind)
+def _with(known: inspect.Signature, added: Iterable[inspect.Parameter]) -> inspect.Signature:
+    """A signature with the parameters that it does not have yet."""
+    new = [one for one in added if one.name not in known.parameters]
+    parameters = sorted([*known.parameters.values(), *new], key=lambda one: one.kind)
     return known.replace(parameters=parameters)
+
+
+def _call_of(stock: type) -> Callable[..., Any]:
+    """`CLEARPipeline.__call__`, that shows what it takes for a stock pipeline."""
+
+    @functools.wraps(CLEARPipeline.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return CLEARPipeline.__call__(self, *args, **kwargs)
+
+    ours = inspect.signature(CLEARPipeline.__call__).parameters.values()
+    named = (one for one in ours if one.kind is inspect.Parameter.KEYWORD_ONLY)
+    call.__signature__ = _with(_signature_of(stock), named)  # type: ignore[attr-defined]
+    return call
 
 
 def _wrapped(pipe: Any, native_size: int | None = None) -> CLEARPipeline:
@@ -629,6 +655,7 @@ def _made(stock: type[DiffusionPipeline], rewriters: tuple[str, ...]) -> type[CL
     known = inspect.signature(stock.__init__)
     added = inspect.Parameter("native_size", inspect.Parameter.KEYWORD_ONLY, default=None)
     initialise.__signature__ = _with(known, [added])  # type: ignore[attr-defined]
-    members = {"stock": stock, "__init__": initialise, "__module__": __name__}
+    members = {"stock": stock, "__init__": initialise, "__call__": _call_of(stock)}
+    members |= {"__module__": __name__}
     members |= {name: rewriter(getattr(stock, name)) for name in rewriters if hasattr(stock, name)}
     return type(stock.__name__, (CLEARPipeline, stock), members)

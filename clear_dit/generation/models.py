@@ -15,7 +15,7 @@ import torch
 
 from ..compat import release
 from ..errors import RequestError, first_line
-from ..files import ASSETS
+from ..files import DEMO_SIZE, DEMOS
 from .index import INDEX, Index, Part, index_file, is_repository, read_index
 
 if TYPE_CHECKING:
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 # Side of a token in pixels, of most families: an autoencoder that reduces by 8, then 2 x 2 latents.
 TOKEN_PIXELS = 16
 
-DEMO = ASSETS / "demo"
-# The demos by name: their folders.
-DEMOS = {"demo": DEMO, "demo-sd3": ASSETS / "demo-sd3"}
-DEMO_DEFAULTS: dict[str, Any] = {"size": 512, "radius": 8, "steps": 20, "guidance": 2.0}
+DEMO = DEMOS["demo"]
+DEMO_DEFAULTS: dict[str, Any] = {"size": DEMO_SIZE, "radius": 8, "steps": 20, "guidance": 2.0}
 
 # Of a pipeline with one, its entry may lead nowhere: prompts are then encoded as they are.
 UPSAMPLER = "prompt_upsampler"

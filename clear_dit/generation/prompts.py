@@ -27,9 +27,9 @@ def read_prompts(source: str | Path, limit: int | None = None) -> list[str]:
     """The prompts of a file, in its order, without the white space around them.
 
     Args:
-        source: a file: .txt with a prompt on each line (empty lines are skipped), .jsonl with an
-            object on each line that has "prompt", or .csv with a column "prompt" (see
-            `table_rows`); see `read_text` for its encoding.
+        source: a file: .txt with a prompt on each line (see `prompt_lines`), .jsonl with an object
+            on each line that has "prompt", or .csv with a column "prompt" (see `table_rows`); see
+            `read_text` for its encoding.
         limit: how many to take from the beginning; what follows is not looked at. None for all.
 
     Returns:
@@ -134,6 +134,18 @@ def text_lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
+def prompt_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The prompts of a .txt file with the numbers of their lines, from 1.
+
+    Empty lines are left out, and comments, which begin with #. A prompt that begins with # is
+    written with \\# there.
+    """
+    for number, line in text_lines(text):
+        prompt = line.strip()
+        if not prompt.startswith("#"):
+            yield number, prompt[1:] if prompt.startswith("\\#") else prompt
+
+
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in text_lines(text):
         try:
@@ -164,7 +176,7 @@ def _check_columns(columns: Sequence[str]) -> None:
 
 
 def _plain_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    return text_lines(text)
+    return prompt_lines(text)
 
 
 _LINES = {".txt": _plain_lines, ".jsonl": _json_lines, ".csv": _csv_lines}

@@ -16,10 +16,11 @@ def render(
     jobs: Annotated[
         Path,
         typer.Argument(
-            help="A .jsonl or .csv file of jobs, such as jobs.csv, or a .txt of prompts. A job has "
-            "a prompt and, where it differs from the options, id, height, width, seed, seeds, "
-            "steps, guidance, radius, down_factor, far, weights, schedule, attention, image, "
-            "preset, strength, stage_steps, low_resolution_guidance, upscaler."
+            help="A .jsonl or .csv file of jobs, such as jobs.csv, or a .txt of prompts (and "
+            "comments, which begin with #). A job has a prompt and, where it differs from the "
+            "options, id, height, width, seed, seeds, steps, guidance, radius, down_factor, far, "
+            "weights, schedule, attention, image, preset, strength, stage_steps, "
+            "low_resolution_guidance, upscaler."
         ),
     ],
     out: Annotated[

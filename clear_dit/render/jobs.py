@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import RequestError
 from ..generation.models import model_defaults
@@ -16,7 +16,7 @@ from .lines import read_lines
 from .names import name_from
 
 MAX_JOBS = 100_000
-# Errors that are told one by one.
+# Errors, and lines that repeat others, that are told one by one.
 _TOLD = 20
 
 
@@ -47,6 +47,20 @@ class Job:
         return f"{self.name}.json"
 
 
+class Reading(NamedTuple):
+    """A job file, as it was read.
+
+    Attributes:
+        jobs: all of them, in its order.
+        errors: what is wrong with it, by line.
+        repeated: lines of jobs that an earlier line has too, which are left out, to those lines.
+    """
+
+    jobs: list[Job]
+    errors: list[str]
+    repeated: dict[int, int]
+
+
 class JobReader:
     """Makes jobs of lines.
 
@@ -70,7 +84,7 @@ class JobReader:
         self._weights: dict[tuple[Any, ...], tuple[str, bool]] = {}
         self._files: dict[str, str] = {}
 
-    def read(self, path: Path, *, growing: bool = False) -> tuple[list[Job], list[str]]:
+    def read(self, path: Path, *, growing: bool = False) -> Reading:
         """All jobs of a file, and what is wrong with it, line by line.
 
         A line that repeats another without an id of its own is the same job, and left out.
@@ -83,6 +97,7 @@ class JobReader:
         """
         jobs: dict[str, Job] = {}
         errors = []
+        repeated: dict[int, int] = {}
         for number, entry in read_lines(path, growing=growing):
             try:
                 if isinstance(entry, RequestError):
@@ -94,10 +109,12 @@ class JobReader:
                 errors.append(f"line {number}: {error}")
                 continue
             for job in found:
-                jobs.setdefault(job.name.lower(), job)
+                first = jobs.setdefault(job.name.lower(), job)
+                if first is not job:
+                    repeated.setdefault(number, first.line)
             if len(jobs) > MAX_JOBS:
                 raise RequestError(f"{path}: at most {MAX_JOBS:,} images in one file; split it.")
-        return list(jobs.values()), errors
+        return Reading(list(jobs.values()), errors, repeated)
 
     def jobs_of(self, entry: Mapping[str, Any], line: int) -> list[Job]:
         """The jobs of one line: one for each of its seeds.
@@ -171,12 +188,21 @@ def read_jobs(path: Path, settings: Mapping[str, Any]) -> list[Job]:
     Raises:
         RequestError: something is wrong; names every line, up to twenty of them.
     """
-    jobs, errors = JobReader(settings, path.parent).read(path)
+    jobs, errors, _ = JobReader(settings, path.parent).read(path)
     if errors:
         raise refusal(path, errors)
     if not jobs:
         raise RequestError(f"{path}: there is no job in it; write a prompt on each line.")
     return jobs
+
+
+def repetition(path: Path, repeated: Mapping[int, int]) -> str:
+    """What is said of lines that repeat others, bounded, in one line."""
+    told = [f"{line} (as {first})" for line, first in list(repeated.items())[:_TOLD]]
+    if len(repeated) > _TOLD:
+        told.append(f"and {len(repeated) - _TOLD:,} more")
+    lines = "1 line repeats" if len(repeated) == 1 else f"{len(repeated):,} lines repeat"
+    return f"{path}: {lines} what another asks for, which is generated once: {', '.join(told)}."
 
 
 def refusal(path: Path, errors: list[str]) -> RequestError:

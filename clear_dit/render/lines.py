@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError, first_line
-from ..generation.prompts import read_text, text_lines
+from ..generation.prompts import prompt_lines, read_text, text_lines
 from ..generation.tables import table_rows
 from .fields import FIELDS, check_names, check_values, from_text
 
@@ -20,7 +20,7 @@ def read_lines(path: Path, *, growing: bool = False) -> Iterator[Line]:
     """The lines of a job file, in their order; empty ones are left out.
 
     Args:
-        path: a .jsonl, .csv (see `table_rows`) or .txt (a prompt on each line), see `read_text`.
+        path: a .jsonl, .csv (see `table_rows`) or .txt (see `prompt_lines`), see `read_text`.
         growing: somebody still writes: a last line without its end is left out.
 
     Raises:
@@ -41,8 +41,8 @@ def _checked(number: int, make: Any) -> Line:
 
 
 def _txt(text: str) -> Iterator[Line]:
-    for number, line in text_lines(text):
-        yield _checked(number, lambda line=line: check_values({"prompt": line}))
+    for number, prompt in prompt_lines(text):
+        yield _checked(number, lambda prompt=prompt: check_values({"prompt": prompt}))
 
 
 def _jsonl(text: str) -> Iterator[Line]:

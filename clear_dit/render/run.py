@@ -16,9 +16,9 @@ from ..generation.checks import find_device
 from ..generation.request import GenerateRequest
 from ..generation.runner import PipelineRunner
 from .claims import Claims
-from .jobs import Job, JobReader, refusal
+from .jobs import JobReader, Reading, refusal, repetition
 from .launch import Launch
-from .manifest import DONE, FAILED, FILE, Manifest
+from .manifest import DONE, FAILED, FILE, Manifest, check_own, job_file
 from .progress import Progress
 from .stopping import Stop, stop_by_signal
 from .work import POLL, Work
@@ -38,9 +38,10 @@ def render(
     """Generate every job of a file that is not generated yet.
 
     Everything is validated first. Each image appears whole, with its settings in it and in
-    NAME.json beside it; manifest.jsonl says what became of every job (see `read_manifest`). A job
-    is known again by its content: an image that is there and tells the same settings is not
-    generated again, wherever its line stands now. Any number of processes, on one machine or on
+    NAME.json beside it; manifest.jsonl says what became of every job (see `read_manifest`), and
+    keeps what it says of jobs of other files. A job is known again by its content: an image that is
+    there and tells the same settings is not generated again, wherever its line stands now. Any
+    number of processes, on one machine or on
     several that share the folder, generate together; none does what another does.
 
     Args:
@@ -56,28 +57,31 @@ def render(
         stopped (whether a signal ended it).
 
     Raises:
-        RequestError: a bad file or setting, before any work; all lines that are wrong are named.
+        RequestError: a bad file or setting, or a manifest that no render wrote, before any work;
+            all lines that are wrong are named.
         OSError: the disk is full or the device broken; the same call goes on.
         KeyboardInterrupt: a second signal.
     """
     start = time.monotonic()
     launch = Launch.from_environment()
     settings = {**settings, "device": str(find_device(launch.device(settings.get("device"))))}
-    file = _JobFile(path, settings, watch)
-    jobs, errors = file.read()
+    file = _JobFile(path, settings, watch, speaks=launch.rank == 0)
+    jobs, errors, repeated = file.read()
     if errors:
         raise refusal(path, errors)
     if not jobs and not watch:
         raise RequestError(f"{path}: there is no job in it; write a prompt on each line.")
     if path.resolve() == (out / FILE).resolve():
         raise RequestError(f"{path} is the manifest of {out}; give the jobs another name.")
+    check_own(out / FILE)
+    file.tell_repeated(repeated)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--out: there can be no folder {out} ({error.strerror}).") from error
     bar = Progress(progress and launch.rank == 0)
     claims = Claims(out)
-    manifest = Manifest(out, claims)
+    manifest = Manifest(out, claims, job_file(path, out))
     try:
         with stop_by_signal() as stop, logging_redirect_tqdm():
             work = Work(out, claims, manifest, make_runner, stop, bar, launch)
@@ -121,22 +125,25 @@ def _run(work: Work, file: _JobFile, watch: bool, stop: Stop) -> None:
 def _taken_again(work: Work, file: _JobFile) -> list[str]:
     """Take the jobs that the file has now; what is wrong with it."""
     try:
-        jobs, errors = file.read()
+        jobs, errors, repeated = file.read()
     except RequestError as error:  # such as a file that is being replaced
         return [str(error)]
+    file.tell_repeated(repeated)
     return errors + work.take(jobs, alone=False)
 
 
 class _JobFile:
-    """A job file that may change."""
+    """A job file that may change; of several processes one speaks of what it may have."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], watch: bool) -> None:
-        self._path, self._watch = path, watch
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], watch: bool, *, speaks: bool
+    ) -> None:
+        self._path, self._watch, self._speaks = path, watch, speaks
         self._reader = JobReader(settings, path.parent)
         self._state = self._look()
         self._told: set[str] = set()
 
-    def read(self) -> tuple[list[Job], list[str]]:
+    def read(self) -> Reading:
         self._state = self._look()
         return self._reader.read(self._path, growing=self._watch)
 
@@ -150,6 +157,13 @@ class _JobFile:
             if error not in self._told:
                 self._told.add(error)
                 logger.error("%s, %s", self._path, error)
+
+    def tell_repeated(self, repeated: Mapping[int, int]) -> None:
+        """Say once which of its lines repeat others."""
+        text = repetition(self._path, repeated)
+        if repeated and self._speaks and text not in self._told:
+            self._told.add(text)
+            logger.warning("%s", text)
 
     def _look(self) -> tuple[int, ...] | None:
         try:

@@ -13,7 +13,18 @@ from .claims import Claims
 from .images import complete_sidecar, finished
 from .jobs import Job
 from .launch import Launch
-from .manifest import DONE, FAILED, REMOVED, WAITING, Entry, Manifest, entry_of
+from .manifest import (
+    DONE,
+    FAILED,
+    REMOVED,
+    WAITING,
+    Entry,
+    Manifest,
+    entry_of,
+    of_another_file,
+    refuse_anothers,
+    says,
+)
 from .one_job import failed, finished_before, generate_job
 from .progress import Progress
 from .stopping import Stop
@@ -63,19 +74,20 @@ class Work:
 
         Args:
             jobs: all of them; others that were taken before are left.
-            alone: no other process is present: the manifest begins anew.
+            alone: no other process is present: the manifest begins anew, but for other files.
 
         Returns:
             Why jobs could not be taken, by line. At the beginning no job is taken then.
         """
-        told = {} if alone else self._manifest.entries()
+        told = self._manifest.entries()
         found, errors = {}, []
         for job in jobs:
             try:
                 if self._is_known(job):
                     continue
-                if job.name not in self._jobs:
-                    _refuse_another(job, told.get(job.name))
+                refuse_anothers(job, told.get(job.name), self._manifest.file, self._folder)
+                if not alone and job.name not in self._jobs:
+                    _refuse_at_work(job, told.get(job.name))
                 found[job.name] = finished(self._folder, job)
             except RequestError as error:
                 errors.append(f"line {job.line}: {error}")
@@ -131,18 +143,18 @@ class Work:
         """Say of new jobs whether they are done, and of those that are left that they are."""
         entries = []
         for name, settings in found.items():
+            job, status, more = taken[name], WAITING, {}
             self.settled.pop(name, None)
             if settings is not None:
-                self.settled[name] = DONE
-                more = complete_sidecar(self._folder, taken[name], settings)
-                entries.append(entry_of(taken[name], DONE, **more))
-            elif told.get(name, {}).get("job") != taken[name].identity:
-                entries.append(entry_of(taken[name], WAITING))
-            elif told[name]["status"] == FAILED:  # in the run that this process joins
-                self.settled[name] = FAILED
+                self.settled[name] = status = DONE
+                more = complete_sidecar(self._folder, job, settings)
+            entry = entry_of(job, status, **more)
+            if alone or not says(told.get(name, {}), entry):
+                entries.append(entry)
         for job in left:
             self.settled.pop(job.name, None)
-        entries += [entry_of(job, REMOVED) for job in left]
+            if not of_another_file(told.get(job.name, {}), self._manifest.file):
+                entries.append(entry_of(job, REMOVED))
         if alone:
             self._manifest.begin(entries)
         else:
@@ -189,7 +201,7 @@ class Work:
         self._progress.count(len(self.settled), len(self._jobs))
 
 
-def _refuse_another(job: Job, told: Entry | None) -> None:
+def _refuse_at_work(job: Job, told: Entry | None) -> None:
     if told is not None and told.get("job") != job.identity:
         raise RequestError(
             f"the id {job.name!r} is that of another job, at which another process is at work in "

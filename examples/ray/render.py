@@ -15,7 +15,20 @@ from typing import Any
 from clear_dit.generation.runner import PipelineRunner
 from clear_dit.render.claims import Claims
 from clear_dit.render.jobs import Job, read_jobs
-from clear_dit.render.manifest import DONE, FILE, WAITING, Entry, entry_of, write_manifest
+from clear_dit.render.manifest import (
+    DONE,
+    FILE,
+    WAITING,
+    Entry,
+    check_own,
+    entry_of,
+    job_file,
+    merged,
+    of_another_file,
+    read_manifest,
+    refuse_anothers,
+    write_manifest,
+)
 from clear_dit.render.one_job import finished_before, generate_job
 
 
@@ -70,8 +83,15 @@ def main() -> int:
     }
     # A bad file is refused before an actor starts. The device is the actors', not this process's.
     jobs = read_jobs(options.jobs, settings | {"device": "cpu"})
+    manifest, file = options.out / FILE, job_file(options.jobs, options.out)
+    check_own(manifest)
+    told = read_manifest(manifest) if manifest.exists() else {}
+    for job in jobs:
+        refuse_anothers(job, told.get(job.name), file, options.out)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_manifest(options.out / FILE, [entry_of(job, WAITING) for job in jobs])
+    own = (job for job in jobs if not of_another_file(told.get(job.name, {}), file))
+    waiting = [entry_of(job, WAITING) for job in own]
+    write_manifest(manifest, merged(manifest, waiting, file))
     rows = [{"id": job.name} for job in jobs]
     generated = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         Generate,
@@ -83,7 +103,8 @@ def main() -> int:
     for entry in generated.iter_rows():
         entries[entry["id"]] = entry
         print(f"{len(entries)} of {len(jobs)}: {entry['image']} {entry['status']}", flush=True)
-    write_manifest(options.out / FILE, [entries[job.name] for job in jobs])
+    settled = [entries[job.name] for job in jobs]
+    write_manifest(manifest, merged(manifest, settled, file))
     return int(any(entry["status"] != DONE for entry in entries.values()))
 
 

@@ -17,6 +17,7 @@ def write(folder, name, content):
     [
         ("p.txt", "a house\n\n  a grün tree \r\n"),
         ("p.TXT", "\ufeffa house\na grün tree"),
+        ("p.txt", "\ufeff# a cat\na house\n \t#a dog\r\na grün tree\n#"),
         ("p.jsonl", '{"prompt": "a house", "id": 7}\n\n{"prompt": " a gr\\u00fcn tree"}\n'),
         ("p.csv", "id,prompt\r\n1,a house\r\n2,  a grün tree\r\n"),
         ("p.csv", 'prompt\n"a house"\n\na grün tree\n'),
@@ -26,6 +27,13 @@ def test_three_formats(tmp_path, name, content):
     path = write(tmp_path, name, content)
     assert read_prompts(path) == ["a house", "a grün tree"]
     assert read_prompts(str(path), limit=1) == ["a house"]
+
+
+def test_a_prompt_that_begins_with_a_comments_sign(tmp_path):
+    path = write(tmp_path, "p.txt", "\\#1 in red\n \\# \na #2\n\\\\#\n\\a\n")
+    assert read_prompts(path) == ["#1 in red", "#", "a #2", "\\\\#", "\\a"]
+    path = write(tmp_path, "p.jsonl", '{"prompt": "# one"}\n{"prompt": "\\\\#"}\n')
+    assert read_prompts(path) == ["# one", "\\#"]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u3000", ", "])
@@ -41,6 +49,7 @@ def test_only_newlines_end_a_prompt(tmp_path, separator):
     [
         ("p.txt", "", "there is no prompt in it"),
         ("p.txt", " \n\n", "there is no prompt in it"),
+        ("p.txt", "# a house\n", "there is no prompt in it"),
         ("p.csv", "", "there is no prompt in it"),
         ("p.csv", "prompt\n", "there is no prompt in it"),
         ("p.txt", "a\nb\x07c\n", "line 2: the prompt has the control character U\\+0007"),

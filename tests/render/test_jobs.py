@@ -15,7 +15,7 @@ from support.slow import slow
 from clear_dit.errors import RequestError
 from clear_dit.pipelines.cascade import upscaler
 from clear_dit.render.identity import model_digest
-from clear_dit.render.jobs import JobReader, read_jobs
+from clear_dit.render.jobs import JobReader, read_jobs, repetition
 from clear_dit.render.run import render
 from clear_dit.weights.known import known_weights
 
@@ -57,7 +57,8 @@ def test_a_line_says_what_differs_from_the_flags(tmp_path):
 
 
 def test_three_formats_are_the_same_jobs(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffa red house\r\n\r\n  a blue house \r\n".encode())
+    lines = "\ufeffa red house\r\n  # by the sea\r\n  a blue house \r\n#\r\n"
+    (tmp_path / "a.txt").write_bytes(lines.encode())
     table = "\ufeffprompt,radius\r\na red house,2\r\na blue house,\r\n"
     (tmp_path / "a.csv").write_bytes(table.encode())
     jsonl(tmp_path / "a.jsonl", {"prompt": "a red house"}, {"prompt": "a blue house", "radius": 2})
@@ -107,7 +108,10 @@ def test_far_is_settled_before_a_job_is_told_from_another(tmp_path, demo_weights
     assert silent.identity == far.identity != local.identity
     (tmp_path / "a.csv").write_text("prompt,far\na house,true\na house,FALSE\na house,\n")
     read = JobReader(FLAGS, tmp_path).read(tmp_path / "a.csv")
-    assert ([job.identity for job in read[0]], read[1]) == ([far.identity, local.identity], [])
+    assert ([job.identity for job in read.jobs], read.errors) == (
+        [far.identity, local.identity],
+        [],
+    )
 
 
 def test_images_of_earlier_versions_are_known_again(tmp_path):
@@ -162,7 +166,28 @@ def demo_weights():
 
 def test_the_same_line_twice_is_one_job(tmp_path):
     (tmp_path / "a.txt").write_text("a house\na cat\na house\n")
-    assert [job.line for job in read_jobs(tmp_path / "a.txt", FLAGS)] == [1, 2]
+    read = JobReader(FLAGS, tmp_path).read(tmp_path / "a.txt")
+    assert ([job.line for job in read.jobs], read.repeated) == ([1, 2], {3: 1})
+
+
+def test_a_line_repeats_some_of_anothers_seeds(tmp_path):
+    jsonl(tmp_path / "a.jsonl", *({"prompt": "a", "seed": seed, "seeds": 3} for seed in (4, 6, 6)))
+    read = JobReader(FLAGS, tmp_path).read(tmp_path / "a.jsonl")
+    assert ([job.request.seed for job in read.jobs], read.repeated) == (
+        [*range(4, 9)],
+        {2: 1, 3: 1},
+    )
+
+
+def test_what_is_said_of_repeated_lines_is_bounded(tmp_path):
+    path = tmp_path / "a.txt"
+    assert repetition(path, {3: 1}) == (
+        f"{path}: 1 line repeats what another asks for, which is generated once: 3 (as 1)."
+    )
+    told = repetition(path, dict.fromkeys(range(2, 50), 1))
+    assert f"{path}: 48 lines repeat what another asks for" in told
+    assert told.endswith("20 (as 1), 21 (as 1), and 28 more.")
+    assert "22 (" not in told
 
 
 @pytest.mark.parametrize(
@@ -294,7 +319,7 @@ def test_flags_are_refused_before_the_file_is_read(tmp_path):
 GOOD = [
     b'{"prompt": "a red house", "id": "one", "seeds": 2}\n{"prompt": "a cat", "radius": 4}\n',
     b'\xef\xbb\xbfprompt,id,steps,strength\r\n"a, house",h1,2,"0.5,0.25"\r\na cat,,,\r\n',
-    b"a red house\na cat\n",
+    b"a red house\n# by the sea\n\\# a cat\n",
 ]
 PARTS = [b"../x", b"\x00", b'"', b"\n", b"\xff", b"1e999", b"-1", b"{", b"[", b",", b"NaN", b"null"]
 PARTS += [b'"id": "/tmp/x",', b'"id": "..",', b"\xe2\x80\xa8", b"\\ud800", b"9" * 30, b"\r", b"con"]
@@ -309,7 +334,7 @@ EDITS = st.lists(
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory):
-    """A folder, in which only "out" may change, and readers made once."""
+    """A folder, in which only those of images may change, and readers made once."""
     folder = tmp_path_factory.mktemp("fuzz")
     return folder, JobReader(FLAGS | {"weights": "none"}, folder)
 
@@ -335,16 +360,17 @@ def test_mutated_files_are_refused_or_generated_inside_the_folder(
     path = folder / ("a.jsonl", "a.csv", "a.txt")[kind]
     path.write_bytes(data)
     try:
-        jobs, errors = reader.read(path)
+        jobs, errors, _ = reader.read(path)
     except RequestError:
         jobs, errors = [], ["the file"]
     if not errors and jobs and sum(job.request.height * job.request.width for job in jobs) < 10**6:
-        result = render(path, folder / "out", {}, progress=False, make_runner=fake_runner())
+        out = folder / f"out-{path.name}"  # another file could have an id of this one
+        result = render(path, out, {}, progress=False, make_runner=fake_runner())
         assert result["done"] == result["jobs"] == len(jobs)
-        assert all((folder / "out" / job.image).is_file() for job in jobs)
-    expected = {"a.jsonl", "a.csv", "a.txt", "out"}
-    assert {entry.name for entry in folder.iterdir()} <= expected
-    assert all(entry.is_file() for entry in (folder / "out").glob("*"))
+        assert all((out / job.image).is_file() for job in jobs)
+    files = {"a.jsonl", "a.csv", "a.txt"}
+    assert {entry.name for entry in folder.iterdir()} <= files | {f"out-{file}" for file in files}
+    assert all(entry.is_file() for entry in folder.glob("out-*/*"))
 
 
 def _no_network(*args, **kwargs):

@@ -5,9 +5,8 @@ import random
 import signal
 import time
 
-import numpy as np
 import pytest
-from PIL import Image
+from support.rendering import assert_complete, assert_same, assert_true_so_far, images
 from support.slow import slow
 
 from clear_dit.generation.runner import PipelineRunner
@@ -44,39 +43,6 @@ def jobs(tmp_path):
     return path
 
 
-def images(folder):
-    """By name; what is half-written has a name that begins with a dot."""
-    return {path.name: np.array(Image.open(path)) for path in folder.glob("[!.]*.png")}
-
-
-def assert_same(folder, expected):
-    found = images(folder)
-    assert found.keys() == expected.keys()
-    for name, pixels in expected.items():
-        np.testing.assert_array_equal(found[name], pixels)
-
-
-def assert_true_so_far(folder):
-    """Nothing is called done that is not there, and there is nothing but whole images."""
-    entries = read_manifest(folder / "manifest.jsonl")
-    found = images(folder)  # reads every pixel
-    assert {entry["image"] for entry in entries.values() if entry["status"] == "done"} <= set(found)
-    assert all(entry["status"] in ("done", "waiting") for entry in entries.values())
-    return len(found)
-
-
-def assert_complete(folder):
-    """One line and one sidecar for each job, and nothing else."""
-    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    assert len(lines) == JOBS
-    assert all(line["status"] == "done" for line in lines)
-    assert [line["line"] for line in lines] == list(range(1, JOBS + 1))
-    names = {name for line in lines for name in (line["image"], f"{line['id']}.json")}
-    assert {path.name for path in folder.iterdir()} == names | {"manifest.jsonl", ".claims"}
-    for line in lines:
-        assert json.loads((folder / f"{line['id']}.json").read_text())["job"] == line["job"]
-
-
 @slow
 def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, runner, jobs, tmp_path):
     def generate(out):
@@ -101,7 +67,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, runner, jobs, 
     result = generate(out)
     assert result["generated"] == JOBS - sum(alone)
     assert_same(out, expected)
-    assert_complete(out)
+    assert_complete(out, JOBS)
 
     # The same with two processes: at each moment one of them dies, or both, and is started anew.
     shared = tmp_path / "shared"
@@ -121,7 +87,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(fork, runner, jobs, 
         process.join(timeout=600)
     assert [process.exitcode for process in pair] == [0, 0]
     assert_same(shared, expected)
-    assert_complete(shared)
+    assert_complete(shared, JOBS)
 
 
 def test_two_processes_generate_every_image_once(fork, fake_runner, jobs, tmp_path):
@@ -135,7 +101,7 @@ def test_two_processes_generate_every_image_once(fork, fake_runner, jobs, tmp_pa
     assert [process.exitcode for process in processes] == [0, 0, 0]
     begun = log.read_text().split()
     assert len(begun) == len(set(begun)) == JOBS
-    assert_complete(out)
+    assert_complete(out, JOBS)
 
 
 def test_a_dead_owners_job_is_taken_over(fork, fake_runner, tmp_path):
@@ -157,13 +123,19 @@ def test_a_dead_owners_job_is_taken_over(fork, fake_runner, tmp_path):
     assert entry["status"] == "done"
 
 
-def test_another_render_may_not_take_an_id_that_is_at_work(fork, fake_runner, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("a", "another job, at which another"), ("b", "another job in this folder, of line 1 of")],
+)
+def test_another_render_may_not_take_an_id_that_is_at_work(fork, fake_runner, tmp_path, name, told):
     out, log = tmp_path / "out", tmp_path / "log"
-    for name, prompt in (("a", "a house"), ("b", "a cat")):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt, "id": "x"}) + "\n")
-    runner = fake_runner(seconds=600, log=log)
-    fork(render, tmp_path / "a.jsonl", out, FLAGS, progress=False, make_runner=runner)
-    while not log.exists():
-        time.sleep(0.02)
-    with pytest.raises(ValueError, match="line 1: the id 'x' is that of another job, at which"):
-        render(tmp_path / "b.jsonl", out, FLAGS, progress=False, make_runner=runner)
+    for file, prompt in (("a", "a house"), (name, "a cat")):
+        path = tmp_path / f"{file}.jsonl"
+        path.write_text(json.dumps({"prompt": prompt, "id": "x"}) + "\n")
+        if prompt == "a house":
+            runner = fake_runner(seconds=600, log=log)
+            fork(render, path, out, FLAGS, progress=False, make_runner=runner)
+            while not log.exists():
+                time.sleep(0.02)
+    with pytest.raises(ValueError, match=f"line 1: the id 'x' is that of {told}"):
+        render(path, out, FLAGS, progress=False, make_runner=runner)

@@ -14,7 +14,7 @@ from clear_dit import progress
 from clear_dit.errors import RequestError
 from clear_dit.render.claims import Claims
 from clear_dit.render.launch import Launch
-from clear_dit.render.manifest import Manifest, read_manifest
+from clear_dit.render.manifest import Manifest, check_own, read_manifest
 from clear_dit.render.run import render
 
 FLAGS = {"height": 32, "width": 32, "steps": 1, "radius": 2, "weights": "none", "device": "cpu"}
@@ -115,21 +115,154 @@ def test_somebody_elses_file_is_not_replaced(generate, tmp_path, content):
 
 def test_a_torn_line_does_not_hide_the_next(tmp_path):
     claims = Claims(tmp_path)
-    manifest = Manifest(tmp_path, claims)
-    manifest.begin([{"id": "a", "line": 1, "status": "waiting"}])
+    manifest = Manifest(tmp_path, claims, "jobs.jsonl")
+    entry = {"id": "a", "line": 1, "job": "0", "status": "waiting"}
+    manifest.begin([entry])
     with manifest.path.open("ab") as file:
         file.write(b'{"id": "a", "status": "do')
-    assert manifest.news() == {"a": {"id": "a", "line": 1, "status": "waiting"}}
-    manifest.add({"id": "a", "line": 1, "status": "failed"}, {"id": "b", "line": 2, "status": "x"})
+    check_own(manifest.path)
+    assert manifest.news() == {"a": {**entry, "file": "jobs.jsonl"}}
+    manifest.add({**entry, "status": "failed"}, {**entry, "id": "b", "status": "done"})
     assert {name: entry["status"] for name, entry in manifest.news().items()} == {
         "a": "failed",
-        "b": "x",
+        "b": "done",
     }
     assert manifest.news() == {}
+    check_own(manifest.path)
     with claims.leaving() as last:
         assert last
         manifest.compact()
     assert manifest.path.read_bytes().count(b"\n") == 2
+
+
+@pytest.fixture
+def generate_file(tmp_path, fake_runner):
+    """Renders a file of prompts, each with an id, into tmp_path/out."""
+
+    def run(name, **prompts):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        lines = ({"prompt": prompt, "id": label} for label, prompt in prompts.items())
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        return render(path, tmp_path / "out", FLAGS, progress=False, make_runner=fake_runner())
+
+    return run
+
+
+def test_another_job_file_adds_to_the_manifest(generate_file, tmp_path):
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    generate_file("a.jsonl", house="a house", cat="a cat", sea="the sea")
+    first = manifest.read_text()
+    assert generate_file("b/a.jsonl", tree="a tree", cat="a cat")["generated"] == 1
+    both = manifest.read_text()
+    assert both.startswith(first)
+    (added,) = map(json.loads, both.removeprefix(first).splitlines())
+    assert (added["id"], added["line"], added["file"]) == ("tree", 1, "../b/a.jsonl")
+    # The same command again, and without one of its lines.
+    assert generate_file("a.jsonl", house="a house", cat="a cat", sea="the sea")["generated"] == 0
+    assert manifest.read_text() == both
+    generate_file("a.jsonl", house="a house", cat="a cat")
+    assert list(read_manifest(manifest)) == ["house", "cat", "tree"]
+
+
+def test_an_id_of_another_job_file_is_refused(generate_file, tmp_path):
+    generate_file("a.jsonl", house="a house", cat="a cat")
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    told = f"line 2: the id 'cat' is that of another job in this folder, of line 2 of {tmp_path}/a"
+    with pytest.raises(RequestError, match=told):
+        generate_file("b.jsonl", dog="a dog", cat="a red cat")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    # In its own file it is a job that changed.
+    assert generate_file("a.jsonl", house="a house", cat="a red cat")["generated"] == 1
+
+
+def test_a_folder_of_an_earlier_version_goes_on(generate_file, tmp_path):
+    """Its manifest does not say which file a job is of."""
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    generate_file("a.jsonl", house="a house", cat="a cat")
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for line in lines:
+        del line["file"]
+    before = "".join(f"{json.dumps(line)}\n" for line in lines)
+    manifest.write_text(before)
+    generate_file("b.jsonl", tree="a tree")
+    assert manifest.read_text().startswith(before)
+    assert list(read_manifest(manifest)) == ["house", "cat", "tree"]
+    result = generate_file("a.jsonl", cat="a cat", house="a red house")
+    assert (result["done"], result["generated"]) == (2, 1)
+    entries = read_manifest(manifest).values()
+    assert [(entry["id"], entry["line"], entry["file"]) for entry in entries] == [
+        ("cat", 1, "../a.jsonl"),
+        ("house", 2, "../a.jsonl"),
+        ("tree", 1, "../b.jsonl"),
+    ]
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_what_failed_before_is_tried(fork, tmp_path, fake_runner, joins):
+    """Also of another file, and where another process is at work."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    for name, prompts in {"a": "a house\n", "b": "a cat\na house\n", "c": "the sea\n"}.items():
+        (tmp_path / f"{name}.txt").write_text(prompts)
+
+    def run(name, **options):
+        path = tmp_path / f"{name}.txt"
+        return render(path, out, FLAGS, progress=False, make_runner=fake_runner(**options))
+
+    assert run("a", fail={"a house": MemoryError("too large")})["failed"] == 1
+    if joins:
+        fork(run, "c", seconds=600, log=log)
+        while not log.exists():
+            time.sleep(0.02)
+    result = run("b")
+    assert (result["done"], result["generated"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a note\n",
+        b'{"image": "a.png", "label": 3}\n',
+        b'{"id": "a", "status": "done"}\n',
+        b"[" * 100_000,
+        b"\x89PNG\r\n\x1a\n\0\0\xff",
+        b"3\n",
+        None,
+    ],
+)
+def test_somebody_elses_manifest_is_not_touched(generate, tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    manifest = out / "manifest.jsonl"
+    if content is None:
+        manifest.mkdir()
+    else:
+        manifest.write_bytes(content)
+    with pytest.raises(RequestError, match=r"^--out: .*manifest\.jsonl") as told:
+        generate(A, B)
+    assert "\n" not in str(told.value)
+    assert list(out.iterdir()) == [manifest]
+    assert content is None or manifest.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\n", b'{"id": "ho', b'{"l', b'{"id": "\xc3'])
+def test_what_a_crash_left_of_a_manifest_is_repaired(generate, tmp_path, content):
+    generate(A)
+    (tmp_path / "out" / "manifest.jsonl").write_bytes(content)
+    assert generate(A)["generated"] == 0
+    assert statuses(tmp_path) == {"house": "done"}
+
+
+def test_repeated_lines_are_said_once(tmp_path, fake_runner, caplog):
+    (tmp_path / "jobs.txt").write_text("a house\n# a cat\na house\n")
+    options = {"progress": False, "make_runner": fake_runner()}
+    result = render(tmp_path / "jobs.txt", tmp_path / "out", FLAGS, **options)
+    assert result["jobs"] == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'jobs.txt'}: 1 line repeats what another asks for, which is generated once: "
+        "3 (as 1)."
+    ]
 
 
 def test_one_signal_finishes_the_image_and_two_stop_now(generate, fake_runner, tmp_path):

@@ -98,8 +98,7 @@ def test_line_breaks_in_prompts_are_blanks_and_lines_those_of_the_file(tmp_path,
         (7, told),
     ]
     assert read_prompts(tmp_path / "a.csv") == ['a red house, by "night"', "a tree"]
-    _, errors = JobReader(FLAGS, tmp_path).read(tmp_path / "a.csv")
-    assert errors == [f"line 7: {told}"]
+    assert JobReader(FLAGS, tmp_path).read(tmp_path / "a.csv").errors == [f"line 7: {told}"]
 
 
 def test_prompts_of_one_column_are_never_cut(tmp_path):

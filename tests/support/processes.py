@@ -14,7 +14,14 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["support.distilling", "support.family_ranks", "support.patches", "support.rank_tasks"]
+    [
+        "support.distilling",
+        "support.family_ranks",
+        "support.patches",
+        "support.rank_tasks",
+        "support.rendering",
+        "clear_dit.render.run",
+    ]
 )
 
 
@@ -23,6 +30,11 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def shared_integers(count):
+    """Integers that processes see each other write: zeros."""
+    return _CONTEXT.RawArray("q", count)
 
 
 def start(task, *arguments):
