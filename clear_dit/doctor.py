@@ -27,6 +27,7 @@ from .versions import __version__
 
 EXTRAS = {
     "app": ("gradio",),
+    "lora": ("peft",),
     "training": ("peft", "prodigyopt", "tensorboard"),
     "metrics": ("torchmetrics",),
     "gpu": ("triton", "xformers"),

@@ -52,6 +52,13 @@ TrainingDtype = Annotated[
         "CPU or GPU has it; doctor says which)."
     ),
 ]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(
+        help="What the image should not be, such as 'a tree': the prompt of guidance's second "
+        "pass; default the model's own, often an empty one."
+    ),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
@@ -92,6 +99,10 @@ Weights = Annotated[
         "those known to fit model, radius, --down-factor and --far; none: the model's own."
     ),
 ]
+Lora = Annotated[
+    str | None, typer.Option(help="A LoRA for the model, a file such as ink.safetensors.")
+]
+LoraScale = Annotated[float, typer.Option(help="How strongly the LoRA acts, -4 to 4, such as 0.8.")]
 Schedule = Annotated[
     str | None,
     typer.Option(

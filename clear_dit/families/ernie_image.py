@@ -119,6 +119,7 @@ FAMILY = Family(
         casts_latents=False,
         denoiser=Denoiser(scale=1000.0),
         shift=4.0,  # its own
+        prompts=lambda pipe: None,
         rewriters=("_enhance_prompt_with_pe",),
     ),
     transformer="ErnieImageTransformer2DModel",

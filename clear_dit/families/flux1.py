@@ -19,6 +19,7 @@ from .family import (
     check_image_length,
     own_positions,
 )
+from .prompt_reading import PromptReading
 from .recipe import Defaults, Guidance, Recipe
 
 (FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
@@ -95,6 +96,7 @@ FAMILY = Family(
         ntk_factor=10.0,
         guidance=Guidance("true_cfg_scale", negative=""),
         options=_text_length,
+        prompts=lambda pipe: PromptReading(pipe.recipe.given_length(pipe), "tokenizer_2"),
         defaults_of=_defaults,
     ),
     proportional=True,

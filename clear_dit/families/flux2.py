@@ -20,7 +20,8 @@ from ..kernels.two_positions import Rotated
 from .family import BEGINS, ENDS, MODULATES, Family, Reading, own_positions
 from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor, Stream
-from .recipe import Defaults, Latents, Recipe
+from .prompt_reading import PromptReading, user_message
+from .recipe import Defaults, Guidance, Latents, Recipe
 
 (Flux2PosEmbed,) = names_from("diffusers.models.transformers.transformer_flux2", "Flux2PosEmbed")
 
@@ -158,15 +159,33 @@ def _extend(model: Any, extension: Extension) -> dict[str, Any]:
     return {"pos_embed": ExtendedFlux2PosEmbed(positions, extension)}
 
 
+def _prompts(pipe: Any) -> PromptReading:
+    """`Recipe.prompts`: dev has a system message before it."""
+    if pipe.config["_class_name"].removeprefix("CLEAR") != "Flux2Pipeline":
+        return PromptReading(512, template=user_message)
+    return PromptReading(512, template=_dev_message, adds_special=False)
+
+
+def _dev_message(tokenizer: Any, prompt: str) -> str:
+    (format_input,) = names_from("diffusers.pipelines.flux2.pipeline_flux2", "format_input")
+    (messages,) = format_input([prompt])
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    return text
+
+
+_PIPELINES = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
+
 FAMILY = Family(
     name="flux2",
     title="FLUX.2 (dev, klein)",
     recipe=Recipe(
-        pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
+        pipelines=_PIPELINES,
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=4.0),
         latents=Latents(given="rows"),
+        guidance=Guidance(fixed=_PIPELINES),
         mu=_log_shift,
         defaults_of=_defaults,
+        prompts=_prompts,
         rewriters=("upsample_prompt",),
         shift=7.5,  # its own at 1024 x 1024 px, in 50 steps
     ),

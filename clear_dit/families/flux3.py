@@ -21,6 +21,7 @@ from .family import BEGINS, ENDS, MODULATES, Family, Reading, own_positions
 from .flux1 import read_ids
 from .flux2 import ExtendedFlux2PosEmbed
 from .joint import JointProcessor, Stream
+from .prompt_reading import PromptReading, user_message
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
 Flux3AttnProcessor, Flux3PosEmbed = names_from(
@@ -138,9 +139,10 @@ FAMILY = Family(
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=3.5),
         latents=Latents(given="rows"),
         shift=6.93,  # its own, at any size
-        guidance=Guidance(None),
+        guidance=Guidance(None, fixed=("Flux3DistilledModularPipeline",)),
         denoiser=_Denoiser(),
         several_prompts=False,
+        prompts=lambda pipe: PromptReading(8192, template=user_message),
         defaults_of=_defaults,
     ),
     transformer="Flux3Transformer2DModel",

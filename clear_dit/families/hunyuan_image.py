@@ -20,6 +20,7 @@ from ..attention.text_padding import used_length
 from ..compat import names_from
 from .family import BEGINS, ENDS, Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn, image_tables
+from .prompt_reading import PromptReading
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
 (HunyuanImageRotaryPosEmbed,) = names_from(
@@ -187,6 +188,7 @@ FAMILY = Family(
         guidance=Guidance(None, embedded="distilled_guidance_scale"),
         denoiser=_Denoiser(scale=1000.0),
         defaults_of=_defaults,
+        prompts=lambda pipe: PromptReading(1000, adds_special=False),
         patch=1,
         shift=5.0,  # its own, at any size
     ),

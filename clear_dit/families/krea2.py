@@ -19,6 +19,7 @@ from ..attention.positions import ExtendedPosEmbed, Extension
 from ..compat import names_from
 from .family import BEGINS, ENDS, MODULATES, Cut, Family, Reading, check_image_length, own_positions
 from .joint import JointProcessor, Stream
+from .prompt_reading import PromptReading
 from .recipe import Defaults, Guidance, Recipe, linear_shift
 
 (Krea2RotaryPosEmbed,) = names_from(
@@ -121,6 +122,8 @@ FAMILY = Family(
         shift=2.5,  # its own at 1024 x 1024 px
         guidance=Guidance(off=0.0),
         defaults_of=_defaults,
+        # Of 512, which end with those of the template.
+        prompts=lambda pipe: PromptReading(507, adds_special=False),
     ),
     transformer="Krea2Transformer2DModel",
     stacks=("transformer_blocks",),

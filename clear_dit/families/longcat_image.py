@@ -108,6 +108,7 @@ FAMILY = Family(
         pipelines=("LongCatImagePipeline",),
         defaults=Defaults(size=1024, radius=16, steps=50, guidance=4.5),
         guidance=Guidance(negative=""),  # its own is one for all prompts, and fits one alone
+        prompts=lambda pipe: None,
         rewriters=("rewire_prompt",),
     ),
     transformer="LongCatImageTransformer2DModel",

@@ -18,6 +18,7 @@ from ..attention.text_padding import used_length
 from ..compat import names_from
 from .family import BEGINS, ENDS, OF_TOKENS, Family, Reading, check_image_length
 from .joint import JointProcessor, Stream, Turn
+from .prompt_reading import PromptReading
 from .qwen_positions import ExtendedQwenEmbedRope, Shape, extend, image_shapes
 from .recipe import Defaults, Guidance, Recipe
 
@@ -154,6 +155,7 @@ FAMILY = Family(
         defaults=Defaults(size=1328, radius=16, steps=50, guidance=4.0),
         widest=1.8,  # 1664 x 928 px: https://huggingface.co/Qwen/Qwen-Image
         guidance=Guidance("true_cfg_scale", negative=" "),
+        prompts=lambda pipe: PromptReading(512, adds_special=False),
         shift=2.3,  # its own at 1328 x 1328 px
     ),
     transformer="QwenImageTransformer2DModel",

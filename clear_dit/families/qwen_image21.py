@@ -246,6 +246,7 @@ FAMILY = Family(
         step=2,
         reduction=16,
         guidance=Guidance("true_cfg_scale", negative=" "),
+        prompts=lambda pipe: None,
         denoiser=_Denoiser(kept=("kv_cache", "kv_cache_mode")),
     ),
     transformer="QwenImage21Transformer2DModel",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..compat import names_from
+from .prompt_reading import PromptReading
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,23 @@ class Guidance:
         negative: the prompt of the second pass, where the pipeline has none of its own.
         embedded: of a call instead, where the transformer's configuration has "guidance_embeds":
             one pass.
+        fixed: names of pipelines whose second pass, if there is one, takes no other prompt.
     """
 
     argument: str | None = "guidance_scale"
     off: float = 1.0
     negative: str | None = None
     embedded: str = "guidance_scale"
+    fixed: tuple[str, ...] = ()
+
+    def takes_negative(self, config: Mapping[str, Any], pipeline: str) -> bool:
+        """Whether a second pass takes a prompt of a call's.
+
+        Args:
+            config: of the transformer.
+            pipeline: the name of its stock class.
+        """
+        return not config.get("guidance_embeds") and pipeline not in self.fixed
 
     def passes(self, config: Mapping[str, Any], strength: float) -> int:
         """Of a step, by the transformer's configuration."""
@@ -126,16 +138,21 @@ class Guidance:
             changed[self.argument] = self.off  # type: ignore[assignment]
         return {**options, **changed}
 
-    def options(self, pipe: Any, strength: float, prompts: int) -> dict[str, Any]:
-        """The arguments of a call for so many prompts with guidance of this strength."""
+    def options(
+        self, pipe: Any, strength: float, prompts: int, negative: str | None = None
+    ) -> dict[str, Any]:
+        """The arguments of a call for so many prompts with guidance of this strength.
+
+        Args:
+            negative: the prompt of the second pass of all; None for the model's own.
+        """
         config = pipe.transformer.config
         if config.get("guidance_embeds"):
             return {self.embedded: strength}
-        if self.argument is None:
-            return {}
-        found: dict[str, Any] = {self.argument: strength}
-        if self.negative is not None and strength > self.off:
-            found["negative_prompt"] = [self.negative] * prompts
+        found: dict[str, Any] = {} if self.argument is None else {self.argument: strength}
+        negative = self.negative if negative is None else negative
+        if negative is not None and strength > self.off:
+            found["negative_prompt"] = [negative] * prompts
         return found
 
 
@@ -186,6 +203,11 @@ def no_options(pipe: Any) -> dict[str, Any]:
     return {}
 
 
+def whole_length(pipe: Any) -> PromptReading:
+    """`Recipe.prompts` of most families: as many tokens as the model is given, of the prompt."""
+    return PromptReading(pipe.recipe.given_length(pipe))
+
+
 def log_shift(pipe: Any, tokens: int, steps: int) -> float:
     """`Recipe.mu` of most families: linear in the tokens."""
     return linear_shift(pipe.scheduler.config, tokens)
@@ -232,6 +254,8 @@ class Recipe:
             pixels as are packed together, not of one.
         casts_latents: whether a pipeline casts its `latents=` to what the transformer takes.
         several_prompts: whether a call takes them, or one alone.
+        prompts: (what `described` makes of a model) to how far it reads a prompt; None where it
+            reads all of it, or a language model's words in its place.
         rewriters: methods of the pipelines by which a language model rewrites prompts, the first
             argument.
         defaults_of: (the transformer's configuration, model_index.json) to what suits a model that
@@ -255,6 +279,7 @@ class Recipe:
     factor_counts_packing: bool = False
     casts_latents: bool = True
     several_prompts: bool = True
+    prompts: Callable[[Any], PromptReading | None] = whole_length
     rewriters: tuple[str, ...] = ()
     defaults_of: Callable[[Mapping[str, Any], Mapping[str, Any]], Defaults | None] = (
         lambda config, index: None
@@ -264,6 +289,11 @@ class Recipe:
     def native_size(self) -> int:
         """Side of a square of as many pixels as the published models were trained at, in pixels."""
         return self.defaults.size
+
+    def given_length(self, pipe: Any) -> int:
+        """Tokens of text that a call with `options` gives the model, padding included, at most."""
+        length: int = self.options(pipe).get("max_sequence_length", self.text_length)
+        return length
 
     def trained_at(self, height: int, width: int, native_size: int) -> bool:
         """Whether a model of this native size, in pixels, knows an image's shape."""

@@ -20,6 +20,7 @@ from ..attention.tracker import WindowTracker
 from ..compat import names_from
 from .family import BEGINS, ENDS, Cut, Family, Reading, adapter_was_unloaded
 from .joint import JointProcessor, Stream, Turn
+from .prompt_reading import PromptReading
 from .recipe import Defaults, Denoiser, Latents, Recipe, linear_shift
 from .sd3_positions import ResampledPatchEmbed, extend
 
@@ -249,6 +250,13 @@ def _log_shift(pipe: Any, tokens: int, steps: int) -> float:
     return linear_shift({"max_shift": 1.16} | dict(pipe.scheduler.config), tokens)
 
 
+def _prompts(pipe: Any) -> PromptReading:
+    """`Recipe.prompts`: T5 reads furthest, and may be left out."""
+    if pipe.config.get("text_encoder_3", (None, None))[1] is not None:
+        return PromptReading(256, "tokenizer_3")
+    return PromptReading(pipe.tokenizer.model_max_length)
+
+
 FAMILY = Family(
     name="sd3",
     title="Stable Diffusion 3, 3.5",
@@ -258,6 +266,7 @@ FAMILY = Family(
         latents=Latents("grid"),
         denoiser=Denoiser(scale=1000.0),
         mu=_log_shift,
+        prompts=_prompts,
     ),
     transformer="SD3Transformer2DModel",
     stacks=("transformer_blocks",),

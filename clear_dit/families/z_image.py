@@ -21,6 +21,7 @@ from ..attention.positions import Extension
 from ..compat import names_from
 from .family import BEGINS, ENDS, Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn
+from .prompt_reading import PromptReading, user_message
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
 MULTIPLE, RopeEmbedder, ZSingleStreamAttnProcessor = names_from(
@@ -219,6 +220,7 @@ FAMILY = Family(
         latents=Latents("grid"),
         guidance=Guidance(off=0.0),
         denoiser=_Denoiser("x", "t"),
+        prompts=lambda pipe: PromptReading(512, template=user_message),
     ),
     transformer="ZImageTransformer2DModel",
     stacks=("noise_refiner", "layers"),

@@ -24,11 +24,14 @@ def generate(
     down_factor: options.DownFactor = 1,
     far: options.Far = None,
     weights: options.Weights = "auto",
+    lora: options.Lora = None,
+    lora_scale: options.LoraScale = 1.0,
     schedule: options.Schedule = None,
     attention: options.Attention = "clear",
     impl: options.Impl = "auto",
     steps: options.Steps = None,
     guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial noise, such as 7.")] = 0,
     image: Annotated[
         str | None,
@@ -90,6 +93,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Generate one image."""
+    from .prompt_notes import PromptReader
     from .request import make_request
     from .runner import generate as run
     from .sharing import joined_ranks
@@ -107,11 +111,14 @@ def generate(
             down_factor=down_factor,
             far=far,
             weights=weights,
+            lora=lora,
+            lora_scale=lora_scale,
             schedule=schedule,
             attention=attention,
             impl=impl,
             steps=steps,
             guidance=guidance,
+            negative_prompt=negative_prompt,
             seed=seed,
             image=image,
             preset=preset,
@@ -127,6 +134,8 @@ def generate(
         )
         if ranks is None or ranks.is_first:
             plan = planned(request)
+            for note in PromptReader(model).notes(prompt):
+                logging.getLogger(__name__).warning(note)
             if dry_run:
                 print(plan)
                 if as_json:

@@ -18,7 +18,7 @@ def passes(pipe: CLEARPipeline, guidance: float) -> int:
 
 def text_length(pipe: CLEARPipeline) -> int:
     """Tokens of text that `denoise` gives the transformer, padding included, at most."""
-    length: int = pipe.recipe.options(pipe).get("max_sequence_length", pipe.recipe.text_length)
+    length: int = pipe.recipe.given_length(pipe)
     return length
 
 
@@ -43,6 +43,7 @@ def denoise(
     width: int,
     steps: int,
     guidance: float,
+    negative_prompt: str | None = None,
     **stages: Any,
 ) -> torch.Tensor:
     """Final latents of prompts, from noise of these seeds, one for each.
@@ -51,7 +52,7 @@ def denoise(
         pipe: whose attention is what it is.
         seeds: an image depends on its own seed only, not on the others in the batch.
         height, width: in pixels.
-        steps, guidance: see `GenerateRequest`.
+        steps, guidance, negative_prompt: see `GenerateRequest`.
         stages: enlarge, preset, strength, stage_steps, cascade, low_resolution_guidance, upscaler,
             stages_dir, resolution, texts and callback_on_step_end, see `CLEARPipeline`.
 
@@ -67,7 +68,7 @@ def denoise(
             num_inference_steps=steps,
             generator=[torch.Generator("cpu").manual_seed(next(left)) for _ in some],
             output_type="latent",
-            **recipe.guidance.options(pipe, guidance, len(some)),
+            **recipe.guidance.options(pipe, guidance, len(some), negative_prompt),
             **recipe.options(pipe),
             **stages,
         ).images

@@ -59,6 +59,14 @@ class Model:
     native_size: int | None
     index: Index
 
+    @property
+    def takes_negative_prompt(self) -> bool:
+        """Whether guidance that is on has a second pass with a prompt of one's own."""
+        pipeline = self.index.pipeline.removeprefix("CLEAR")
+        return self.family.recipe.guidance.takes_negative(
+            self.index.config("transformer"), pipeline
+        )
+
 
 def model_path(model: str) -> str:
     """What `from_pretrained` takes for a model's name: a demo, a folder, or a hub repository.

@@ -23,12 +23,15 @@ from .checks import (
     find_impl,
     find_window,
     take_numbers,
+    takes_far,
 )
 from .dtypes import AUTO as AUTO_DTYPE
 from .dtypes import resolve_dtype
 from .image_input import read_image
+from .lora import check_lora
 from .models import Model, find_model
 from .placing import check_offload
+from .prompts import check_prompt
 
 MAX_STEPS = 1000
 NO_WEIGHTS = "none"
@@ -39,6 +42,7 @@ _BOUNDS: dict[str, Bounds] = {
     "guidance": (0, 100),
     "seed": (0, 2**63 - 1),
     "low_resolution_guidance": (0, 1),
+    "lora_scale": (-4, 4),
 }
 
 
@@ -56,6 +60,9 @@ class GenerateRequest:
             where `down_factor` is 1.
         weights: CLEAR weights: a file, a folder or a hub repository; "auto" for those known to fit
             model, radius, down_factor and far (see `known_weights`); None for the model's own.
+        lora: a .safetensors file of a LoRA, which is added to the model's weights and CLEAR's; None
+            for none.
+        lora_scale: how strongly it acts, from -4 to 4.
         schedule: radii by layer and noise level (`clear-dit calibrate`), of this model, in place of
             `radius`, which is then that of the uniform window of as many FLOPs; None for one.
         attention: "clear" or "full".
@@ -64,6 +71,8 @@ class GenerateRequest:
         guidance: strength of guidance, as the model's pipeline takes it: FLUX.1-dev's embedded
             scale; for a model without one, the scale of classifier-free guidance against an empty
             prompt (two passes), 1 for none (0 for Z-Image and Krea 2).
+        negative_prompt: what the image should not be, the prompt of guidance's second pass; None
+            (and "") for the model's own.
         seed: of the initial noise.
         image: an image to enlarge to height x width, of that aspect ratio; None to start from
             noise.
@@ -94,11 +103,14 @@ class GenerateRequest:
     down_factor: int
     far: bool | None
     weights: str | None
+    lora: str | None
+    lora_scale: float
     schedule: Schedule | None
     attention: str
     impl: str
     steps: int
     guidance: float
+    negative_prompt: str | None
     seed: int
     image: str | None
     preset: str
@@ -131,6 +143,13 @@ class GenerateRequest:
             raise RequestError(f"--attention must be clear or full, got {self.attention!r}.")
         if self.attention == "full" and self.weights not in (None, AUTO):
             raise RequestError("--weights are for --attention clear; leave them out with full.")
+        if self.negative_prompt is not None:
+            negative = _checked_negative(self.negative_prompt, self.guidance, model)
+            object.__setattr__(self, "negative_prompt", negative)
+        if self.lora is not None:
+            check_lora(self.lora, model, _window_alone(self))
+        elif self.lora_scale != 1:
+            raise RequestError(f"--lora-scale {self.lora_scale:g} is of a --lora; name one.")
         if self.schedule is not None:
             _check_schedule(self, self.schedule)
         if self.preset not in PRESETS:
@@ -151,6 +170,8 @@ class GenerateRequest:
         dtype = find_dtype(self.dtype)
         check_quantize(self.quantize, device, dtype)
         check_offload(self.offload)
+        if self.lora is not None and self.offload != "none":
+            raise RequestError("--lora keeps all parts on the device; leave --offload out.")
         if self.attention == "clear":
             find_impl(self.impl, dtype, device)
 
@@ -196,11 +217,14 @@ def make_request(
         "down_factor": 1,
         "far": None,
         "weights": AUTO,
+        "lora": None,
+        "lora_scale": 1.0,
         "schedule": None,
         "attention": "clear",
         "impl": "auto",
         "steps": defaults.steps,
         "guidance": defaults.guidance,
+        "negative_prompt": None,
         "seed": 0,
         "image": None,
         "preset": AUTO_PRESET,
@@ -240,6 +264,14 @@ def find_schedule(schedule: Schedule | str) -> Schedule:
         raise RequestError(first_line(error)) from error
 
 
+def _window_alone(request: GenerateRequest) -> tuple[int, int, bool] | None:
+    """radius, down_factor and far of local attention with the model's own weights."""
+    if request.attention == "full" or request.weights is not None or request.schedule is not None:
+        return None
+    far = takes_far(request.far, request.radius, request.down_factor)
+    return request.radius, request.down_factor, far
+
+
 def _check_schedule(request: GenerateRequest, schedule: Schedule) -> None:
     """Refuse settings that a schedule excludes.
 
@@ -257,6 +289,30 @@ def _check_schedule(request: GenerateRequest, schedule: Schedule) -> None:
         raise RequestError(
             f"--schedule was made with --{made}; leave --far and --no-far out, or calibrate again."
         )
+
+
+def _checked_negative(prompt: Any, guidance: float, model: Model) -> str | None:
+    """A negative prompt that acts, without the white space around it; None for an empty one.
+
+    Raises:
+        RequestError: it is no prompt, or there is no second pass that would take it.
+    """
+    if not isinstance(prompt, str) or prompt.strip():
+        prompt = check_prompt(prompt, "--negative-prompt")
+    if not prompt.strip():
+        return None
+    if not model.takes_negative_prompt:
+        raise RequestError(
+            f"--negative-prompt: guidance of {model.index.path} has no second pass that takes a "
+            "prompt; leave it out."
+        )
+    off = model.family.recipe.guidance.off
+    if guidance <= off:
+        raise RequestError(
+            f"--negative-prompt acts in guidance's second pass, and --guidance {guidance:g} has "
+            f"none; take more than {off:g}, or leave it out."
+        )
+    return str(prompt)
 
 
 def _enlarged_size(settings: dict[str, Any], model: Model) -> tuple[int, int]:

@@ -30,9 +30,11 @@ from .checks import find_device, find_dtype, find_impl
 from .denoising import denoise, unpack
 from .dtypes import resolve_dtype
 from .image_input import read_image
+from .lora import load_lora, unload_lora
 from .models import load_pipeline
 from .placing import place
 from .sharing import RequestTexts, check_shared
+from .stage_plan import StagePlanner
 from .timing import Timer
 from .weights import Settled, settled
 
@@ -122,6 +124,8 @@ class PipelineRunner:
         # What `_set_attention` was last asked for, and what it said; None for the stock model.
         self._attention: tuple[Any, ...] | None = None
         self._told: set[str] = set()
+        # What `_set_lora` was last asked for: the file's digest and the scale; None for no LoRA.
+        self._lora: tuple[Any, ...] | None = None
         self._upscaler: Upscaler | None = None
         self._placed, self._quantising = plain, False
         # The CLEAR weights that the transformer was quantised with.
@@ -205,6 +209,7 @@ class PipelineRunner:
             with timer.measure("total", self.device):
                 (weights, far), impl = self._set_attention(request)
                 self._place(weights)
+                lora = self._set_lora(request)
                 if self._ranks is not None:
                     self.pipe.enable_patch_parallel(self._ranks.mesh)
                     self._ranks.follow(self.pipe)
@@ -215,6 +220,7 @@ class PipelineRunner:
                 settings = request.settings | {"far": far}
                 settings |= {"version": __version__, "impl": impl, "ranks": ranks}
                 settings |= _named(upscaler)
+                settings |= {} if lora is None else {"lora": lora[0], "lora_sha256": lora[1]}
                 done = quantised(self.pipe.transformer)
                 statement = done and done.statement()
                 settings |= {} if statement is None else {"quantised": statement}
@@ -284,6 +290,7 @@ class PipelineRunner:
 
     def _renew_transformer(self) -> None:
         """Load the transformer again, as it was before CLEAR weights and quantisation."""
+        self._drop_lora()
         self.pipe.register_modules(transformer=None)
         _free(self.device)
         model, home = self._made_for["model"], torch.device("cpu")
@@ -303,6 +310,29 @@ class PipelineRunner:
             self._quantising = False
         place(self.pipe, self.device, self._offload)
         self._placed = True
+
+    def _set_lora(self, request: GenerateRequest) -> tuple[str, str] | None:
+        """Switch the pipeline to a request's LoRA, or to none; its file's name and digest.
+
+        After quantising, whose layers a LoRA is added to.
+        """
+        if request.lora is None:
+            self._drop_lora()
+            return None
+        path = Path(request.lora)
+        digest = file_digest(path)
+        if self._lora != (digest, request.lora_scale):
+            self._drop_lora()
+            self._lora = ("unfinished",)  # where it is interrupted, the next request drops it
+            load_lora(self.pipe, path, request.lora_scale)
+            self._lora = digest, request.lora_scale
+        return path.name, digest
+
+    def _drop_lora(self) -> None:
+        if self._lora is not None:
+            self._lora = ("unfinished",)
+            unload_lora(self.pipe)
+            self._lora = None
 
     def _remove_clear(self) -> None:
         try:
@@ -397,7 +427,9 @@ class PipelineRunner:
             **request.stage_options,
         }
         if request.image is not None:
-            stages["enlarge"] = read_image(Path(request.image))
+            image = read_image(Path(request.image))
+            StagePlanner(request.model).check_negative(request, (image.height, image.width))
+            stages["enlarge"] = image
         with timer.measure("denoise", self.device):
             try:
                 latents = denoise(
@@ -408,6 +440,7 @@ class PipelineRunner:
                     width=request.width,
                     steps=request.steps,
                     guidance=request.guidance,
+                    negative_prompt=request.negative_prompt,
                     callback_on_step_end=watch.after_step,
                     **stages,
                 )

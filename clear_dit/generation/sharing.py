@@ -73,6 +73,8 @@ def check_shared(request: GenerateRequest, ranks: Ranks) -> None:
         raise RequestError(str(error)) from error
     if request.attention == "full":
         raise RequestError("--parallel shares rows by local attention; leave --attention full out.")
+    if request.lora is not None:
+        raise RequestError("--parallel: ranks share no LoRA; leave --lora out.")
     if request.offload != "none":
         raise RequestError("--parallel keeps all parts on the devices; leave --offload out.")
     if request.quantize == "nvfp4":

@@ -86,8 +86,24 @@ class StagePlanner:
             image_size: height and width in pixels of the image it enlarges.
 
         Raises:
-            ValueError: the pipeline would refuse it.
+            ValueError: the pipeline would refuse it, or its negative prompt acts in no stage.
         """
+        stages = self._stages(request, image_size)
+        far = request.attention != "full" and settled(request).far
+        return tuple(self._planned(stage, request, far) for stage in stages)
+
+    def check_negative(self, request: GenerateRequest, image_size: tuple[int, int] | None) -> None:
+        """Refuse a negative prompt where no stage has guidance; arguments are those of `plan`.
+
+        Raises:
+            ValueError: see `plan`.
+        """
+        if request.negative_prompt is not None:
+            self._stages(request, image_size)
+
+    def _stages(
+        self, request: GenerateRequest, image_size: tuple[int, int] | None
+    ) -> tuple[Stage, ...]:
         from ..pipelines.cascade.stages import plan_stages
 
         pipe = self._pipe
@@ -104,8 +120,13 @@ class StagePlanner:
             family=pipe.family,
             step=pipe.recipe.step,
         )
-        far = request.attention != "full" and settled(request).far
-        return tuple(self._planned(stage, request, far) for stage in stages)
+        guided = any(stage.guided and stage.strength != 0 for stage in stages)
+        if request.negative_prompt is not None and not guided:
+            raise RequestError(
+                f"--negative-prompt acts in guidance's second pass, which enlarging an image by "
+                f"--preset {request.preset} has not; take --preset repaint, or leave it out."
+            )
+        return stages
 
     def memory(self, request: GenerateRequest, stages: tuple[PlannedStage, ...]) -> list[int]:
         """Bytes of the transformer in each stage of a plan: its weights, and what a step needs.

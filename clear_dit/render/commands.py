@@ -18,9 +18,9 @@ def render(
         typer.Argument(
             help="A .jsonl or .csv file of jobs, such as jobs.csv, or a .txt of prompts (and "
             "comments, which begin with #). A job has a prompt and, where it differs from the "
-            "options, id, height, width, seed, seeds, steps, guidance, radius, down_factor, far, "
-            "weights, schedule, attention, image, preset, strength, stage_steps, "
-            "low_resolution_guidance, upscaler."
+            "options, id, height, width, seed, seeds, steps, guidance, negative_prompt, radius, "
+            "down_factor, far, weights, lora, lora_scale, schedule, attention, image, preset, "
+            "strength, stage_steps, low_resolution_guidance, upscaler."
         ),
     ],
     out: Annotated[
@@ -36,11 +36,14 @@ def render(
     down_factor: options.DownFactor = 1,
     far: options.Far = None,
     weights: options.Weights = "auto",
+    lora: options.Lora = None,
+    lora_scale: options.LoraScale = 1.0,
     schedule: options.Schedule = None,
     attention: options.Attention = "clear",
     impl: options.Impl = "auto",
     steps: options.Steps = None,
     guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
     preset: options.Preset = "auto",
     upscaler: options.Upscaler = None,
     seed: Annotated[int, typer.Option(help="Seed of a job's first image, such as 7.")] = 0,

@@ -32,10 +32,13 @@ FIELDS = {
     "seeds": "integer",
     "steps": "integer",
     "guidance": "number",
+    "negative_prompt": "text or nothing",
     "radius": "integer",
     "down_factor": "integer",
     "far": "boolean",
     "weights": "text",
+    "lora": "text",
+    "lora_scale": "number",
     "schedule": "text",
     "attention": "text",
     "image": "text",
@@ -133,6 +136,10 @@ def _prompt(name: str, value: object) -> str:
     return check_prompt(value, name)
 
 
+def _negative(name: str, value: object) -> str:
+    return "" if value == "" else check_prompt(value, name)
+
+
 def _integer(name: str, value: object) -> int:
     number = as_integer(value)
     if number is None:
@@ -187,6 +194,7 @@ def _text(name: str, value: object) -> str:
 _CHECKS = {
     "id": _id,
     "prompt": _prompt,
+    "text or nothing": _negative,
     "integer": _integer,
     "boolean": _boolean,
     "number": _number,

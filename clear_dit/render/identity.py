@@ -15,19 +15,23 @@ from ..generation.request import GenerateRequest
 # Where and with what help an image is generated, not which image it is.
 _ELSEWHERE = ("device", "offload", "stages_dir")
 # What a setting was before there was one: images of then are known again.
-_BEFORE = {"far": False, "preset": "auto"}
+_BEFORE = {"far": False, "preset": "auto", "lora_scale": 1.0}
 _BEFORE |= dict.fromkeys(("schedule", "stage_steps", "upscaler", "quantize"))
+_BEFORE |= dict.fromkeys(("negative_prompt", "lora"))
 _MODEL_FILES = {".json", ".safetensors", ".txt", ".model", ".jinja"}
 # Of a large file: its beginning, which in safetensors names all tensors, and samples of the rest.
 _WHOLE, _SAMPLES, _SAMPLE = 2**20, 64, 4096
 
 
-def identity(request: GenerateRequest, model: str, weights: str, image: str, upscaler: str) -> str:
+def identity(
+    request: GenerateRequest, model: str, weights: str, image: str, upscaler: str, lora: str
+) -> str:
     """A digest of a request, of 32 characters.
 
     Args:
         request: what to generate; with far keys or without, not None.
-        model, weights, image, upscaler: digests of what its settings of these names stand for.
+        model, weights, image, upscaler, lora: digests of what its settings of these names stand
+            for.
     """
     content = {name: value for name, value in asdict(request).items() if name not in _ELSEWHERE}
     content["far"] = bool(request.far)
@@ -36,6 +40,8 @@ def identity(request: GenerateRequest, model: str, weights: str, image: str, ups
     content |= {"model": model, "weights": weights, "image": image}
     if request.upscaler is not None:
         content["upscaler"] = upscaler
+    if request.lora is not None:
+        content["lora"] = lora
     for name, before in _BEFORE.items():
         if content[name] == before:
             del content[name]

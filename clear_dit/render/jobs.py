@@ -128,17 +128,18 @@ class JobReader:
         """
         values = dict(entry)
         label, seeds = values.pop("id", None), values.pop("seeds", self._seeds)
-        for name in ("image", "weights", "schedule", "upscaler"):
+        for name in ("image", "weights", "lora", "schedule", "upscaler"):
             if name in values and (self._folder / values[name]).exists():
                 values[name] = str(self._folder / values[name])
         first = make_request(defaults=self._defaults, **(self._settings | values))
         weights, far = self._weights_digest(first)
-        image, upscaler = (self._file_digest(name) for name in (first.image, first.upscaler))
+        files = (first.image, first.upscaler, first.lora)
+        image, upscaler, lora = (self._file_digest(path) for path in files)
         first = replace(first, far=far)
         jobs = []
         for seed in range(first.seed, first.seed + seeds):
             request = replace(first, seed=seed)
-            key = identity(request, self._model_digest, weights, image, upscaler)
+            key = identity(request, self._model_digest, weights, image, upscaler, lora)
             if label is None:
                 name = name_from(request.prompt, key)
             else:

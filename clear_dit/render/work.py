@@ -223,5 +223,6 @@ def _ordered(jobs: list[Job], launch: Launch) -> list[Job]:
 def _geometry(job: Job) -> tuple[Any, ...]:
     r = job.request
     switch = (r.attention, r.radius, r.down_factor, str(r.far), r.weights or "")
+    lora = (r.lora or "", r.lora_scale)
     schedule = "" if r.schedule is None else r.schedule.digest
-    return (*switch, schedule, -r.height * r.width, r.height, r.steps, job.line)
+    return (*switch, *lora, schedule, -r.height * r.width, r.height, r.steps, job.line)

@@ -4,20 +4,24 @@ Quick for an autoencoder and a kind of latents each.
 """
 
 import json
+from functools import partial
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from support.command_line import run
 from support.families.folders import NATIVE, size_options, token_pixels
 from support.families.pipelines import PIPELINES
-from support.slow import few
+from support.slow import few, slow
+from torch import nn
 
 import clear_dit.pipelines.cascade.run as cascade_run
 from clear_dit.generation.image_output import read_settings
-from clear_dit.generation.models import find_model, quiet_libraries
+from clear_dit.generation.models import find_model, load_pipeline, quiet_libraries
 
 PROMPT = "a red house"
 GUIDANCE = 3.0
@@ -58,13 +62,15 @@ def pixels(path):
 
 
 @torch.no_grad()
-def stock_image(folder, family, rows, columns, seed):
+def stock_image(folder, family, rows, columns, seed, guidance=GUIDANCE, lora=None, **options):
     with quiet_libraries():
         if family == "flux3":
             pipe = stock_modular(folder)
         else:
             pipe = diffusers.DiffusionPipeline.from_pretrained(plain(folder))
     pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
     if family == "chroma":  # its mask hides nothing but as bools, see clear_dit/families/chroma.py
         pipe.transformer.register_forward_pre_hook(
             lambda model, args, given: (
@@ -74,7 +80,8 @@ def stock_image(folder, family, rows, columns, seed):
             with_kwargs=True,
         )
     if family in ("hunyuan-image", "flux3"):
-        pipe.guider = pipe.guider.new(guidance_scale=GUIDANCE)
+        pipe.guider = pipe.guider.new(guidance_scale=guidance)
+    options |= {name: guidance for name in STOCK[family] if name.endswith("_scale")}
     side = token_pixels(family)
     made = pipe(
         prompt=PROMPT,
@@ -82,7 +89,7 @@ def stock_image(folder, family, rows, columns, seed):
         width=columns * side,
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(seed),
-        **STOCK[family],
+        **STOCK[family] | options,
     ).images
     return np.array(made[0].convert("RGB")).astype(int)
 
@@ -126,6 +133,57 @@ def test_a_window_past_the_diagonal_is_the_stock_pipeline(folder, family, tmp_pa
     assert (pixels(out) != expected).mean() < 0.01
     assert generate(folder, out, *options, "--radius", 1) == 0
     assert (pixels(out) != expected).mean() > 0.05
+
+
+@families
+def test_a_negative_prompt_is_the_stock_pipelines(folder, family, tmp_path, capsys):
+    out, negative, strong = tmp_path / "image.png", "the sea", 30.0
+    size = size_options(family, NATIVE, NATIVE)
+    options = ("--radius", 2 * NATIVE, "--guidance", strong, "--seed", 3, *size)
+    status = generate(folder, out, *options, "--negative-prompt", negative)
+    if family == "flux2":
+        assert status == 2
+        assert "no second pass that takes a prompt; leave it out" in capsys.readouterr().err
+        return
+    assert status == 0
+    assert read_settings(out)["negative_prompt"] == negative
+    stock = partial(stock_image, folder, family, NATIVE, NATIVE, 3, strong)
+    expected = stock(negative_prompt=negative)
+    assert np.abs(pixels(out) - expected).max() <= 1
+    assert (pixels(out) != expected).mean() < 0.01
+    own = stock()
+    assert (pixels(out) != own).mean() > 0.05
+
+
+def save_lora(folder, path):
+    """Save a random LoRA on some layers of a folder's transformer, as its pipeline does."""
+    pipe = load_pipeline(str(folder), torch.float32, torch.device("cpu"), only_transformer=True)
+    layers = [name for name, x in pipe.transformer.named_modules() if isinstance(x, nn.Linear)]
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=layers[-12:-2])
+    pipe.transformer.add_adapter(config)
+    state = get_peft_model_state_dict(pipe.transformer)
+    pipe.save_lora_weights(path.parent, transformer_lora_layers=state, weight_name=path.name)
+
+
+@slow
+@pytest.mark.parametrize("family", PIPELINES)
+def test_with_a_lora_it_is_the_stock_pipeline_with_it(folder, family, tmp_path, capsys):
+    out, lora = tmp_path / "image.png", tmp_path / "lora.safetensors"
+    size = size_options(family, NATIVE, NATIVE)
+    options = ("--radius", 2 * NATIVE, "--guidance", GUIDANCE, "--seed", 3, *size)
+    if family in ("hunyuan-image", "longcat-image"):
+        lora.touch()
+        assert generate(folder, out, *options, "--lora", lora) == 2
+        assert "--lora: diffusers loads none for" in capsys.readouterr().err
+        return
+    save_lora(folder, lora)
+    assert generate(folder, out, *options, "--lora", lora) == 0
+    expected = stock_image(folder, family, NATIVE, NATIVE, 3, lora=lora)
+    assert np.abs(pixels(out) - expected).max() <= 1
+    assert (pixels(out) != expected).mean() < 0.01
+    without = stock_image(folder, family, NATIVE, NATIVE, 3)
+    assert (pixels(out) != without).mean() > 0.05
 
 
 @families

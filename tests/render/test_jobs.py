@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from support.slow import slow
 
 from clear_dit.errors import RequestError
@@ -118,12 +120,31 @@ def test_images_of_earlier_versions_are_known_again(tmp_path):
     (tmp_path / "a.txt").write_text("a house\n")
     (job,) = read_jobs(tmp_path / "a.txt", FLAGS | {"far": False})
     content = dataclasses.asdict(job.request)
-    later = ("far", "preset", "stage_steps", "schedule", "upscaler", "quantize", "offload")
+    later = ["far", "preset", "stage_steps", "schedule", "upscaler", "quantize", "offload"]
+    later += ["negative_prompt", "lora", "lora_scale"]
     for name in ("device", "stages_dir", *later):
         del content[name]
     content |= {"model": model_digest("demo"), "weights": "", "image": ""}
     before = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     assert job.identity == before[:32]
+
+
+def test_identity_knows_the_negative_prompt(tmp_path):
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "a house"},
+        {"prompt": "a house", "negative_prompt": "", "id": "own"},
+        {"prompt": "a house", "negative_prompt": None, "id": "none"},
+        {"prompt": "a house", "negative_prompt": "a moon", "id": "moon"},
+        {"prompt": "a house", "negative_prompt": " a moon ", "id": "same"},
+    )
+    plain, own, none, moon, same = (job.identity for job in read_jobs(path, FLAGS))
+    assert plain == own == none != moon == same
+    (tmp_path / "a.csv").write_text("prompt,negative prompt\na house,\na house,a moon\n")
+    found = JobReader(FLAGS, tmp_path).read(tmp_path / "a.csv").jobs
+    assert [job.identity for job in found] == [plain, moon]
+    flags = FLAGS | {"negative_prompt": "a moon"}  # a line's empty one stands for the model's own
+    assert [job.identity for job in read_jobs(path, flags)] == [moon, plain, moon, moon, moon]
 
 
 def test_identity_knows_the_contents_of_upscalers(tmp_path, monkeypatch):
@@ -142,6 +163,29 @@ def test_identity_knows_the_contents_of_upscalers(tmp_path, monkeypatch):
     assert len(set(identities)) == 3
     (tmp_path / "u.safetensors").unlink()
     assert "line 2: --upscaler: there is no file u.safetensors" in refusal(path)
+
+
+def test_identity_knows_the_contents_of_loras(tmp_path):
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        {"prompt": "a house"},
+        {"prompt": "a house", "lora": "l.safetensors"},
+        {"prompt": "a house", "lora": "l.safetensors", "lora_scale": 1, "id": "same"},
+        {"prompt": "a house", "lora": "l.safetensors", "lora_scale": 0.5},
+    )
+    identities = []
+    for value in (1.0, 2.0):
+        save_file({"transformer.x": torch.full((2,), value)}, tmp_path / "l.safetensors")
+        plain, whole, same, half = read_jobs(path, FLAGS)
+        assert whole.request.lora == str(tmp_path / "l.safetensors")
+        assert whole.identity == same.identity
+        identities += [plain.identity, whole.identity, half.identity]
+    assert len(set(identities)) == 5
+    save_file({"transformer.x": torch.ones(2)}, tmp_path / "other.safetensors")
+    moved = jsonl(tmp_path / "b.jsonl", {"prompt": "a house", "lora": "other.safetensors"})
+    assert read_jobs(moved, FLAGS)[0].identity == identities[1]
+    (tmp_path / "l.safetensors").unlink()
+    assert "line 2: --lora: there is no file l.safetensors" in refusal(path)
 
 
 def test_identity_knows_the_contents_of_images_and_weights(tmp_path, demo_weights):
@@ -218,6 +262,8 @@ def test_what_is_said_of_repeated_lines_is_bounded(tmp_path):
         ('{"prompt": "a", "guidance": NaN}', "guidance must be a number, got 'nan'"),
         ('{"prompt": "a", "guidance": 1e999}', "guidance must be a number, got 'inf'"),
         (f'{{"prompt": "a", "guidance": {10**400}}}', "guidance is too large"),
+        ('{"prompt": "a", "negative_prompt": 3}', "negative_prompt: a prompt must be text, got"),
+        ('{"prompt": "a", "negative_prompt": "b", "guidance": 1}', "--guidance 1 has none"),
         ('{"prompt": "a", "strength": {}}', "strength must be a number or a list"),
         ('{"prompt": "a", "height": 20}', "--height must be a multiple of 16"),
         ('{"prompt": "a", "width": 32768}', "--width must be a multiple of 16 from 16 to 16384"),
