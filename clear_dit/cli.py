@@ -6,6 +6,7 @@ A command imports its work when it runs: `--help` loads neither torch nor diffus
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Annotated
 
 import typer
@@ -36,7 +37,11 @@ def main() -> None:
     """Run the command line; a bad request is one line on standard error and status 2."""
     keep_freed_memory()
     quiet_torchao()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    if not sys.stderr.isatty():  # in a pipe or a log only what is wrong
+        handler.setLevel(logging.WARNING)
+    form = "%(levelname)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
     logging.getLogger("clear_dit").setLevel(logging.INFO)
     try:
         app()

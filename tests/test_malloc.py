@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.slow import slow
 
 ALLOCATE = """
 import resource, runpy, sys
@@ -15,10 +16,12 @@ def fill():
     torch.empty(2**26, dtype=torch.uint8).fill_(1)
 for _ in range(8):  # until the heap has room for a tensor where others do not split it
     fill()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     fill()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+# The middle one: something else may take a piece of the heap now and then.
+print(sorted(faults() for _ in range(9))[4])
 """
 
 
@@ -28,6 +31,7 @@ def page_faults(what: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_a_large_tensor_takes_the_place_of_one_that_is_gone():
     assert 4 * page_faults("keep") < page_faults("give back")

@@ -22,7 +22,7 @@ from clear_dit import (
     apply_clear,
     local_attention,
 )
-from clear_dit.app.request import Entry, make_requests
+from clear_dit.app.entry import make_entry, make_requests
 from clear_dit.app.settings import Settings
 from clear_dit.chunking import chunk_feed_forward
 from clear_dit.distillation.options import DistillOptions
@@ -304,7 +304,7 @@ def test_requests_are_refused(kind, tmp_path):
         DistillOptions("demo", tmp_path, tmp_path / "out", radius=3, max_train_steps=value)
     with pytest.raises(RequestError, match="steps must be an integer"):
         check_values({"prompt": "a", "steps": value})
-    entry = Entry("a", 64, 64, "clear", 8, 1, None, value, 2, 0, "demo")
+    entry = make_entry({"prompt": "a", "width": 64, "height": 64, "steps": value}, SETTINGS)
     with pytest.raises(RequestError, match="Steps must be "):
         make_requests(entry, SETTINGS)
 
@@ -313,6 +313,7 @@ def test_json_of_the_page_and_of_job_files():
     text = '{"prompt": "a", "height": 64.0, "steps": 2.0, "seed": 7, "guidance": 2}'
     values = check_values(json.loads(text))
     assert repr(values) == ("{'prompt': 'a', 'height': 64, 'steps': 2, 'seed': 7, 'guidance': 2.0}")
-    entry = Entry("a", 64.0, 64.0, "clear", 8.0, 1.0, None, 2.0, 2, 7.0, "demo")
+    given = {"prompt": "a", "width": 64.0, "height": 64.0, "radius": 8.0, "down_factor": 1.0}
+    entry = make_entry(given | {"steps": 2.0, "guidance": 2, "seed": 7.0}, SETTINGS)
     whole = replace(entry, width=64, height=64, radius=8, down_factor=1, steps=2, seed=7)
     assert repr(make_requests(entry, SETTINGS)) == repr(make_requests(whole, SETTINGS))

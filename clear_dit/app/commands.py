@@ -31,6 +31,17 @@ def serve_app(
             show_envvar=True,
         ),
     ] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Address of a reverse proxy, such as 127.0.0.1, that is believed where requests "
+            "come from (X-Forwarded-For, X-Forwarded-Proto); repeatable."
+        ),
+    ] = None,
+    loras: Annotated[
+        Path | None,
+        typer.Option(help="A folder of .safetensors LoRA files to choose from, such as loras."),
+    ] = None,
     max_pixels: Annotated[
         int, typer.Option(help="The most of an image, width times height, such as 4194304.")
     ] = 8192**2,
@@ -56,6 +67,8 @@ def serve_app(
         host=host,
         port=port,
         auth=tuple(map(parse_auth, auth or [])),
+        proxy=tuple(proxy or []),
+        loras=loras,
         max_pixels=max_pixels,
         queue_size=queue_size,
         keep_days=keep_days,

@@ -1,4 +1,4 @@
-"""What is served from the disk: a visitor's own images, tiles and uploads, and the viewer."""
+"""What is served from the disk: a caller's own images, tiles and uploads, and the page itself."""
 
 from __future__ import annotations
 
@@ -8,99 +8,124 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from ..errors import RequestError
-from .guard import visitor
-from .settings import MAX_UPLOAD_BYTES
-from .store import Store
+from .actions import Actions, NotThereError
+from .caller import who_asks
+from .downloads import FORMATS, converted, zipped
+from .reception import Reception
+from .routes import refusal, told
+from .store import SOURCE
 from .tiles import TILE
-from .uploads import keep_upload
+from .turns import Turns
 
 STATIC = Path(__file__).parent / "static"
 # Names never mean another content: browsers may keep it, shared caches may not.
 KEEP = {"cache-control": "private, max-age=604800, immutable"}
+FRESH = {"cache-control": "no-cache"}
 Which = Literal["clear", "full"]
+Upload = Literal["clear", "full", "image"]
+_STATIC_NAME = re.compile(r"[a-z-]+(\.min)?\.(js|css|txt|svg)")
 
 
-def make_router(store: Store) -> APIRouter:
-    """The routes.
-
-    GET images/JOB: what is known of a job, JSON; images/JOB/clear.png or full.png: the file;
-    images/JOB/clear/LEVEL/COLUMN_ROW.jpg: its tiles; view/JOB: a page with the zoomable viewer;
-    viewer/FILE: what that page consists of. POST uploads: an image as the body, of which the
-    answer tells the name. What is not the visitor's is not there: 404.
-    """
+def make_files(actions: Actions, reception: Reception) -> APIRouter:
+    """The routes: what is not the caller's is not there, 404."""
     router = APIRouter()
+    store = actions.store
+    # Who waits for an image to be converted holds none of the threads that answer others.
+    conversions = Turns()
 
-    def own_folder(request: Request, job: str) -> Path:
-        folder = store.folder(visitor(request.cookies), job)
-        if folder is None:
+    def own(request: Request, job: str, *parts: str) -> Path:
+        path = store.file(who_asks(request).owner, job, *parts)
+        if path is None:
             raise HTTPException(404)
-        return folder
+        return path
+
+    @router.get("/")
+    def page() -> Response:
+        return FileResponse(STATIC / "index.html", headers=FRESH)
+
+    @router.get("/static/{name}")
+    def static(name: str) -> Response:
+        if not _STATIC_NAME.fullmatch(name) or not (STATIC / name).is_file():
+            raise HTTPException(404)
+        return FileResponse(STATIC / name, headers=FRESH)
+
+    @router.get("/view/{job}")
+    def view(request: Request, job: str) -> Response:
+        if store.folder(who_asks(request).owner, job) is None:
+            raise HTTPException(404)
+        return FileResponse(STATIC / "viewer.html", headers=FRESH)
+
+    @router.get("/images.zip")
+    def archive(request: Request) -> Response:
+        found = zipped(store, who_asks(request).owner)
+        name = {"content-disposition": 'attachment; filename="clear-dit.zip"'}
+        return StreamingResponse(found, media_type="application/zip", headers=name)
 
     @router.get("/images/{job}")
     def record(request: Request, job: str) -> Response:
-        own_folder(request, job)
-        found = store.read(visitor(request.cookies), job)
-        return JSONResponse((found or {}) | {"tile": TILE})
+        try:
+            return told(actions.status(job, who_asks(request)) | {"tile": TILE})
+        except NotThereError as error:
+            return refusal(error)
 
-    @router.get("/images/{job}/{which}.png")
-    def image(request: Request, job: str, which: Which) -> Response:
-        path = own_folder(request, job) / f"{which}.png"
-        name = f"clear-dit-{job[:6]}-{which}.png"
-        return _file(path, filename=name)
+    @router.get("/images/{job}/{which}.{kind}")
+    async def image(request: Request, job: str, which: Which, kind: str) -> Response:
+        path = await run_in_threadpool(own, request, job, f"{which}.png")
+        if kind in FORMATS:
+            try:
+                async with conversions.turn(who_asks(request)):
+                    path = await run_in_threadpool(converted, path, kind, reception.decoding)
+            except RequestError as error:
+                return refusal(error)
+            except FileNotFoundError as error:  # deleted meanwhile
+                raise HTTPException(404) from error
+        elif kind != "png":
+            raise HTTPException(404)
+        name = f"clear-dit-{job[:6]}-{which}.{kind}"
+        return FileResponse(path, headers=KEEP, filename=name)
 
     @router.get("/images/{job}/{which}/{level}/{column}_{row}.jpg")
     def tile(
         request: Request, job: str, which: Which, level: int, column: int, row: int
     ) -> Response:
-        path = own_folder(request, job) / f"{which}_files" / str(level) / f"{column}_{row}.jpg"
-        return _file(path)
+        path = own(request, job, f"{which}_files", str(level), f"{column}_{row}.jpg")
+        return FileResponse(path, headers=KEEP)
 
-    @router.get("/view/{job}")
-    def view(request: Request, job: str) -> Response:
-        own_folder(request, job)
-        return FileResponse(STATIC / "viewer.html")
-
-    @router.get("/viewer/{name}")
-    def static(name: str) -> Response:
-        if not re.fullmatch(r"[a-z-]+(\.min)?\.(js|css|txt)", name):
+    @router.get("/uploads/{name}.jpg")
+    def small_upload(request: Request, name: str) -> Response:
+        path = store.small_upload(who_asks(request).owner, name)
+        if path is None:
             raise HTTPException(404)
-        if not (STATIC / name).is_file():
-            raise HTTPException(404)
-        return FileResponse(STATIC / name, headers={"cache-control": "no-cache"})
+        return FileResponse(path, headers=KEEP)
 
     @router.post("/uploads")
     async def upload(request: Request) -> Response:
-        path = await run_in_threadpool(store.new_upload, visitor(request.cookies))
+        length = request.headers.get("content-length", "")
+        known = int(length) if length.isdecimal() else None
         try:
-            await _receive(request, path)
-            width, height = await run_in_threadpool(keep_upload, path)
+            return told(await reception.receive(request.stream(), known, who_asks(request)))
         except RequestError as error:
-            path.unlink(missing_ok=True)
-            return JSONResponse({"error": str(error)}, status_code=400)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        return JSONResponse({"name": path.name, "width": width, "height": height})
+            return refusal(error)
+        except ClientDisconnect:
+            return told(None, 400)
+
+    @router.post("/api/jobs/{job}/{which}/upload")
+    async def reuse(request: Request, job: str, which: Upload) -> Response:
+        name = SOURCE if which == "image" else f"{which}.png"
+        path = own(request, job, name)
+        try:
+            return told(await run_in_threadpool(reception.copy, path, who_asks(request)))
+        except RequestError as error:
+            return refusal(error)
 
     return router
 
 
-def _file(path: Path, **options: Any) -> Response:
-    if not path.is_file():
-        raise HTTPException(404)
-    return FileResponse(path, headers=KEEP, **options)
-
-
-async def _receive(request: Request, path: Path) -> None:
-    size = 0
-    with path.open("wb") as file:
-        async for block in request.stream():
-            size += len(block)
-            if size > MAX_UPLOAD_BYTES:
-                raise RequestError(
-                    f"The image has more than {MAX_UPLOAD_BYTES // 2**20} MiB; take a smaller one."
-                )
-            file.write(block)
+def error_body(error: HTTPException) -> dict[str, Any]:
+    """Of an answer that is no image or page."""
+    words = "There is no such page or image." if error.status_code == 404 else str(error.detail)
+    return {"error": words, "field": None}

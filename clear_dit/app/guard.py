@@ -1,93 +1,170 @@
-"""In front of every request: who the visitor is, what is closed, what a browser may load."""
+"""In front of every request: who asks, from which page, and what a browser may do with answers."""
 
 from __future__ import annotations
 
-import re
-from http.cookies import CookieError, SimpleCookie
+import json
+import logging
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote, urlsplit
 
-from .store import SECRET, new_secret, visitor_of
+from .accounts import Accounts
+from .caller import (
+    account_holder,
+    address_of,
+    cookies,
+    new_secret,
+    remember,
+    visitor_at,
+)
+from .settings import Settings
 
-COOKIE = "clear-dit-visitor"
+logger = logging.getLogger(__name__)
+
 MAX_AGE = 365 * 86400
-# Of Gradio's routes those that read or write files, fetch from other servers or keep records:
-# nothing here needs them.
-CLOSED = re.compile(
-    r"/+(gradio_api/+)?(file|proxy|stream|upload|upload_progress|run-history|custom_component|"
-    r"deep_link|runs|monitoring|vibe[^/]*)([=/].*)?"
-)
-# Gradio's page has inline scripts, and templates that are compiled in the browser.
+LOGIN = "/login"
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "connect-src 'self'; frame-src 'self'; frame-ancestors 'self'; object-src 'none'; "
-    "base-uri 'self'; form-action 'self'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "font-src 'self'; connect-src 'self'; frame-src 'self'; frame-ancestors 'self'; "
+    "base-uri 'none'; form-action 'self'"
 )
-HEADERS = (
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"same-origin"),
-)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "same-origin",
+    "x-content-type-options": "nosniff",
+}
+_READS = ("GET", "HEAD", "OPTIONS")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:
-    """ASGI middleware. Who comes without a visitor's cookie gets one, and has it at once.
+    """ASGI middleware.
+
+    A browser's request from another site, or by a name that is none of a local server's, is
+    refused. Where there are accounts, every route but the login asks for one; else who comes
+    without a visitor's cookie gets one, and has it at once. `who_asks` tells the routes.
 
     Args:
         app: what is guarded.
+        settings: of the server.
+        accounts: of the server.
     """
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    def __init__(self, app: Any, settings: Settings, accounts: Accounts) -> None:
+        self._app, self._accounts = app, accounts
+        self._cookie = settings.cookie
+        # Behind a proxy the name is the proxy's matter.
+        self._local_names_only = settings.local and not settings.proxy
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # nothing here has any
+            return
         if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                return  # Gradio's page uses none
             await self._app(scope, receive, send)
             return
-        if CLOSED.fullmatch(scope["path"]):
-            await send({"type": "http.response.start", "status": 404, "headers": [*HEADERS]})
-            await send({"type": "http.response.body", "body": b"Not found"})
+        answer = _Answer(send)
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        refused = self._refused(scope["method"], headers)
+        if refused is not None:
+            await answer.error(403, refused)
             return
-        headers = list(scope["headers"])
-        more = [*HEADERS]
-        if _secret(_cookies(headers)) is None:
-            secret = new_secret()
-            others = [
-                value
-                for name, value in headers
-                if name == b"cookie" and COOKIE.encode() not in value
+        secrets = cookies(scope["headers"], self._cookie)
+        if self._accounts:
+            found = (self._accounts.account(secret) for secret in secrets)
+            account = next((one for one in found if one is not None), None)
+            if account is not None:
+                scope = remember(scope, account_holder(account))
+            elif scope["path"] != LOGIN:
+                await self._ask_for_login(scope, headers, answer)
+                return
+        else:
+            if not secrets:
+                secrets = [new_secret()]
+                secure = scope["scheme"] == "https"
+                answer.headers["set-cookie"] = set_cookie(self._cookie, secrets[0], secure)
+            scope = remember(scope, visitor_at(secrets[0], address_of(scope)))
+        try:
+            await self._app(scope, receive, answer.send)
+        except Exception:
+            logger.exception("%s %s", scope["method"], quote(scope["path"])[:200])
+            if not answer.started:
+                await answer.error(500, "Something went wrong on the server.")
+
+    def _refused(self, method: str, headers: Mapping[bytes, str]) -> str | None:
+        """Why a request is refused by where it comes from; None if it is not.
+
+        Who is no browser sends none of these headers but Host, and can tell what it likes.
+        """
+        host = headers.get(b"host", "")
+        if self._local_names_only and _name(host) not in _LOOPBACK:
+            return "This server is for this machine: open it as localhost."
+        site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+        navigates = method in _READS and headers.get(b"sec-fetch-mode") == "navigate"
+        if site is not None:
+            same = site in ("same-origin", "none") or navigates
+        else:
+            same = origin is None or origin in (f"http://{host}", f"https://{host}")
+        return None if same else "Another site may not ask this server for anything."
+
+    async def _ask_for_login(
+        self, scope: Any, headers: Mapping[bytes, str], answer: _Answer
+    ) -> None:
+        if scope["method"] == "GET" and "text/html" in headers.get(b"accept", ""):
+            answer.headers["location"] = scope.get("root_path", "") + LOGIN
+            await answer.error(303, "Log in.")
+        else:
+            await answer.error(401, "Log in.")
+
+
+class _Answer:
+    """The way of an answer, with what stands in the header of every one."""
+
+    def __init__(self, send: Any) -> None:
+        self._send, self.started = send, False
+        self.headers = dict(HEADERS)
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            kept = [
+                (name, value)
+                for name, value in message.get("headers", [])
+                # Gradio's: nobody else may read answers.
+                if not name.lower().startswith(b"access-control-")
             ]
-            headers = [pair for pair in headers if pair[0] != b"cookie"]
-            headers.append((b"cookie", b"; ".join([*others, f"{COOKIE}={secret}".encode()])))
-            secure = "; Secure" if scope["scheme"] == "https" else ""
-            cookie = f"{COOKIE}={secret}; Path=/; Max-Age={MAX_AGE}; HttpOnly; SameSite=Lax"
-            more.append((b"set-cookie", (cookie + secure).encode()))
+            there = {name.lower() for name, _ in kept}
+            kept += [
+                (name.encode(), value.encode("latin-1"))
+                for name, value in self.headers.items()
+                if name.encode() not in there
+            ]
+            message = message | {"headers": kept}
+        await self._send(message)
 
-        async def send_more(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message = message | {"headers": [*message.get("headers", []), *more]}
-            await send(message)
-
-        await self._app(scope | {"headers": headers}, receive, send_more)
-
-
-def visitor(cookies: Any) -> str:
-    """The name of the folder of who sent these cookies; they have passed the guard."""
-    secret = _secret(cookies)
-    assert secret is not None
-    return visitor_of(secret)
-
-
-def _secret(cookies: Any) -> str | None:
-    secret = cookies.get(COOKIE)
-    return secret if secret and SECRET.fullmatch(secret) else None
+    async def error(self, status: int, words: str) -> None:
+        """A refusal, as all JSON routes tell it."""
+        body = json.dumps({"error": words, "field": None}).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-store"),
+        ]
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
 
 
-def _cookies(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
-    text = "; ".join(value.decode("latin-1") for name, value in headers if name == b"cookie")
+def set_cookie(name: str, secret: str, secure: bool, seconds: int = MAX_AGE) -> str:
+    """The header that gives a browser a cookie; 0 seconds take it away."""
+    text = f"{name}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax"
+    return f"{text}; Secure" if secure else text
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port."""
     try:
-        return {name: morsel.value for name, morsel in SimpleCookie(text).items()}
-    except CookieError:
-        return {}
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

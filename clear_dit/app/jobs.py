@@ -1,96 +1,36 @@
-"""Jobs: what visitors asked for, and the one thread that generates one after the other."""
+"""The queue: what callers asked for, who may ask for more, and the thread that generates."""
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, first_line
-from ..generation.request import GenerateRequest
-from ..generation.runner import PipelineRunner, Step, Stopped
-from ..generation.stage_plan import PlannedStage, StagePlanner
-from .preview import Previewer
-from .settings import MAX_JOBS_OF_VISITOR, Settings
-from .store import Store, new_name
-from .tiles import write_tiles
+from ..errors import RequestError
+from ..generation.runner import PipelineRunner
+from .caller import Caller
+from .fair import FairQueue
+from .job import Job, Order
+from .settings import MAX_JOBS, Settings
+from .store import SOURCE, Store
+from .worker import Worker
 
+# Cancelled jobs of which it is kept that they were.
+MAX_CANCELLED = 100
 # How often images that are too old are looked for, in seconds.
 SWEEP_EVERY = 3600.0
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class Job:
-    """One or two images for a visitor: waiting, running, and then done, cancelled or failed.
-
-    Attributes:
-        id: random, known to its visitor only.
-        visitor: the name of the visitor's folder.
-        requests: to generate one after the other, of the same model.
-        folder: for the images.
-        image_name: what the visitor calls the image to enlarge.
-        image_size: of that image, height and width in pixels.
-        created: seconds since 1970.
-        state: "waiting", "running", "done", "cancelled" or "failed".
-        phase: what is being done, in words.
-        plan: of each request; empty until the pipeline is loaded.
-        flops_done: of the steps that are finished.
-        preview: a data URL of the image as it is expected, or None.
-        error: why it failed, for the visitor.
-        images: what is known of those finished.
-    """
-
-    id: str
-    visitor: str
-    requests: tuple[GenerateRequest, ...]
-    folder: Path
-    image_name: str | None = None
-    image_size: tuple[int, int] | None = None
-    created: float = field(default_factory=time.time)
-    state: str = "waiting"
-    phase: str = ""
-    plan: tuple[tuple[PlannedStage, ...], ...] = ()
-    flops_done: float = 0.0
-    started: float | None = None
-    preview: str | None = None
-    error: str | None = None
-    images: list[dict[str, Any]] = field(default_factory=list)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def flops(self) -> float:
-        """Of all its images; 0 until the plan is known."""
-        return sum(stage.flops for stages in self.plan for stage in stages)
-
-    def record(self) -> dict[str, Any]:
-        """What is kept on the disk."""
-        first = self.requests[0]
-        return {
-            "id": self.id,
-            "state": self.state,
-            "created": self.created,
-            "error": self.error,
-            "prompt": first.prompt,
-            "model": first.model,
-            "height": first.height,
-            "width": first.width,
-            "radius": first.radius,
-            "down_factor": first.down_factor,
-            "steps": first.steps,
-            "guidance": first.guidance,
-            "seed": first.seed,
-            "image": self.image_name,
-            "attention": [request.attention for request in self.requests],
-            "images": list(self.images),  # it goes on
-        }
+class LimitError(RequestError):
+    """Not now: the queue is full, or has enough of this caller."""
 
 
 class Jobs:
@@ -102,7 +42,7 @@ class Jobs:
     Args:
         settings: of the server.
         store: where images go.
-        make_runner: see `PipelineRunner`.
+        make_runner: see `Worker`.
     """
 
     def __init__(
@@ -111,16 +51,14 @@ class Jobs:
         store: Store,
         make_runner: Callable[[str, str, str], PipelineRunner] = PipelineRunner,
     ) -> None:
-        self._settings, self._store, self._make_runner = settings, store, make_runner
+        self._settings, self._store = settings, store
+        self.worker = Worker(make_runner, settings.out / "speeds.json")
         self._changed = threading.Condition()
-        self._waiting: list[Job] = []
+        self._waiting: FairQueue[Job] = FairQueue()
         self._running: Job | None = None
         self._stopping = False
-        self._runner: PipelineRunner | None = None
-        self._runner_for: tuple[str, str, str] | None = None
-        self._planners: dict[str, StagePlanner] = {}
-        # Of the jobs so far: for an estimate of those that wait.
-        self._seconds_per_flop: float | None = None
+        # Cancelled ones are not shown: the last can still be asked for.
+        self._cancelled: deque[Job] = deque()
         self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
 
     def start(self, model: str, dtype: str, device: str) -> None:
@@ -130,73 +68,44 @@ class Jobs:
             RequestError: it cannot be loaded.
         """
         self._store.end_interrupted()
-        self._load(model, dtype, device)
+        self.worker.load(model, dtype, device)
         self._thread.start()
 
     def stop(self) -> None:
-        """Cancel what runs and waits, and wait for the thread."""
+        """Stop what runs and waits, which the next server will say, and wait for the thread."""
         with self._changed:
             self._stopping = True
-            for job in [*self._waiting, *([self._running] if self._running else [])]:
+            for job in self._active():
                 job.cancelled.set()
             self._changed.notify_all()
         self._thread.join()
 
-    def submit(
-        self,
-        visitor: str,
-        requests: tuple[GenerateRequest, ...],
-        image: Path | None = None,
-        image_name: str | None = None,
-        image_size: tuple[int, int] | None = None,
-    ) -> Job:
-        """Accept a job, or refuse it.
-
-        Args:
-            visitor: the name of the visitor's folder.
-            requests: of one model.
-            image: what they enlarge, already theirs; the job keeps a link of its own.
-            image_name, image_size: of that image.
+    def submit(self, caller: Caller, orders: Sequence[Order]) -> list[Job]:
+        """Accept jobs, all of them or none.
 
         Raises:
-            RequestError: the queue is full, or has enough of this visitor; or the request cannot
-                be generated.
+            LimitError: the queue has no place for so many, or they are too many of this caller.
+            RequestError: the source is gone, or the disk nearly full.
             OSError: the disk is full.
         """
-        planner = self._planners.get(requests[0].model)
-        plan = _plan(planner, requests, image_size) if planner else ()
         with self._changed:
-            if self._stopping:
-                raise RequestError("The server is being stopped; try again later.")
-            theirs = [job for job in self._active() if job.visitor == visitor]
-            if len(theirs) >= MAX_JOBS_OF_VISITOR:
-                raise RequestError(
-                    f"You have {len(theirs)} images in the queue, which is as many as one "
-                    "visitor may have; wait for one or cancel it."
-                )
-            if len(self._waiting) >= self._settings.queue_size:
-                raise RequestError(
-                    f"The queue is full ({len(self._waiting)} are waiting); try again later."
-                )
-            name = new_name()
-            folder = self._store.new_folder(visitor, name)
+            self._check(caller, len(orders))
+            jobs: list[Job] = []
             try:
-                if image is not None:
-                    own = str(_linked(image, folder / "image"))
-                    requests = tuple(replace(request, image=own) for request in requests)
-                job = Job(name, visitor, requests, folder, image_name, image_size, plan=plan)
-                self._store.write(visitor, job.record())
+                jobs.extend(self._new_job(caller, order) for order in orders)
             except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
+                for job in jobs:
+                    shutil.rmtree(job.folder, ignore_errors=True)
                 raise
-            self._waiting.append(job)
+            for job in jobs:
+                self._waiting.add(job)
             self._changed.notify_all()
-        return job
+        return jobs
 
-    def cancel(self, visitor: str, name: str) -> bool:
-        """Cancel a visitor's job; whether it was still waiting or running."""
+    def cancel(self, owner: str, name: str) -> bool:
+        """Cancel an owner's job; whether it was still waiting or running."""
         with self._changed:
-            job = self._find(visitor, name)
+            job = self._find(owner, name)
             if job is None:
                 return False
             job.cancelled.set()
@@ -205,52 +114,113 @@ class Jobs:
                 self._end(job, "cancelled", None)
             return True
 
-    def active(self, visitor: str) -> list[dict[str, Any]]:
-        """A visitor's jobs that wait or run, the first of the queue first, as `status` tells."""
+    def active(self, owner: str) -> list[dict[str, Any]]:
+        """An owner's jobs that wait or run, the first of the queue first, as `status` tells."""
         with self._changed:
-            return [self._tell(job) for job in self._active() if job.visitor == visitor]
+            return [self._tell(job) for job in self._active() if job.owner == owner]
 
-    def status(self, visitor: str, name: str) -> dict[str, Any] | None:
-        """What a visitor may know of a job; None if it is not theirs or there is none.
+    def status(self, owner: str, name: str) -> dict[str, Any] | None:
+        """What an owner may know of a job; None if it is not theirs or there is none.
 
         Besides the record: place (in the queue, 1 is next), waiting (how many there are), phase,
-        fraction (of the work, 0 to 1), seconds_left (None where unknown) and preview; only while
-        it waits or runs.
+        fraction (of the work, 0 to 1), seconds_left (None where unknown), preview and ran (for how
+        many seconds); only while it waits or runs.
         """
         with self._changed:
-            job = self._find(visitor, name)
+            job = self._find(owner, name)
             if job is not None:
                 return self._tell(job)
-        return self._store.read(visitor, name)
+        return self._store.read(owner, name)
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait."""
+        return len(self._waiting)
+
+    def queue_seconds(self, caller: Caller) -> float | None:
+        """How long a job that came now would wait; None where unknown."""
+        with self._changed:
+            mine = [job for job in self._waiting if job.party == caller.party]
+            ahead = list(self._waiting)
+            if not mine:
+                # Its turn comes after one of each party.
+                first = {job.party: job for job in reversed(ahead)}
+                ahead = list(first.values())
+            running = [self._running] if self._running else []
+            times = [self.worker.seconds_left(job) for job in [*running, *ahead]]
+        known = [seconds for seconds in times if seconds is not None]
+        return sum(known) if len(known) == len(times) else None
+
+    def check_limits(self, caller: Caller, more: int) -> None:
+        """Refuse more jobs than a caller may have now.
+
+        Raises:
+            LimitError: which limit, and what to do.
+        """
+        with self._changed:
+            self._check(caller, more)
+
+    def _check(self, caller: Caller, more: int) -> None:
+        if self._stopping:
+            raise LimitError("The server is being stopped; try again later.")
+        active = self._active()
+        mine = sum(job.owner == caller.owner for job in active)
+        if mine + more > MAX_JOBS:
+            raise LimitError(
+                f"You have {mine} images in the queue and may have {MAX_JOBS}; wait for one or "
+                "cancel it."
+            )
+        of_address = max(MAX_JOBS, self._settings.queue_size // 2)
+        theirs = sum(job.party == caller.party for job in active)
+        if theirs + more > of_address:
+            raise LimitError(
+                f"There are {theirs} images of your address in the queue, which may have "
+                f"{of_address}; try again later."
+            )
+        # The one that would run at once needs no place.
+        free = self._settings.queue_size - len(self._waiting) + (self._running is None)
+        if more > free:
+            raise LimitError(
+                f"The queue is full ({len(self._waiting)} are waiting); try again later."
+            )
+
+    def _new_job(self, caller: Caller, order: Order) -> Job:
+        job = Job(caller, order, Path())
+        job.folder = self._store.new_folder(caller.owner, job.id)
+        try:
+            if order.source is not None:
+                own = str(_linked(order.source.path, job.folder / SOURCE))
+                requests = tuple(replace(request, image=own) for request in order.requests)
+                job.order = replace(order, requests=requests)
+            self._store.write(caller.owner, job.record())
+        except BaseException:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            raise
+        return job
 
     def _active(self) -> list[Job]:
         return [*([self._running] if self._running else []), *self._waiting]
 
-    def _find(self, visitor: str, name: str) -> Job | None:
-        same = (job for job in self._active() if (job.visitor, job.id) == (visitor, name))
+    def _find(self, owner: str, name: str) -> Job | None:
+        same = (job for job in self._active() if (job.owner, job.id) == (owner, name))
         return next(same, None)
 
     def _tell(self, job: Job) -> dict[str, Any]:
-        ahead = self._waiting[: self._waiting.index(job)] if job in self._waiting else []
+        order = list(self._waiting)
+        ahead = order[: order.index(job)] if job in order else []
         before = [*([self._running] if self._running not in (None, job) else []), *ahead]
-        times = [self._seconds_left(one) for one in [*before, job]]
+        times = [self.worker.seconds_left(one) for one in [*before, job]]
         known = [seconds for seconds in times if seconds is not None]
+        flops = job.order.flops
         return job.record() | {
             "place": len(ahead) + 1 if job.state == "waiting" else 0,
-            "waiting": len(self._waiting),
+            "waiting": len(order),
             "phase": job.phase,
-            "fraction": job.flops_done / job.flops if job.flops else 0.0,
+            "fraction": job.flops_done / flops if flops else 0.0,
             "seconds_left": sum(known) if len(known) == len(times) else None,
             "preview": job.preview,
+            "ran": 0 if job.started is None else round(time.monotonic() - job.started),
         }
-
-    def _seconds_left(self, job: Job) -> float | None:
-        left = job.flops - job.flops_done
-        if job.started is not None and job.flops_done:
-            return (time.monotonic() - job.started) * left / job.flops_done
-        if self._seconds_per_flop is None or not job.flops:
-            return None
-        return left * self._seconds_per_flop
 
     def _work(self) -> None:
         swept = -SWEEP_EVERY
@@ -259,16 +229,21 @@ class Jobs:
                 swept = time.monotonic()
                 self._sweep()
             with self._changed:
+                if self._stopping:
+                    return
                 if not self._waiting:
-                    if self._stopping:
-                        return
                     self._changed.wait(timeout=SWEEP_EVERY)
                     continue
-                job = self._running = self._waiting.pop(0)
+                job = self._running = self._waiting.pop()
                 job.state = "running"
-            state, error = self._run(job)
+            state, error = self.worker.run(job)
             with self._changed:
-                self._end(job, state, error)
+                # While tiles are cut nobody asks; but what a visitor was told counts.
+                if job.cancelled.is_set() and not self._stopping:
+                    state, error = "cancelled", None
+                # What was stopped with the server stays as it is, for the next one to say.
+                if not (self._stopping and state == "cancelled"):
+                    self._end(job, state, error)
                 self._running = None
 
     def _sweep(self) -> None:
@@ -277,105 +252,24 @@ class Jobs:
         except OSError:
             logger.exception("old images could not be removed")
 
-    def _run(self, job: Job) -> tuple[str, str | None]:
-        """Generate a job, whatever happens; its state then, and why it failed."""
-        try:
-            self._generate(job)
-            return "done", None
-        except Stopped:
-            return "cancelled", None
-        except (RequestError, MemoryError, FloatingPointError) as problem:
-            error = first_line(problem).replace("--", "")
-            logger.warning("job %s failed: %s", job.id, error)
-        except OSError as problem:
-            # Not what it says itself: paths of this machine.
-            reason = os.strerror(problem.errno) if problem.errno else "disk"
-            error = f"The image could not be written ({reason})."
-            logger.exception("job %s failed", job.id)
-        except Exception:
-            error = "Something went wrong on the server, which has written it down."
-            logger.exception("job %s failed", job.id)
-        return "failed", error
-
-    def _generate(self, job: Job) -> None:
-        first = job.requests[0]
-        if job.cancelled.is_set():
-            raise Stopped
-        runner = self._load(first.model, first.dtype, first.device)
-        if not job.plan:
-            job.plan = _plan(self._planners[first.model], job.requests, job.image_size)
-        job.started = time.monotonic()
-        for request, stages in zip(job.requests, job.plan, strict=True):
-            self._generate_one(job, runner, request, stages)
-        taken = (time.monotonic() - job.started) / job.flops
-        before = self._seconds_per_flop
-        self._seconds_per_flop = taken if before is None else 0.5 * (before + taken)
-
-    def _generate_one(
-        self,
-        job: Job,
-        runner: PipelineRunner,
-        request: GenerateRequest,
-        stages: tuple[PlannedStage, ...],
-    ) -> None:
-        previewer = Previewer(runner.pipe)
-        which = f"{request.attention} attention, " if len(job.requests) > 1 else ""
-        before = job.flops_done
-        job.phase = f"{which}reading the prompt"
-
-        def on_step(step: Step) -> None:
-            done = sum(stage.flops for stage in stages[: step.stage - 1])
-            job.flops_done = before + done + stages[step.stage - 1].flops * step.step / step.steps
-            stage = f"stage {step.stage} of {step.stages}, " if step.stages > 1 else ""
-            size = f"{step.width} × {step.height} px"
-            job.phase = f"{which}{stage}{size}, step {step.step} of {step.steps}"
-            job.preview = previewer.after(step) or job.preview
-            if (step.stage, step.step) == (step.stages, step.steps):
-                job.phase = f"{which}writing the image"
-
-        out = job.folder / f"{request.attention}.png"
-        notes = {"image": job.image_name}
-        stop = job.cancelled.is_set
-        result = runner.generate(request, out, on_step=on_step, should_stop=stop, notes=notes)
-        if stop():
-            raise Stopped
-        job.phase = f"{which}cutting tiles"
-        top = write_tiles(out, job.folder / f"{request.attention}_files")
-        told = ("height", "width", "impl", "far", "weights", "seconds", "peak_memory_mb")
-        job.flops_done = before + sum(stage.flops for stage in stages)
-        job.images.append(
-            {name: result[name] for name in told}
-            | {
-                "attention": request.attention,
-                "flops": sum(stage.flops for stage in stages),
-                "bytes": out.stat().st_size,
-                "levels": top + 1,
-            }
-        )
-
     def _end(self, job: Job, state: str, error: str | None) -> None:
         """Keep an ended job's record, and none of its images unless it is done."""
+        if state != "done":
+            job.images = []
         job.state, job.error, job.preview = state, error, None
         try:
             if state != "done":
-                self._store.remove_images(job.visitor, job.id)
-            self._store.write(job.visitor, job.record())
+                self._store.remove_images(job.owner, job.id)
+            self._store.write(job.owner, job.record())
+            if state == "cancelled":
+                self._cancelled.append(job)
+            if len(self._cancelled) > MAX_CANCELLED:
+                old = self._cancelled.popleft()
+                self._store.remove(old.owner, old.id)
         except OSError:
             logger.exception("the end of job %s could not be written", job.id)
             if state == "done":
-                job.images = []
                 self._end(job, "failed", "The image could not be written; the disk is full.")
-
-    def _load(self, model: str, dtype: str, device: str) -> PipelineRunner:
-        """The runner of a model; another one is freed first."""
-        wanted = (model, dtype, device)
-        if self._runner is None or self._runner_for != wanted:
-            self._runner = self._runner_for = None
-            self._runner = self._make_runner(*wanted)
-            self._runner_for = wanted
-        if model not in self._planners:
-            self._planners[model] = StagePlanner(model)
-        return self._runner
 
 
 def _linked(upload: Path, own: Path) -> Path:
@@ -387,16 +281,5 @@ def _linked(upload: Path, own: Path) -> Path:
     try:
         own.hardlink_to(upload)
     except FileNotFoundError as error:
-        raise RequestError("The uploaded image is gone; choose it again.") from error
+        raise RequestError("The image to enlarge is gone; choose it again.") from error
     return own
-
-
-def _plan(
-    planner: StagePlanner,
-    requests: tuple[GenerateRequest, ...],
-    image_size: tuple[int, int] | None,
-) -> tuple[tuple[PlannedStage, ...], ...]:
-    try:
-        return tuple(planner.plan(request, image_size) for request in requests)
-    except ValueError as error:
-        raise RequestError(str(error)) from error

@@ -16,11 +16,27 @@ MAX_PROMPT = 2000
 MAX_STEPS = 100
 # Full attention is quadratic: above this many pixels a single job would take the server for hours.
 MAX_FULL_PIXELS = 4096 * 4096
-# Jobs of one visitor that wait or run.
-MAX_JOBS_OF_VISITOR = 3
-# Of an uploaded image.
+# Of one click.
+MAX_IMAGES = 4
+# Jobs that wait or run, of an account or a visitor; all visitors of an address together may have
+# half of the queue.
+MAX_JOBS = 6
+# Of an uploaded image; and the memory for decoding it, which its header tells.
 MAX_UPLOAD_BYTES = 64 * 2**20
-MAX_UPLOAD_PIXELS = 64_000_000
+MAX_UPLOAD_PIXELS = 8192 * 8192
+MAX_DECODE_BYTES = 400 * 2**20
+# Uploads that are received or wait to be decoded: of an account or an address, and in all.
+MAX_UPLOADING = 4
+MAX_UPLOADING_IN_ALL = 12
+# Uploads that are kept: of an account or a visitor, and of all visitors of an address, of whom the
+# oldest go; and of all.
+MAX_UPLOADS = 8
+MAX_UPLOADS_OF_ADDRESS = 32
+MAX_UPLOADS_IN_ALL = 400
+# Left free on the disk.
+MIN_FREE_BYTES = 2**30
+# Of the JSON of a request.
+MAX_BODY_BYTES = 2**16
 _BOUNDS: dict[str, Bounds] = {"port": (0, 65535), "max_pixels": (256 * 256,), "queue_size": (1,)}
 
 
@@ -33,6 +49,8 @@ class Settings:
         out: the folder for images; nothing outside of it is served.
         host, port: to listen on.
         auth: pairs of name and password; none to let everybody in who reaches the port.
+        proxy: addresses of reverse proxies, which are believed whom a request comes from.
+        loras: a folder whose .safetensors files visitors may choose from; None for none.
         max_pixels: of an image.
         queue_size: jobs that may wait besides the one that runs.
         keep_days: images older than this are removed.
@@ -48,6 +66,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 7860
     auth: tuple[tuple[str, str], ...] = ()
+    proxy: tuple[str, ...] = ()
+    loras: Path | None = None
     max_pixels: int = 8192 * 8192
     queue_size: int = 16
     keep_days: float = 7.0
@@ -65,8 +85,18 @@ class Settings:
         take_numbers(self, _BOUNDS)
         if not self.keep_days > 0:
             raise RequestError(f"--keep-days must be over 0, got {self.keep_days:g}.")
+        names = [name for name, _ in self.auth]
+        if len(set(names)) < len(names):
+            raise RequestError("--auth: every name once.")
         if self.upscaler is not None:
             check_upscaler(self.upscaler)
+        if self.loras is not None and not self.loras.is_dir():
+            raise RequestError(f"--loras: there is no folder {self.loras}.")
+
+    @property
+    def cookie(self) -> str:
+        """The name of its cookie: browsers send those of all ports of a machine to each."""
+        return f"clear-dit-{self.port}"
 
     @property
     def local(self) -> bool:

@@ -17,9 +17,8 @@ from PIL import Image
 
 from ..pipelines.decoding.colours import srgb_profile
 
-# Side of a tile, in pixels, and the level whose one tile is the whole image, no larger.
+# Side of a tile, in pixels.
 TILE = 512
-THUMBNAIL_LEVEL = 9
 _QUALITY = 90
 # Bytes that are decompressed at once.
 _BLOCK = 2**22
@@ -45,13 +44,25 @@ def write_tiles(path: Path, folder: Path) -> int:
     with path.open("rb") as file:
         reader = png.Reader(file=file)
         reader.preamble()
-        width, height = reader.width, reader.height
-        top = (max(width, height) - 1).bit_length()
+        top = (max(reader.width, reader.height) - 1).bit_length()
         level = _Level(folder, top)
         for strip in _rows(reader):
             level.add(strip)
         level.end()
     return top
+
+
+def image_rows(path: Path) -> Iterator[np.ndarray]:
+    """The pixels of a PNG of `save_rows`, strip by strip: uint8 (rows, width, 3).
+
+    Raises:
+        ValueError: another kind of PNG.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        reader = png.Reader(file=file)
+        reader.preamble()
+        yield from _rows(reader)
 
 
 # By PNG's colour type; alpha, which Qwen-Image 2.1 makes, is left out of tiles.

@@ -54,6 +54,17 @@ def load_pixels(image: ImageFile.ImageFile, name: str) -> None:
     """Read the pixels of an image that `open_image` gave, and turn it as its camera says.
 
     Raises:
+        RequestError: see `load_unturned`.
+    """
+    load_unturned(image, name)
+    with suppress(*_DAMAGED):  # what a camera says may be bent where the pixels are not
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def load_unturned(image: ImageFile.ImageFile, name: str) -> None:
+    """Read the pixels of an image that `open_image` gave, as they stand in the file.
+
+    Raises:
         RequestError: there are several images in the file, or it is damaged, or a TIFF that
             Pillow would read wrongly, or of which it would read a small copy.
     """
@@ -84,8 +95,6 @@ def load_pixels(image: ImageFile.ImageFile, name: str) -> None:
         raise
     except _DAMAGED as error:
         raise RequestError(f"{name} is damaged or cut off ({first_line(error)}).") from error
-    with suppress(*_DAMAGED):  # what a camera says may be bent where the pixels are not
-        ImageOps.exif_transpose(image, in_place=True)
 
 
 @contextmanager

@@ -320,7 +320,10 @@ class PipelineRunner:
             self._drop_lora()
             return None
         path = Path(request.lora)
-        digest = file_digest(path)
+        try:
+            digest = file_digest(path)
+        except OSError as error:
+            raise RequestError(f"--lora: {path} cannot be read ({error.strerror}).") from error
         if self._lora != (digest, request.lora_scale):
             self._drop_lora()
             self._lora = ("unfinished",)  # where it is interrupted, the next request drops it
@@ -427,9 +430,9 @@ class PipelineRunner:
             **request.stage_options,
         }
         if request.image is not None:
-            image = read_image(Path(request.image))
-            StagePlanner(request.model).check_negative(request, (image.height, image.width))
-            stages["enlarge"] = image
+            stages["enlarge"] = image = read_image(Path(request.image))
+            if request.negative_prompt is not None:
+                StagePlanner(request.model).check_negative(request, (image.height, image.width))
         with timer.measure("denoise", self.device):
             try:
                 latents = denoise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,12 +18,19 @@ from .models import Model, find_model, quiet_libraries
 from .weights import settled
 
 if TYPE_CHECKING:
+    from ..counting.memory import TransformerMemory
     from ..counting.pass_flops import PassFlops
     from ..kernels.window import Window
     from ..pipelines.cascade.stages import Stage
     from .request import GenerateRequest
 
+# Windows of which it is kept what a step takes.
+_MAX_REMEMBERED = 1000
 TOKENIZER_CONFIG, SCHEDULER_CONFIG = "tokenizer_config.json", "scheduler_config.json"
+
+
+class UnguidedError(RequestError):
+    """A negative prompt where no stage has guidance."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,18 @@ class StagePlanner:
         self._text_length = text_length(self._pipe)
         self._transformer = found.index.config("transformer")
 
+        self._memories: dict[tuple[str, str | None], TransformerMemory] = {}
+        self._activations: dict[tuple[object, ...], int] = {}
+        self._counting = threading.Lock()
+
+    def prepare(self, request: GenerateRequest) -> None:
+        """Count what plans of requests like this one need, once, now.
+
+        Models without weights are built for it, under another default dtype: a process that
+        generates on another thread does it before.
+        """
+        self.memory(request, self.plan(request))
+
     @cached_property
     def _flops(self) -> PassFlops:
         from ..counting.pass_flops import PassFlops
@@ -98,8 +118,7 @@ class StagePlanner:
         Raises:
             ValueError: see `plan`.
         """
-        if request.negative_prompt is not None:
-            self._stages(request, image_size)
+        self._stages(request, image_size)
 
     def _stages(
         self, request: GenerateRequest, image_size: tuple[int, int] | None
@@ -122,7 +141,7 @@ class StagePlanner:
         )
         guided = any(stage.guided and stage.strength != 0 for stage in stages)
         if request.negative_prompt is not None and not guided:
-            raise RequestError(
+            raise UnguidedError(
                 f"--negative-prompt acts in guidance's second pass, which enlarging an image by "
                 f"--preset {request.preset} has not; take --preset repaint, or leave it out."
             )
@@ -135,14 +154,21 @@ class StagePlanner:
         """
         from ..counting.memory import TransformerMemory
 
-        transformer = TransformerMemory(
-            self._transformer, find_dtype(request.dtype), request.quantize
-        )
         far = request.attention != "full" and settled(request).far
-        return [
-            transformer.weights + transformer.activations(self._window(stage, request, far))
-            for stage in stages
-        ]
+        kind = request.dtype, request.quantize
+        with self._counting:
+            if kind not in self._memories:
+                dtype = find_dtype(request.dtype)
+                self._memories[kind] = TransformerMemory(self._transformer, dtype, request.quantize)
+            transformer, found = self._memories[kind], []
+            for stage in stages:
+                window = self._window(stage, request, far)
+                if len(self._activations) >= _MAX_REMEMBERED:
+                    self._activations.clear()
+                if (*kind, window) not in self._activations:
+                    self._activations[*kind, window] = transformer.activations(window)
+                found.append(transformer.weights + self._activations[*kind, window])
+        return found
 
     def _planned(self, stage: Stage, request: GenerateRequest, far: bool) -> PlannedStage:
         levels = self._levels(stage, request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -73,19 +73,38 @@ def save_rows(
         ValueError: another kind of file, strips of another size, or pixels that are not finite.
         OSError: the disk is full or the folder is gone; nothing is left behind.
     """
-    writers = {".png": _write_png, ".tif": _write_tiff, ".tiff": _write_tiff}
-    if path.suffix.lower() not in writers:
-        raise ValueError(f"save_rows: the file must be {', '.join(writers)}, got {str(path)!r}.")
-
-    def write(file: BinaryIO) -> None:
-        rows = _checked(strips, height, width)
-        writers[path.suffix.lower()](file, rows, height, width, settings)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(
+            f"save_rows: the file must be {', '.join(IMAGE_SUFFIXES)}, got {str(path)!r}."
+        )
+    write = image_writer(
+        _checked(strips, height, width), path.suffix, height=height, width=width, settings=settings
+    )
 
     if not overwrite:
         return write_new(path, write)
     with whole_file(path) as file:
         write(file)
     return path
+
+
+def image_writer(
+    rows: Iterable[np.ndarray],
+    suffix: str,
+    *,
+    height: int,
+    width: int,
+    settings: Mapping[str, object],
+) -> Callable[[BinaryIO], None]:
+    """What writes an image of 8 bits in sRGB into a file, as `save_rows` does.
+
+    Args:
+        rows: uint8 (rows, width, 3 or 4) from top to bottom, `height` rows in all.
+        suffix: of its format, one of `IMAGE_SUFFIXES`.
+        height, width, settings: see `save_rows`.
+    """
+    write = _write_png if suffix.lower() == ".png" else _write_tiff
+    return lambda file: write(file, iter(rows), height, width, settings)
 
 
 def _checked(strips: Iterable[torch.Tensor], height: int, width: int) -> Iterator[np.ndarray]:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from support.app_server import AppServer
+from support.web_page import Visitor
 
 # Debian's browser. Where CLEAR_DIT_NEEDS_BROWSER is set, tests fail without it.
 CHROMIUM = shutil.which("chromium")
@@ -31,3 +32,17 @@ def browser():
         )
         yield started
         started.close()
+
+
+@pytest.fixture
+def visit(browser, app_server):
+    """Opens the page as a new visitor, see `Visitor`; in the end nothing has gone wrong there."""
+    visitors = []
+
+    def opened(*, part="", jobs=None, setup=None, **options):
+        visitors.append(Visitor(browser, app_server, **options))
+        return visitors[-1].open(part, jobs, setup)
+
+    yield opened
+    for visitor in visitors:
+        visitor.close()

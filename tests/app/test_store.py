@@ -5,7 +5,10 @@ import time
 
 import pytest
 
-from clear_dit.app.store import MAX_UPLOADS, Store, new_name, new_secret, visitor_of
+from clear_dit.app.caller import new_secret, visitor_of
+from clear_dit.app.settings import MAX_UPLOADS
+from clear_dit.app.store import Store, new_name
+from clear_dit.errors import RequestError
 
 
 @pytest.fixture
@@ -14,7 +17,8 @@ def store(tmp_path):
 
 
 def add(store, visitor, state="done", **more):
-    record = {"id": new_name(), "state": state, "created": time.time(), "images": [], **more}
+    record = {"id": new_name(), "state": state, "created": time.time(), "images": [], "entry": {}}
+    record |= more
     folder = store.new_folder(visitor, record["id"])
     (folder / "clear.png").write_bytes(b"png")
     store.write(visitor, record)
@@ -45,16 +49,66 @@ def test_the_secret_is_not_on_the_disk(store, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if secret in str(path)]
 
 
-def test_what_a_dead_server_left_has_failed(store):
+def test_what_a_dead_server_left_was_stopped(store):
     visitor = visitor_of(new_secret())
     waiting, running, done = (add(store, visitor, s) for s in ("waiting", "running", "done"))
+    (store.folder(visitor, running) / "image").write_bytes(b"png")
     store.end_interrupted()
     for job in (waiting, running):
-        assert store.read(visitor, job)["state"] == "failed"
+        assert store.read(visitor, job)["state"] == "stopped"
         assert "stopped" in store.read(visitor, job)["error"]
-        assert [path.name for path in store.folder(visitor, job).iterdir()] == ["job.json"]
+        assert not (store.folder(visitor, job) / "clear.png").exists()
+    assert (store.folder(visitor, running) / "image").exists(), "it can be run again"
     assert store.read(visitor, done)["state"] == "done"
     assert (store.folder(visitor, done) / "clear.png").exists()
+
+
+def test_a_record_of_an_earlier_server_is_read(store):
+    visitor = visitor_of(new_secret())
+    record = {"id": new_name(), "state": "done", "created": 1.0, "error": None, "images": []}
+    record |= {"prompt": "a", "model": "demo", "height": 64, "width": 96, "radius": 8, "steps": 2}
+    record |= {"down_factor": 1, "guidance": 2.0, "seed": 3, "image": "x.png"}
+    store.new_folder(visitor, record["id"])
+    store.write(visitor, record | {"attention": ["clear", "full"]})
+    (found,) = store.history(visitor)
+    assert found["entry"]["attention"] == "both"
+    assert (found["entry"]["width"], found["image_name"]) == (96, "x.png")
+
+
+def test_links_are_not_followed(store, tmp_path):
+    visitor = visitor_of(new_secret())
+    job = add(store, visitor)
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "job.json").write_text('{"id": "x", "state": "done", "created": 1, "entry": {}}')
+    (secret / "clear.png").write_bytes(b"secret")
+    folder = store.folder(visitor, job)
+    assert store.file(visitor, job, "clear.png")
+    (folder / "full.png").symlink_to(secret / "clear.png")
+    (folder / "full_files").symlink_to(secret)
+    assert store.file(visitor, job, "full.png") is None
+    assert store.file(visitor, job, "full_files", "clear.png") is None
+    assert store.file(visitor, job, "..", job, "clear.png") is None
+    linked = new_name()
+    (store.root / visitor / linked).symlink_to(secret)
+    assert store.folder(visitor, linked) is None
+    assert [found["id"] for found in store.history(visitor)] == [job]
+    upload = store.new_upload(visitor)
+    upload.unlink()
+    upload.symlink_to(secret / "clear.png")
+    assert store.upload(visitor, upload.name) is None
+    store.end_interrupted()
+    store.remove(visitor, job)
+    assert (secret / "clear.png").exists()
+
+
+def test_a_disk_that_is_nearly_full_takes_nothing(store, monkeypatch):
+    visitor = visitor_of(new_secret())
+    monkeypatch.setattr("clear_dit.app.store.MIN_FREE_BYTES", 2**80)
+    for act in (store.new_upload, lambda who: store.new_folder(who, new_name())):
+        with pytest.raises(RequestError, match="disk is nearly full"):
+            act(visitor)
+    assert not (store.root / visitor).exists()
 
 
 def test_old_images_and_uploads_are_removed(store):
@@ -72,11 +126,14 @@ def test_old_images_and_uploads_are_removed(store):
     assert store.folder(visitor, running), "a job at work is not removed"
 
 
-def test_uploads_of_a_visitor_are_bounded(store):
+def test_uploads_are_bounded(store, monkeypatch):
     visitor = visitor_of(new_secret())
     for number in range(MAX_UPLOADS + 3):
         path = store.new_upload(visitor)
-        path.write_bytes(b"png")
+        path.with_suffix(".jpg").write_bytes(b"jpg")
         os.utime(path, (number, number))
-    assert len(list(path.parent.iterdir())) == MAX_UPLOADS
+    assert len(list(path.parent.iterdir())) == 2 * MAX_UPLOADS
     assert path.exists()
+    monkeypatch.setattr("clear_dit.app.store.MAX_UPLOADS_IN_ALL", MAX_UPLOADS)
+    with pytest.raises(RequestError, match="too many uploads"):
+        store.new_upload(visitor_of(new_secret()))

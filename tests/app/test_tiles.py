@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clear_dit.app.tiles import THUMBNAIL_LEVEL, TILE, write_tiles
+from clear_dit.app.tiles import TILE, write_tiles
 from clear_dit.pipelines.decoding.colours import srgb_profile
 from clear_dit.pipelines.decoding.image_files import save_rows
 
@@ -50,7 +50,8 @@ def test_every_level_is_the_image_halved(tmp_path, height, width):
 def test_the_thumbnail_is_one_tile(tmp_path):
     save(tmp_path / "a.png", 700, 1400)
     write_tiles(tmp_path / "a.png", tmp_path / "tiles")
-    assert [p.name for p in (tmp_path / "tiles" / str(THUMBNAIL_LEVEL)).iterdir()] == ["0_0.jpg"]
+    whole = tmp_path / "tiles" / str(TILE.bit_length() - 1)
+    assert [path.name for path in whole.iterdir()] == ["0_0.jpg"]
 
 
 def test_memory_does_not_grow_with_the_image(tmp_path):

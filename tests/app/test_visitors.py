@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.app_jobs import ended, make_actions, visitors
 from support.slow import slow
 from support.threads import pixels_of
 
 from clear_dit.app import store as store_module
-from clear_dit.app.jobs import Jobs
-from clear_dit.app.request import Entry, make_requests
-from clear_dit.app.settings import Settings
-from clear_dit.app.store import ENDED, MAX_UPLOADS, Store, new_secret, visitor_of
+from clear_dit.app.caller import new_secret, visitor_of
+from clear_dit.app.entry import make_entry, make_requests
+from clear_dit.app.settings import MAX_UPLOADS
+from clear_dit.app.store import Store
 from clear_dit.errors import RequestError
 from clear_dit.generation.runner import PipelineRunner
 
@@ -29,49 +30,48 @@ def runner():
 
 
 @pytest.fixture
-def jobs(tmp_path, runner):
-    settings = Settings(models=("demo",), out=tmp_path, queue_size=32, device="cpu")
-    jobs = Jobs(settings, Store(tmp_path), lambda *wanted: runner)
-    jobs.start("demo", "float32", "cpu")
-    yield jobs
-    jobs.stop()
+def actions(tmp_path, runner):
+    actions = make_actions(tmp_path, lambda *wanted: runner, queue_size=32)
+    actions.jobs.start("demo", "float32", "cpu")
+    yield actions
+    actions.jobs.stop()
 
 
-def make_entry(number):
+def make_given(number):
     height, width = SIZES[number % len(SIZES)]
     attention = ("clear", "full", "both")[number % 3]
-    prompt = f"a house, number {number}"
-    return Entry(prompt, width, height, attention, 4, 1, None, 2, 2.0, number, "demo")
-
-
-def wait_for(jobs, visitor, name):
-    end = time.monotonic() + 120
-    while (found := jobs.status(visitor, name))["state"] not in ENDED:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return found
+    return {
+        "prompt": f"a house, number {number}",
+        "width": width,
+        "height": height,
+        "attention": attention,
+        "radius": 4,
+        "steps": 2,
+        "seed": number,
+    }
 
 
 @slow
-def test_everybody_gets_their_own_images(jobs, runner, tmp_path):
-    store, settings = jobs._store, jobs._settings
+def test_everybody_gets_their_own_images(actions, runner, tmp_path):
     ready = threading.Barrier(VISITORS)
 
-    def visit(number):
-        who, found = visitor_of(new_secret()), []
+    def visit(number, who):
+        found = []
         ready.wait(30)
         for image in range(IMAGES):
-            entry = make_entry(number + VISITORS * image)
-            name = jobs.submit(who, make_requests(entry, settings)).id
-            assert wait_for(jobs, who, name)["state"] == "done"
-            found.append((entry, store.folder(who, name)))
-        assert [one["prompt"] for one in store.history(who)[::-1]] == [e.prompt for e, _ in found]
+            given = make_given(number + VISITORS * image)
+            (job,) = actions.submit(given, 1, who)
+            assert ended(actions, who, job["id"])["state"] == "done"
+            found.append((given, actions.store.folder(who.owner, job["id"])))
+        history = actions.store.history(who.owner)[::-1]
+        assert [one["entry"]["prompt"] for one in history] == [e["prompt"] for e, _ in found]
         return found
 
     with ThreadPoolExecutor(VISITORS) as pool:
-        visits = [future.result(300) for future in [pool.submit(visit, n) for n in range(VISITORS)]]
-    for entry, folder in (one for visit in visits for one in visit):
-        requests = make_requests(entry, settings)
+        started = [pool.submit(visit, *one) for one in enumerate(visitors(VISITORS))]
+        visits = [future.result(300) for future in started]
+    for given, folder in (one for visit in visits for one in visit):
+        requests = make_requests(make_entry(given, actions.settings), actions.settings)
         assert len(list(folder.glob("*.png"))) == len(requests)
         for request in requests:
             runner.generate(request, tmp_path / "alone.png")
@@ -79,30 +79,53 @@ def test_everybody_gets_their_own_images(jobs, runner, tmp_path):
             assert made == pixels_of(tmp_path / "alone.png"), asdict(request)
 
 
-def test_what_was_told_of_a_job_stays_what_it_was(jobs):
-    (request, second) = make_requests(make_entry(2), jobs._settings)
-    visitor = visitor_of(new_secret())
+@slow
+def test_what_was_told_of_a_job_stays_what_it_was(actions, runner):
+    (caller,) = visitors(1)
     told = []
-    own = jobs._runner.generate
+    own = runner.generate
 
     def generate(*args, **options):
-        told.append(jobs.status(visitor, name))
+        told.append(actions.status(job["id"], caller))
         return own(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs._runner, "generate", generate)
-        name = jobs.submit(visitor, (request, second)).id
-        wait_for(jobs, visitor, name)
+        patch.setattr(runner, "generate", generate)
+        (job,) = actions.submit(make_given(2), 1, caller)
+        ended(actions, caller, job["id"])
     assert [len(status["images"]) for status in told] == [0, 1]
 
 
-def test_an_upload_that_is_forgotten_meanwhile(jobs):
-    visitor = visitor_of(new_secret())
-    upload = jobs._store.new_upload(visitor)
-    with pytest.raises(RequestError, match="uploaded image is gone"):
-        jobs.submit(visitor, make_requests(make_entry(0), jobs._settings), upload, "x", (64, 64))
-    assert [path.name for path in (jobs._store.root / visitor).iterdir()] == ["uploads"]
-    assert jobs.active(visitor) == []
+@slow
+def test_an_upload_that_is_forgotten_meanwhile(actions, monkeypatch):
+    (caller,) = visitors(1)
+    upload = actions.store.new_upload(caller.owner)
+    Image.new("RGB", (64, 64)).save(upload, "PNG")
+    own = actions.jobs.submit
+
+    def submit(*args):
+        upload.unlink()
+        return own(*args)
+
+    monkeypatch.setattr(actions.jobs, "submit", submit)
+    with pytest.raises(RequestError, match="image to enlarge is gone"):
+        actions.submit(make_given(0) | {"image": upload.name}, 1, caller)
+    with pytest.raises(RequestError, match="image to enlarge is gone"):
+        actions.submit(make_given(0) | {"image": upload.name}, 1, caller)
+    folder = actions.store.root / caller.owner
+    assert [path.name for path in folder.iterdir()] == ["uploads"]
+    assert actions.all(caller) == []
+
+
+def test_a_negative_prompt_that_would_do_nothing_is_told_so(actions):
+    (caller,) = visitors(1)
+    upload = actions.store.new_upload(caller.owner)
+    Image.new("RGB", (1024, 1024)).save(upload, "PNG")
+    entry = {"prompt": "a house", "negative_prompt": "blue", "width": 2048, "height": 2048}
+    told = actions.estimate(entry | {"image": upload.name}, 1, caller)
+    assert (told["allowed"], told["field"]) == (False, "negative_prompt")
+    assert "leave it out, or set Strength" in told["reason"]
+    assert actions.estimate(entry | {"image": upload.name, "strength": 0.3}, 1, caller)["allowed"]
 
 
 @pytest.mark.parametrize("act", ["new_upload", "remove_older"])
@@ -112,24 +135,24 @@ def test_uploads_that_another_thread_removes_meanwhile(monkeypatch, tmp_path, ac
         Image.new("RGB", (8, 8)).save(store.new_upload(visitor), "PNG")
     folder = store.root / visitor / "uploads"
     first, *_, last = sorted(folder.iterdir())
-    own_stat, own_unlink = Path.stat, Path.unlink
+    own_lstat, own_unlink = Path.lstat, Path.unlink
 
-    def stat(path, **options):
+    def lstat(path):
         if path == first:
             own_unlink(path, missing_ok=True)
-        return own_stat(path, **options)
+        return own_lstat(path)
 
     def unlink(path, **options):
         if path.parent == folder:
             own_unlink(path, missing_ok=True)
         return own_unlink(path, **options)
 
-    monkeypatch.setattr(store_module.Path, "stat", stat)
+    monkeypatch.setattr(store_module.Path, "lstat", lstat)
     monkeypatch.setattr(store_module.Path, "unlink", unlink)
     if act == "new_upload":
-        assert not store.new_upload(visitor).exists()
+        assert store.new_upload(visitor).exists()
     else:
         store.remove_older(1, now=time.time() + 2 * 86400)
-        assert list(folder.iterdir()) == []
+        assert not folder.exists()
     assert not first.exists()
     assert act == "remove_older" or last.exists()

@@ -132,6 +132,7 @@ def flux():
     return peak
 
 
+@slow
 def test_8192_pixels_within_40_gb_in_bfloat16(flux):
     row = flux(None, "model")
     assert row["weights_gib"] == pytest.approx(FLUX_WEIGHTS, rel=1e-3)
@@ -169,6 +170,7 @@ def test_chunks_are_what_makes_it_fit():
     assert chunked < 6.5 * SEQUENCE_8K
 
 
+@slow
 def test_far_keys_take_a_third_of_the_keys_more():
     window = Window(512, 512, 512, 8)
     far = dataclasses.replace(window, far_levels=10)

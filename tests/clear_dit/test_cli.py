@@ -104,6 +104,7 @@ def test_open_shows_the_image_or_says_that_nothing_does(
     assert said is not opened
 
 
+@slow
 def test_no_far_is_the_paper_s_clear(tmp_path, capsys):
     images = []
     for option in ("--far", "--no-far"):
@@ -114,6 +115,7 @@ def test_no_far_is_the_paper_s_clear(tmp_path, capsys):
     assert images[0] != images[1]
 
 
+@slow
 def test_same_seed_same_image_and_radius_past_the_diagonal_is_full(tmp_path):
     images = {}
     for name, options in {
@@ -192,10 +194,12 @@ def test_weights_of_another_model_are_refused(tmp_path, capsys):
     assert not (tmp_path / "image.png").exists()
 
 
+@slow
 def test_a_huge_radius_is_full_attention(tmp_path):
     assert generate(tmp_path / "image.png", "--radius", 10**10) == 0
 
 
+@slow
 def test_a_copied_model_without_guidance_embedding_runs_one_pass(tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(DEMO, copy)
@@ -245,6 +249,7 @@ def test_a_full_disk_leaves_nothing(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "image.png").read_bytes() == b"older image"
 
 
+@slow
 def test_an_image_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys):
     small, out, stages = tmp_path / "small.png", tmp_path / "large.tif", tmp_path / "stages"
     assert generate(small) == 0
@@ -266,6 +271,7 @@ def test_an_image_is_enlarged_and_stages_are_kept(monkeypatch, tmp_path, capsys)
     assert "is of another request (another seed)" in capsys.readouterr().err
 
 
+@slow
 def test_a_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("clear_dit.generation.models.load_pipeline", None)
     out = tmp_path / "image.png"
@@ -282,6 +288,7 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(monkeypatch, tmp_path, caps
     assert not out.exists()
 
 
+@slow
 def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     photo, out = tmp_path / "photo.jpg", tmp_path / "out.png"
     exif = Image.Exif()

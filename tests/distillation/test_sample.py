@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.command_line import run
 from support.distilling import make_samples
+from support.slow import slow
 
 from clear_dit.demo.captions import Scene, parse
 from clear_dit.distillation import files
@@ -267,6 +268,7 @@ def test_embeddings_that_are_not_finite(samples, tmp_path):
             found.empty()
 
 
+@slow
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     out = tmp_path / "out"
     save = files.save_file

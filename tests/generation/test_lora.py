@@ -229,6 +229,10 @@ def test_a_file_that_changed_is_loaded_again(files, runner, tmp_path):
         shutil.copy(file, path)
         images.append(pixels(runner, out, weights="none", lora=str(path)))
     assert (images[0] != images[1]).mean() > 0.3
+    gone = request(lora=str(path))
+    path.unlink()
+    with pytest.raises(RequestError, match=r"--lora: .*lora.safetensors cannot be read \(No such"):
+        runner.generate(gone, out)
 
 
 def test_what_is_refused(files, family_folder, tmp_path, monkeypatch):

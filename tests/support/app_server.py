@@ -5,7 +5,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.error import URLError
+from typing import IO
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from .processes import free_port
@@ -20,17 +21,21 @@ class AppServer:
     Args:
         out: the folder for images.
         options: for the command line.
+        log: where its output goes; None for the test's own.
     """
 
-    def __init__(self, out: Path, *options: str) -> None:
-        self.out, self.options = out, options
+    def __init__(self, out: Path, *options: str, log: IO[bytes] | None = None) -> None:
+        self.out, self.options, self._log = out, options, log
         self.port = free_port()
+        self.cookie = f"clear-dit-{self.port}"
         self.url = f"http://127.0.0.1:{self.port}/"
 
     def start(self) -> "AppServer":
         command = [sys.executable, "app.py", "--port", str(self.port), "--out", str(self.out)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen([*command, *self.options], cwd=ROOT, env=environment)
+        self.process = subprocess.Popen(
+            [*command, *self.options], cwd=ROOT, env=environment, stdout=self._log, stderr=self._log
+        )
         end = time.monotonic() + START_SECONDS
         while True:
             assert self.process.poll() is None, "the server has ended"
@@ -38,6 +43,8 @@ class AppServer:
             try:
                 with urlopen(self.url, timeout=10):
                     return self
+            except HTTPError:  # such as one that asks for a login
+                return self
             except (URLError, ConnectionError, TimeoutError):
                 time.sleep(0.2)
 

@@ -9,6 +9,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.slow import slow
 
 from clear_dit import CLEARFluxPipeline, apply_clear, remove_clear
 from clear_dit.attention.ip_adapter import LayerProcessor
@@ -283,6 +284,7 @@ def test_interrupted_image_has_the_size_of_its_stage(pipe, stage, tmp_path):
     assert len(generate(pipe, output_type="pil")) == 1  # and the next call is not
 
 
+@slow
 def test_clear_above_the_native_size_only(pipe, tmp_path):
     expected = generate(pipe, strength=0.0)  # an image of the first stage, full attention
     apply_clear(pipe, radius=2)
