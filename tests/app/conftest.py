@@ -9,6 +9,8 @@ from support.web_page import Visitor
 
 # Debian's browser. Where CLEAR_DIT_NEEDS_BROWSER is set, tests fail without it.
 CHROMIUM = shutil.which("chromium")
+# How wide the page is, and light or dark, where a test does not say it.
+LOOK = os.environ.get("CLEAR_DIT_LOOK", "desktop light")
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +40,10 @@ def browser():
 def visit(browser, app_server):
     """Opens the page as a new visitor, see `Visitor`; in the end nothing has gone wrong there."""
     visitors = []
+    look = dict(zip(("size", "scheme"), LOOK.split(), strict=True))
 
     def opened(*, part="", jobs=None, setup=None, **options):
-        visitors.append(Visitor(browser, app_server, **options))
+        visitors.append(Visitor(browser, app_server, **look | options))
         return visitors[-1].open(part, jobs, setup)
 
     yield opened

@@ -154,7 +154,8 @@ def test_two_that_are_compared_move_together_wherever_they_are_held(visit):
         const { x, y } = viewport.getCenter(true);
         return [viewport.getZoom(true), x, y].map(value => value.toFixed(6)).join(" "); })"""
     before = page.evaluate(seen)[0]
-    for across in (900, 300):
+    width = page.viewport_size["width"]
+    for across in (width * 3 // 4, width // 4):
         page.mouse.move(across, 300)
         for act in ("wheel", "drag"):
             if act == "wheel":
