@@ -30,6 +30,11 @@ LOOK_EVERY = 0.25
 class NotThereError(RequestError):
     """There is no such job or upload of this caller."""
 
+    def __init__(
+        self, words: str = "There is no such image of yours; it may have been removed."
+    ) -> None:
+        super().__init__(words)
+
 
 class Actions:
     """The actions of one server.
@@ -130,7 +135,7 @@ class Actions:
         """
         found = self.jobs.status(caller.owner, job)
         if found is None:
-            raise NotThereError("There is no such image of yours; it may have been removed.")
+            raise NotThereError
         return found
 
     def all(self, caller: Caller) -> list[dict[str, Any]]:
@@ -160,7 +165,7 @@ class Actions:
         if self.jobs.cancel(caller.owner, job):
             return
         if not self.store.remove(caller.owner, job):
-            raise NotThereError("There is no such image of yours; it may have been removed.")
+            raise NotThereError
 
     def _submit(self, orders: list[Order], caller: Caller) -> list[dict[str, Any]]:
         jobs = self.jobs.submit(caller, orders)

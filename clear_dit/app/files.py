@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
@@ -123,9 +123,3 @@ def make_files(actions: Actions, reception: Reception) -> APIRouter:
             return refusal(error)
 
     return router
-
-
-def error_body(error: HTTPException) -> dict[str, Any]:
-    """Of an answer that is no image or page."""
-    words = "There is no such page or image." if error.status_code == 404 else str(error.detail)
-    return {"error": words, "field": None}

@@ -24,7 +24,7 @@ from fastapi.concurrency import run_in_threadpool
 from ..errors import RequestError
 from .actions import Actions
 from .caller import who_asks
-from .routes import BodyError, parse_object, read_body, refusal, told
+from .routes import BodyError, not_there, parse_object, read_body, refusal, told
 from .turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,7 @@ class Programs:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         allowed = OPEN.get(scope["method"])
         if allowed is None or not allowed.fullmatch(path):
-            answer = told({"error": "There is no such page or image.", "field": None}, 404)
-            await answer(scope, receive, send)
+            await not_there()(scope, receive, send)
             return
         if scope["method"] == "POST":
             try:

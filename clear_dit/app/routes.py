@@ -45,6 +45,11 @@ def refusal(error: RequestError) -> Response:
     return told({"error": str(error), "field": field}, status)
 
 
+def not_there() -> Response:
+    """A path that leads to nothing."""
+    return told({"error": "There is no such page or image.", "field": None}, 404)
+
+
 def told(content: Any, status: int = 200) -> Response:
     """JSON that no cache keeps."""
     return JSONResponse(content, status, headers={"cache-control": "no-store"})

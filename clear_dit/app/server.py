@@ -16,7 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as AnyHTTPException
 
@@ -29,14 +29,14 @@ from ..generation.runner import PipelineRunner
 from .accounts import Accounts
 from .actions import Actions
 from .connections import MAX_CONNECTIONS, Connection, OneOfMany
-from .files import error_body, make_files
+from .files import make_files
 from .guard import Guard
 from .jobs import Jobs
 from .login import make_login
 from .logs import bound_log
 from .programs import make_programs
 from .reception import Reception
-from .routes import make_routes, told
+from .routes import make_routes, not_there, told
 from .settings import Settings
 from .store import Store
 from .turns import Turns
@@ -72,11 +72,13 @@ def make_application(settings: Settings, store: Store, jobs: Jobs) -> Guard:
 
 
 def _told_as_json(request: Request, error: Any) -> Any:
-    return told(error_body(error), error.status_code)
+    if error.status_code == 404:
+        return not_there()
+    return told({"error": str(error.detail), "field": None}, error.status_code)
 
 
 def _not_there(request: Request, error: Any) -> Any:
-    return told(error_body(HTTPException(404)), 404)
+    return not_there()
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
