@@ -2,15 +2,30 @@
 
 import os
 import shutil
+from zlib import crc32
 
 import pytest
 from support.app_server import AppServer
-from support.web_page import Visitor
+from support.web_page import SCHEMES, SIZES, Visitor
 
 # Debian's browser. Where CLEAR_DIT_NEEDS_BROWSER is set, tests fail without it.
 CHROMIUM = shutil.which("chromium")
 # How wide the page is, and light or dark, where a test does not say it.
-LOOK = os.environ.get("CLEAR_DIT_LOOK", "desktop light")
+LOOKS = [f"{size}-{scheme}" for size in SIZES for scheme in SCHEMES]
+
+
+def pytest_generate_tests(metafunc):
+    """A test that opens the page has one look of `LOOKS`, by its name; CLEAR_DIT_LOOK=all: each."""
+    if "look" not in metafunc.fixturenames:
+        return
+    asked = os.environ.get("CLEAR_DIT_LOOK")
+    if asked == "all" and not {"size", "scheme"} & set(metafunc.fixturenames):
+        looks = LOOKS
+    else:
+        looks = [LOOKS[crc32(metafunc.function.__name__.encode()) % len(LOOKS)]]
+        if asked in LOOKS:
+            looks = [asked]
+    metafunc.parametrize("look", looks)
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +52,10 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser, app_server):
+def visit(browser, app_server, look):
     """Opens the page as a new visitor, see `Visitor`; in the end nothing has gone wrong there."""
     visitors = []
-    look = dict(zip(("size", "scheme"), LOOK.split(), strict=True))
+    look = dict(zip(("size", "scheme"), look.split("-"), strict=True))
 
     def opened(*, part="", jobs=None, setup=None, **options):
         visitors.append(Visitor(browser, app_server, **look | options))

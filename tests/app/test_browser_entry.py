@@ -4,7 +4,7 @@ import re
 
 import pytest
 from support.slow import slow
-from support.web_page import ask, enter, finished, job, pretend, pretend_jobs
+from support.web_page import ask, enter, finished, job, pretend, pretend_jobs, unfold
 
 pytestmark = slow
 
@@ -159,25 +159,29 @@ def test_the_seed_that_is_shown_is_used_and_goes_up_by_one(visit):
     used = []
 
     def generate():
+        unfold(page)
         used.append(page.input_value("#f-seed"))
         page.click("#generate")
         page.locator(".card").nth(len(used) - 1).wait_for()
-        page.locator("#generate:not([aria-busy])").wait_for()
+        page.locator("#generate:not([aria-busy])").wait_for(state="attached")
 
     generate()
     assert page.input_value("#f-seed") != used[0], "another one for the next image"
     shown = page.input_value("#f-seed")
+    unfold(page)
     page.fill("#f-steps", "1000")
     page.click("#generate")
     page.locator("#f-steps[aria-invalid=true]").wait_for()
     assert page.input_value("#f-seed") == shown, "what is refused changes nothing"
     page.fill("#f-steps", "1")
     generate()
+    unfold(page)
     page.click("#next-seed")
     locked = page.input_value("#f-seed")
     assert page.get_attribute("#lock", "aria-pressed") == "true"
     generate()
     assert page.input_value("#f-seed") == locked
+    unfold(page)
     page.click("#lock")
     generate()
     assert page.input_value("#f-seed") != locked

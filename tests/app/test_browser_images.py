@@ -6,7 +6,7 @@ import zipfile
 
 from PIL import Image
 from support.slow import slow
-from support.web_page import ask, finished, generate, make_image
+from support.web_page import act, ask, enter, finished, generate, make_image, unfold
 
 pytestmark = slow
 
@@ -51,16 +51,16 @@ def test_delete_can_be_undone_and_then_not(visit):
     page = visit()
     first, second = make_image(page, seed=1), make_image(page, seed=2)
     page.click(f".card[data-job='{first['id']}'] .open")
-    page.click("#delete")
+    act(page, "Delete")
     page.locator(f".card[data-job='{first['id']}']").wait_for(state="detached")
     assert second["id"] in page.get_attribute("#stage .viewer", "src")
     page.click("#toast >> text=Undo")
     page.locator(f".card[data-job='{first['id']}'] [aria-current]").wait_for()
-    page.click("#delete")
+    act(page, "Delete")
     page.reload()  # whoever leaves has decided
     page.locator(f".card[data-job='{second['id']}']").wait_for()
     assert page.locator(".card").count() == 1
-    page.click("#delete")
+    act(page, "Delete")
     with page.expect_response(re.compile(second["id"])) as answer:
         page.click("#toast >> text=Close")
     assert answer.value.status in (200, 204)
@@ -75,13 +75,13 @@ def test_a_delete_is_sent_once_and_an_undone_one_never(visit):
     sent = []
     page.on("request", lambda one: sent.append(one.url) if one.method == "DELETE" else None)
     page.click(f".card[data-job='{second['id']}'] .open")
-    page.click("#delete")
+    act(page, "Delete")
     page.click("#toast >> text=Undo")
     page.locator(f".card[data-job='{second['id']}'] [aria-current]").wait_for()
     assert page.locator("#live").text_content() == "Undone"
     page.clock.run_for(60_000)
     assert sent == []
-    page.click("#delete")
+    act(page, "Delete")
     page.mouse.move(5, 400)
     with page.expect_response(re.compile(second["id"])) as answer:
         page.clock.run_for(11_000)
@@ -116,17 +116,18 @@ def test_upscale_makes_it_twice_as_large_and_vary_another(visit):
     assert (newest["entry"]["width"], newest["entry"]["height"]) == (512, 512)
     assert newest["image_name"] == "your image"
     # Its settings come back with the image that it enlarged.
+    unfold(page)
     page.click("#remove")
-    page.click("#use")
+    act(page, "Use settings")
     page.locator("#uploaded", has_text="your image").wait_for()
     page.locator("#upload-preview").evaluate("image => image.decode()")
 
 
 def test_both_are_compared_with_a_slider_in_steps(visit):
     page = visit()
-    page.click("#more summary")
+    enter(page)
     page.check("input[name=attention][value=both]")
-    generate(page)
+    page.click("#generate")
     viewer = finished(page)
     told = page.inner_text("#rows")
     assert re.search(r"CLEAR .* s · .*FLOP", told)
@@ -233,7 +234,7 @@ def test_two_images_of_one_shape_are_compared(visit):
     page.click("#close-comparison")
     page.locator("#close-comparison").wait_for(state="hidden")
     # The other way about: of the opened one, with which it may be compared.
-    page.click("#compare")
+    act(page, "Compare with…")
     page.click("#menu >> text=512 × 512 · seed 2")
     viewer.locator("#right", has_text="512 × 512 · seed 2").wait_for()
     page.click("#close-comparison")
@@ -249,7 +250,7 @@ def test_zoom_into_a_large_image_by_tiles(visit):
     page = visit()
     tiles = []
     page.on("response", lambda one: tiles.append(one.url) if ".jpg" in one.url else None)
-    generate(page, width=2048, height=2048)
+    generate(page, width=2048, height=512)
     finished(page).locator("canvas").first.wait_for()
     frame = next(frame for frame in page.frames if "/view/" in frame.url)
     frame.wait_for_function("() => window.viewers?.[0].world.getItemAt(0)?.getFullyLoaded()")
@@ -258,4 +259,4 @@ def test_zoom_into_a_large_image_by_tiles(visit):
     frame.locator("#zoom", has_text="100%").wait_for()
     frame.wait_for_function("() => window.viewers[0].world.getItemAt(0).getFullyLoaded()")
     sharp = {url for url in tiles if "/clear/11/" in url}
-    assert 0 < len(sharp) < 16, "only tiles that are seen"
+    assert 0 < len(sharp) < 4, "only tiles that are seen"

@@ -3,7 +3,17 @@
 import re
 
 from support.slow import slow
-from support.web_page import Visitor, ask, enter, finished, generate, job, make_image, pretend_jobs
+from support.web_page import (
+    act,
+    ask,
+    enter,
+    finished,
+    generate,
+    job,
+    make_image,
+    pretend_jobs,
+    unfold,
+)
 
 pytestmark = slow
 
@@ -20,6 +30,7 @@ def test_an_image_is_generated_with_progress_and_preview_while_others_queue_up(v
     percent = page.locator("#progress")
     first = int(percent.get_attribute("aria-valuenow"))
     # A second click adds one; nothing is cancelled.
+    unfold(page)
     page.click("#generate")
     waiting = page.locator(".card[data-state=waiting]")
     waiting.wait_for()
@@ -89,8 +100,11 @@ def test_the_question_whether_to_cancel_goes_when_the_image_is_there(visit):
 def test_cancel_is_nowhere_near_generate(visit):
     page = visit(jobs=[job(1, state="running")])
     page.locator("#cancel").wait_for()
+    unfold(page)
     go, cancel = (page.locator(one).bounding_box() for one in ("#generate", "#cancel"))
-    assert cancel["x"] > go["x"] + go["width"] + 100
+    beside = cancel["x"] - go["x"] - go["width"]
+    above = go["y"] - cancel["y"] - cancel["height"]
+    assert max(beside, above) > 100
 
 
 def test_a_cancelled_job_is_gone_and_the_next_one_starts(visit):
@@ -100,8 +114,7 @@ def test_a_cancelled_job_is_gone_and_the_next_one_starts(visit):
     page.click("#cancel")
     page.locator("#toast", has_text="Cancelled").wait_for()
     page.locator("#none", has_text="Nothing yet").wait_for()
-    page.fill("#f-steps", "1")
-    page.click("#generate")
+    generate(page)
     finished(page)
     assert states(page) == ["done"]
 
@@ -138,21 +151,19 @@ def test_every_tab_has_the_same_news_in_place(visit):
     make_image(page, seed=9)
     other.locator(".card[data-state=done]").nth(1).wait_for()
     assert card.evaluate("card => card.mine && card.contains(document.activeElement)")
-    page.click("#delete")
+    act(page, "Delete")
     page.click("#toast >> text=Close")
     other.wait_for_function("() => document.querySelectorAll('.card').length == 1")
 
 
-def test_a_restart_stops_what_ran_and_it_can_be_run_again(browser, app_server):
-    visitor = Visitor(browser, app_server, away=True)
-    page = visitor.open()
+def test_a_restart_stops_what_ran_and_it_can_be_run_again(visit, app_server):
+    page = visit(away=True)
     made = make_image(page)
     generate(page, prompt="a blue house in the hills", steps=60)
     page.wait_for_selector("#stage .preview")
     app_server.stop()
     page.locator("#banner", has_text="does not answer").wait_for()
-    page.fill("#prompt", "a green tree by the sea")
-    page.click("#generate")
+    generate(page, prompt="a green tree by the sea")
     page.locator("#toast", has_text="Not sent").wait_for()
     app_server.start()
     page.locator("#state-words", has_text="Stopped").wait_for()
@@ -165,7 +176,6 @@ def test_a_restart_stops_what_ran_and_it_can_be_run_again(browser, app_server):
     page.locator(".card[data-state=running]").wait_for(state="detached")
     page.click(f".card[data-job='{made['id']}'] .open")
     finished(page).locator("canvas").first.wait_for()
-    visitor.close()
 
 
 def test_a_failed_job_says_why_and_offers_another_try(visit):

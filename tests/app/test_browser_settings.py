@@ -3,9 +3,8 @@
 import shlex
 from urllib.parse import quote
 
-import pytest
 from support.slow import slow
-from support.web_page import ask, job, make_image
+from support.web_page import act, ask, job, make_image, unfold
 
 pytestmark = slow
 
@@ -35,12 +34,10 @@ def has_settings(page, expected=SETTINGS):
     return {name: found[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("size", ["desktop", "phone"])
-def test_use_settings_restores_everything_and_can_be_undone(visit, size):
-    page = visit(size=size, jobs=[job(1, entry=SETTINGS)])
+def test_use_settings_restores_everything_and_can_be_undone(visit):
+    page = visit(jobs=[job(1, entry=SETTINGS)])
     page.locator(".card").wait_for()
-    if size == "phone":
-        page.click("#fold")
+    unfold(page)
     page.fill("#prompt", "something else")
     page.locator(".card .more").click()
     page.click("#menu >> text=Use settings")
@@ -48,21 +45,19 @@ def test_use_settings_restores_everything_and_can_be_undone(visit, size):
     assert page.get_attribute("#lock", "aria-pressed") == "true"
     page.click("#toast >> text=Undo")
     assert page.input_value("#prompt") == "something else"
-    page.click("#use" if size == "desktop" else "#more-opened")
-    if size == "phone":
-        page.click("#menu >> text=Use settings")
+    act(page, "Use settings")
     assert has_settings(page)
 
 
 def test_copy_as_command_and_copy_link(visit):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     made = make_image(page, prompt="a blue 'house' by night", steps=1, strength=0.25)
-    page.click("#command")
+    act(page, "Copy as command")
     page.locator("#toast", has_text="Command copied").wait_for()
     words = shlex.split(page.evaluate("navigator.clipboard.readText()"))
     assert words[:3] == ["clear-dit", "generate", made["entry"]["prompt"]]
     assert words[words.index("--seed") + 1] == str(made["entry"]["seed"])
-    page.click("#link")
+    act(page, "Copy link")
     page.locator("#toast", has_text="Link copied").wait_for()
     link = page.evaluate("navigator.clipboard.readText()")
     # To a new visitor, with the form filled in; the address keeps nothing of it.
@@ -112,7 +107,7 @@ def test_a_link_of_somebody_else_is_read_strictly(visit):
 def test_what_cannot_be_copied_is_shown(visit):
     page = visit(jobs=[job(1)])
     page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error()); }")
-    page.click("#command")
+    act(page, "Copy as command")
     field = page.locator("dialog textarea")
     field.wait_for()
     assert field.input_value() == job(1)["command"]

@@ -67,7 +67,8 @@ def test_what_was_asked_for_before_comes_back_when_it_is_removed(visit, photo):
     enter(page, width=384, height=320)
     page.set_input_files("#file", photo)
     uploaded(page)
-    page.set_input_files("#file", photo)
+    with page.expect_response("**/uploads/*.jpg"):
+        page.set_input_files("#file", photo)
     uploaded(page)
     page.fill("#f-strength", "0.7")
     assert page.input_value("#f-width") == "256"

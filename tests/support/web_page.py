@@ -4,8 +4,9 @@ import json
 import re
 from urllib.parse import urlparse
 
-SECONDS = 120
+SECONDS = 240
 SIZES = {"desktop": (1280, 860), "tablet": (820, 1180), "phone": (390, 844)}
+SCHEMES = ("light", "dark")
 ENTRY = {
     "prompt": "a violet tower in the desert",
     "negative_prompt": "",
@@ -36,7 +37,7 @@ class Visitor:
         browser: of playwright.
         server: see `AppServer`.
         size: one of `SIZES`.
-        scheme: "light" or "dark".
+        scheme: one of `SCHEMES`.
         away: whether the server is away for a while, which browsers note.
         options: of a context of playwright.
     """
@@ -81,14 +82,22 @@ class Visitor:
     def close(self):
         """Nothing went wrong in its tabs, and nothing came from elsewhere."""
         self.context.close()
-        assert [one for one in self._wrong if not re.search(self._expected, one)] == []
+        wrong = [one for one in self._wrong if not re.search(self._expected, one)]
+        assert not wrong, wrong
+
+
+def unfold(page):
+    """Let the whole form be seen, which is folded below the image on a phone."""
+    if page.is_visible("#fold") and page.get_attribute("#fold", "aria-expanded") == "false":
+        page.click("#fold")
+    if not page.evaluate("document.querySelector('#more').open"):
+        page.click("#more summary")
 
 
 def enter(page, prompt="a violet tower in the desert", **fields):
     """Fill the form in; 256 x 256 pixels and one step unless told otherwise."""
+    unfold(page)
     page.fill("#prompt", prompt)
-    if not page.evaluate("document.querySelector('#more').open"):
-        page.click("#more summary")
     small = {"steps": 1, "width": 256, "height": 256}
     for name, value in (small | fields).items():
         page.fill(f"#f-{name}", str(value))
@@ -98,6 +107,16 @@ def generate(page, **entered):
     """Enter, and press Generate."""
     enter(page, **entered)
     page.click("#generate")
+
+
+def act(page, name):
+    """Press a button of the opened image, which is in a menu where there is little room."""
+    button = page.locator("#opened-buttons button", has_text=name)
+    if button.is_visible():
+        button.click()
+    else:
+        page.click("#more-opened")
+        page.click(f"#menu >> text={name}")
 
 
 def finished(page):

@@ -40,7 +40,7 @@ async function loadSetup() {
   }
 }
 
-function start(setup) {
+async function start(setup) {
   const keep = makeKeep(setup.account);
   const hidden = new Set();
   const cancelled = new Set();
@@ -187,8 +187,8 @@ function start(setup) {
   addEventListener("pagehide", endToast);
   fold(true);
   followLink();
-  poll.look();
+  await poll.look(); // the form is folded, on a phone, or not: nothing moves once it is seen
   byId("page").hidden = false;
 }
 
-start(await loadSetup());
+await start(await loadSetup());
