@@ -18,7 +18,7 @@ from .distillation.commands import distill, sample
 from .errors import RequestError, first_line, is_out_of_memory
 from .evaluation.commands import evaluation
 from .generation.commands import generate
-from .log_levels import quiet_torchao
+from .log_levels import quiet_chatter
 from .malloc import keep_freed_memory
 from .options import Json, fail, print_json
 from .render.commands import render
@@ -36,7 +36,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; a bad request is one line on standard error and status 2."""
     keep_freed_memory()
-    quiet_torchao()
+    quiet_chatter()
     handler = logging.StreamHandler()
     if not sys.stderr.isatty():  # in a pipe or a log only what is wrong
         handler.setLevel(logging.WARNING)

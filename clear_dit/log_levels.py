@@ -6,26 +6,28 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What importing torchao says to all, by logger: which of its libraries are for other GPUs, that it
-# registers enums as PyTorch once asked for, and that diffusers knows an older torchao.
-_TORCHAO = {
+# What importing torchao and bitsandbytes says to all, by logger: which of torchao's libraries are
+# for other GPUs, that it registers enums as PyTorch once asked for, that diffusers knows an older
+# torchao, and that bitsandbytes has no kernel of the hub's for a CPU with AVX512_BF16.
+_CHATTER = {
     "torchao": "Failed to load ",
     "torch.utils._pytree": "%s is an Enum subclass ",
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects.",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward ",
 }
 
 
-def quiet_torchao() -> None:
-    """Hide what diffusers and transformers make torchao say where it is installed, that alone.
+def quiet_chatter() -> None:
+    """Hide what diffusers and transformers make installed quantisers say, that alone.
 
     For a program, as it holds for the process.
     """
-    for name in _TORCHAO:
+    for name in _CHATTER:
         logging.getLogger(name).addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_TORCHAO[record.name])
+    return not str(record.msg).startswith(_CHATTER[record.name])
 
 
 @contextmanager

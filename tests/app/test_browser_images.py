@@ -158,8 +158,8 @@ def test_two_that_are_compared_move_together_wherever_they_are_held(visit):
     width = page.viewport_size["width"]
     for across in (width * 3 // 4, width // 4):
         page.mouse.move(across, 300)
-        for act in ("wheel", "drag"):
-            if act == "wheel":
+        for motion in ("wheel", "drag"):
+            if motion == "wheel":
                 page.mouse.wheel(0, -300)
             else:
                 page.mouse.down()
@@ -171,7 +171,7 @@ def test_two_that_are_compared_move_together_wherever_they_are_held(visit):
             page.mouse.up()
             page.wait_for_timeout(1000)
             first, second = page.evaluate(seen)
-            assert first == second != before, f"{act} at {across}"
+            assert first == second != before, f"{motion} at {across}"
             before = first
 
 

@@ -8,20 +8,24 @@ from pathlib import Path
 import pytest
 from support.slow import slow
 
-from clear_dit.log_levels import quiet_torchao
+from clear_dit.log_levels import quiet_chatter
 
 OF_DIFFUSERS = "diffusers.quantizers.torchao.torchao_quantizer"
 CHATTER = [
     ("torchao", ("Failed to load /site-packages/torchao/_C.so: not here",)),
     ("torch.utils._pytree", ("%s is an Enum subclass and is now natively supported", "<enum>")),
+    (
+        "bitsandbytes.backends.cpu.ops",
+        ("Failed to load CPU gemm_4bit_forward from the hub: %s.", 1),
+    ),
     (OF_DIFFUSERS, ("Unable to import `torchao` Tensor objects. This may affect loading",)),
 ]
 # As `main` does.
 PROGRAM = """
 import logging, sys
-from clear_dit.log_levels import quiet_torchao
+from clear_dit.log_levels import quiet_chatter
 if "quiet" in sys.argv:
-    quiet_torchao()
+    quiet_chatter()
 logging.basicConfig(level=logging.WARNING)
 import diffusers.quantizers.torchao
 """
@@ -42,7 +46,7 @@ def heard(monkeypatch):
 def test_chatter_is_hidden_and_news_is_not(monkeypatch, heard):
     for name, _ in CHATTER:
         monkeypatch.setattr(logging.getLogger(name), "filters", [])
-    quiet_torchao()
+    quiet_chatter()
     for name, message in CHATTER:
         logging.getLogger(name).warning(*message)
         logging.getLogger(name).warning("%s: something else", name)
@@ -54,7 +58,7 @@ def test_chatter_is_hidden_and_news_is_not(monkeypatch, heard):
 
 
 @slow
-def test_it_is_what_this_torchao_says():
+def test_it_is_what_these_libraries_say():
     def said(*arguments):
         command = [sys.executable, "-c", PROGRAM, *arguments]
         done = subprocess.run(

@@ -140,6 +140,7 @@ def make_image(page, **entry):
     """An image of the visitor's, made without the form; its job, which the page shows."""
     body = {"entry": ENTRY | entry, "images": 1}
     job = ask(page, "POST", "api/jobs", body)["jobs"][0]
+    page.evaluate("dispatchEvent(new Event('online'))")  # the page looks at once
     card = page.locator(f".card[data-job='{job['id']}']")
     card.and_(page.locator("[data-state=done]")).wait_for()
     return ask(page, "GET", f"images/{job['id']}")
