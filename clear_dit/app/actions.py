@@ -12,7 +12,6 @@ from ..errors import RequestError
 from ..generation.checks import find_device
 from ..generation.image_input import open_image
 from ..generation.prompt_notes import PromptReader
-from ..generation.request import GenerateRequest
 from ..generation.stage_plan import PlannedStage, StagePlanner, UnguidedError
 from ..kernels.numbers import as_integer
 from ..memory import total_bytes
@@ -111,14 +110,13 @@ class Actions:
         }
         try:
             order = self._order(make_entry(given, self.settings), caller, "image", check=False)
-            first, stages = order.requests[0], order.plan[0]
             told |= {
                 "seconds": self.jobs.worker.seconds(order),
                 "queue_seconds": self.jobs.queue_seconds(caller),
-                "memory_bytes": self._memory(first, stages),
+                "memory_bytes": self._memory(order),
                 "flops": order.flops,
-                "stages": [_told(stage) for stage in stages],
-                "notes": self._readers[first.model].notes(first.prompt),
+                "stages": [_told(stage) for stage in order.plan[0]],
+                "notes": self._readers[order.requests[0].model].notes(order.requests[0].prompt),
             }
             self._check_memory(order)
             self.jobs.check_limits(caller, _count(images))
@@ -201,9 +199,11 @@ class Actions:
             self._check_memory(order)
         return order
 
-    def _memory(self, request: GenerateRequest, stages: tuple[PlannedStage, ...]) -> int:
-        (most,) = self._planners[request.model].memory(request, stages[-1:])
-        return most
+    def _memory(self, order: Order) -> int:
+        """Of the transformer in bytes, for that of an order's images which takes most."""
+        planner = self._planners[order.requests[0].model]
+        last = zip(order.requests, order.plan, strict=True)
+        return max(most for one, stages in last for most in planner.memory(one, stages[-1:]))
 
     def _check_memory(self, order: Order) -> None:
         """Refuse what the machine cannot hold.
@@ -214,7 +214,7 @@ class Actions:
         request = order.requests[0]
         if self.memory is None or request.offload != "none":
             return
-        needed = self._memory(request, order.plan[0])
+        needed = self._memory(order)
         if needed > self.memory:
             raise EntryError(
                 f"{request.width} × {request.height} px need about {needed / 2**30:.0f} GiB, and "

@@ -134,6 +134,7 @@ def test_both_are_compared_with_a_slider_in_steps(visit):
     assert re.search(r"Full attention .* s · .*FLOP", told)
     assert re.search(r"Denoising with CLEAR took .* fewer FLOPs", page.inner_text("#gain"))
     slider, over = viewer.locator("#slider"), viewer.locator(".pane.over")
+    slider.wait_for()
     slider.focus()
     for key, value in (
         *(("ArrowRight", "51"), ("ArrowLeft", "50"), ("ArrowUp", "51"), ("PageDown", "41")),
@@ -214,6 +215,29 @@ def test_a_finger_scrolls_the_page_until_the_image_is_zoomed_in(visit):
     touch((195, 300, 150))
     assert page.evaluate("scrollY") == 0
     assert frame.evaluate(seen) != before, "and then a finger moves the image"
+
+
+def test_the_wheel_scrolls_the_page_until_the_image_is_zoomed_in(visit):
+    page = visit(size="desktop")
+    page.set_viewport_size({"width": 1280, "height": 500})
+    make_image(page)
+    finished(page).locator("canvas").first.wait_for()
+    frame = next(frame for frame in page.frames if "/view/" in frame.url)
+    frame.wait_for_function("() => window.viewers?.[0].world.getItemAt(0)?.getFullyLoaded()")
+    zoom = "() => Math.round(1000 * window.viewers[0].viewport.getZoom())"
+    page.mouse.move(800, 200)
+
+    def turn(pixels):
+        page.mouse.wheel(0, pixels)
+        page.wait_for_timeout(1000)
+        return frame.evaluate(zoom), page.evaluate("scrollY")
+
+    whole = frame.evaluate(zoom)
+    assert turn(40) == (whole, 40)
+    nearer, scrolled = turn(-120)
+    assert (nearer > whole, scrolled) == (True, 40)
+    assert turn(120) == (whole, 40)
+    assert turn(40) == (whole, 80)
 
 
 def test_two_images_of_one_shape_are_compared(visit):

@@ -41,11 +41,13 @@ def test_use_settings_restores_everything_and_can_be_undone(visit):
     page.fill("#prompt", "something else")
     page.locator(".card .more").click()
     page.click("#menu >> text=Use settings")
+    page.locator("#toast", has_text="Settings taken over").wait_for()
     assert has_settings(page)
     assert page.get_attribute("#lock", "aria-pressed") == "true"
     page.click("#toast >> text=Undo")
     assert page.input_value("#prompt") == "something else"
     act(page, "Use settings")
+    page.locator("#toast", has_text="Settings taken over").wait_for()
     assert has_settings(page)
 
 
@@ -125,6 +127,7 @@ def test_a_file_that_tells_its_settings_is_used_as_one_likes(visit, tmp_path):
     page.set_input_files("#file", file)
     page.locator("dialog", has_text="made.png tells how it was made").wait_for()
     page.click("text=Use its settings")
+    page.locator("#toast", has_text="Settings taken over").wait_for()
     names = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "seed")
     assert has_settings(page, {name: SETTINGS[name] for name in names})
     assert page.locator("#uploaded").is_hidden()

@@ -135,6 +135,7 @@ def test_hostile_names_of_files_are_shown_as_they_are(visit):
     page.set_input_files("#file", {"name": HOSTILE[0], "mimeType": "image/png", "buffer": b"x"})
     page.locator("dialog h2", has_text=f"{HOSTILE[0]} tells how it was made").wait_for()
     page.click("text=Use its settings")
+    page.locator("#toast", has_text="Settings taken over").wait_for()
     assert page.input_value("#prompt") == HOSTILE[0]
     assert page.input_value("#f-width") == HOSTILE[5]
     assert page.input_value("#f-radius") == "8"

@@ -55,14 +55,22 @@ function tie([first, second]) {
   for (const event of ["open", "resize"]) second?.addHandler(event, follow);
 }
 
-/** Lets one finger scroll the page that the viewer is part of, while the image is not zoomed in. */
-function shareTouch(viewer) {
+/**
+ * Lets one finger, and the wheel downwards, scroll the page that the viewer is part of, while the
+ * image is not zoomed in.
+ */
+function shareGestures(viewer) {
+  const isZoomed = ({ viewport }) => viewport.getZoom() > 1.01 * viewport.getHomeZoom();
   const share = () => {
-    const zoomed = viewer.viewport.getZoom() > 1.01 * viewer.viewport.getHomeZoom();
+    const zoomed = isZoomed(viewer);
     viewer.gestureSettingsTouch.dragToPan = zoomed;
     for (const part of [viewer.container, viewer.canvas]) part.style.touchAction = zoomed ? "none" : "pan-y";
   };
   for (const event of ["open", "zoom", "resize"]) viewer.addHandler(event, share);
+  const leaveToPage = (event) => {
+    if (event.deltaY > 0 && !event.ctrlKey && !isZoomed(viewer)) event.stopPropagation();
+  };
+  addEventListener("wheel", leaveToPage, { capture: true, passive: true });
 }
 
 function addTools(first) {
@@ -113,7 +121,7 @@ try {
   const viewers = shown.map(makePane);
   window.viewers = viewers; // for who looks into it from outside
   tie(viewers);
-  shareTouch(viewers[0]);
+  shareGestures(viewers[0]);
   addTools(viewers[0]);
   if (viewers.length > 1) addSlider(viewers[1], shown.map(({ name }) => name));
 } catch (error) {
