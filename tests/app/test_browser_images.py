@@ -219,12 +219,16 @@ def test_a_finger_scrolls_the_page_until_the_image_is_zoomed_in(visit):
 
 def test_the_wheel_scrolls_the_page_until_the_image_is_zoomed_in(visit):
     page = visit(size="desktop")
-    page.set_viewport_size({"width": 1280, "height": 500})
     make_image(page)
     finished(page).locator("canvas").first.wait_for()
     frame = next(frame for frame in page.frames if "/view/" in frame.url)
     frame.wait_for_function("() => window.viewers?.[0].world.getItemAt(0)?.getFullyLoaded()")
     zoom = "() => Math.round(1000 * window.viewers[0].viewport.getZoom())"
+    home = "() => Math.round(1000 * window.viewers[0].viewport.getHomeZoom())"
+    large = frame.evaluate(zoom)
+    page.set_viewport_size({"width": 1280, "height": 500})
+    page.wait_for_timeout(500)
+    assert large > frame.evaluate(zoom) == frame.evaluate(home), "it stays whole"
     page.mouse.move(800, 200)
 
     def turn(pixels):

@@ -56,19 +56,29 @@ function tie([first, second]) {
 }
 
 /**
- * Lets one finger, and the wheel downwards, scroll the page that the viewer is part of, while the
- * image is not zoomed in.
+ * While the image is not zoomed in, one finger, and the wheel downwards, scroll the page that the
+ * viewer is part of; and it stays whole where the window changes.
  */
-function shareGestures(viewer) {
-  const isZoomed = ({ viewport }) => viewport.getZoom() > 1.01 * viewport.getHomeZoom();
+function keepWhole(viewer) {
+  let zoomed = false;
+  let resizing = false;
   const share = () => {
-    const zoomed = isZoomed(viewer);
+    if (resizing) return;
+    zoomed = viewer.viewport.getZoom() > 1.01 * viewer.viewport.getHomeZoom();
     viewer.gestureSettingsTouch.dragToPan = zoomed;
     for (const part of [viewer.container, viewer.canvas]) part.style.touchAction = zoomed ? "none" : "pan-y";
   };
-  for (const event of ["open", "zoom", "resize"]) viewer.addHandler(event, share);
+  for (const event of ["open", "zoom"]) viewer.addHandler(event, share);
+  viewer.addHandler("resize", () => {
+    resizing = true;
+    queueMicrotask(() => { // when OpenSeadragon has set its own zoom, which cuts the image off
+      resizing = false;
+      if (!zoomed) viewer.viewport.goHome(true);
+      share();
+    });
+  });
   const leaveToPage = (event) => {
-    if (event.deltaY > 0 && !event.ctrlKey && !isZoomed(viewer)) event.stopPropagation();
+    if (event.deltaY > 0 && !event.ctrlKey && !zoomed) event.stopPropagation();
   };
   addEventListener("wheel", leaveToPage, { capture: true, passive: true });
 }
@@ -121,7 +131,7 @@ try {
   const viewers = shown.map(makePane);
   window.viewers = viewers; // for who looks into it from outside
   tie(viewers);
-  shareGestures(viewers[0]);
+  keepWhole(viewers[0]);
   addTools(viewers[0]);
   if (viewers.length > 1) addSlider(viewers[1], shown.map(({ name }) => name));
 } catch (error) {
