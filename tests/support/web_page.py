@@ -136,11 +136,16 @@ def ask(page, method, path, body=None):
     return answer.json()
 
 
+def look_at_once(page):
+    """Let the page ask for its jobs now, not at its next turn."""
+    page.evaluate("dispatchEvent(new Event('online'))")
+
+
 def make_image(page, **entry):
     """An image of the visitor's, made without the form; its job, which the page shows."""
     body = {"entry": ENTRY | entry, "images": 1}
     job = ask(page, "POST", "api/jobs", body)["jobs"][0]
-    page.evaluate("dispatchEvent(new Event('online'))")  # the page looks at once
+    look_at_once(page)
     card = page.locator(f".card[data-job='{job['id']}']")
     card.and_(page.locator("[data-state=done]")).wait_for()
     return ask(page, "GET", f"images/{job['id']}")
