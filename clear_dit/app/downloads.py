@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ FORMATS: dict[str, dict[str, Any]] = {
 # Of a JPEG or WebP, which are made from the decoded whole.
 MAX_PIXELS = 8192 * 8192
 _BLOCK = 2**20
+_MAX_NAME = 60
+
+
+def file_name(record: Mapping[str, Any], which: str, kind: str) -> str:
+    """What a file of a job is called where it is saved: by its prompt and seed; no other's name.
+
+    Args:
+        record: of the job.
+        which: "clear" or "full".
+        kind: the file's suffix, without a point.
+    """
+    entry = record["entry"]
+    words = re.sub(r"[\W_]+", "-", str(entry["prompt"]).lower())[:_MAX_NAME].strip("-")
+    number = re.sub(r"[\W_]", "", record["id"])[:6]
+    full = "-full" if which == "full" else ""
+    return f"{words or 'image'}-{entry['seed']}-{number}{full}.{kind}"
 
 
 def converted(path: Path, kind: str, decoding: Callable[[], AbstractContextManager[None]]) -> Path:
@@ -76,7 +93,7 @@ def zipped(store: Store, owner: str) -> Iterator[bytes]:
                 path = store.file(owner, record["id"], f"{one['attention']}.png")
                 if path is None:
                     continue
-                name = f"clear-dit-{record['id'][:6]}-{one['attention']}.png"
+                name = file_name(record, one["attention"], "png")
                 try:
                     source = path.open("rb")
                 except FileNotFoundError:  # deleted meanwhile

@@ -146,7 +146,6 @@ def make_requests(
     """
     if entry.model not in settings.models:
         raise EntryError(f"Model must be one of {', '.join(settings.models)}.", "model")
-    prompt = _text("prompt", entry.prompt)
     negative = None
     if entry.negative_prompt not in ("", None) and str(entry.negative_prompt).strip():
         negative = _text("negative_prompt", entry.negative_prompt)
@@ -186,6 +185,7 @@ def make_requests(
     if entry.far and options["down_factor"] != 1:
         raise EntryError("Seeing all and pooling exclude each other; choose one.", "far")
     options |= _lora(entry, settings)
+    prompt = _text("prompt", entry.prompt)  # last, as it is entered last
     try:
         request = make_request(
             prompt,

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from ..errors import RequestError
 from .actions import Actions, NotThereError
 from .caller import who_asks
-from .downloads import FORMATS, converted, zipped
+from .downloads import FORMATS, converted, file_name, zipped
 from .reception import Reception
 from .routes import refusal, told
 from .store import SOURCE
@@ -42,6 +42,14 @@ def make_files(actions: Actions, reception: Reception) -> APIRouter:
         if path is None:
             raise HTTPException(404)
         return path
+
+    def finished(request: Request, job: str, which: str, kind: str) -> tuple[Path, str]:
+        """An image's PNG, and what it is called where it is saved as another kind."""
+        path = own(request, job, f"{which}.png")
+        try:
+            return path, file_name(actions.status(job, who_asks(request)), which, kind)
+        except NotThereError as error:  # deleted meanwhile
+            raise HTTPException(404) from error
 
     @router.get("/")
     def page() -> Response:
@@ -74,7 +82,9 @@ def make_files(actions: Actions, reception: Reception) -> APIRouter:
 
     @router.get("/images/{job}/{which}.{kind}")
     async def image(request: Request, job: str, which: Which, kind: str) -> Response:
-        path = await run_in_threadpool(own, request, job, f"{which}.png")
+        if kind != "png" and kind not in FORMATS:
+            raise HTTPException(404)
+        path, name = await run_in_threadpool(finished, request, job, which, kind)
         if kind in FORMATS:
             try:
                 async with conversions.turn(who_asks(request)):
@@ -83,9 +93,6 @@ def make_files(actions: Actions, reception: Reception) -> APIRouter:
                 return refusal(error)
             except FileNotFoundError as error:  # deleted meanwhile
                 raise HTTPException(404) from error
-        elif kind != "png":
-            raise HTTPException(404)
-        name = f"clear-dit-{job[:6]}-{which}.{kind}"
         return FileResponse(path, headers=KEEP, filename=name)
 
     @router.get("/images/{job}/{which}/{level}/{column}_{row}.jpg")

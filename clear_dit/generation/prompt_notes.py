@@ -52,7 +52,7 @@ class PromptReader:
         if unknown:
             more = len(unknown) - _MOST_WORDS
             listed = ", ".join(unknown[:_MOST_WORDS]) + (f" and {more} more" if more > 0 else "")
-            found.append(f"The demo does not know, and passes over: {listed}.")
+            found.append(f"The demo does not know these words, and leaves them out: {listed}.")
         return found
 
     def left_out(self, prompt: str) -> str:

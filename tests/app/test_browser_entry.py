@@ -107,7 +107,7 @@ def test_seconds_memory_and_stages_are_told_before(visit):
     told |= {"allowed": True, "reason": None, "field": None, "stages": [], "notes": []}
     pretend(page, "/api/estimate", told)
     page.check("input[name=images][value='3']")
-    words = "3 images · about 40 s each · 1.2 GB for the transformer · "
+    words = "3 images · about 40 s each · at least 1.2 GB of memory · "
     words += "next image starts in about 2 min"
     page.locator("#estimate", has_text=words).wait_for()
     reason = "You have 6 images in the queue and may have 6; wait for one or cancel it."
@@ -137,7 +137,9 @@ def test_what_is_told_before_follows_the_queue(visit):
 def test_the_demo_says_which_words_it_knows_and_which_it_does_not(visit):
     page = visit()
     enter(page, "a dragon")
-    page.locator("#notes", has_text="does not know, and passes over: dragon").wait_for()
+    page.locator(
+        "#notes", has_text="does not know these words, and leaves them out: dragon"
+    ).wait_for()
     page.fill("#prompt", "a blue")
     page.click("#words summary")
     page.click("#words-list >> text=/^tower$/")
@@ -188,6 +190,15 @@ def test_the_seed_that_is_shown_is_used_and_goes_up_by_one(visit):
     page.locator(".card[data-state=done]").nth(3).wait_for()
     jobs = ask(page, "GET", "api/jobs")["jobs"]
     assert [str(job["entry"]["seed"]) for job in reversed(jobs)] == used
+
+
+def test_a_wrong_size_is_told_before_there_is_a_prompt_and_mended_by_a_click(visit):
+    page = visit()
+    page.fill("#f-width", "99999")
+    page.locator("#field-error", has_text="Width must be from").wait_for()
+    page.check("input[name=side][value='512']")
+    assert [page.input_value(f"#f-{name}") for name in ("width", "height")] == ["512", "512"]
+    page.locator("#field-error").wait_for(state="detached")
 
 
 def test_strength_is_asked_for_where_it_acts(visit):

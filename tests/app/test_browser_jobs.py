@@ -25,7 +25,7 @@ def states(page):
 
 def test_an_image_is_generated_with_progress_and_preview_while_others_queue_up(visit):
     page = visit()
-    generate(page, steps=12)
+    generate(page, steps=30)
     page.wait_for_selector("#stage .preview")
     percent = page.locator("#progress")
     first = int(percent.get_attribute("aria-valuenow"))
@@ -196,3 +196,5 @@ def test_places_and_times_of_a_queue(visit):
         "Waiting · place 2 of 2 · about 3 min left",
     ]
     assert page.locator(".card .cancel:visible").count() == 3
+    prompts = page.locator(".card .title:visible").all_inner_texts()
+    assert prompts == ["a violet tower in the desert"] * 3, "which is which"

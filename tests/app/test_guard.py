@@ -417,6 +417,13 @@ def test_conversions_that_wait_hold_up_nobody(tmp_path, monkeypatch):
     folder = tmp_path / "visitors" / visitor_of(secret) / ("x" * 22)
     folder.mkdir(parents=True)
     (folder / "clear.png").write_bytes(png(8, 8))
+    record = {
+        "id": folder.name,
+        "state": "done",
+        "created": 1,
+        "entry": ENTRY["entry"] | {"seed": 1},
+    }
+    (folder / "job.json").write_text(json.dumps(record))
 
     async def send():
         headers = {"cookie": f"{COOKIE}={secret}"}
@@ -425,6 +432,9 @@ def test_conversions_that_wait_hold_up_nobody(tmp_path, monkeypatch):
             waiting = [asyncio.create_task(client.get(image)) for _ in range(60)]
             await asyncio.to_thread(held.acquire)
             setup = await asyncio.wait_for(client.get("/api/setup"), 30)
+            async with asyncio.timeout(30):
+                while sum(one.done() for one in waiting) < 52:
+                    await asyncio.sleep(0.01)
             go.set()
             return setup, await asyncio.gather(*waiting)
 

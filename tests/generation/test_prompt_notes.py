@@ -78,7 +78,7 @@ def test_a_demo_says_which_words_it_does_not_know(model):
     reader = PromptReader(model)
     assert reader.notes(CAPTION) == []
     assert reader.notes("A Blue HOUSE, the dragon's: a Zebra & a dragon!") == [
-        "The demo does not know, and passes over: dragon, zebra."
+        "The demo does not know these words, and leaves them out: dragon, zebra."
     ]
     many = " ".join(f"word{index}" for index in range(20))
     assert reader.notes(many)[0].endswith("word10, word11 and 8 more.")
@@ -125,4 +125,4 @@ def test_generate_warns_before_it_works(monkeypatch, caplog, capsys, tmp_path):
     monkeypatch.setattr(stage_plan, "planned", lambda request: "the plan")
     with caplog.at_level(logging.WARNING):
         assert run("generate", "a blue zebra", "--dry-run", "--out", tmp_path / "a.png") == 0
-    assert caplog.messages == ["The demo does not know, and passes over: zebra."]
+    assert caplog.messages == ["The demo does not know these words, and leaves them out: zebra."]

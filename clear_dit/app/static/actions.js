@@ -1,6 +1,7 @@
 // What can be done with a job: by its card's menu, and where it is opened.
 
 import { Away, call } from "./api.js";
+import { thumbnail } from "./cards.js";
 import { choose, copyText, toast } from "./dialogs.js";
 import { say } from "./dom.js";
 import { drawSeed } from "./fields.js";
@@ -20,6 +21,7 @@ const COMPARED = 12;
  */
 export function makeActions(page) {
   const { setup, poll } = page;
+  let removing = []; // what is hidden, and deleted when its message goes: {id, undelete}
   let asking = null; // whether a job shall be cancelled: {id, closing}
 
   /** Does it; what goes wrong is told. */
@@ -94,18 +96,29 @@ export function makeActions(page) {
     if (asking && !poll.jobs.some((job) => job.id === asking.id && isActive(job))) asking.closing.abort();
   }
 
+  async function erase({ id, undelete }) {
+    try {
+      await call("DELETE", `api/jobs/${id}`, undefined, { keepalive: true });
+    } catch (error) {
+      if (error.status === 404) return; // in another tab
+      undelete();
+      throw error;
+    }
+  }
+
+  /** Hides a job; it is deleted, with those that were shortly before, when the message has gone. */
   function remove(job) {
-    const undelete = page.hide(job.id);
-    toast("Deleted", {
-      undo: undelete,
+    const all = [{ id: job.id, undelete: page.hide(job.id) }, ...removing];
+    removing = all;
+    toast(all.length > 1 ? `${all.length} images deleted` : "Deleted", {
+      undo() {
+        removing = [];
+        for (const { undelete } of all) undelete();
+      },
       after: guarded(async () => {
-        try {
-          await call("DELETE", `api/jobs/${job.id}`, undefined, { keepalive: true });
-        } catch (error) {
-          if (error.status === 404) return; // in another tab
-          undelete();
-          throw error;
-        }
+        if (removing !== all) return; // the next message has them
+        removing = [];
+        await Promise.all(all.map(erase));
       }),
     });
   }
@@ -149,6 +162,7 @@ export function makeActions(page) {
   /** Items of a menu: the images that a job's can be compared with. */
   const comparisons = (job) =>
     page.listed().filter((other) => comparable(other, job)).slice(0, COMPARED).map((other) => ({
+      picture: thumbnail(other, other.images[0]),
       label: `${size(other.images[0])} · seed ${other.entry.seed} · ${shorten(other.entry.prompt, 40)}`,
       run: () => page.compare(other.id),
     }));

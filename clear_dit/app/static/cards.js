@@ -1,6 +1,6 @@
 // The history: a card for each job, kept in its place while it changes, so that focus and scroll stay.
 
-import { byId, copy, icon, setAttribute, setText } from "./dom.js";
+import { byId, copy, icon, once, setAttribute, setText } from "./dom.js";
 import { duration, shorten, size } from "./format.js";
 import { openMenu } from "./menu.js";
 import { isActive } from "./poll.js";
@@ -29,7 +29,8 @@ export function makeCards({ actions, open }) {
     const root = copy("card");
     root.dataset.job = job.id;
     const part = (name) => root.querySelector(`.${name}`);
-    const card = { root, job, told: "", picture: part("picture"), open: part("open"), words: part("words"),
+    const card = { root, job, told: "", picture: part("picture"), open: part("open"),
+      title: part("title"), words: part("words"),
       size: part("size"), bar: part("bar"), star: part("star"), more: part("more"), cancel: part("cancel"),
       again: part("again") };
     card.star.append(icon("star"));
@@ -37,7 +38,7 @@ export function makeCards({ actions, open }) {
     card.open.addEventListener("click", () => open(card.job.id, true));
     card.star.addEventListener("click", () => actions.favourite(card.job));
     card.more.addEventListener("click", () => openMenu(card.more, actions.items(card.job)));
-    card.cancel.addEventListener("click", () => actions.cancel(card.job));
+    card.cancel.addEventListener("click", once(() => actions.cancel(card.job)));
     card.again.addEventListener("click", () => actions.again(card.job));
     return card;
   }
@@ -51,6 +52,7 @@ export function makeCards({ actions, open }) {
     setAttribute(card.root, "data-state", job.state);
     setAttribute(card.picture, "src", source);
     card.picture.hidden = source === null;
+    setText(card.title, source === null ? title : "");
     setText(card.words, stateWords(job));
     setText(card.size, size(job.entry) + (job.images.length > 1 ? " · 2" : ""));
     setAttribute(card.open, "aria-label", `Open ${title} (${[stateWords(job), size(job.entry)].filter(Boolean).join(", ")})`);

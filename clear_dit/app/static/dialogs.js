@@ -2,7 +2,9 @@
 
 import { byId, make, say } from "./dom.js";
 
+// For how long messages stay; those that put something off, which can still be undone, longer.
 const SHOWN = 10000;
+const SHOWN_BEFORE = 30000;
 
 /**
  * Asks in a dialog; the value of the answer, or null where it was closed.
@@ -83,7 +85,7 @@ export function toast(text, { undo = null, after = null, problem = false } = {})
   };
   const start = () => {
     clearTimeout(timer);
-    timer = setTimeout(() => end(false), SHOWN);
+    timer = setTimeout(() => end(false), after ? SHOWN_BEFORE : SHOWN);
   };
   box.replaceChildren(
     make("span", {}, text),

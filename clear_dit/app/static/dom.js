@@ -1,5 +1,10 @@
 // Small helpers. Everything that is shown is made of text nodes; nothing is parsed as markup.
 
+/** A listener that passes over further clicks of a double click, after which another thing may be there. */
+export const once = (act) => (event) => {
+  if (event.detail < 2) act(event);
+};
+
 export const byId = (id) => document.getElementById(id);
 
 /** An element; `on...` attributes are listeners, null and false ones are left out. */

@@ -37,7 +37,7 @@ export function makeEstimate(form) {
     const parts = [
       count > 1 ? `${count} images` : null,
       told.seconds === null ? "time known after the first image" : `about ${duration(told.seconds)}${each}`,
-      told.memory_bytes ? `${bytes(told.memory_bytes)} for the transformer` : null,
+      told.memory_bytes ? `at least ${bytes(told.memory_bytes)} of memory` : null,
       told.queue_seconds ? `next image starts in about ${duration(told.queue_seconds)}` : null,
     ];
     return parts.filter(Boolean).join(" · ");

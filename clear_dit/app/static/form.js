@@ -22,7 +22,7 @@ export function makeForm(setup, { keep, upload, onChange }) {
   const sizes = makeSizes(form, setup.shapes, changed);
   let locked = false;
   let offered = null;
-  // Size and strength before there was an image to enlarge; null where there is none.
+  // Size, strength and lock before there was an image to enlarge; null where there is none.
   let plain = null;
 
   const model = () => setup.models.find(({ name }) => name === fields.model.value) ?? setup.models[0];
@@ -51,6 +51,9 @@ export function makeForm(setup, { keep, upload, onChange }) {
     sizes.offer(its);
     byId("field-negative").hidden = !its.negative;
     byId("words").hidden = !its.words?.length;
+    fields.prompt.placeholder = its.words?.length
+      ? "What would you like to see? This demo knows few words, those below."
+      : "What would you like to see?";
     byId("words-list").replaceChildren(
       ...(its.words ?? []).map((word) =>
         make("button", { type: "button", class: "chip", onclick: () => addWord(word) }, word)),
@@ -89,6 +92,7 @@ export function makeForm(setup, { keep, upload, onChange }) {
     locked = on;
     byId("lock").setAttribute("aria-pressed", on);
     byId("lock").replaceChildren(icon(on ? "lock" : "unlock"));
+    byId("seed-kept").hidden = !on;
   }
 
   function addWord(word) {
@@ -98,7 +102,7 @@ export function makeForm(setup, { keep, upload, onChange }) {
   }
 
   const notePlain = () => {
-    plain ??= Object.fromEntries(["width", "height", "strength"].map((name) => [name, fields[name].value]));
+    plain ??= { ...Object.fromEntries(["width", "height", "strength"].map((name) => [name, fields[name].value])), locked };
   };
 
   function changed(atOnce = false) {
@@ -172,13 +176,13 @@ export function makeForm(setup, { keep, upload, onChange }) {
       changed();
     },
     /** Fills in what an entry has: names that are not offered here, and a way back. */
-    set(entry, { image, seedLocked = "seed" in entry } = {}) {
+    set(entry, { image, seedLocked = locked || "seed" in entry } = {}) {
       const before = { ...raw(), locked, plain, upload: upload.value };
       if (image) notePlain();
       else if (image === null) plain = null;
       const unknown = fill(rawOf(entry));
       if (image !== undefined) upload.set(image);
-      lock(seedLocked || locked);
+      lock(seedLocked);
       changed(true);
       const undo = () => {
         fill(before);
@@ -201,6 +205,7 @@ export function makeForm(setup, { keep, upload, onChange }) {
     /** Asks again for what was asked for before there was an image to enlarge. */
     withoutImage() {
       fill(plain ?? {});
+      lock((plain ?? { locked }).locked === true);
       plain = null;
       changed(true);
     },

@@ -4,11 +4,12 @@ import { byId, make } from "./dom.js";
 
 /**
  * Opens the menu at a button; closed, the focus is where it was.
- * @param items {label, run}, which is given the button, or, for a file, {label, href}; null ones are left out.
+ * @param items {label, run}, which is given the button, or, for a file, {label, href}; perhaps a picture's
+ *   address; null ones are left out.
  */
 export function openMenu(anchor, items) {
   const menu = byId("menu");
-  const buttons = items.filter(Boolean).map(({ label, run, href, danger }) =>
+  const buttons = items.filter(Boolean).map(({ label, run, href, danger, picture }) =>
     href
       ? make("a", { href, download: true, class: "button item", onclick: () => menu.hidePopover() }, label)
       : make("button", {
@@ -18,7 +19,7 @@ export function openMenu(anchor, items) {
             menu.hidePopover();
             run(anchor);
           },
-        }, label),
+        }, picture ? make("img", { src: picture, alt: "", width: 44, height: 44 }) : null, label),
   );
   menu.replaceChildren(...buttons);
   menu.showPopover();

@@ -1,7 +1,7 @@
 // The opened job: its image in the viewer, or what there is of it, and what can be done with it.
 
 import { stateWords } from "./cards.js";
-import { byId, icon, make, say, setAttribute, setText } from "./dom.js";
+import { byId, icon, make, once, say, setAttribute, setText } from "./dom.js";
 import { variantName } from "./fields.js";
 import { ATTENTION, bytes, flops, size } from "./format.js";
 import { openMenu } from "./menu.js";
@@ -17,11 +17,11 @@ export function makeResult({ actions, closeComparison }) {
   let stageKey = "";
   let rowsKey = "";
 
-  byId("cancel").addEventListener("click", () => actions.cancel(job));
+  byId("cancel").addEventListener("click", once(() => actions.cancel(job)));
   byId("again").addEventListener("click", () => actions.again(job));
   byId("favourite").append(icon("star"));
   byId("favourite").addEventListener("click", () => actions.favourite(job));
-  byId("delete").addEventListener("click", () => actions.remove(job));
+  byId("delete").addEventListener("click", once(() => actions.remove(job)));
   byId("more-opened").append(icon("more"));
   byId("more-opened").addEventListener("click", ({ currentTarget }) => openMenu(currentTarget, actions.items(job)));
   byId("close-comparison").addEventListener("click", closeComparison);

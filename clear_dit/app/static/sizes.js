@@ -2,6 +2,9 @@
 
 import { make } from "./dom.js";
 
+// How many times longer than high a shape is that another size keeps; beyond, it was a slip.
+const LONGEST = 8;
+
 /** Width and height of a shape whose longer side is given: multiples of a step, in pixels. */
 export function presetSize(side, [across, down], step) {
   const scale = side / Math.max(across, down);
@@ -41,7 +44,8 @@ export function makeSizes(form, shapes, onSize) {
 
   function set(side, shape) {
     const own = current();
-    const ratio = shape ? shapes[shape] : own.every((part) => part > 0) ? own : [1, 1];
+    const kept = Math.min(...own) > 0 && Math.max(...own) <= LONGEST * Math.min(...own);
+    const ratio = shape ? shapes[shape] : kept ? own : [1, 1];
     [width.value, height.value] = presetSize(side || Math.max(...own) || model.size, ratio, model.step);
     onSize();
   }

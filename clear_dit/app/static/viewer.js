@@ -5,6 +5,9 @@ import { call } from "./api.js";
 import { byId, setText } from "./dom.js";
 import { ATTENTION, size } from "./format.js";
 
+// Milliseconds after which the wheel is turned anew.
+const STILL = 400;
+
 const job = location.pathname.split("/").pop();
 const beside = new URLSearchParams(location.search).get("with");
 
@@ -56,8 +59,8 @@ function tie([first, second]) {
 }
 
 /**
- * While the image is not zoomed in, one finger, and the wheel downwards, scroll the page that the
- * viewer is part of; and it stays whole where the window changes.
+ * While the image is not zoomed in, one finger and the wheel scroll the page that the viewer is part
+ * of, as far as it goes; and the image stays whole where the window changes.
  */
 function keepWhole(viewer) {
   let zoomed = false;
@@ -77,8 +80,12 @@ function keepWhole(viewer) {
       share();
     });
   });
+  let left = -Infinity; // when the page last had the wheel, which may turn on for a moment
   const leaveToPage = (event) => {
-    if (event.deltaY > 0 && !event.ctrlKey && !zoomed) event.stopPropagation();
+    const scrolls = event.deltaY > 0 || parent.scrollY > 0 || event.timeStamp - left < STILL;
+    if (zoomed || event.ctrlKey || !scrolls) return;
+    left = event.timeStamp;
+    event.stopPropagation();
   };
   addEventListener("wheel", leaveToPage, { capture: true, passive: true });
 }
@@ -100,14 +107,25 @@ function addTools(first) {
 
 function addSlider(second, names) {
   const slider = byId("slider");
+  const line = byId("line");
   const half = 17; // of its thumb, in pixels
   const slide = () => {
     // The right image lies above; it is cut off left of the line.
     const x = half + ((innerWidth - 2 * half) * slider.value) / 100;
     second.element.style.clipPath = `inset(0 0 0 ${x}px)`;
-    byId("line").style.left = `${x}px`;
+    line.style.left = `${x}px`;
+    // A name stands on its own image only.
+    for (const [id, room] of [["left", x], ["right", innerWidth - x]]) {
+      byId(id).style.visibility = byId(id).offsetWidth + 16 > room ? "hidden" : "visible";
+    }
   };
   slider.oninput = slide;
+  line.onpointerdown = (event) => line.setPointerCapture(event.pointerId);
+  line.onpointermove = (event) => {
+    if (!line.hasPointerCapture(event.pointerId)) return;
+    slider.value = (100 * (event.clientX - half)) / (innerWidth - 2 * half);
+    slide();
+  };
   addEventListener("resize", slide);
   for (const id of ["slider", "line", "left", "right"]) byId(id).hidden = false;
   setText(byId("left"), names[0]);
