@@ -2,7 +2,7 @@
 
 import { byId, icon, make, setText } from "./dom.js";
 import { drawSeed, entryOf, rawOf, VARIANTS, variantTitle, variantValue } from "./fields.js";
-import { ATTENTION } from "./format.js";
+import { ATTENTION, stepsOf } from "./format.js";
 import { makeMarks } from "./marks.js";
 import { makeSizes, presetSize, twice } from "./sizes.js";
 
@@ -116,7 +116,7 @@ export function makeForm(setup, { keep, upload, onChange }) {
     // Where it does not act it is not shown; but never hidden with a number in it, nor while it is typed.
     const above = fields.width.value * fields.height.value > its.size ** 2;
     byId("strength").hidden = !upload.value && !above && !fields.strength.value && document.activeElement !== fields.strength;
-    const parts = [setup.models.length > 1 && its.title, ATTENTION[fields.attention.value], `${fields.steps.value} steps`,
+    const parts = [setup.models.length > 1 && its.title, ATTENTION[fields.attention.value], stepsOf(fields.steps.value),
       `guidance ${fields.guidance.value}`, fields.strength.value && `strength ${fields.strength.value}`, fields.lora.value];
     setText(byId("summary"), parts.filter(Boolean).join(" · "));
     marks.clear();

@@ -20,6 +20,8 @@ export function flops(count) {
   return `${Math.round(count / 1e9).toLocaleString("en")} GFLOP`;
 }
 
+export const stepsOf = (count) => `${count} ${String(count) === "1" ? "step" : "steps"}`;
+
 export const size = ({ width, height }) => `${width} × ${height}`;
 
 export const shorten = (text, most = 80) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);

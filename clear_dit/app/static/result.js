@@ -3,7 +3,7 @@
 import { stateWords } from "./cards.js";
 import { byId, icon, make, once, say, setAttribute, setText } from "./dom.js";
 import { variantName } from "./fields.js";
-import { ATTENTION, bytes, flops, size } from "./format.js";
+import { ATTENTION, bytes, flops, size, stepsOf } from "./format.js";
 import { openMenu } from "./menu.js";
 import { isActive } from "./poll.js";
 
@@ -95,7 +95,7 @@ export function makeResult({ actions, closeComparison }) {
     setText(byId("prompt-shown"), entry.prompt);
     setText(byId("negative-shown"), entry.negative_prompt ? `Without: ${entry.negative_prompt}` : "");
     const facts = [
-      `${size(entry)} px`, `${entry.steps} steps`, `guidance ${entry.guidance}`, `seed ${entry.seed}`, entry.model,
+      `${size(entry)} px`, stepsOf(entry.steps), `guidance ${entry.guidance}`, `seed ${entry.seed}`, entry.model,
       entry.attention === "full" ? null : `radius ${entry.radius}`,
       entry.attention === "full" || variantName(entry.down_factor, entry.far) === "Auto" ? null : variantName(entry.down_factor, entry.far),
       entry.lora ? `${entry.lora} × ${entry.lora_scale}` : null,
