@@ -33,7 +33,7 @@ _MAX_NAME = 60
 
 
 def file_name(record: Mapping[str, Any], which: str, kind: str) -> str:
-    """What a file of a job is called where it is saved: by its prompt and seed; no other's name.
+    """What a file of a job is called where it is saved: by prompt and seed; no two are the same.
 
     Args:
         record: of the job.

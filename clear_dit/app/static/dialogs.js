@@ -4,7 +4,7 @@ import { byId, make, say } from "./dom.js";
 
 // For how long messages stay; those that put something off, which can still be undone, longer.
 const SHOWN = 10000;
-const SHOWN_BEFORE = 30000;
+const SHOWN_UNDO = 30000;
 
 /**
  * Asks in a dialog; the value of the answer, or null where it was closed.
@@ -85,7 +85,7 @@ export function toast(text, { undo = null, after = null, problem = false } = {})
   };
   const start = () => {
     clearTimeout(timer);
-    timer = setTimeout(() => end(false), after ? SHOWN_BEFORE : SHOWN);
+    timer = setTimeout(() => end(false), after ? SHOWN_UNDO : SHOWN);
   };
   box.replaceChildren(
     make("span", {}, text),
