@@ -81,8 +81,9 @@ def test_what_was_asked_for_before_comes_back_when_it_is_removed(visit, photo):
 
 def test_by_the_keyboard_alone(visit, photo):
     page = visit()
-    page.locator("#choose").focus()
     with page.expect_file_chooser() as chooser:
+        page.wait_for_timeout(300)  # until the browser hands choosers over, which none waits for
+        page.locator("#choose").focus()
         page.keyboard.press("Enter")
     chooser.value.set_files(photo)
     uploaded(page)
