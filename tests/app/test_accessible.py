@@ -116,7 +116,7 @@ def test_no_violation_in_the_viewer(visit):
 def test_everything_is_reached_by_the_keyboard_and_seen_to_be(visit):
     page = visit(jobs=[job(1), job(2, state="running"), job(3, state="failed")])
     page.locator(".card >> nth=2").wait_for()
-    page.click("#more summary")
+    unfold(page)
     page.locator("#prompt").focus()
     controls = "button, a[href], input:not([type=file]), select, textarea, summary, iframe"
     # Of radio buttons with one name the chosen one is reached, the others by arrows.
