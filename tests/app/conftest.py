@@ -19,12 +19,13 @@ def pytest_generate_tests(metafunc):
     if "look" not in metafunc.fixturenames:
         return
     asked = os.environ.get("CLEAR_DIT_LOOK")
+    assert asked in (None, "all", *LOOKS), f"CLEAR_DIT_LOOK={asked}"
     if asked == "all" and not {"size", "scheme"} & set(metafunc.fixturenames):
         looks = LOOKS
+    elif asked in LOOKS:
+        looks = [asked]
     else:
         looks = [LOOKS[crc32(metafunc.function.__name__.encode()) % len(LOOKS)]]
-        if asked in LOOKS:
-            looks = [asked]
     metafunc.parametrize("look", looks)
 
 

@@ -205,7 +205,7 @@ export function makeForm(setup, { keep, upload, onChange }) {
     /** Asks again for what was asked for before there was an image to enlarge. */
     withoutImage() {
       fill(plain ?? {});
-      lock((plain ?? { locked }).locked === true);
+      if (plain) lock(plain.locked === true);
       plain = null;
       changed(true);
     },
