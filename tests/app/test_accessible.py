@@ -82,7 +82,7 @@ def test_no_violation_while_the_form_is_filled_in(visit, size, scheme, tmp_path)
 @pytest.mark.parametrize(("size", "scheme"), [LOOKS[0], LOOKS[1], LOOKS[4]])
 def test_no_violation_with_what_lies_above_the_page(visit, size, scheme):
     jobs = [job(1, state="running", ran=100), job(2)]
-    page = visit(size=size, scheme=scheme, jobs=jobs, reduced_motion="reduce")
+    page = visit(away=True, size=size, scheme=scheme, jobs=jobs, reduced_motion="reduce")
     page.click(".card .more >> nth=1")
     page.locator("#menu .item >> nth=0").wait_for()
     assert violations(page) == []
