@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .app.commands import serve_app
+from .app.commands import serve_app, serve_programs
 from .bench.commands import bench
 from .calibration.commands import calibrate
 from .distillation.commands import distill, sample
@@ -105,6 +105,7 @@ app.command()(sample)
 app.command()(distill)
 app.command()(calibrate)
 app.command("app")(serve_app)
+app.command("serve")(serve_programs)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="evaluate")
 

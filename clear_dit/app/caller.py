@@ -20,7 +20,8 @@ class Caller:
 
     Attributes:
         owner: the name of their folder: of the account, or of who knows a cookie's secret.
-        party: whose turns and limits they share: the account, or all visitors of one address.
+        party: whose turns and limits they share: the account, the key, or all visitors of one
+            address; its first word says which.
         account: who logged in; None where there are no accounts.
     """
 
@@ -38,6 +39,17 @@ def account_holder(account: str) -> Caller:
     """Who logged in; images are those of the account, from whatever browser."""
     digest = hashlib.sha256(f"account {account}".encode()).hexdigest()
     return Caller(digest, f"account {account}", account)
+
+
+def key_holder(digest: str) -> Caller:
+    """Who has a key, by its SHA-256 in hex."""
+    owner = hashlib.sha256(f"key {digest}".encode()).hexdigest()
+    return Caller(owner, f"key {owner[:16]}")
+
+
+def for_one_request(caller: Caller) -> Caller:
+    """The same with a folder of its own: its images are answered and gone, and in no history."""
+    return Caller(visitor_of(new_secret()), caller.party)
 
 
 def new_secret() -> str:

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlsplit
 
 from .accounts import Accounts
 from .caller import (
+    Caller,
     account_holder,
     address_of,
     cookies,
@@ -17,6 +18,9 @@ from .caller import (
     remember,
     visitor_at,
 )
+from .keys import Keys
+from .openai.errors import FOR_PROGRAMS, error_at
+from .openai.links import PREFIX as FILES
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -43,8 +47,9 @@ class Guard:
     """ASGI middleware.
 
     A browser's request from another site, or by a name that is none of a local server's, is
-    refused. Where there are accounts, every route but the login asks for one; else who comes
-    without a visitor's cookie gets one, and has it at once. `who_asks` tells the routes.
+    refused. Where there are accounts or keys, every route asks for one, but the login and files
+    whose URL is the secret; else who comes without a visitor's cookie gets one, and has it at once.
+    `who_asks` tells the routes.
 
     Args:
         app: what is guarded.
@@ -53,7 +58,7 @@ class Guard:
     """
 
     def __init__(self, app: Any, settings: Settings, accounts: Accounts) -> None:
-        self._app, self._accounts = app, accounts
+        self._app, self._accounts, self._keys = app, accounts, Keys(settings.keys)
         self._cookie = settings.cookie
         # Behind a proxy the name is the proxy's matter.
         self._local_names_only = settings.local and not settings.proxy
@@ -65,26 +70,26 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer = _Answer(send, scope["path"])
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         refused = self._refused(scope["method"], headers)
         if refused is not None:
             await answer.error(403, refused)
             return
         secrets = cookies(scope["headers"], self._cookie)
-        if self._accounts:
-            found = (self._accounts.account(secret) for secret in secrets)
-            account = next((one for one in found if one is not None), None)
-            if account is not None:
-                scope = remember(scope, account_holder(account))
-            elif scope["path"] != LOGIN:
+        if self._accounts or self._keys:
+            caller = self._known(headers, secrets)
+            if caller is not None:
+                scope = remember(scope, caller)
+            elif not self._open(scope):
                 await self._ask_for_login(scope, headers, answer)
                 return
         else:
             if not secrets:
                 secrets = [new_secret()]
                 secure = scope["scheme"] == "https"
-                answer.headers["set-cookie"] = set_cookie(self._cookie, secrets[0], secure)
+                if not answer.for_programs:
+                    answer.headers["set-cookie"] = set_cookie(self._cookie, secrets[0], secure)
             scope = remember(scope, visitor_at(secrets[0], address_of(scope)))
         try:
             await self._app(scope, receive, answer.send)
@@ -92,6 +97,21 @@ class Guard:
             logger.exception("%s %s", scope["method"], quote(scope["path"])[:200])
             if not answer.started:
                 await answer.error(500, "Something went wrong on the server.")
+
+    def _known(self, headers: Mapping[bytes, str], secrets: list[str]) -> Caller | None:
+        """Who has a key, or is logged in; None of others, and of who sends a wrong key."""
+        authorization = headers.get(b"authorization")
+        if self._keys and authorization is not None:
+            return self._keys.caller(authorization)
+        found = (self._accounts.account(secret) for secret in secrets)
+        account = next((one for one in found if one is not None), None)
+        return None if account is None else account_holder(account)
+
+    def _open(self, scope: Any) -> bool:
+        """Whether a route asks for no login: the login itself, and secret URLs."""
+        if scope["path"] == LOGIN:
+            return bool(self._accounts)
+        return scope["method"] == "GET" and scope["path"].startswith(FILES)
 
     def _refused(self, method: str, headers: Mapping[bytes, str]) -> str | None:
         """Why a request is refused by where it comes from; None if it is not.
@@ -112,7 +132,10 @@ class Guard:
     async def _ask_for_login(
         self, scope: Any, headers: Mapping[bytes, str], answer: _Answer
     ) -> None:
-        if scope["method"] == "GET" and "text/html" in headers.get(b"accept", ""):
+        if answer.for_programs or not self._accounts:
+            answer.headers["www-authenticate"] = "Bearer"
+            await answer.error(401, "Send a key of this server: Authorization: Bearer KEY.")
+        elif scope["method"] == "GET" and "text/html" in headers.get(b"accept", ""):
             answer.headers["location"] = scope.get("root_path", "") + LOGIN
             await answer.error(303, "Log in.")
         else:
@@ -122,8 +145,9 @@ class Guard:
 class _Answer:
     """The way of an answer, with what stands in the header of every one."""
 
-    def __init__(self, send: Any) -> None:
-        self._send, self.started = send, False
+    def __init__(self, send: Any, path: str) -> None:
+        self._send, self._path, self.started = send, path, False
+        self.for_programs = path.startswith(FOR_PROGRAMS)
         self.headers = dict(HEADERS)
 
     async def send(self, message: Any) -> None:
@@ -145,8 +169,8 @@ class _Answer:
         await self._send(message)
 
     async def error(self, status: int, words: str) -> None:
-        """A refusal, as all JSON routes tell it."""
-        body = json.dumps({"error": words, "field": None}).encode()
+        """A refusal, as the routes there tell it."""
+        body = json.dumps(error_at(self._path, status, words)).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

@@ -25,12 +25,23 @@ from .worker import Worker
 MAX_CANCELLED = 100
 # How often images that are too old are looked for, in seconds.
 SWEEP_EVERY = 3600.0
+# What a refused caller is told to wait at most, in seconds.
+_LONGEST_WAIT = 60.0
 
 logger = logging.getLogger(__name__)
 
 
 class LimitError(RequestError):
-    """Not now: the queue is full, or has enough of this caller."""
+    """Not now: the queue is full, or has enough of this caller.
+
+    Args:
+        words: for the caller.
+        seconds: after which to try again.
+    """
+
+    def __init__(self, words: str, seconds: float = 5.0) -> None:
+        super().__init__(words)
+        self.seconds = seconds
 
 
 class Jobs:
@@ -59,6 +70,7 @@ class Jobs:
         self._stopping = False
         # Cancelled ones are not shown: the last can still be asked for.
         self._cancelled: deque[Job] = deque()
+        self._ended: list[Callable[[Job], None]] = []
         self._thread = threading.Thread(target=self._work, name="runner", daemon=True)
 
     def start(self, model: str, dtype: str, device: str) -> None:
@@ -79,6 +91,10 @@ class Jobs:
                 job.cancelled.set()
             self._changed.notify_all()
         self._thread.join()
+
+    def on_end(self, told: Callable[[Job], None]) -> None:
+        """Call this with every job that ends here; from the thread that ends it, so be quick."""
+        self._ended.append(told)
 
     def submit(self, caller: Caller, orders: Sequence[Order]) -> list[Job]:
         """Accept jobs, all of them or none.
@@ -137,6 +153,16 @@ class Jobs:
         """How many jobs wait."""
         return len(self._waiting)
 
+    @property
+    def running(self) -> int:
+        """How many jobs are being generated: 0 or 1."""
+        return int(self._running is not None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether what waits will be generated."""
+        return self._thread.is_alive() and not self._stopping
+
     def queue_seconds(self, caller: Caller) -> float | None:
         """How long a job that came now would wait; None where unknown."""
         with self._changed:
@@ -162,26 +188,31 @@ class Jobs:
 
     def _check(self, caller: Caller, more: int) -> None:
         if self._stopping:
-            raise LimitError("The server is being stopped; try again later.")
+            raise LimitError("The server is being stopped; try again later.", 30)
+        left = self.worker.seconds_left(self._running) if self._running else None
+        seconds = 5.0 if left is None else min(max(1.0, left), _LONGEST_WAIT)
         active = self._active()
         mine = sum(job.owner == caller.owner for job in active)
         if mine + more > MAX_JOBS:
             raise LimitError(
                 f"You have {mine} images in the queue and may have {MAX_JOBS}; wait for one or "
-                "cancel it."
+                "cancel it.",
+                seconds,
             )
-        of_address = max(MAX_JOBS, self._settings.queue_size // 2)
+        most = self._settings.most_of_party
         theirs = sum(job.party == caller.party for job in active)
-        if theirs + more > of_address:
+        if theirs + more > most:
             raise LimitError(
-                f"There are {theirs} images of your address in the queue, which may have "
-                f"{of_address}; try again later."
+                f"There are {theirs} images of your {caller.party.split()[0]} in the queue, which "
+                f"may have {most}; try again later.",
+                seconds,
             )
         # The one that would run at once needs no place.
         free = self._settings.queue_size - len(self._waiting) + (self._running is None)
         if more > free:
             raise LimitError(
-                f"The queue is full ({len(self._waiting)} are waiting); try again later."
+                f"The queue is full ({len(self._waiting)} are waiting); try again later.",
+                seconds,
             )
 
     def _new_job(self, caller: Caller, order: Order) -> Job:
@@ -270,6 +301,9 @@ class Jobs:
             logger.exception("the end of job %s could not be written", job.id)
             if state == "done":
                 self._end(job, "failed", "The image could not be written; the disk is full.")
+                return
+        for told in self._ended:
+            told(job)
 
 
 def _linked(upload: Path, own: Path) -> Path:

@@ -13,9 +13,13 @@ serve or take.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
+
+# Before it is imported: it reports to its makers otherwise.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from fastapi import FastAPI

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,17 +81,20 @@ class Reception:
         """
         if length is not None and length > MAX_UPLOAD_BYTES:
             raise _too_large()
-        with self._place(caller):
-            path = await run_in_threadpool(self._new, caller)
-            try:
-                await _write(stream, path)
-                return await run_in_threadpool(self._keep, path)
-            except TimeoutError as error:
-                self._store.forget(path)
-                raise RequestError("The image came too slowly; send it again.") from error
-            except BaseException:
-                self._store.forget(path)
-                raise
+        with self.place(caller):
+            return await self.keep(paced(stream), caller)
+
+    async def keep(self, blocks: AsyncIterator[bytes], caller: Caller) -> dict[str, Any]:
+        """What `receive` does, for who has a place and bounds what comes."""
+        path = await run_in_threadpool(self._new, caller)
+        try:
+            with path.open("wb") as file:
+                async for block in blocks:
+                    file.write(block)
+            return await run_in_threadpool(self._keep, path)
+        except BaseException:
+            self._store.forget(path)
+            raise
 
     def copy(self, source: Path, caller: Caller) -> dict[str, Any]:
         """Keep an image that is there already as an upload of its owner, see `receive`.
@@ -100,7 +103,7 @@ class Reception:
             RequestError: it is refused, or gone.
             OSError: the disk is full.
         """
-        with self._place(caller):
+        with self.place(caller):
             path = self._new(caller)
             try:
                 shutil.copyfile(source, path)
@@ -128,7 +131,12 @@ class Reception:
         return {"name": path.name, "width": width, "height": height, "settings": settings}
 
     @contextmanager
-    def _place(self, caller: Caller) -> Iterator[None]:
+    def place(self, caller: Caller) -> Iterator[None]:
+        """Held while an image comes in.
+
+        Raises:
+            LimitError: enough come, of this party or of all.
+        """
         with self._lock:
             if self._present[caller.party] >= MAX_UPLOADING:
                 raise LimitError("Other images of yours are still being sent; wait for them.")
@@ -177,16 +185,30 @@ def settings_of(path: Path, server: Settings) -> dict[str, Any] | None:
     return entry
 
 
-async def _write(stream: Any, path: Path) -> None:
+async def paced(stream: AsyncIterable[bytes], more: int = 0) -> AsyncIterator[bytes]:
+    """The blocks of an upload, as long as it comes fast enough and is not too large.
+
+    Args:
+        stream: of blocks.
+        more: bytes that it may have besides an image's.
+
+    Raises:
+        RequestError: it is refused.
+    """
     size, latest = 0, asyncio.get_running_loop().time() + _PATIENCE
-    with path.open("wb") as file:
-        async with asyncio.timeout_at(latest) as limit:
-            async for block in stream:
-                size += len(block)
-                if size > MAX_UPLOAD_BYTES:
-                    raise _too_large()
-                file.write(block)
-                limit.reschedule(latest + size / _LEAST_RATE)
+    blocks = aiter(stream)
+    while True:
+        try:
+            async with asyncio.timeout_at(latest + size / _LEAST_RATE):
+                block = await anext(blocks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise RequestError("The image came too slowly; send it again.") from error
+        size += len(block)
+        if size > MAX_UPLOAD_BYTES + more:
+            raise _too_large()
+        yield block
 
 
 def _too_large() -> RequestError:

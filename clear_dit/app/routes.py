@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,10 @@ def refusal(error: RequestError) -> Response:
     else:
         status = 429 if isinstance(error, LimitError) else 400
     field = error.field if isinstance(error, EntryError) else None
-    return told({"error": str(error), "field": field}, status)
+    answer = told({"error": str(error), "field": field}, status)
+    if isinstance(error, LimitError):
+        answer.headers["retry-after"] = str(math.ceil(error.seconds))
+    return answer
 
 
 def not_there() -> Response:

@@ -1,24 +1,15 @@
-"""The server: its routes in one ASGI application, and running it."""
+"""Running a server: with the web page, or for programs only."""
 
 from __future__ import annotations
 
 import logging
-import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
-
-# Before Gradio is imported: it reports to its makers otherwise.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import torch
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException as AnyHTTPException
 
 from ..errors import RequestError
 from ..files import own_folder
@@ -26,59 +17,17 @@ from ..generation.checks import check_quantize, find_device, find_dtype
 from ..generation.dtypes import resolve_dtype
 from ..generation.placing import check_offload
 from ..generation.runner import PipelineRunner
-from .accounts import Accounts
-from .actions import Actions
+from .application import make_application
 from .connections import MAX_CONNECTIONS, Connection, OneOfMany
-from .files import make_files
-from .guard import Guard
 from .jobs import Jobs
-from .login import make_login
 from .logs import bound_log
-from .programs import make_programs
-from .reception import Reception
-from .routes import make_routes, not_there, told
 from .settings import Settings
 from .store import Store
-from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
 # Ports that are tried for one to propose.
 _PORTS = 20
-
-
-def make_application(settings: Settings, store: Store, jobs: Jobs) -> Guard:
-    """Everything that is served, as an ASGI application; when it is shut down, jobs are ended."""
-    actions = Actions(settings, store, jobs)
-    accounts = Accounts(settings.auth, settings.out / "logins.json")
-    turns = Turns()
-    programs = make_programs(actions, turns)
-
-    @asynccontextmanager
-    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
-        async with programs.engine.router.lifespan_context(programs.engine):
-            yield
-        # Here, as uvicorn ends the process by the signal it got.
-        jobs.stop()
-
-    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    api.add_exception_handler(AnyHTTPException, _told_as_json)
-    api.add_exception_handler(RequestValidationError, _not_there)
-    api.include_router(make_login(settings, accounts))
-    api.include_router(make_routes(actions, turns))
-    api.include_router(make_files(actions, Reception(settings, store)))
-    api.mount("", programs)
-    return Guard(api, settings, accounts)
-
-
-def _told_as_json(request: Request, error: Any) -> Any:
-    if error.status_code == 404:
-        return not_there()
-    return told({"error": str(error.detail), "field": None}, error.status_code)
-
-
-def _not_there(request: Request, error: Any) -> Any:
-    return not_there()
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -127,11 +76,13 @@ def serve(settings: Settings) -> None:
         RequestError: the port is taken, the model cannot be loaded, or the folder belongs to
             another server.
     """
-    if not settings.local and not settings.auth:
+    command, where, ask = ("app", "", "--auth") if settings.page else ("serve", "/v1", "--api-key")
+    if not settings.local and not (settings.auth or settings.keys):
         logger.warning(
-            "%s can be reached from other machines, and there is no --auth: everybody who reaches "
+            "%s can be reached from other machines, and there is no %s: everybody who reaches "
             "it may generate",
             settings.host,
+            ask,
         )
     bound_log()
     with closing(bound_socket(settings.host, settings.port)) as listening, own_folder(settings.out):
@@ -158,6 +109,6 @@ def serve(settings: Settings) -> None:
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         name = f"[{settings.host}]" if ":" in settings.host else settings.host
-        print(f"clear-dit app: http://{name}:{settings.port}", flush=True)
+        print(f"clear-dit {command}: http://{name}:{settings.port}{where}", flush=True)
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])

@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..generation.checks import Bounds, check_upscaler, take_numbers
 from ..generation.dtypes import AUTO
 from ..generation.models import find_model
+from .keys import check_keys
 
 # Of a prompt, in characters: text encoders read some hundred tokens.
 MAX_PROMPT = 2000
@@ -18,8 +19,7 @@ MAX_STEPS = 100
 MAX_FULL_PIXELS = 4096 * 4096
 # Of one click.
 MAX_IMAGES = 4
-# Jobs that wait or run, of an account or a visitor; all visitors of an address together may have
-# half of the queue.
+# Jobs that wait or run, of an account or a visitor: see also `Settings.most_of_party`.
 MAX_JOBS = 6
 # Of an uploaded image; and the memory for decoding it, which its header tells.
 MAX_UPLOAD_BYTES = 64 * 2**20
@@ -49,6 +49,8 @@ class Settings:
         out: the folder for images; nothing outside of it is served.
         host, port: to listen on.
         auth: pairs of name and password; none to let everybody in who reaches the port.
+        keys: that let programs in; with them, or with `auth`, nobody else.
+        page: whether the web page is served, besides OpenAI's image API.
         proxy: addresses of reverse proxies, which are believed whom a request comes from.
         loras: a folder whose .safetensors files visitors may choose from; None for none.
         max_pixels: of an image.
@@ -66,6 +68,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 7860
     auth: tuple[tuple[str, str], ...] = ()
+    keys: tuple[str, ...] = ()
+    page: bool = True
     proxy: tuple[str, ...] = ()
     loras: Path | None = None
     max_pixels: int = 8192 * 8192
@@ -88,15 +92,35 @@ class Settings:
         names = [name for name, _ in self.auth]
         if len(set(names)) < len(names):
             raise RequestError("--auth: every name once.")
+        check_keys(self.keys)
+        if self.page and self.keys and not self.auth:
+            raise RequestError(
+                "--api-key: nobody could open the page, as a browser sends no key; give --auth, "
+                "too, or serve without the page: clear-dit serve."
+            )
         if self.upscaler is not None:
             check_upscaler(self.upscaler)
         if self.loras is not None and not self.loras.is_dir():
             raise RequestError(f"--loras: there is no folder {self.loras}.")
 
     @property
+    def logins(self) -> Path:
+        """The file in which logins outlast a restart."""
+        return self.out / "logins.json"
+
+    @property
     def cookie(self) -> str:
         """The name of its cookie: browsers send those of all ports of a machine to each."""
         return f"clear-dit-{self.port}"
+
+    @property
+    def most_of_party(self) -> int:
+        """How many jobs of an account, a key or an address may wait or run.
+
+        All that have a place where nobody else can come, else about half.
+        """
+        alone = len(self.keys) + len(self.auth) == 1 or (self.local and not self.proxy)
+        return self.queue_size + 1 if alone else max(MAX_JOBS, self.queue_size // 2)
 
     @property
     def local(self) -> bool:

@@ -29,7 +29,7 @@ class Turns:
             LimitError: as many requests of the caller's party wait or are answered.
         """
         if self._present[caller.party] >= OF_PARTY:
-            raise LimitError("Too many requests at once; try again in a moment.")
+            raise LimitError("Too many requests at once; try again in a moment.", 1)
         self._present[caller.party] += 1
         try:
             async with self._free:

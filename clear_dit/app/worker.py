@@ -143,8 +143,10 @@ class Worker:
         result = runner.generate(request, out, on_step=on_step, should_stop=stop, notes=notes)
         if stop():
             raise Stopped
-        job.phase = f"{which}cutting tiles"
-        top = write_tiles(out, job.folder / f"{request.attention}_files")
+        levels = 0
+        if job.order.tiled:
+            job.phase = f"{which}cutting tiles"
+            levels = write_tiles(out, job.folder / f"{request.attention}_files") + 1
         job.flops_done = before + sum(stage.flops for stage in stages)
         job.written += 1 / len(job.order.requests)
         job.images.append(
@@ -153,7 +155,7 @@ class Worker:
                 "attention": request.attention,
                 "flops": sum(stage.flops for stage in stages),
                 "bytes": out.stat().st_size,
-                "levels": top + 1,
+                "levels": levels,
             }
         )
 

@@ -18,6 +18,7 @@ from clear_dit.app.jobs import Jobs
 from clear_dit.app.settings import MAX_BODY_BYTES
 
 COOKIE = "clear-dit-7860"
+KEY = "a-key-of-24-characters!!"
 ENTRY = {"entry": {"prompt": "a house", "width": 256, "height": 256, "steps": 2}}
 
 
@@ -72,19 +73,70 @@ def test_the_sweep_sees_the_routes(app):
         assert known in routes
 
 
+OPEN_ROUTES = ("/login", "/login/", "/v1/images/files/x.x")
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory):
+    """Without the page: programs with the key come in."""
+    folder = tmp_path_factory.mktemp("keyed")
+    return make_app(folder, keys=(KEY,), page=False, max_pixels=512**2)
+
+
 def test_every_route_asks_for_the_login(locked):
-    routes = [one for one in all_routes(locked) if one[1] not in ("/login", "/login/")]
+    routes = [one for one in all_routes(locked) if one[1] not in OPEN_ROUTES]
     others = [("GET", "/nothing"), ("POST", "/"), ("PUT", "/uploads"), ("OPTIONS", "/api/jobs")]
     assert len(routes) > 60
     for (method, path), answer in zip(
         [*routes, *others], ask(locked, *routes, *others), strict=True
     ):
         assert answer.status_code == 401, (method, path)
-        if method != "HEAD":
+        if method == "HEAD":
+            assert answer.content == b""
+        elif path.startswith(("/v1/", "/health", "/metrics")):
+            assert answer.json()["error"]["type"] == "authentication_error"
+        else:
             assert answer.json() == {"error": "Log in.", "field": None}
         assert "set-cookie" not in answer.headers
     (answer,) = ask(locked, ("GET", "/", {"headers": {"accept": "text/html"}}))
     assert (answer.status_code, answer.headers["location"]) == (303, "/login")
+
+
+@pytest.mark.parametrize(
+    "sent", ["", "Bearer", f"Bearer {'x' * 24}", f"Basic {'x' * 24}", "Bearer \xff\xfe", None]
+)
+def test_every_route_asks_for_the_key(keyed, sent):
+    routes = [one for one in all_routes(keyed) if one[1] not in OPEN_ROUTES]
+    assert ("POST", "/v1/images/generations") in routes
+    assert ("GET", "/metrics") in routes
+    others = [("GET", "/"), ("GET", "/login"), ("POST", "/v1/images/files/x.png")]
+    headers = [] if sent is None else [(b"authorization", sent.encode("latin-1"))]
+    asked = [(*route, {"headers": headers}) for route in [*routes, *others]]
+    for (method, path, _), answer in zip(asked, ask(keyed, *asked), strict=True):
+        assert answer.status_code == 401, (method, path)
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert "set-cookie" not in answer.headers
+
+
+def test_a_key_lets_in_and_a_cookie_beside_a_wrong_one_does_not(keyed, tmp_path):
+    right, wrong = ({"authorization": f"Bearer {key}"} for key in (KEY, KEY[::-1]))
+    found, no = ask(keyed, *[("GET", "/v1/models", {"headers": one}) for one in (right, wrong)])
+    assert (found.status_code, no.status_code) == (200, 401)
+    assert found.json()["data"][0]["id"] == "demo"
+    both = make_app(tmp_path, keys=(KEY,), auth=(("ann", "secret"),))
+    _, cookie, key, neither = ask(
+        both,
+        login(),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models", {"headers": right}),
+        ("GET", "/v1/models", {"headers": wrong}),
+    )
+    assert [one.status_code for one in (cookie, key, neither)] == [200, 200, 401]
+
+
+def test_who_has_a_url_of_an_image_needs_no_key(keyed):
+    path = "/v1/images/files/x.png"
+    assert [ask(keyed, (method, path))[0].status_code for method in ("GET", "PUT")] == [404, 401]
 
 
 def test_who_is_not_logged_in_leaves_nothing(locked):
@@ -341,7 +393,8 @@ def test_jobs_by_strange_names_are_not_there(app, job, capfd, monkeypatch):
             return await client.get(f"/gradio_api/call/status/{sent.json()['event_id']}")
 
     async def served():
-        async with app._app.router.lifespan_context(app._app):
+        inner = app._app._app
+        async with inner.router.lifespan_context(inner):
             return await asyncio.wait_for(call(), 30)
 
     assert "There is no such image of yours" in run(served()).text
@@ -373,7 +426,7 @@ def test_entries_that_are_none_are_refused_in_a_line(app, given):
 
 def test_clients_without_cookies_get_no_more_than_one_with(tmp_path):
     """Random cookies, none, and one: the address counts."""
-    app = make_app(tmp_path, queue_size=16)
+    app = make_app(tmp_path, queue_size=16, host="0.0.0.0")
 
     def send(headers, address):
         request = ("POST", "/api/jobs", {"json": ENTRY, "headers": headers})

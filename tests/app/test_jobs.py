@@ -60,7 +60,7 @@ def runner():
 @pytest.fixture
 def actions(tmp_path, runner):
     runner.go.clear()
-    actions = make_actions(tmp_path, lambda *wanted: runner, queue_size=16)
+    actions = make_actions(tmp_path, lambda *wanted: runner, queue_size=16, host="0.0.0.0")
     actions.jobs.start("demo", "float32", "cpu")
     yield actions
     actions.jobs.stop()

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
+from clear_dit.app.application import make_application
 from clear_dit.app.jobs import Jobs
-from clear_dit.app.server import make_application
 from clear_dit.app.settings import Settings
 from clear_dit.app.store import Store
 

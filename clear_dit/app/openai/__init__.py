@@ -1,0 +1,1 @@
+"""OpenAI's image API, for programs that speak it: below /v1."""
