@@ -88,8 +88,11 @@ class Images:
         width, height, step = upload["width"], upload["height"], model.side_pixels
         least = default_side(model, settings)
         factor = max(1.0, least / (width * height) ** 0.5)
-        width, height = (max(1, round(side * factor / step)) * step for side in (width, height))
-        return width, height
+        sides = [side * factor / step for side in (width, height)]
+        wide, high = (max(1, round(side)) * step for side in sides)
+        if wide * high > settings.max_pixels:
+            wide, high = (max(1, int(side)) * step for side in sides)
+        return wide, high
 
     @property
     def size(self) -> str:
