@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError, URLError
@@ -22,16 +23,24 @@ class AppServer:
         out: the folder for images.
         options: for the command line.
         log: where its output goes; None for the test's own.
+        command: for Python.
     """
 
-    def __init__(self, out: Path, *options: str, log: IO[bytes] | None = None) -> None:
-        self.out, self.options, self._log = out, options, log
+    def __init__(
+        self,
+        out: Path,
+        *options: str,
+        log: IO[bytes] | None = None,
+        command: Sequence[str] = ("app.py",),
+    ) -> None:
+        self.out, self.options, self._log, self._command = out, options, log, command
         self.port = free_port()
         self.cookie = f"clear-dit-{self.port}"
         self.url = f"http://127.0.0.1:{self.port}/"
 
     def start(self) -> "AppServer":
-        command = [sys.executable, "app.py", "--port", str(self.port), "--out", str(self.out)]
+        command = [sys.executable, *self._command]
+        command += ["--port", str(self.port), "--out", str(self.out)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [*command, *self.options], cwd=ROOT, env=environment, stdout=self._log, stderr=self._log
