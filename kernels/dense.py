@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .choice import select_impl
 from .groups import group_of
+from .namespace import NAMESPACE
 from .opaque import channels_contiguous
 from .tiled.partial import attend_all
 from .triton.device import NoEntryError
@@ -62,7 +63,7 @@ def _forward(
     return attend_all(query, key, value, scale)
 
 
-_op = torch.library.custom_op("clear_dit::dense_attention", _forward, mutates_args=())
+_op = torch.library.custom_op(f"{NAMESPACE}::dense_attention", _forward, mutates_args=())
 
 
 @_op.register_fake
@@ -71,7 +72,7 @@ def _fake(query, key, value, scale, by_triton):
     return out, out.new_empty(query.shape[:-1])
 
 
-@register_flop_formula(torch.ops.clear_dit.dense_attention)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).dense_attention)
 def _flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
     batch, queries, heads, head_dim = query
     return 4 * batch * queries * key[1] * heads * head_dim

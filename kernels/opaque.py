@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .cells import cell_count, rows_in_reach
+from .namespace import NAMESPACE
 from .pooling import pooled_bias, pooled_keys
 from .window import Window
 
@@ -86,7 +87,7 @@ class Geometry(NamedTuple):
 
 
 def attention_op(name: str, forward: Forward, backward: Backward) -> Attention:
-    """Register `clear_dit::{name}_attention` and its backward op; returns what calls the former.
+    """Register the operator `{name}_attention` and its backward op; returns what calls the former.
 
     An operator takes the numbers of a `Geometry` one by one. Key and value have the query's heads
     or fewer (see groups.py), pooled ones as many: (batch, pooled, key heads, head_dim), empty
@@ -143,9 +144,9 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Attention:
         geometry = Geometry(height, width, text_length, radius, scale, 0, height, far_levels)
         return backward(grad, query, key, value, pooled_key, pooled_value, bias, out, lse, geometry)
 
-    op = torch.library.custom_op(f"clear_dit::{name}_attention", run_forward, mutates_args=())
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}_attention", run_forward, mutates_args=())
     backward_op = torch.library.custom_op(
-        f"clear_dit::{name}_attention_backward", run_backward, mutates_args=()
+        f"{NAMESPACE}::{name}_attention_backward", run_backward, mutates_args=()
     )
     op.register_fake(_fake)
     backward_op.register_fake(_fake_backward)
@@ -155,7 +156,7 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Attention:
         return *grads, *(None for _ in Geometry._fields)
 
     op.register_autograd(differentiate, setup_context=_save)
-    operators = torch.ops.clear_dit
+    operators = getattr(torch.ops, NAMESPACE)
     register_flop_formula(getattr(operators, f"{name}_attention"))(_flops)
     register_flop_formula(getattr(operators, f"{name}_attention_backward"))(_backward_flops)
 

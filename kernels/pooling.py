@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .cells import cell_count, tokens_of_cells
+from .namespace import NAMESPACE
 from .window import Window
 
 
@@ -318,7 +319,7 @@ def pool_cells_by_operators(
 # Opaque: torch.compile would make constants of what is odd or even about a size. choice.py has
 # kernels for it.
 pool_cells_op = torch.library.custom_op(
-    "clear_dit::pool_cells", pool_cells_by_operators, mutates_args=()
+    f"{NAMESPACE}::pool_cells", pool_cells_by_operators, mutates_args=()
 )
 
 
@@ -331,7 +332,7 @@ def _(key, value, weight, height, width, levels, scale):
     return key.new_empty(shape), key.new_empty(shape)
 
 
-@torch.library.custom_op("clear_dit::pool_cells_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::pool_cells_backward", mutates_args=())
 def _pool_cells_backward(
     grad_key: torch.Tensor,
     grad_value: torch.Tensor,
@@ -405,7 +406,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) ->
 pool_cells_op.register_autograd(_pooling_gradient, setup_context=_save)
 
 
-@torch.library.custom_op("clear_dit::log_counts", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::log_counts", mutates_args=())
 def _log_counts(
     height: int,
     width: int,

@@ -19,7 +19,7 @@ ROOMS = (
     "compat errors log_levels malloc memory process_group progress tables versions wrappers",
     "access files hooks kernels options",
     "attention chunking",
-    "families",
+    "families vllm_omni",
     "weights",
     "plugin",
     "counting",
@@ -33,7 +33,7 @@ ROOMS = (
 )
 INSIDE = {
     "kernels": (
-        "cells groups merge numbers",
+        "cells groups merge namespace numbers",
         "full",
         "window",
         "pooling",

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..namespace import NAMESPACE
 from .device import DTYPES
 
 # Values of a program's tile: 32 per thread of 4 warps.
@@ -274,7 +275,7 @@ def _check(
         raise ValueError("norm_rope: rotation needs both cos and sin, and an even head_dim.")
 
 
-@torch.library.custom_op("clear_dit::norm_rope", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::norm_rope", mutates_args=())
 def norm_rope(
     tokens: torch.Tensor,
     text: torch.Tensor | None,
@@ -324,7 +325,7 @@ def _(tokens, text, weight, text_weight, cos, sin, eps):
     return _joint_like(tokens, text)
 
 
-@torch.library.custom_op("clear_dit::norm_rope_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::norm_rope_backward", mutates_args=())
 def norm_rope_backward(
     grad: torch.Tensor,
     tokens: torch.Tensor,

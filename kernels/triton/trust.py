@@ -42,6 +42,15 @@ BATCH, KEY_HEADS = 2, 2
 UNTRIED = "could not be tried"
 # A process that looks at one kernel may take, its start and compilation included.
 SECONDS = 120
+# Loads this package by its file: a copy of it may have a name that no path leads to.
+PROCESS = """
+import importlib.util, sys
+package, file, module, asked = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(package, file)
+sys.modules[package] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[package])
+importlib.import_module(module).main(asked)
+"""
 # Largest relative error of a row of a result, of a log-sum-exp in absolute terms. Rounding costs
 # a third of it at most.
 FORWARD = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -228,7 +237,9 @@ def look_in_a_process(kernel: Kernel, entry: str, anew: bool = False) -> Finding
 
 def _ask(asked: Sequence[Any]) -> dict[str, Any] | None:
     """What a process of `main` tells; None if it does not end."""
-    command = [sys.executable or "python3", "-m", __spec__.name, json.dumps(asked)]
+    package = __name__.partition(".")[0]
+    about = [package, str(sys.modules[package].__file__), __name__, json.dumps(asked)]
+    command = [sys.executable or "python3", "-c", PROCESS, *about]
     path = os.pathsep.join(filter(None, sys.path))
     try:
         process = subprocess.Popen(
@@ -473,7 +484,3 @@ _WINDOWS_OF = dict(zip(KERNELS, KERNELS, strict=True)) | {
     "norm_rope": "backward",
 }
 _findings = on_disk.Kept("clear-dit-findings.json")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -53,10 +53,12 @@ def load(source: Path, definitions: Sequence[str] = ()) -> ctypes.CDLL:
         definitions: of macros, as NAME=VALUE.
 
     Raises:
-        BuildError: another system, no compiler, or one that fails.
+        BuildError: another system, no source, no compiler, or one that fails.
     """
     if os.name != "posix":
         raise BuildError("needs Linux or macOS")
+    if not source.exists():  # a copy of this package may be of Python alone
+        raise BuildError("is not part of this package")
     command = [*compiler(), *FLAGS, *(f"-D{each}" for each in definitions)]
     try:
         return _load(command, source)
