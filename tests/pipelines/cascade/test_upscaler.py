@@ -1,12 +1,6 @@
-"""Networks from files: in tiles as if whole, and through spandrel where it is installed.
-
-spandrel needs torchvision, of which PyPI has only one for CUDA: it does not import beside a torch
-for the CPU, and breaks transformers there. `.ci/run` installs spandrel alone, into a folder, and
-sets CLEAR_DIT_NEEDS_SPANDREL, without which its tests are skipped where it is missing.
-"""
+"""Networks from files: in tiles as if whole, and through spandrel where it is installed."""
 
 import hashlib
-import os
 import sys
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
@@ -15,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.apart import need
 from support.command_line import run
 from torch import nn
 
@@ -110,8 +105,7 @@ def test_files_are_refused_in_a_line(monkeypatch, tmp_path, name, message):
 
 @pytest.fixture
 def spandrel(monkeypatch):
-    if "CLEAR_DIT_NEEDS_SPANDREL" not in os.environ:
-        pytest.importorskip("spandrel", reason="spandrel is not installed", exc_type=ImportError)
+    need("spandrel")
     if find_spec("torchvision") is None:
         # For two architectures that are not tested here.
         names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
