@@ -22,13 +22,15 @@ from .compat import names_from
 from .hooks import Innermost, loaded_once
 from .kernels.numbers import integer
 
+FluxSingleTransformerBlock: Any
+FluxTransformerBlock: Any
 FluxSingleTransformerBlock, FluxTransformerBlock = names_from(
     "diffusers.models.transformers.transformer_flux",
     "FluxSingleTransformerBlock",
     "FluxTransformerBlock",
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Products of this many rows fill any GPU, and a chunk takes 1.2 GiB in FLUX.1-dev. Sequences are
 # longer from 2048 x 2048 px on.

@@ -24,7 +24,7 @@ from .options import Json, fail, print_json
 from .render.commands import render
 from .versions import __version__
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="CLEAR: high-resolution images from diffusion transformers, in time linear in the pixels.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

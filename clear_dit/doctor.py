@@ -25,7 +25,7 @@ from .kernels.window import Window
 from .tables import table
 from .versions import __version__
 
-EXTRAS = {
+EXTRAS: dict[str, tuple[str, ...]] = {
     "app": ("gradio",),
     "lora": ("peft",),
     "training": ("peft", "prodigyopt", "tensorboard"),

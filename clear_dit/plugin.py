@@ -31,7 +31,7 @@ from .weights.saved import marked
 from .weights.state import ClearState, originals_of
 from .wrappers import unwrapped
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 # Package of a wrapper's class: the names it may keep the model under, as a submodule. A wrapper
 # passes other names on to the model, so that `getattr` would not tell them apart.
-INSIDE = {
+INSIDE: dict[str, tuple[str, ...]] = {
     "torch": ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"),
     "peft": ("base_model", "model"),
 }

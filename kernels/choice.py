@@ -25,7 +25,7 @@ from .tiled.native.pool import why_not_pooled
 from .triton.device import Kernel, NoEntryError, kernels_of, why_not_triton
 from .window import Window
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 IMPLS = ("auto", "triton", "flex", "tiled", "reference")
 

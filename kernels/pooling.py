@@ -318,7 +318,7 @@ def pool_cells_by_operators(
 
 # Opaque: torch.compile would make constants of what is odd or even about a size. choice.py has
 # kernels for it.
-pool_cells_op = torch.library.custom_op(
+pool_cells_op: torch.library.CustomOpDef = torch.library.custom_op(
     f"{NAMESPACE}::pool_cells", pool_cells_by_operators, mutates_args=()
 )
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
 )
@@ -49,7 +50,7 @@ class CLEARFluxPipeline(CLEARPipeline, FluxPipeline):
         scheduler, vae, ...: as in `FluxPipeline`.
     """
 
-    stock = FluxPipeline
+    stock: type[DiffusionPipeline] = FluxPipeline
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class CLEARFluxPipeline(CLEARPipeline, FluxPipeline):
     def _begin(self, native_size: int | None) -> None:
         super()._begin(native_size)
         if native_size is not None:
-            self.default_sample_size = native_size // self.vae_scale_factor
+            self.default_sample_size: int = native_size // self.vae_scale_factor
 
     @property
     def native_size(self) -> int:

@@ -113,7 +113,8 @@ class EncodedPrompts(list[str]):
 
     def __init__(self, embeds: torch.Tensor, pooled: torch.Tensor) -> None:
         super().__init__([""] * len(embeds))
-        self.embeds, self.pooled = embeds, pooled
+        self.embeds = embeds
+        self.pooled = pooled
 
 
 def for_call(options: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ OF_A_STAGE = (
     "callback_on_step_end_tensor_inputs",
 )
 # Of those, what a stage's own scheduler does where the stock call does not take them.
-BY_SCHEDULER = {
+BY_SCHEDULER: dict[str, Any] = {
     "sigmas": None,
     "callback_on_step_end": None,
     "callback_on_step_end_tensor_inputs": ("latents",),
@@ -85,7 +85,7 @@ OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "rev
 # Classes of this project for stock ones; others are made when they are asked for.
 FACES = {"FluxPipeline": ".flux:CLEARFluxPipeline"}
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class _Wraps(type):

@@ -43,7 +43,9 @@ class Actions:
     """
 
     def __init__(self, settings: Settings, store: Store, jobs: Jobs) -> None:
-        self.settings, self.store, self.jobs = settings, store, jobs
+        self.settings = settings
+        self.store = store
+        self.jobs = jobs
         self._planners = {model: StagePlanner(model) for model in settings.models}
         self._readers = {model: PromptReader(model) for model in settings.models}
         for model in settings.models:
@@ -51,7 +53,7 @@ class Actions:
                 make_entry({"prompt": "any", "model": model}, settings), settings
             )
             self._planners[model].prepare(request)
-        self.memory = total_bytes(find_device(settings.device))
+        self.memory: int | None = total_bytes(find_device(settings.device))
 
     def reader(self, model: str) -> PromptReader:
         """What tells how one of the server's models reads prompts."""

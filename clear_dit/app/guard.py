@@ -23,7 +23,7 @@ from .openai.errors import FOR_PROGRAMS, error_at
 from .openai.links import PREFIX as FILES
 from .settings import Settings
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 MAX_AGE = 365 * 86400
 LOGIN = "/login"

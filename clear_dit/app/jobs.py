@@ -28,7 +28,7 @@ SWEEP_EVERY = 3600.0
 # What a refused caller is told to wait at most, in seconds.
 _LONGEST_WAIT = 60.0
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class LimitError(RequestError):
@@ -63,7 +63,7 @@ class Jobs:
         make_runner: Callable[[str, str, str], PipelineRunner] = PipelineRunner,
     ) -> None:
         self._settings, self._store = settings, store
-        self.worker = Worker(make_runner, settings.out / "speeds.json")
+        self.worker: Worker = Worker(make_runner, settings.out / "speeds.json")
         self._changed = threading.Condition()
         self._waiting: FairQueue[Job] = FairQueue()
         self._running: Job | None = None

@@ -21,7 +21,7 @@ from .guard import LOGIN, POLICY, set_cookie
 from .routes import BodyError, read_body, refusal, told
 from .settings import Settings
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _MAX_LENGTH = 200
 

@@ -32,7 +32,8 @@ class Metrics:
     """
 
     def __init__(self, jobs: Jobs) -> None:
-        self.registry = registry = CollectorRegistry()
+        registry = CollectorRegistry()
+        self.registry: CollectorRegistry = registry
         ProcessCollector(registry=registry)
         waiting = Gauge("clear_dit_jobs_waiting", "Jobs in the queue.", registry=registry)
         waiting.set_function(lambda: jobs.waiting)

@@ -31,7 +31,7 @@ from .caller import who_asks
 from .routes import BodyError, not_there, parse_object, read_body, refusal, told
 from .turns import Turns
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # What gradio_client, and curl by Gradio's guide, ask for; the rest of Gradio's routes are closed.
 _NAME = r"[A-Za-z0-9_-]{1,64}"
@@ -80,7 +80,9 @@ class Programs:
     def __init__(
         self, engine: FastAPI, inputs: Mapping[int, int], names: Mapping[str, int]
     ) -> None:
-        self.engine, self._inputs, self._names = engine, inputs, names
+        self.engine = engine
+        self._inputs = inputs
+        self._names = names
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))

@@ -24,7 +24,7 @@ from .logs import bound_log
 from .settings import Settings
 from .store import Store
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Ports that are tried for one to propose.
 _PORTS = 20

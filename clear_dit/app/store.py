@@ -37,7 +37,7 @@ MAX_HISTORY = 200
 ENDED = ("done", "cancelled", "failed", "stopped")
 SHOWN = ("done", "failed", "stopped")
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def new_name() -> str:
@@ -53,7 +53,7 @@ class Store:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.resolve() / "visitors"
+        self.root: Path = root.resolve() / "visitors"
         self._lock = threading.Lock()
         # Records as last read, and of which file.
         self._records: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}

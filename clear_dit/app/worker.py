@@ -20,7 +20,7 @@ from .job import Job, Order
 from .preview import Previewer
 from .tiles import write_tiles
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Of a result, what a record keeps.
 _KEPT = ("height", "width", "impl", "far", "weights", "seconds", "peak_memory_mb")

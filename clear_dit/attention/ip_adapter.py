@@ -18,6 +18,7 @@ from .norm_rope import Rotary
 from .processor import CLEARProcessor, FluxAttnProcessor
 from .tracker import WindowTracker
 
+FluxIPAdapterAttnProcessor: Any
 (FluxIPAdapterAttnProcessor,) = names_from(
     "diffusers.models.transformers.transformer_flux", "FluxIPAdapterAttnProcessor"
 )
@@ -42,7 +43,7 @@ class LayerProcessor(CLEARProcessor):
         adapter: Any = None,
     ) -> None:
         super().__init__(**({} if settings is None else settings.settings))
-        self.blank = settings is None
+        self.blank: bool = settings is None
         self.adapter = adapter
         if tracker is not None:
             self.tracker = tracker

@@ -14,10 +14,12 @@ from ..compat import names_from
 from ..kernels.choice import why_not_trusted
 from ..kernels.triton.device import DTYPES, LARGEST_HEAD_DIM
 
+apply_rotary_emb: Any
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
+DiffusersRMSNorm: Any
 (DiffusersRMSNorm,) = names_from("diffusers.models.normalization", "RMSNorm")
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 HAS_TRITON = find_spec("triton") is not None
 # Device types that QK-norm and RoPE run on as one Triton kernel; ROCm's is "cuda" too, and "meta"

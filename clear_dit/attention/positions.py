@@ -129,11 +129,11 @@ class ExtendedPosEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.theta = theta
-        self.axes_dim = list(axes_dim)
-        self.extension = Extension(
+        self.axes_dim: list[int] = list(axes_dim)
+        self.extension: Extension = Extension(
             method, factors, trained_side, proportional_base=proportional_base
         )
-        self.axes = self.extension.axes(theta, self.axes_dim, rows=1)
+        self.axes: tuple[Axis, ...] = self.extension.axes(theta, self.axes_dim, rows=1)
 
     @classmethod
     def of(cls, stock: Any, extension: Extension) -> Self:

@@ -29,6 +29,8 @@ from .radii import ByLevel, Radii, take_radii
 from .text_padding import Projected, Row, ValidText, attend_without_padding
 from .tracker import Forward, LayerRadii, WindowTracker
 
+FluxAttention: Any
+FluxAttnProcessor: Any
 _get_qkv_projections, FluxAttention, FluxAttnProcessor = names_from(
     "diffusers.models.transformers.transformer_flux",
     "_get_qkv_projections",
@@ -220,7 +222,7 @@ class CLEARProcessor(nn.Module):
         self.references = references
         self.far = far
         self.pooled_weight = pooled_weight
-        self.tracker = self.new_tracker()
+        self.tracker: WindowTracker = self.new_tracker()
         self.register_parameter("far_weight", None)
         self.register_parameter("far_offset", None)
         if down_factor > 1:
@@ -247,7 +249,7 @@ class CLEARProcessor(nn.Module):
 
     @layer_radii.setter
     def layer_radii(self, radii: ByLevel) -> None:
-        self.of_layer = LayerRadii(radii)
+        self.of_layer: LayerRadii = LayerRadii(radii)
 
     @property
     def has_far_keys(self) -> bool:

@@ -21,7 +21,7 @@ from .layout import Layout
 from .radii import ByLevel, Radii
 from .text_padding import ValidText
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 FAR_BY_DEFAULT = (
     "far keys are on because this model has no CLEAR weights: every image token sees the whole "
@@ -73,8 +73,8 @@ class LayerRadii:
 
     def __init__(self, radii: ByLevel) -> None:
         self.radii = radii
-        self.sees_everything = False
-        self.size = torch.empty(0, device="meta")
+        self.sees_everything: bool = False
+        self.size: torch.Tensor = torch.empty(0, device="meta")
         self.window: Window | None = None
 
     def announce(self, radius: int, window: Window | None) -> None:
@@ -107,14 +107,14 @@ class WindowTracker:
     ) -> None:
         self.radii = radii
         self.down_factor = down_factor
-        self.far_levels = far_levels
+        self.far_levels: int = far_levels
         self.pooled_weight = pooled_weight
-        self.far_by_default = False
+        self.far_by_default: bool = False
         self._reset()
 
     def _reset(self) -> None:
         self.announced: Forward | None = None
-        self.impl = "auto"
+        self.impl: str = "auto"
         self._far_is_news = True
         self._lock = threading.Lock()  # of what is remembered
         self._windows: OrderedDict[Layout, dict[int, Window]] = OrderedDict()
@@ -183,7 +183,8 @@ class WindowTracker:
         What torch.compile traces can read no context: the forward must have the model for itself.
         """
         layout = forward.layout
-        self.announced, self.impl = forward, impl
+        self.announced = forward
+        self.impl = impl
         for layer in layers:
             radius = layer.radii[forward.interval]
             layer.announce(radius, self.window(layout, radius))

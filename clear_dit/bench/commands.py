@@ -12,7 +12,7 @@ import typer
 from .. import options
 from ..errors import RequestError
 
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+bench: typer.Typer = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 
 Height = Annotated[int, typer.Option(help="Height in pixels, whole tokens, such as 2048.")]
 Width = Annotated[int, typer.Option(help="Width in pixels, whole tokens, such as 2048.")]

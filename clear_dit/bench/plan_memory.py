@@ -86,11 +86,13 @@ class OtherParts:
     """
 
     def __init__(self, configuration: Configuration, window: Window, dtype: torch.dtype) -> None:
-        self.encoders = [
+        self.encoders: list[tuple[Memory, int]] = [
             _measure_encoder(config, window.text_length, dtype)
             for config in configuration.text_encoders
         ]
-        self.decoding, self.tile = _measure_decoder(configuration, window, dtype)
+        decoding, tile = _measure_decoder(configuration, window, dtype)
+        self.decoding: Memory = decoding
+        self.tile: tuple[int, int] = tile
 
 
 def stage_rows(

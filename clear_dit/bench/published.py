@@ -46,7 +46,7 @@ class Configuration:
 
 
 # https://huggingface.co/black-forest-labs/FLUX.1-dev and FLUX.1-schnell.
-FLUX_TRANSFORMER = {
+FLUX_TRANSFORMER: dict[str, Any] = {
     "_class_name": "FluxTransformer2DModel",
     "num_layers": 19,
     "num_single_layers": 38,
@@ -58,7 +58,7 @@ FLUX_TRANSFORMER = {
     "axes_dims_rope": [16, 56, 56],
 }
 # SD3.5's and Z-Image's too, but for the scale of the latents.
-FLUX_AUTOENCODER = {
+FLUX_AUTOENCODER: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -68,7 +68,7 @@ FLUX_AUTOENCODER = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-CLIP_L = {
+CLIP_L: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "vocab_size": 49408,
     "max_position_embeddings": 77,
@@ -77,7 +77,7 @@ CLIP_L = {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
 }
-T5_XXL = {
+T5_XXL: dict[str, Any] = {
     "architectures": ["T5EncoderModel"],
     "vocab_size": 32128,
     "d_model": 4096,
@@ -89,7 +89,7 @@ T5_XXL = {
 }
 
 # https://huggingface.co/lodestones/Chroma1-HD; the class's defaults are the same numbers.
-CHROMA_TRANSFORMER = {
+CHROMA_TRANSFORMER: dict[str, Any] = {
     "_class_name": "ChromaTransformer2DModel",
     "num_layers": 19,
     "num_single_layers": 38,
@@ -105,7 +105,7 @@ CHROMA_TRANSFORMER = {
 
 # https://huggingface.co/black-forest-labs/FLUX.2-dev and FLUX.2-klein-4B, by diffusers'
 # scripts/convert_flux2_to_diffusers.py; the autoencoder is the class's default there.
-FLUX2_TRANSFORMER = {
+FLUX2_TRANSFORMER: dict[str, Any] = {
     "_class_name": "Flux2Transformer2DModel",
     "attention_head_dim": 128,
     "in_channels": 128,
@@ -114,14 +114,14 @@ FLUX2_TRANSFORMER = {
     "rope_theta": 2000,
     "timestep_guidance_channels": 256,
 }
-FLUX2_DEV = FLUX2_TRANSFORMER | {
+FLUX2_DEV: dict[str, Any] = FLUX2_TRANSFORMER | {
     "num_layers": 8,
     "num_single_layers": 48,
     "num_attention_heads": 48,
     "joint_attention_dim": 15360,
     "guidance_embeds": True,
 }
-FLUX2_KLEIN_4B = FLUX2_TRANSFORMER | {
+FLUX2_KLEIN_4B: dict[str, Any] = FLUX2_TRANSFORMER | {
     "num_layers": 5,
     "num_single_layers": 20,
     "num_attention_heads": 24,
@@ -131,12 +131,12 @@ FLUX2_KLEIN_4B = FLUX2_TRANSFORMER | {
 FLUX2_AUTOENCODER = {"_class_name": "AutoencoderKLFlux2"}
 # Mistral-Small-3.2-24B-Instruct-2506, with its image encoder; transformers' defaults for the class
 # are taken to be its numbers (24.0 billion parameters), which could not be looked up.
-MISTRAL_SMALL = {
+MISTRAL_SMALL: dict[str, Any] = {
     "architectures": ["Mistral3ForConditionalGeneration"],
     "tie_word_embeddings": False,
 }
 # https://huggingface.co/Qwen/Qwen3-4B
-QWEN3_4B = {
+QWEN3_4B: dict[str, Any] = {
     "architectures": ["Qwen3Model"],
     "vocab_size": 151936,
     "hidden_size": 2560,
@@ -149,7 +149,7 @@ QWEN3_4B = {
 
 # https://huggingface.co/stabilityai/stable-diffusion-3.5-large, which has no second attention in
 # its blocks; gated: the numbers are those of others' copies of its config.json.
-SD35_LARGE = {
+SD35_LARGE: dict[str, Any] = {
     "_class_name": "SD3Transformer2DModel",
     "sample_size": 128,
     "patch_size": 2,
@@ -166,18 +166,18 @@ SD35_LARGE = {
     "qk_norm": "rms_norm",
 }
 # https://huggingface.co/stabilityai/stable-diffusion-3.5-medium; as above.
-SD35_MEDIUM = SD35_LARGE | {
+SD35_MEDIUM: dict[str, Any] = SD35_LARGE | {
     "num_layers": 24,
     "num_attention_heads": 24,
     "caption_projection_dim": 1536,
     "pos_embed_max_size": 384,
     "dual_attention_layers": list(range(13)),
 }
-CLIP_L_PROJECTED = CLIP_L | {
+CLIP_L_PROJECTED: dict[str, Any] = CLIP_L | {
     "architectures": ["CLIPTextModelWithProjection"],
     "projection_dim": 768,
 }
-CLIP_G_PROJECTED = CLIP_L_PROJECTED | {
+CLIP_G_PROJECTED: dict[str, Any] = CLIP_L_PROJECTED | {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -186,7 +186,7 @@ CLIP_G_PROJECTED = CLIP_L_PROJECTED | {
 }
 
 # https://huggingface.co/Qwen/Qwen-Image; the autoencoder is the class's default.
-QWEN_IMAGE = {
+QWEN_IMAGE: dict[str, Any] = {
     "_class_name": "QwenImageTransformer2DModel",
     "patch_size": 2,
     "in_channels": 64,
@@ -199,7 +199,7 @@ QWEN_IMAGE = {
 }
 QWEN_IMAGE_AUTOENCODER = {"_class_name": "AutoencoderKLQwenImage"}
 # https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct
-QWEN25_VL_7B = {
+QWEN25_VL_7B: dict[str, Any] = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
     "text_config": {
         "vocab_size": 152064,
@@ -220,7 +220,7 @@ QWEN25_VL_7B = {
 }
 
 # https://huggingface.co/Tongyi-MAI/Z-Image-Turbo
-Z_IMAGE = {
+Z_IMAGE: dict[str, Any] = {
     "_class_name": "ZImageTransformer2DModel",
     "in_channels": 16,
     "dim": 3840,
@@ -235,7 +235,7 @@ Z_IMAGE = {
 
 # https://huggingface.co/hunyuanvideo-community/HunyuanImage-2.1-Diffusers, by diffusers'
 # scripts/convert_hunyuan_image_to_diffusers.py.
-HUNYUAN_IMAGE = {
+HUNYUAN_IMAGE: dict[str, Any] = {
     "_class_name": "HunyuanImageTransformer2DModel",
     "in_channels": 64,
     "out_channels": 64,
@@ -250,7 +250,7 @@ HUNYUAN_IMAGE = {
     "rope_axes_dim": [64, 64],
     "guidance_embeds": False,
 }
-HUNYUAN_IMAGE_AUTOENCODER = {
+HUNYUAN_IMAGE_AUTOENCODER: dict[str, Any] = {
     "_class_name": "AutoencoderKLHunyuanImage",
     "in_channels": 3,
     "out_channels": 3,
@@ -261,7 +261,7 @@ HUNYUAN_IMAGE_AUTOENCODER = {
     "sample_size": 384,
 }
 # ByT5-small with tokens for fonts and colours.
-BYT5_GLYPH = T5_XXL | {
+BYT5_GLYPH: dict[str, Any] = T5_XXL | {
     "vocab_size": 1510,
     "d_model": 1472,
     "d_ff": 3584,
@@ -271,7 +271,7 @@ BYT5_GLYPH = T5_XXL | {
 
 # https://huggingface.co/zai-org/CogView4-6B, by diffusers'
 # scripts/convert_cogview4_to_diffusers_megatron.py.
-COGVIEW4 = {
+COGVIEW4: dict[str, Any] = {
     "_class_name": "CogView4Transformer2DModel",
     "patch_size": 2,
     "in_channels": 16,
@@ -283,7 +283,7 @@ COGVIEW4 = {
     "time_embed_dim": 512,
     "condition_dim": 256,
 }
-COGVIEW4_AUTOENCODER = FLUX_AUTOENCODER | {
+COGVIEW4_AUTOENCODER: dict[str, Any] = FLUX_AUTOENCODER | {
     "block_out_channels": [128, 512, 1024, 1024],
     "layers_per_block": 3,
     "mid_block_add_attention": False,
@@ -293,7 +293,7 @@ GLM4_9B = {"architectures": ["GlmModel"]}
 
 # https://huggingface.co/krea/Krea-2-Raw, by the class's defaults and documentation (12.8 billion
 # parameters). The autoencoder is Qwen-Image's.
-KREA_2 = {
+KREA_2: dict[str, Any] = {
     "_class_name": "Krea2Transformer2DModel",
     "in_channels": 64,
     "num_layers": 28,
@@ -328,7 +328,7 @@ QWEN3_VL_4B: dict[str, Any] = {
     },
     "tie_word_embeddings": True,
 }
-QWEN3_VL_8B = {
+QWEN3_VL_8B: dict[str, Any] = {
     "architectures": ["Qwen3VLForConditionalGeneration"],
     "text_config": QWEN3_VL_4B["text_config"] | {"hidden_size": 4096, "intermediate_size": 12288},
     "vision_config": {"out_hidden_size": 4096},  # and the class's defaults
@@ -337,7 +337,7 @@ QWEN3_VL_8B = {
 
 # FLUX.3 by the class's defaults; the width of its text, 20480, is that of eight layers of
 # Qwen3-VL-4B, which its modular pipeline stacks. The autoencoder is FLUX.2's class.
-FLUX3 = {
+FLUX3: dict[str, Any] = {
     "_class_name": "Flux3Transformer2DModel",
     "in_channels": 128,
     "cond_in_channels": 128,
@@ -351,7 +351,7 @@ FLUX3 = {
 
 # https://huggingface.co/Qwen/Qwen-Image-2.1, by the class's defaults and documentation; the
 # autoencoder is the class's default.
-QWEN_IMAGE_21 = {
+QWEN_IMAGE_21: dict[str, Any] = {
     "_class_name": "QwenImage21Transformer2DModel",
     "patch_size": 1,
     "in_channels": 64,
@@ -367,7 +367,7 @@ QWEN_IMAGE_21_AUTOENCODER = {"_class_name": "AutoencoderKLQwenImage21"}
 
 # https://huggingface.co/meituan-longcat/LongCat-Image, by the class's defaults; its encoder is
 # Qwen2.5-VL-7B, its autoencoder has FLUX.1's class and channels.
-LONGCAT_IMAGE = {
+LONGCAT_IMAGE: dict[str, Any] = {
     "_class_name": "LongCatImageTransformer2DModel",
     "in_channels": 64,
     "num_layers": 19,
@@ -379,7 +379,7 @@ LONGCAT_IMAGE = {
 }
 
 # https://huggingface.co/baidu/ERNIE-Image: transformer/config.json and text_encoder/config.json.
-ERNIE_IMAGE = {
+ERNIE_IMAGE: dict[str, Any] = {
     "_class_name": "ErnieImageTransformer2DModel",
     "hidden_size": 4096,
     "num_attention_heads": 32,
@@ -392,7 +392,7 @@ ERNIE_IMAGE = {
     "rope_theta": 256,
     "rope_axes_dim": [32, 48, 48],
 }
-MINISTRAL_3B = {
+MINISTRAL_3B: dict[str, Any] = {
     "architectures": ["Mistral3Model"],
     "text_config": {
         "model_type": "mistral",
@@ -407,12 +407,12 @@ MINISTRAL_3B = {
     "tie_word_embeddings": True,
 }
 
-SD35_ENCODERS = (CLIP_L_PROJECTED, CLIP_G_PROJECTED, T5_XXL)
-HUNYUAN_IMAGE_ENCODERS = (QWEN25_VL_7B, BYT5_GLYPH)
+SD35_ENCODERS: tuple[dict[str, Any], ...] = (CLIP_L_PROJECTED, CLIP_G_PROJECTED, T5_XXL)
+HUNYUAN_IMAGE_ENCODERS: tuple[dict[str, Any], ...] = (QWEN25_VL_7B, BYT5_GLYPH)
 
 # Text lengths are the longest the stock pipelines give by default, or long ones where there is no
 # such limit.
-CONFIGURATIONS = {
+CONFIGURATIONS: dict[str, Configuration] = {
     "flux-dev": Configuration(
         FLUX_TRANSFORMER | {"guidance_embeds": True}, FLUX_AUTOENCODER, (CLIP_L, T5_XXL), 512
     ),

@@ -44,9 +44,11 @@ class Trajectory:
     def __init__(self, forwards: Sequence[ForwardOf], intervals: int, points: int) -> None:
         self.forwards = forwards
         bounds = np.linspace(0, len(forwards), intervals + 1).round().astype(int)
-        self.intervals = [forwards[start:stop] for start, stop in itertools.pairwise(bounds)]
+        self.intervals: list[Sequence[ForwardOf]] = [
+            forwards[start:stop] for start, stop in itertools.pairwise(bounds)
+        ]
         # Evenly within each interval, at the middle of as many parts.
-        self.points = [
+        self.points: list[list[ForwardOf]] = [
             [part[int((place + 0.5) * len(part) / points)] for place in range(points)]
             for part in self.intervals
         ]

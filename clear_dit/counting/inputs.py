@@ -120,7 +120,8 @@ class Empty:
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.dtype, self.device = dtype, device
+        self.dtype = dtype
+        self.device = device
 
     def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Latents, text, or whatever is taken for them."""

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..chunking import CHUNK_TOKENS, chunk_feed_forward
+from ..families.recipe import Recipe
 from ..families.table import family_of
 from ..kernels.window import Window
 from .fake import build, defaults, measure, quiet, tensor_bytes
@@ -71,11 +72,11 @@ class TransformerMemory:
                     use_narrow_linears(model, quantize)
         self._dtype = dtype
         family = family_of(whole)
-        self.recipe = family.recipe
+        self.recipe: Recipe = family.recipe
         self._chunked, self._chunk_tokens = family.chunked, chunk_tokens
         blocks = [tensor_bytes(block) for block in _blocks(whole)]
-        self.weights = tensor_bytes(whole)
-        self.streamed_weights = self.weights - sum(blocks) + STREAMED_BLOCKS * max(blocks)
+        self.weights: int = tensor_bytes(whole)
+        self.streamed_weights: int = self.weights - sum(blocks) + STREAMED_BLOCKS * max(blocks)
 
     def activations(self, window: Window) -> int:
         """The most that is alive in a step besides the weights, in bytes."""

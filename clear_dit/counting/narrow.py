@@ -43,9 +43,12 @@ class _Quantised(nn.Module):
 
     def __init__(self, linear: Any, chunk_rows: int | None) -> None:
         super().__init__()
-        weight, self.bias, self.chunk_rows = linear.weight, linear.bias, chunk_rows
-        self.out_features, self.in_features = map(int, weight.shape)
-        self._device = weight.device
+        weight = linear.weight
+        self.bias = linear.bias
+        self.chunk_rows: int | None = chunk_rows
+        self.out_features: int = int(weight.shape[0])
+        self.in_features: int = int(weight.shape[1])
+        self._device: torch.device = weight.device
         self.make_buffers()
 
     def buffer(self, name: str, dtype: torch.dtype, *shape: int) -> None:

@@ -79,7 +79,8 @@ class CropSampler:
     """Random crops [batch, size, size, 3] of uint8 from stacks of images of several sizes."""
 
     def __init__(self, stacks: list[list[np.ndarray]], weights: list[float]) -> None:
-        self.stacks, self.weights = stacks, np.asarray(weights) / sum(weights)
+        self.stacks = stacks
+        self.weights: np.ndarray = np.asarray(weights) / sum(weights)
 
     def __call__(self, rng: np.random.Generator, batch: int, size: int) -> np.ndarray:
         crops = []

@@ -44,13 +44,11 @@ class ImageSet:
     """
 
     def __init__(self, folder: Path, size: int, count: int, seed: int) -> None:
-        self.folder, self.size, self.count, self.seed = (
-            folder / f"images-{size}",
-            size,
-            count,
-            seed,
-        )
-        self.chunks = -(-count // CHUNK)
+        self.folder: Path = folder / f"images-{size}"
+        self.size = size
+        self.count = count
+        self.seed = seed
+        self.chunks: int = -(-count // CHUNK)
 
     def chunk_count(self, index: int) -> int:
         return min(CHUNK, self.count - index * CHUNK)

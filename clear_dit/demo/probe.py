@@ -27,11 +27,13 @@ class Probe(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes = [len(values) for values in ATTRIBUTES.values()]
+        self.sizes: list[int] = [len(values) for values in ATTRIBUTES.values()]
         widths = (3, 32, 48, 64, 96)
-        self.convolutions = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths)])
-        self.hidden = nn.Linear(96 * (SIZE // 16) ** 2, 128)
-        self.heads = nn.Linear(128, sum(self.sizes))
+        self.convolutions: nn.ModuleList = nn.ModuleList(
+            [nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(widths)]
+        )
+        self.hidden: nn.Linear = nn.Linear(96 * (SIZE // 16) ** 2, 128)
+        self.heads: nn.Linear = nn.Linear(128, sum(self.sizes))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.heads(self.features(images))

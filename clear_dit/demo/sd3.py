@@ -110,12 +110,17 @@ class TextEncoders(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+        self.tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            folder / "tokenizer"
+        )
         self.tokenizer.model_max_length = CLIP_LENGTH
-        self.tokenizer_3 = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
+        self.tokenizer_3: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            folder / "tokenizer_2"
+        )
         clip = CLIPTextModel.from_pretrained(folder / "text_encoder")
-        self.clip, self.clip_2 = project_clip(clip), second_clip(clip.config)
-        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2")
+        self.clip: CLIPTextModelWithProjection = project_clip(clip)
+        self.clip_2: CLIPTextModelWithProjection = second_clip(clip.config)
+        self.t5: T5EncoderModel = T5EncoderModel.from_pretrained(folder / "text_encoder_2")
         self.eval().requires_grad_(False)
 
     def forward(self, captions: list[str], length: int) -> tuple[torch.Tensor, ...]:
@@ -260,7 +265,9 @@ class SD3Architecture:
         teacher: FluxTransformer2DModel,
         kept: int | None = None,
     ) -> None:
-        self.encoders, self.teacher, self.kept = encoders, teacher, kept
+        self.encoders = encoders
+        self.teacher = teacher
+        self.kept = kept
 
     def build(self) -> SD3Transformer2DModel:
         model = build_transformer()
@@ -269,7 +276,8 @@ class SD3Architecture:
 
     def prepare(self, model: SD3Transformer2DModel, grid: int) -> None:
         model.set_attn_processor(PlainJointAttention())
-        self.table = self.positions = table_crop(model, grid)
+        self.table: torch.Tensor = table_crop(model, grid)
+        self.positions: torch.Tensor = self.table
         model.pos_embed.cropped_pos_embed = lambda height, width: self.positions
 
     def loss(self, forward: Forward, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
@@ -354,14 +362,18 @@ class TaughtBatches:
     """Draws batches of what `write_taught` stored in `folder`, of evenly spread noise levels."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        self.size, self.texts = size, []
+        self.size = size
+        self.texts: list[str] = []
         parts = []
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 self.texts += json.loads(file.metadata()["texts"])
                 parts.append([file.get_tensor(name) for name in ("noisy", "velocity", "t")])
-        self.noisy, self.velocity, self.t = map(torch.cat, zip(*parts, strict=True))
-        self.levels = np.array_split(self.t.argsort().numpy(), size)
+        noisy, velocity, t = map(torch.cat, zip(*parts, strict=True))
+        self.noisy: torch.Tensor = noisy
+        self.velocity: torch.Tensor = velocity
+        self.t: torch.Tensor = t
+        self.levels: list[np.ndarray] = np.array_split(self.t.argsort().numpy(), size)
 
     def __call__(self, rng: np.random.Generator) -> Batch:
         chosen = [int(rng.choice(level)) for level in self.levels]

@@ -63,8 +63,9 @@ class TextEncoders(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokenizer, self.tokenizer_2 = build_tokenizer(True), build_tokenizer(False)
-        self.clip = CLIPTextModel(
+        self.tokenizer: PreTrainedTokenizerFast = build_tokenizer(True)
+        self.tokenizer_2: PreTrainedTokenizerFast = build_tokenizer(False)
+        self.clip: CLIPTextModel = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(self.tokenizer),
                 hidden_size=WIDTH,
@@ -78,7 +79,7 @@ class TextEncoders(nn.Module):
                 eos_token_id=self.tokenizer.eos_token_id,
             )
         )
-        self.t5 = T5EncoderModel(
+        self.t5: T5EncoderModel = T5EncoderModel(
             T5Config(
                 vocab_size=len(self.tokenizer_2),
                 d_model=WIDTH,

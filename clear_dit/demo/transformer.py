@@ -238,7 +238,9 @@ class FlowBatches:
     """Draws batches of flow matching from latent `tokens` [n, grid * grid, 64] and their scenes."""
 
     def __init__(self, phase: Phase, tokens: np.ndarray, scenes: list[Scene]) -> None:
-        self.phase, self.tokens, self.scenes = phase, tokens, scenes
+        self.phase = phase
+        self.tokens = tokens
+        self.scenes = scenes
 
     def __call__(self, rng: np.random.Generator) -> Batch:
         count, size = len(self.tokens), self.phase.batch

@@ -40,7 +40,7 @@ class Progress:
     def __init__(self) -> None:
         self.step = 0
         self.losses: list[list[float]] = []
-        self.seconds = 0.0
+        self.seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))

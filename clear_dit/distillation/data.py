@@ -55,10 +55,12 @@ class Draws:
     """
 
     def __init__(self, samples: SampleFolder, count: int, seed: int, prompt_dropout: float) -> None:
-        self.samples, self.count, self.seed = samples, count, seed
+        self.samples = samples
+        self.count = count
+        self.seed = seed
         self.prompt_dropout = prompt_dropout
         self.empty: Conditioning | None = samples.empty() if prompt_dropout > 0 else None
-        self.stackable = samples.have_one_shape(count, prompt_dropout > 0)
+        self.stackable: bool = samples.have_one_shape(count, prompt_dropout > 0)
         self._order: tuple[int, np.ndarray] | None = None
 
     def number(self, draw: int) -> int:

@@ -40,7 +40,7 @@ from .samples import INDEX, MAX_COUNT, SampleFolder, SampleIndex, read_index
 if TYPE_CHECKING:
     from ..pipelines.pipeline import CLEARPipeline
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 DEMO_PROMPTS = "demo"
 _BOUNDS: dict[str, Bounds] = {
@@ -132,8 +132,8 @@ class Prompts:
 
     def __init__(self, source: str, seed: int) -> None:
         self.seed = seed
-        self.texts = None if source == DEMO_PROMPTS else read_prompts(source)
-        self.digest = DEMO_PROMPTS
+        self.texts: list[str] | None = None if source == DEMO_PROMPTS else read_prompts(source)
+        self.digest: str = DEMO_PROMPTS
         if self.texts is not None:
             digest = hashlib.sha256(json.dumps(self.texts).encode())
             self.digest = digest.hexdigest()[:16]

@@ -134,7 +134,8 @@ class SampleFolder:
     """A folder of samples and its index."""
 
     def __init__(self, folder: Path, index: SampleIndex) -> None:
-        self.folder, self.index = folder, index
+        self.folder = folder
+        self.index = index
         self._files: dict[int, Any] = {}
         self._headers: dict[int, dict[str, list[Any]]] = {}
 

@@ -47,7 +47,8 @@ class ShardedOptimizer:
     """
 
     def __init__(self, optimizer: Any, parameters: Sequence[torch.Tensor]) -> None:
-        self.optimizer, self.parameters = optimizer, parameters
+        self.optimizer = optimizer
+        self.parameters = parameters
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

@@ -39,7 +39,8 @@ class Teacher:
     def __init__(self, model: nn.Module, stock: Any = None) -> None:
         family = family_of(model)
         before = ClearState.attach(model).processors
-        self._model, self.layers = model, family.layers(model)
+        self._model = model
+        self.layers: dict[str, Any] = family.layers(model)
         # By attribute, what layers have instead.
         self._others: dict[str, dict[nn.Module, Any]] = {"processor": {}}
         for name, attn in self.layers.items():

@@ -15,10 +15,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import RequestError
+from ..families.recipe import Recipe
 from ..families.table import family_of
 from ..generation.checks import find_window
 from ..generation.conditioning import stacked
 from ..generation.models import find_model, load_pipeline
+from ..pipelines.pipeline import CLEARPipeline
 from ..plugin import apply_clear
 from ..progress import bar_options
 from ..weights.learned import make_far_trainable
@@ -54,7 +56,7 @@ from .student import (
 from .teacher import Teacher
 from .validation import Validator, validation_prompts
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Of prompts, where the samples were made with classifier-free guidance.
 DEFAULT_DROPOUT = 0.1
@@ -124,30 +126,34 @@ class Run:
     """
 
     def __init__(self, options: DistillOptions, index: SampleIndex, only_transformer: bool) -> None:
-        self.options, self.index = options, index
-        self.accelerator = make_accelerator(options)
-        self.device = self.accelerator.device
+        self.options = options
+        self.index = index
+        self.accelerator: Any = make_accelerator(options)
+        self.device: Any = self.accelerator.device
         mixed = self.accelerator.mixed_precision == "bf16"
-        self.dtype = torch.bfloat16 if mixed else torch.float32
+        self.dtype: torch.dtype = torch.bfloat16 if mixed else torch.float32
         # FSDP shards parameters of one dtype only.
         fsdp = self.accelerator.distributed_type == DistributedType.FSDP
         loaded = torch.float32 if fsdp else weights_dtype(self.dtype, self.device)
-        self.pipe = load_pipeline(options.model, loaded, self.device, only_transformer)
+        self.pipe: CLEARPipeline = load_pipeline(
+            options.model, loaded, self.device, only_transformer
+        )
         self.model: Any = self.pipe.transformer
         identity = fingerprint(self.model)
         wanted = options.max_train_samples
         samples = open_samples(options.samples, options.model, identity, wanted or 0)
-        self.recipe = self.pipe.recipe
-        self.stack, count = last_stack(self.model)
-        self.layers = parse_layers(options.attention_layers, self.stack, count)
+        self.recipe: Recipe = self.pipe.recipe
+        stack, count = last_stack(self.model)
+        self.stack: str = stack
+        self.layers: tuple[int, ...] = parse_layers(options.attention_layers, self.stack, count)
         guided = self.recipe.guidance.passes(self.model.config, index.guidance) > 1
         dropout = options.prompt_dropout
         if dropout is None:
             dropout = DEFAULT_DROPOUT if guided else 0.0
-        self.draws = Draws(samples, wanted or index.count, options.seed, dropout)
+        self.draws: Draws = Draws(samples, wanted or index.count, options.seed, dropout)
         self._build_roles()
-        self.parameters = sum(p.numel() for p in self._trained().values())
-        self.progress = checkpoint.Progress()
+        self.parameters: int = sum(p.numel() for p in self._trained().values())
+        self.progress: checkpoint.Progress = checkpoint.Progress()
         self.validator: Validator | None = None
         self.settings: dict[str, Any] = {"fingerprint": identity}
         for name in _SETTINGS:
@@ -182,7 +188,7 @@ class Run:
             add_lora(self.model, options.lora, options.seed)
         elif options.takes_far:
             make_far_trainable(self.model)
-        self.teacher = None
+        self.teacher: Teacher | None = None
         if options.output_weight > 0 or options.attention_weight > 0:
             on_cpu = weights_dtype(self.dtype, self.device) != self.dtype
             stock = per_head_attention(self.model) if on_cpu else None
@@ -209,8 +215,10 @@ class Run:
         """Optimizer, schedule, average, trackers; and the state of a checkpoint."""
         options, accelerator = self.options, self.accelerator
         optimizer = make_optimizer(options, list(self._trained().values()), accelerator)
-        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
-        self.schedule = make_schedule(options, self.optimizer)
+        wrapped, optimizer = accelerator.prepare(self.model, optimizer)
+        self.wrapped: Any = wrapped
+        self.optimizer: Any = optimizer
+        self.schedule: Any = make_schedule(options, self.optimizer)
         self.parts: dict[str, Any] = {
             "progress": self.progress,
             "trained": _Parameters(self._trained()),

@@ -57,10 +57,13 @@ class Validator:
         dtype: torch.dtype,
         folder: Path,
     ) -> None:
-        self.pipe, self.prompts, self.index, self.folder = pipe, prompts, index, folder
+        self.pipe = pipe
+        self.prompts = prompts
+        self.index = index
+        self.folder = folder
         self.dtype = dtype
         pipe.set_progress_bar_config(disable=True)
-        self.texts = Texts()
+        self.texts: Texts = Texts()
         size = {"height": index.height, "width": index.width}
         with autocast(dtype, pipe.device):
             for some in in_calls(pipe, prompts):

@@ -10,7 +10,7 @@ import typer
 from .. import options
 from ..errors import RequestError
 
-evaluation = typer.Typer()
+evaluation: typer.Typer = typer.Typer()
 
 
 @evaluation.callback(invoke_without_command=True)

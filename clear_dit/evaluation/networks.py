@@ -9,11 +9,14 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import first_line
+
+if TYPE_CHECKING:
+    from ..demo.probe import Probe
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -56,7 +59,7 @@ class ProbeNetwork(Network):
     """
 
     def __init__(self, model_folder: str, square: bool) -> None:
-        self.path = Path(model_folder) / "probe" / "probe.safetensors"
+        self.path: Path = Path(model_folder) / "probe" / "probe.safetensors"
         self.square = square
 
     def missing(self) -> str | None:
@@ -69,8 +72,8 @@ class ProbeNetwork(Network):
     def load(self, device: torch.device) -> None:
         from ..demo.probe import load_probe, rendered_features
 
-        self.probe = load_probe(self.path)
-        self.scale = rendered_features(self.probe).square().mean().rsqrt()
+        self.probe: Probe = load_probe(self.path)
+        self.scale: torch.Tensor = rendered_features(self.probe).square().mean().rsqrt()
 
     @torch.no_grad()
     def features(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -96,7 +99,7 @@ class InceptionNetwork(Network):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         self.device = device
-        self.network = FeatureExtractorInceptionV3(
+        self.network: Any = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"]
         ).to(device)
 
@@ -170,11 +173,11 @@ class TransformersNetwork(Network):
 
         folder = self._folder()
         with quiet_libraries():
-            self.model = AutoModel.from_pretrained(folder).eval().to(device)
-            self.processor = AutoImageProcessor.from_pretrained(folder)
-            self.is_clip = self.model.config.model_type == "clip"
+            self.model: Any = AutoModel.from_pretrained(folder).eval().to(device)
+            self.processor: Any = AutoImageProcessor.from_pretrained(folder)
+            self.is_clip: bool = self.model.config.model_type == "clip"
             if self.is_clip:
-                self.tokenizer = AutoTokenizer.from_pretrained(folder)
+                self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
     @torch.no_grad()
     def features(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

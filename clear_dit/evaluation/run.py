@@ -30,7 +30,7 @@ from .variants import TextCache, attention_of, check_weights, generate_missing
 if TYPE_CHECKING:
     from ..pipelines.pipeline import CLEARPipeline
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 SHEET_ROWS = 8
 REPORT, TABLE, SHEET = "report.json", "report.md", "contact-sheet.png"

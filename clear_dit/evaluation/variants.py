@@ -31,7 +31,7 @@ from .request import EvaluateRequest, Variant
 if TYPE_CHECKING:
     from ..pipelines.pipeline import CLEARPipeline
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Encoded prompts kept; those beyond (in FLUX, a thousand) are encoded again for every variant.
 TEXT_CACHE_MB = 4096

@@ -22,7 +22,9 @@ from .family import BEGINS, ENDS, Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn, image_tables
 from .recipe import Defaults, Denoiser, Latents, Recipe
 
+apply_rotary_emb: Any
 (apply_rotary_emb,) = names_from("diffusers.models.embeddings", "apply_rotary_emb")
+CogView4RotaryPosEmbed: Any
 (CogView4RotaryPosEmbed,) = names_from(
     "diffusers.models.transformers.transformer_cogview4", "CogView4RotaryPosEmbed"
 )
@@ -135,9 +137,13 @@ class ExtendedCogView4RotaryPosEmbed(nn.Module):
 
     def __init__(self, stock: Any, extension: Extension) -> None:
         super().__init__()
-        self.dim, self.theta = stock.dim, stock.theta
-        self.patch_size, self.rope_axes_dim = stock.patch_size, stock.rope_axes_dim
-        self.axes = extension.axes(self.theta, (self.dim // 2, self.dim // 2), rows=0)
+        self.dim: Any = stock.dim
+        self.theta: Any = stock.theta
+        self.patch_size: Any = stock.patch_size
+        self.rope_axes_dim: Any = stock.rope_axes_dim
+        self.axes: tuple[Axis, ...] = extension.axes(
+            self.theta, (self.dim // 2, self.dim // 2), rows=0
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> Rotary:
         """The table of an image.

@@ -23,6 +23,7 @@ from .family import BEGINS, ENDS, MODULATES, Cut, Family, Reading, own_positions
 from .joint import JointProcessor, Stream, Turn
 from .recipe import Defaults, Denoiser, Latents, Recipe
 
+ErnieImageEmbedND3: Any
 (ErnieImageEmbedND3,) = names_from(
     "diffusers.models.transformers.transformer_ernie_image", "ErnieImageEmbedND3"
 )

@@ -22,6 +22,7 @@ from .family import (
 from .prompt_reading import PromptReading
 from .recipe import Defaults, Guidance, Recipe
 
+FluxPosEmbed: Any
 (FluxPosEmbed,) = names_from("diffusers.models.transformers.transformer_flux", "FluxPosEmbed")
 
 

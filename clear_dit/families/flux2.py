@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.axes import cos_and_sin, of_tokens
+from ..attention.axes import Axis, cos_and_sin, of_tokens
 from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
 from ..compat import names_from
@@ -23,6 +23,7 @@ from .joint import JointProcessor, Stream
 from .prompt_reading import PromptReading, user_message
 from .recipe import Defaults, Guidance, Latents, Recipe
 
+Flux2PosEmbed: Any
 (Flux2PosEmbed,) = names_from("diffusers.models.transformers.transformer_flux2", "Flux2PosEmbed")
 
 
@@ -133,9 +134,9 @@ class ExtendedFlux2PosEmbed(nn.Module):
 
     def __init__(self, stock: Any, extension: Extension) -> None:
         super().__init__()
-        self.theta = stock.theta
-        self.axes_dim = stock.axes_dim
-        self.axes = extension.axes(self.theta, self.axes_dim, rows=1)
+        self.theta: Any = stock.theta
+        self.axes_dim: Any = stock.axes_dim
+        self.axes: tuple[Axis, ...] = extension.axes(self.theta, self.axes_dim, rows=1)
 
     def forward(self, ids: torch.Tensor) -> Rotary:
         """The table of some position ids.

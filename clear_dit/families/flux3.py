@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..attention.axes import Axis
 from ..attention.grid import reference_grids
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate, why_not_norm_rope
@@ -24,9 +25,12 @@ from .joint import JointProcessor, Stream
 from .prompt_reading import PromptReading, user_message
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
-Flux3AttnProcessor, Flux3PosEmbed = names_from(
-    "diffusers.models.transformers.transformer_flux3", "Flux3AttnProcessor", "Flux3PosEmbed"
-)
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux3 import Flux3AttnProcessor, Flux3PosEmbed
+else:
+    Flux3AttnProcessor, Flux3PosEmbed = names_from(
+        "diffusers.models.transformers.transformer_flux3", "Flux3AttnProcessor", "Flux3PosEmbed"
+    )
 
 # From row to row and from column to column, in positions.
 STEP = 0.5
@@ -67,7 +71,7 @@ class Flux3Processor(JointProcessor):
         return norm_and_rotate(tokens.float(), norm, table).to(tokens.dtype)
 
 
-class AloneProcessor(Flux3AttnProcessor):  # type: ignore[valid-type, misc]
+class AloneProcessor(Flux3AttnProcessor):
     """The stock processor, over text or references alone, by the true positions of a table."""
 
     def __call__(
@@ -101,7 +105,7 @@ class ExtendedFlux3PosEmbed(ExtendedFlux2PosEmbed):
 
     def __init__(self, stock: Any, extension: Extension) -> None:
         super().__init__(stock, extension)
-        self.axes = tuple(
+        self.axes: tuple[Axis, ...] = tuple(
             replace(axis, trained_side=axis.trained_side * STEP, margin=axis.margin * STEP)
             for axis in self.axes
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.axes import along_axes, angles_along, over_grid
+from ..attention.axes import Axis, along_axes, angles_along, over_grid
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary
 from ..attention.positions import Extension
@@ -23,6 +23,7 @@ from .joint import JointProcessor, Stream, Turn, image_tables
 from .prompt_reading import PromptReading
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
+HunyuanImageRotaryPosEmbed: Any
 (HunyuanImageRotaryPosEmbed,) = names_from(
     "diffusers.models.transformers.transformer_hunyuanimage", "HunyuanImageRotaryPosEmbed"
 )
@@ -131,8 +132,12 @@ class ExtendedHunyuanImageRotaryPosEmbed(nn.Module):
 
     def __init__(self, stock: Any, extension: Extension) -> None:
         super().__init__()
-        self.patch_size, self.rope_dim, self.theta = stock.patch_size, stock.rope_dim, stock.theta
-        self.axes = extension.axes(self.theta, self.rope_dim, rows=len(self.rope_dim) - 2)
+        self.patch_size: Any = stock.patch_size
+        self.rope_dim: Any = stock.rope_dim
+        self.theta: Any = stock.theta
+        self.axes: tuple[Axis, ...] = extension.axes(
+            self.theta, self.rope_dim, rows=len(self.rope_dim) - 2
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> Rotary:
         """The table of an image.

@@ -119,7 +119,7 @@ class JointProcessor(CLEARProcessor):
         self, settings: CLEARProcessor | None = None, tracker: WindowTracker | None = None
     ) -> None:
         super().__init__(**({} if settings is None else settings.settings))
-        self.blank = settings is None  # made again by diffusers, see `weights/reconcile.py`
+        self.blank: bool = settings is None  # made again by diffusers, see `weights/reconcile.py`
         if tracker is not None:
             self.tracker = tracker
 

@@ -22,6 +22,7 @@ from .joint import JointProcessor, Stream
 from .prompt_reading import PromptReading
 from .recipe import Defaults, Guidance, Recipe, linear_shift
 
+Krea2RotaryPosEmbed: Any
 (Krea2RotaryPosEmbed,) = names_from(
     "diffusers.models.transformers.transformer_krea2", "Krea2RotaryPosEmbed"
 )

@@ -20,6 +20,7 @@ from .flux1 import grids_from_ids, read_ids
 from .joint import JointProcessor, Stream
 from .recipe import Defaults, Guidance, Recipe
 
+LongCatImagePosEmbed: Any
 (LongCatImagePosEmbed,) = names_from(
     "diffusers.models.transformers.transformer_longcat_image", "LongCatImagePosEmbed"
 )

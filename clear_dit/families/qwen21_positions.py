@@ -17,8 +17,9 @@ from ..attention.axes import along_axes, angles_along, over_grid
 from ..attention.positions import Extension
 from ..compat import names_from
 from .family import own_positions
-from .qwen_positions import Shape, centred, positions_of
+from .qwen_positions import CentredAxis, Shape, centred, positions_of
 
+QwenImage21Rope: Any
 (QwenImage21Rope,) = names_from(
     "diffusers.models.transformers.transformer_qwenimage21", "QwenImage21Rope"
 )
@@ -38,8 +39,9 @@ class ExtendedQwenImage21Rope(nn.Module):
 
     def __init__(self, stock: Any, extension: Extension) -> None:
         super().__init__()
-        self.theta, self.axes_dim = stock.theta, stock.axes_dim
-        self.axes = centred(extension.axes(self.theta, self.axes_dim, rows=1))
+        self.theta: Any = stock.theta
+        self.axes_dim: Any = stock.axes_dim
+        self.axes: list[CentredAxis] = centred(extension.axes(self.theta, self.axes_dim, rows=1))
         self._of_text = [replace(axis, method="none") for axis in self.axes]
 
     def forward(

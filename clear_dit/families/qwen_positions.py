@@ -18,6 +18,7 @@ from ..attention.positions import Extension
 from ..compat import names_from
 from .family import own_positions
 
+QwenEmbedRope: Any
 (QwenEmbedRope,) = names_from(
     "diffusers.models.transformers.transformer_qwenimage", "QwenEmbedRope"
 )
@@ -76,9 +77,10 @@ class ExtendedQwenEmbedRope(nn.Module):
 
     def __init__(self, stock: Any, extension: Extension) -> None:
         super().__init__()
-        self.theta, self.axes_dim = stock.theta, stock.axes_dim
+        self.theta: Any = stock.theta
+        self.axes_dim: Any = stock.axes_dim
         self.extension = extension
-        self.axes = centred(extension.axes(self.theta, self.axes_dim, rows=1))
+        self.axes: list[CentredAxis] = centred(extension.axes(self.theta, self.axes_dim, rows=1))
 
     def forward(
         self,

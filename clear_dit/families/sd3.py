@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,12 +24,21 @@ from .prompt_reading import PromptReading
 from .recipe import Defaults, Denoiser, Latents, Recipe, linear_shift
 from .sd3_positions import ResampledPatchEmbed, extend
 
-FusedJointAttnProcessor2_0, JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0 = names_from(
-    "diffusers.models.attention_processor",
-    "FusedJointAttnProcessor2_0",
-    "JointAttnProcessor2_0",
-    "SD3IPAdapterJointAttnProcessor2_0",
-)
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import (
+        FusedJointAttnProcessor2_0,
+        JointAttnProcessor2_0,
+        SD3IPAdapterJointAttnProcessor2_0,
+    )
+else:
+    FusedJointAttnProcessor2_0, JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0 = (
+        names_from(
+            "diffusers.models.attention_processor",
+            "FusedJointAttnProcessor2_0",
+            "JointAttnProcessor2_0",
+            "SD3IPAdapterJointAttnProcessor2_0",
+        )
+    )
 
 
 class SD3Processor(JointProcessor):
@@ -110,7 +119,7 @@ class FusedSD3Processor(SD3Processor):
         return super()._text_stream(attn)._replace(linears=(attn.to_added_qkv,))
 
 
-class _OfAdapters(SD3IPAdapterJointAttnProcessor2_0):  # type: ignore[valid-type, misc]
+class _OfAdapters(SD3IPAdapterJointAttnProcessor2_0):
     """By this class diffusers knows an IP-adapter's processor; it has no weights of its own."""
 
     def __init__(self) -> None:

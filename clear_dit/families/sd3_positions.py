@@ -11,6 +11,7 @@ from ..attention.positions import MARGIN, Extension
 from ..compat import names_from
 from .family import own_positions
 
+PatchEmbed: Any
 (PatchEmbed,) = names_from("diffusers.models.embeddings", "PatchEmbed")
 
 

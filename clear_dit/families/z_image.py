@@ -9,12 +9,12 @@ padding that nobody may see. The blocks of `noise_refiner` attend over the image
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..attention.axes import angles_along, of_tokens, table_dtype
+from ..attention.axes import Axis, angles_along, of_tokens, table_dtype
 from ..attention.layout import Layout
 from ..attention.norm_rope import Rotary, norm_and_rotate
 from ..attention.positions import Extension
@@ -24,12 +24,21 @@ from .joint import JointProcessor, Stream, Turn
 from .prompt_reading import PromptReading, user_message
 from .recipe import Defaults, Denoiser, Guidance, Latents, Recipe
 
-MULTIPLE, RopeEmbedder, ZSingleStreamAttnProcessor = names_from(
-    "diffusers.models.transformers.transformer_z_image",
-    "SEQ_MULTI_OF",
-    "RopeEmbedder",
-    "ZSingleStreamAttnProcessor",
-)
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_z_image import (
+        SEQ_MULTI_OF as MULTIPLE,
+    )
+    from diffusers.models.transformers.transformer_z_image import (
+        RopeEmbedder,
+        ZSingleStreamAttnProcessor,
+    )
+else:
+    MULTIPLE, RopeEmbedder, ZSingleStreamAttnProcessor = names_from(
+        "diffusers.models.transformers.transformer_z_image",
+        "SEQ_MULTI_OF",
+        "RopeEmbedder",
+        "ZSingleStreamAttnProcessor",
+    )
 
 
 class ZImageProcessor(JointProcessor):
@@ -80,7 +89,7 @@ class ZImageProcessor(JointProcessor):
         return torch.cat([norm_and_rotate(row, norm, own) for row, own in rows])
 
 
-class TextProcessor(ZSingleStreamAttnProcessor):  # type: ignore[valid-type, misc]
+class TextProcessor(ZSingleStreamAttnProcessor):
     """The stock processor, over captions alone, by the true positions of a table of several."""
 
     def __call__(
@@ -146,9 +155,9 @@ class ExtendedRopeEmbedder(nn.Module):
 
     def __init__(self, stock: Any, extension: Extension) -> None:
         super().__init__()
-        self.theta = stock.theta
-        self.axes_dims = stock.axes_dims
-        self.axes = extension.axes(self.theta, self.axes_dims, rows=1)
+        self.theta: Any = stock.theta
+        self.axes_dims: Any = stock.axes_dims
+        self.axes: tuple[Axis, ...] = extension.axes(self.theta, self.axes_dims, rows=1)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The table of some position ids.

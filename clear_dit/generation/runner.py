@@ -40,9 +40,10 @@ from .weights import Settled, settled
 
 if TYPE_CHECKING:
     from ..pipelines.parallel.start import Ranks
+    from ..pipelines.pipeline import CLEARPipeline
     from .request import GenerateRequest
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -105,7 +106,7 @@ class PipelineRunner:
         quantize: str | None = None,
         offload: str = "none",
     ) -> None:
-        self.device = find_device(device)
+        self.device: torch.device = find_device(device)
         dtype = resolve_dtype(dtype, self.device)
         self._made_for: dict[str, str | None] = {"model": model, "dtype": dtype, "device": device}
         self._made_for |= {"quantize": quantize, "offload": offload}
@@ -116,7 +117,9 @@ class PipelineRunner:
         # Where it does not all go to the device as it is, it waits on the CPU.
         plain = quantize is None and offload == "none"
         home = self.device if plain else torch.device("cpu")
-        self.pipe = load_pipeline(model, self._dtype, home, text_encoders=self._writes)
+        self.pipe: CLEARPipeline = load_pipeline(
+            model, self._dtype, home, text_encoders=self._writes
+        )
         try:
             check_autoencoder(self.pipe.vae)
         except ValueError as error:

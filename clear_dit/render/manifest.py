@@ -166,7 +166,8 @@ class Manifest:
     """
 
     def __init__(self, folder: Path, claims: Claims, file: str) -> None:
-        self.path, self.file = folder / FILE, file
+        self.path: Path = folder / FILE
+        self.file = file
         self._claims = claims
         # Which file was read, and how much of it.
         self._read: tuple[int, int] = (0, 0)

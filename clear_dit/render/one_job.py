@@ -16,7 +16,7 @@ from .images import complete_sidecar, finished, write_sidecar
 from .jobs import Job
 from .manifest import DONE, FAILED, Entry, entry_of
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # What a job's settings or the machine's limits lead to; anything else is a fault of the program.
 _EXPECTED = (RequestError, OSError, FloatingPointError, MemoryError)

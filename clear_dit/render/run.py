@@ -23,7 +23,7 @@ from .progress import Progress
 from .stopping import Stop, stop_by_signal
 from .work import POLL, Work
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def render(

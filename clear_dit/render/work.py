@@ -67,7 +67,7 @@ class Work:
         self._jobs: dict[str, Job] = {}
         self.settled: dict[str, str] = {}
         self.pending: dict[str, Job] = {}
-        self.generated = 0
+        self.generated: int = 0
 
     def take(self, jobs: list[Job], alone: bool) -> list[str]:
         """Make these the jobs, in the manifest too; what is generated already counts as done.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 NAME = "CLEAR"
-BACKEND = f"{__name__}.backend.CLEARBackend"
+BACKEND = f"{__name__}._backend.CLEARBackend"
 
 
 def register() -> None:

@@ -19,7 +19,7 @@ from ..attention.processor import LEARNED, CLEARProcessor
 from ..families.table import attention_layers, family_of, heads_of
 from ..kernels.cells import FAR_LEVELS
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # By the names that safetensors has for them.
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -42,7 +42,7 @@ from .reconcile import reconcile
 from .saved import mark
 from .state import ClearState, originals_of
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 FORMAT = "clear-dit"
 SUFFIX = ".safetensors"

@@ -44,7 +44,7 @@ CHUNK_ROWS = 4096
 LEAST_ROWS = 32
 STATEMENT = "_clear_dit_quantised"
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Kind(NamedTuple):

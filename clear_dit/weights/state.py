@@ -24,7 +24,7 @@ from .originals import Originals
 from .reconcile import reconcile
 from .saved import marked
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # What runs is not what the weights were made for.
 FAR_WITH_LOCAL_WEIGHTS = (
@@ -80,14 +80,14 @@ class ClearState:
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self.access = Access()
+        self.access: Access = Access()
         self.sharing: Any = None
         self.calls: set[object] = set()
         self.tracker: WindowTracker | None = None
         self.processors: dict[str, Any] = {}
         self.installed: dict[str, CLEARProcessor] = {}
         self.given_up: frozenset[str] = frozenset()
-        self.originals = Originals()
+        self.originals: Originals = Originals()
         self.weights_far: bool | None = None
         self.learned: dict[str, torch.Tensor] = {}
         self._names = names

@@ -15,7 +15,7 @@ import logging
 import torch
 
 from ..merge import merge_
-from ..opaque import Geometry, attention_op, channels_contiguous
+from ..opaque import Attention, Geometry, attention_op, channels_contiguous
 from ..window import Window
 from .backward import backward_in_bands
 from .lists import executed_tile_pairs, keys_of_tiles
@@ -32,7 +32,7 @@ from .views import (
     tokens_first,
 )
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def executed_pairs(query: torch.Tensor, window: Window) -> int:
@@ -131,4 +131,4 @@ def _attend_in_bands(
                 target.unflatten(0, (-1, width)).copy_(part[:width].transpose(0, 1))
 
 
-tiled_attention = attention_op("tiled", _forward, backward_in_bands)
+tiled_attention: Attention = attention_op("tiled", _forward, backward_in_bands)

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from .disassembly import Loop, loop_spills, loops
 
-TARGETS = {
+TARGETS: dict[str, GPUTarget] = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
     **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")},
 }

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 # Mnemonics of a class of instructions; what is in none is "other".
-CLASSES = {
+CLASSES: dict[str, tuple[str, ...]] = {
     "tensor": ("HGMMA", "HMMA", "UTCHMMA"),
     "fmul": ("FMUL", "FMUL2"),
     "fadd": ("FADD", "FADD2"),

@@ -11,7 +11,7 @@ import torch
 
 from .device import CaptureError, Kernel, NoEntryError, capturing
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Of a kernel without a choice of entries.
 ONLY = "only"

@@ -21,7 +21,7 @@ from .device import DTYPES
 # Values of a program's tile: 32 per thread of 4 warps.
 TILE = 4096
 # Multiply-add in one instruction: Triton's default up to 3.9, chosen here on purpose.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS: dict[str, int] = {"num_warps": 4, "enable_fp_fusion": True}
 # Programs whose sums make a weight's gradient; a fixed number, so that the sum is deterministic.
 WEIGHT_PARTIALS = 1024
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 import torch
 import triton
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..groups import group_of
-from ..opaque import Geometry, Gradients, attention_op, channels_contiguous
+from ..opaque import Attention, Geometry, Gradients, attention_op, channels_contiguous
 from . import tables
 from .backward import attention_backward
 from .device import Kernel, programs
@@ -102,4 +102,4 @@ def _backward(
         )  # fmt: skip
 
 
-triton_attention = attention_op("triton", _forward, _backward)
+triton_attention: Attention = attention_op("triton", _forward, _backward)

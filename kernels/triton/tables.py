@@ -161,7 +161,7 @@ _SHARING = (
 _CDNA = (ForwardConfig(_SQUARE, 64, 4, 1), ForwardConfig(_WIDE, 64, 8, 1))
 
 # float16 and bfloat16, head_dim to 128.
-FORWARD = {
+FORWARD: dict[str, tuple[ForwardConfig, ...]] = {
     "sm_80": (ForwardConfig(_SQUARE, 64, 4, 2), ForwardConfig(_WIDE, 64, 8, 2)),
     "sm_86": _SHARING,
     "sm_89": _SHARING,

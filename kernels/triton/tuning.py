@@ -20,7 +20,7 @@ from .failures import blame, failure
 from .geometry import Tiling
 from .trust import why_not_entry
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Names one entry, for the same tiles on every rank and run: q8x8-k8x8-d64-w4-s3-tma.
 PIN = "CLEAR_DIT_TRITON_FORWARD"

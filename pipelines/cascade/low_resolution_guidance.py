@@ -41,8 +41,8 @@ class LowResolutionGuidance:
         self, reference: torch.Tensor, start: torch.Tensor, enlargement: float, weight: float
     ) -> None:
         self.reference = reference
-        self.before = start
-        self.factor = enlargement * COARSER
+        self.before: torch.Tensor = start
+        self.factor: float = enlargement * COARSER
         self.weight = weight
 
     def steer(self, after: torch.Tensor, sigma: float, next_sigma: float) -> torch.Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 from clear_dit.compat import names_from
 from clear_dit.families.recipe import linear_shift
 
+FlowMatchEulerDiscreteScheduler: Any
 (FlowMatchEulerDiscreteScheduler,) = names_from("diffusers", "FlowMatchEulerDiscreteScheduler")
 
 # The most that dynamic shifting may come to: FLUX.1-dev reaches 6.3 at its largest size, 2

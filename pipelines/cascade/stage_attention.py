@@ -16,7 +16,7 @@ from clear_dit.weights.state import ClearState, originals_of
 
 from .step_caches import caches_on
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 WHO = "CLEARPipeline: full attention at the native size"
 

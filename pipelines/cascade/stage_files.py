@@ -37,12 +37,12 @@ class StageFiles:
 
     def __init__(self, folder: Path, stages: tuple[Stage, ...], request: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.files = [
+        self.files: list[Path] = [
             folder / f"stage-{number}-{stage.name}.safetensors"
             for number, stage in enumerate(stages, 1)
         ]
         plan = [repr(stage) for stage in stages]
-        self.request = json.loads(json.dumps({"stages": plan, **request}))
+        self.request: Any = json.loads(json.dumps({"stages": plan, **request}))
 
     @contextmanager
     def opened(self) -> Iterator[StageFiles]:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clear_dit.compat import names_from
 
-(FlowMatchEulerDiscreteScheduler,) = names_from("diffusers", "FlowMatchEulerDiscreteScheduler")
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+else:
+    (FlowMatchEulerDiscreteScheduler,) = names_from("diffusers", "FlowMatchEulerDiscreteScheduler")
+# A type checker would take its types for ours.
+_stock: Any = FlowMatchEulerDiscreteScheduler
 
 # (number of the step from 0, its timestep, latents) to the latents that come instead.
 AfterStep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -39,7 +44,7 @@ class Ended(BaseException):
         self.latents = latents
 
 
-class StageScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc, valid-type]
+class StageScheduler(FlowMatchEulerDiscreteScheduler):
     """The levels it is made with, whatever it is asked for; and somebody is told of every step.
 
     Made by `of`.
@@ -73,7 +78,7 @@ class StageScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc, val
         made.levels, made.after_step, made.second_order = levels, after_step, second_order
         return made
 
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    @functools.wraps(_stock.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         if self.levels is not None:
             device = kwargs.get("device", args[1] if len(args) > 1 else None)
@@ -81,7 +86,7 @@ class StageScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc, val
         self._velocity = None
         super().set_timesteps(*args, **kwargs)
 
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.step)
+    @functools.wraps(_stock.step)
     def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         if self.second_order:
             model_output = self._with_the_last(model_output, timestep)

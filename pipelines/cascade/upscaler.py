@@ -46,7 +46,8 @@ class Upscaler:
     """
 
     def __init__(self, network: Any, name: str, digest: str) -> None:
-        self.name, self.digest = name, digest
+        self.name = name
+        self.digest = digest
         self.scale: int = network.scale
         self._network = network
         self._reach: int | None = None  # in pixels; not known yet

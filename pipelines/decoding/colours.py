@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 from .profiles import told_profile
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Of an ICC profile's header: when it was made, which would make every file another.
 _DATE = slice(24, 36)

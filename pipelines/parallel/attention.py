@@ -58,9 +58,11 @@ class SharedImage:
         self.whole = whole
         # Cells that nobody sees need not travel.
         levels = min(far_levels, levels_needed(whole.rows, whole.columns, radius))
-        self.window = Window(whole.rows, whole.columns, 0, radius, down_factor, far_levels=levels)
-        self.bands = Bands(whole.rows, group.size(), group.rank(), self.window.reach)
-        self.layout = whole._replace(rows=len(self.bands.own))
+        self.window: Window = Window(
+            whole.rows, whole.columns, 0, radius, down_factor, far_levels=levels
+        )
+        self.bands: Bands = Bands(whole.rows, group.size(), group.rank(), self.window.reach)
+        self.layout: Layout = whole._replace(rows=len(self.bands.own))
         self.group = group
         self.traffic = traffic
         self.forward_pass = 0

@@ -16,6 +16,8 @@ from torch import nn
 from clear_dit.compat import names_from
 from clear_dit.families.table import family_of
 
+FBCHeadBlockHook: Any
+FBC_HEAD: Any
 FBCHeadBlockHook, FBC_HEAD = names_from(
     "diffusers.hooks.first_block_cache", "FBCHeadBlockHook", "_FBC_LEADER_BLOCK_HOOK"
 )

@@ -42,7 +42,7 @@ from .caches import SharedDecisions
 from .cutting import cut_arguments, cut_inside
 from .exchange import Gathered, Traffic
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 WHO = "patch parallel"
 DIMENSIONS = ("guidance", "patch")
@@ -111,7 +111,7 @@ class PatchParallel:
                 f"{names or 'no names'}; see start_ranks."
             )
         sizes = dict(zip(names, mesh.shape, strict=True))
-        self.guidance_ranks = sizes.get("guidance", 1)
+        self.guidance_ranks: int = sizes.get("guidance", 1)
         if self.guidance_ranks > 2:
             raise ValueError(
                 f"{WHO}: guidance has two passes, so the mesh's 'guidance' must be 1 or 2, got "
@@ -119,10 +119,12 @@ class PatchParallel:
             )
         if stale_halos_after is not None:  # the first step has none before it
             stale_halos_after = integer(f"{WHO}: stale_halos_after", stale_halos_after, 1)
-        self.group = mesh.get_group("patch")
-        self.guidance_group = mesh.get_group("guidance") if self.guidance_ranks > 1 else None
+        self.group: ProcessGroup = mesh.get_group("patch")
+        self.guidance_group: ProcessGroup | None = (
+            mesh.get_group("guidance") if self.guidance_ranks > 1 else None
+        )
         self.stale_halos_after = stale_halos_after
-        self.traffic = Traffic()
+        self.traffic: Traffic = Traffic()
         self._guidance_scale: float | None = None
         self._decisions = SharedDecisions(self.group)
         self._shares: dict[tuple[Layout, int, int, int], SharedImage] = {}

@@ -85,9 +85,9 @@ def test_the_checkout_s_folders_shadow_nobody_s_package(tmp_path):
         package = tmp_path / name
         package.mkdir()
         (package / "__init__.py").touch()
-        code = (
-            f"import sys; sys.path.append({str(tmp_path)!r}); import {name}; print({name}.__file__)"
-        )
+        # Behind the checkout, as what is installed; it may be installed, too.
+        code = f"import sys; sys.path.insert(1, {str(tmp_path)!r})"
+        code += f"\nimport {name}; print({name}.__file__)"
         assert python(code) == str(package / "__init__.py")
         assert not (ROOT / name / "__init__.py").exists()
 

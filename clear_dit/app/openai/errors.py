@@ -56,7 +56,9 @@ class ParamError(RequestError):
         self, words: str, param: str | None = None, status: int = 400, code: str | None = None
     ) -> None:
         super().__init__(words)
-        self.param, self.status, self.code = param, status, code
+        self.param = param
+        self.status = status
+        self.code = code
 
 
 class FailedError(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,7 +21,7 @@ class ImageRequest(BaseModel):
     What it cannot do is refused, not ignored. None is the default of every one.
     """
 
-    model_config = ConfigDict(extra="forbid", title="CreateImageRequest")
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", title="CreateImageRequest")
 
     prompt: Annotated[str, Field(max_length=MAX_PROMPT, description="What to show.")]
     model: Annotated[

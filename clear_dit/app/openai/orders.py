@@ -44,7 +44,8 @@ class Images:
         given: ImageRequest,
     ) -> None:
         self._actions, self._reception, self._turns = actions, reception, turns
-        self.caller, self.given = caller, given
+        self.caller = caller
+        self.given = given
         self.jobs: list[dict[str, Any]] = []
 
     async def order(self, upload: dict[str, Any] | None = None, name: str = "image") -> None:

@@ -16,7 +16,6 @@ it whatever the other group does, and there is no deadlock.
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -25,33 +24,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .shim import load_tile, partition_barrier, view
+from .shim import jit, load_tile, partition_barrier, view
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
+LOG2_E: gl.constexpr = gl.constexpr(1.4426950408889634)
+LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 # Of a row that has met no key yet: finite, so that the first masked keys do no harm.
-LOWEST = gl.constexpr(-1.0e38)
+LOWEST: gl.constexpr = gl.constexpr(-1.0e38)
 # Sides of a group's tile of queries, and of a tile of keys; tokens of either.
-SIDE = gl.constexpr(8)
-TOKENS = gl.constexpr(64)
+SIDE: gl.constexpr = gl.constexpr(8)
+TOKENS: gl.constexpr = gl.constexpr(64)
 # What hides keys of a tile from a group: the disc, the border.
-DISC = gl.constexpr(1)
-BORDER = gl.constexpr(2)
+DISC: gl.constexpr = gl.constexpr(1)
+BORDER: gl.constexpr = gl.constexpr(2)
 
 
-@gluon.jit
+@jit
 def first_of_block(block, blocks, length):
     """First token of a block of a run of `length`; the short block, if any, is block 0."""
     return gl.maximum(length - (blocks - block) * TOKENS, 0)
 
 
-@gluon.jit
+@jit
 def keys_of_first(blocks, length):
     """How many keys of a run are in its block 0."""
     return length - (blocks - 1) * TOKENS
 
 
-@gluon.jit
+@jit
 def load_stage(key, value, at, keys, values, full, stage, D: gl.constexpr):
     """Have one tile of keys and values loaded into a stage that is empty."""
     ready = full.index(stage)
@@ -60,7 +59,7 @@ def load_stage(key, value, at, keys, values, full, stage, D: gl.constexpr):
     load_tile(value, at, ready, view(values.index(stage), value))
 
 
-@gluon.jit
+@jit
 def produce(
     text_key, text_value, pooled_key, pooled_value, image_key, image_value, offsets, begin,
     text_length, pooled_length, text_blocks, dense, total,
@@ -90,7 +89,7 @@ def produce(
         load_stage(image_key, image_value, [batch, y, x, head, 0], keys, values, full, stage, D)
 
 
-@gluon.jit
+@jit
 def unpack(item, dense):
     """(place in the stream, row, column, what hides keys) of an item of a list."""
     return (
@@ -101,7 +100,7 @@ def unpack(item, dense):
     )
 
 
-@gluon.jit
+@jit
 def pass_over(at, full, empty, STAGES: gl.constexpr):
     """Give back the stage of the tile `at` of the stream, unseen."""
     stage = at % STAGES
@@ -109,7 +108,7 @@ def pass_over(at, full, empty, STAGES: gl.constexpr):
     mbarrier.arrive(empty.index(stage), count=1)
 
 
-@gluon.jit
+@jit
 def hide(scores, hidden_by, own_y, own_x, y, x, height, width, radius2):
     """Scores, -inf for the keys of the tile at (y, x) that do not count for a query."""
     token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, scores.type.layout))
@@ -126,7 +125,7 @@ def hide(scores, hidden_by, own_y, own_x, y, x, height, width, radius2):
     return scores
 
 
-@gluon.jit
+@jit
 def add_bias(
     scores, bias, bias_token, block, blocks, length, scale_log2, BIAS: gl.constexpr
 ):  # fmt: skip
@@ -142,13 +141,13 @@ def add_bias(
     return scores + added[None, :]
 
 
-@gluon.jit
+@jit
 def sums_of_tile(x):
     """Sums over the rows of a tile of keys, [queries, 8]: those that a thread finds by itself."""
     return gl.sum(x.reshape([TOKENS, SIDE, SIDE]), 1)
 
 
-@gluon.jit
+@jit
 def online_softmax(scores, row_max, scale_log2):
     """One step of softmax; `row_max` is of raw scores, so that one multiply-add scales and shifts.
 
@@ -161,13 +160,13 @@ def online_softmax(scores, row_max, scale_log2):
     return probability, factor, sums_of_tile(probability), new_max
 
 
-@gluon.jit
+@jit
 def rescale(x, factor):
     """Rows of `x` times `factor`, whatever its layout."""
     return x * gl.convert_layout(factor, gl.SliceLayout(1, x.type.layout))[:, None]
 
 
-@gluon.jit
+@jit
 def score(query, keys, stage, LAYOUT: gl.constexpr):
     """Begin the products of the group's queries with the keys of a stage."""
     zero = gl.zeros([TOKENS, TOKENS], gl.float32, LAYOUT)
@@ -176,7 +175,7 @@ def score(query, keys, stage, LAYOUT: gl.constexpr):
     )
 
 
-@gluon.jit
+@jit
 def attend(
     query, scores, acc, row_sums, row_max, keys, values, at, following, full, empty, scale_log2,
     SCORES: gl.constexpr, WEIGHTS: gl.constexpr, STAGES: gl.constexpr,
@@ -197,7 +196,7 @@ def attend(
     return scores, acc, row_sums, row_max
 
 
-@gluon.jit
+@jit
 def consume(
     query, out, lse, bias, bias_token, lists, begin, end,
     text_length, pooled_length, text_blocks, dense, total, tile_y, tile_x, query_token,
@@ -322,7 +321,7 @@ def consume(
         gl.store(lse + own * heads, logsumexp, mask=stored)
 
 
-@gluon.jit
+@jit
 def image_forward(
     query, text_key, text_value, pooled_key, pooled_value, image_key, image_value, bias, out, lse,
     offsets, lists, ranges, row_class, column_class,

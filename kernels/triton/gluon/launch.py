@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -13,7 +15,7 @@ from ..tables import GluonConfig
 from .kernel import image_forward
 from .lists import SIDE, paired_visits
 
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+DTYPES: dict[torch.dtype, Any] = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 def _descriptor(tokens: torch.Tensor, block: list[int]) -> TensorDescriptor:

@@ -1,4 +1,7 @@
-"""CLEAR as a diffusion attention backend of vLLM-Omni; imported by it, by name."""
+"""CLEAR as a diffusion attention backend of vLLM-Omni; imported by it, by name.
+
+The module is private, as types of its classes are vLLM-Omni's.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ _DEGREES = ("ulysses_degree", "ring_degree", "allgather_degree", "sequence_paral
 class CLEARBackend(AttentionBackend):
     """The backend that users name CLEAR."""
 
-    supported_platforms = ("cuda", "rocm")
+    supported_platforms: tuple[str, ...] = ("cuda", "rocm")
 
     @classmethod
     def validate_available(cls) -> None:
