@@ -26,7 +26,8 @@ from .tables import table
 from .versions import __version__
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "app": ("gradio",),
+    "app": ("gradio", "prometheus-client"),
+    "serve": ("fastapi", "uvicorn", "python-multipart", "prometheus-client"),
     "lora": ("peft",),
     "training": ("peft", "prodigyopt", "tensorboard"),
     "metrics": ("torchmetrics",),

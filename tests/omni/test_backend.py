@@ -1,7 +1,7 @@
 """The backend CLEAR in vLLM-Omni's own selector, attention layer and transformers.
 
 vLLM's wheels are for GPUs; support/vllm_stand_in.py stands for what is used of it. vLLM-Omni itself
-is the published one, see support/apart.py. (The folder of these tests has another name: this one
+is the published one, see support/packages.py. (The folder of these tests has another name: this one
 would be found for the package.)
 """
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.apart import need
+from support.packages import need
 from support.vllm_stand_in import vllm_omni
 
 from clear_dit.kernels.attention import local_attention

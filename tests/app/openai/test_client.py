@@ -6,16 +6,20 @@ import time
 from collections import Counter
 
 import httpx
-import openai
 import pytest
-from openai import OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from support.app_thread import GreyRunner, serving
+from support.packages import need
 from support.slow import slow
 
 from clear_dit.app.openai import links
 from clear_dit.app.settings import MAX_IMAGES, MAX_UPLOAD_BYTES
+
+need("openai")
+
+import openai  # noqa: E402
+from openai import OpenAI  # noqa: E402
 
 pytestmark = slow
 KEY = "a-key-of-24-characters!!"

@@ -3,12 +3,16 @@
 from collections import Counter
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
-from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 from support.app_thread import GreyRunner, serving
+from support.packages import need
 from support.slow import slow
+
+need("schemathesis")
+
+import schemathesis  # noqa: E402
+from schemathesis import GenerationMode  # noqa: E402
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
 pytestmark = slow
 ANSWERED = Counter()

@@ -13,13 +13,17 @@ from contextlib import suppress
 
 import httpx2
 import numpy as np
-import openai
 import pytest
-from openai import OpenAI
 from PIL import Image
 from support.app_server import ROOT, AppServer
 from support.command_line import run
+from support.packages import need
 from support.slow import slow
+
+need("openai")
+
+import openai  # noqa: E402
+from openai import OpenAI  # noqa: E402
 
 pytestmark = slow
 KEY = "a-key-of-24-characters!!"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from support.apart import need
 from support.command_line import run
+from support.packages import need
 from torch import nn
 
 from clear_dit.generation.image_output import read_settings
