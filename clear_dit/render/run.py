@@ -87,7 +87,7 @@ def render(
             work = Work(out, claims, manifest, make_runner, stop, bar, launch)
             with claims.arriving() as alone:
                 if alone:
-                    _remove_unfinished(out)
+                    remove_unfinished(out)
                 errors = work.take(jobs, alone)
             if errors:
                 raise refusal(path, errors)
@@ -97,7 +97,7 @@ def render(
         with claims.leaving() as last:
             if last and manifest.path.exists():
                 manifest.compact()
-                _remove_unfinished(out)
+                remove_unfinished(out)
     results = list(work.settled.values())
     return {
         "out": str(out),
@@ -173,7 +173,7 @@ class _JobFile:
         return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _remove_unfinished(out: Path) -> None:
+def remove_unfinished(out: Path) -> None:
     """What killed processes left half-written."""
     for left in out.glob(f"{TEMPORARY_PREFIX}*"):
         left.unlink(missing_ok=True)
