@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,13 @@ PYTHONS = [
 LINUX = "x86_64-manylinux_2_28"
 
 
-def resolve(python: str, system: str, resolution: str) -> list[str]:
-    """The names of the packages of all extras; none of them is installed, or built."""
+def resolve(
+    python: str, system: str, resolution: str, *more: str, extras: Sequence[str] = OFFERED
+) -> list[str]:
+    """The names of the packages of extras; none of them is installed, or built."""
     command = [
-        str(Path(sysconfig.get_path("scripts")) / "uv"), "pip", "compile", "pyproject.toml",
-        *(word for extra in OFFERED for word in ("--extra", extra)),
+        str(Path(sysconfig.get_path("scripts")) / "uv"), "pip", "compile", "pyproject.toml", *more,
+        *(word for extra in extras for word in ("--extra", extra)),
         # Resolving for another Python needs no other; looking for one takes long.
         "--python", sys.executable, "--no-python-downloads", "--python-version", python,
         "--python-platform", system, "--resolution", resolution, "--only-binary", ":all:",
@@ -49,6 +52,14 @@ def test_the_newest_of_all_extras_go_together(python, system):
     names = resolve(python, system, "highest")
     assert {"torch", "diffusers", "gradio", "prometheus-client", "torchao"} <= set(names)
     assert ("xformers" in names) == (system == LINUX)
+
+
+@pytest.mark.slow
+def test_the_tested_versions_go_together_with_pypis_torch():
+    """Which asks for a triton of its own; CI takes one for the CPU."""
+    extras = ("test", "integrations", "docs")
+    names = resolve("3.11.7", LINUX, "highest", "-c", "constraints.txt", extras=extras)
+    assert {"torch", "triton", "cuda-toolkit"} <= set(names), names
 
 
 @pytest.mark.slow
