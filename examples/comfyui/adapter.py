@@ -81,6 +81,11 @@ def read_adapter(
         ValueError: not such a file, or one for another model; the model's weights are packed.
     """
     proj = shapes.get("double_blocks.0.img_attn.proj.weight")
+    if any("._orig_mod." in name for name in shapes):  # their names are others, as long as it lasts
+        raise ValueError(
+            f"{WHO}: another node has compiled this model's blocks one by one, which hides their "
+            "weights; unload the models (or restart), and put CLEAR weights before that node."
+        )
     if type(model).__name__ not in MODELS or proj is None:
         raise ValueError(
             f"{WHO}: are for FLUX.1 and Chroma, whose blocks this model ({type(model).__name__}) "
@@ -191,7 +196,7 @@ def _adapter(
     return Adapter(
         name=path.name,
         radius=int(radius) if radius and radius.isdecimal() else None,
-        down_factor=1 if spatial is None else spatial.shape[3],
+        down_factor=1 if spatial is None else spatial.shape[-2],
         far=learned_of_far or header.get("far") == "true",
         pooled_weight=header.get("pooled_weight", "one"),
         learned=learned,

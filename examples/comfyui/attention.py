@@ -70,6 +70,9 @@ class Attention:
         self._window = functools.lru_cache(maxsize=16)(Layout.window)
         self._said: set[str] = set()
 
+    # Compiled models call these as they are: ComfyUI drops what the compiler would check of
+    # transformer_options, and a compiled geometry would outlive the forward that it belongs to.
+    @torch.compiler.disable(recursive=False)
     def wrapper(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a forward of the diffusion model: begins a `Forward` in options of its own.
 
@@ -100,6 +103,7 @@ class Attention:
             )
         return out
 
+    @torch.compiler.disable
     def post_input(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """A patch of the kind "post_input": reads the position ids, changes nothing."""
         forward = (given.get("transformer_options") or {}).get(KEY)
@@ -107,6 +111,7 @@ class Attention:
             forward.layout = read_ids(given)
         return given
 
+    @torch.compiler.disable
     def override(self, func: Onward, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In the place of ComfyUI's attention.
 
@@ -133,9 +138,9 @@ class Attention:
         forward = options.get(KEY)
         if forward is None:  # a text encoder, a ControlNet, another model
             return full()
-        forward.attended += 1
         query, key, value = heads_apart(given)
         number = layer_number(forward.model, options)
+        forward.attended += number is not None
         layout = forward.of_layer(number, query.shape[1], key.shape[1])
         adapter = options.get(WEIGHTS) or Adapter()
         if layout is None:

@@ -88,6 +88,22 @@ def test_an_older_comfyui_whose_patches_get_no_options(apply):
         Inputs(6, 6).comfyui(clear)
 
 
+def test_an_older_comfyui_that_does_not_number_its_layers(apply):
+    _, patcher = pair()
+    clear = apply(patcher, radius=2)
+    options = clear.model_options["transformer_options"]
+    own = options[OVERRIDE]
+
+    def without_number(func, *args, **kwargs):
+        given = kwargs["transformer_options"]
+        given = {key: value for key, value in given.items() if key != "block_index"}
+        return own(func, *args, **kwargs | {"transformer_options": given})
+
+    options[OVERRIDE] = without_number
+    with pytest.raises(ValueError, match=r"did not come to this node: .* this ComfyUI is too old"):
+        Inputs(6, 6).comfyui(clear)
+
+
 def _longer(given):
     more = {"img": given["img"][:, :4], "img_ids": given["img_ids"][:, :4]}
     return dict(given) | {name: torch.cat([given[name], x], dim=1) for name, x in more.items()}

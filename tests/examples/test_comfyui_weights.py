@@ -209,6 +209,14 @@ def test_weights_of_packed_models_cannot_be_replaced(pack, tuned):
         pack.node_weights.apply(patcher, tuned())
 
 
+def test_blocks_that_another_node_has_compiled_hide_their_weights(pack, tuned):
+    _, patcher = pair()
+    blocks = patcher.model.diffusion_model.double_blocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    with pytest.raises(ValueError, match=r"has compiled this model's blocks .*; unload the models"):
+        pack.node_weights.apply(patcher, tuned())
+
+
 class UNetModel(nn.Module):
     """Stable Diffusion's, for ComfyUI."""
 

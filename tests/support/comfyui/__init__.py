@@ -42,7 +42,7 @@ def _folder_paths(models: Path) -> ModuleType:
         for path in folders[name]:
             if (Path(path) / file).is_file():
                 return str(Path(path) / file)
-        raise FileNotFoundError(f"Model in folder '{name}' with filename '{file}' not found.")
+        raise FileNotFoundError(f"{name}: no file {file}")
 
     for function in (add_model_folder_path, get_filename_list, get_full_path_or_raise):
         setattr(module, function.__name__, function)
