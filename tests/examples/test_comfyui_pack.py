@@ -115,7 +115,7 @@ def test_the_workflow_runs_from_2k_to_4k_with_weights_of_its_radius(workflow):
     assert of["ImageScaleBy"] == [["lanczos", 2.0]]
     (weights,), (attention,) = of["ClearWeights"], of["ClearAttention"]
     assert weights == [f"Huage001/CLEAR/clear_local_{attention[0]}.safetensors"]
-    assert [sampler[-1] for sampler in of["KSampler"]] == [1.0, 0.35]
+    assert [sampler[-1] for sampler in of["KSampler"]] == [1.0, 0.25]
 
 
 def test_values_of_the_workflow_are_within_the_widgets_bounds(workflow, schemas):
