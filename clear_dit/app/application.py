@@ -18,7 +18,7 @@ from .guard import Guard
 from .jobs import Jobs
 from .login import make_login
 from .metrics import CONTENT_TYPE, Counted, Metrics
-from .openai.errors import error_at
+from .openai.errors import broken, error_at
 from .openai.links import Links
 from .openai.routes import make_openai
 from .reception import Reception
@@ -54,6 +54,7 @@ def make_application(settings: Settings, store: Store, jobs: Jobs) -> Counted:
     api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     api.add_exception_handler(AnyHTTPException, _told_as_json)
     api.add_exception_handler(RequestValidationError, _not_there)
+    api.add_exception_handler(Exception, broken)
     _add_watch(api, jobs, metrics)
     api.mount("/v1", make_openai(actions, reception, turns, Links(store)))
     if programs is not None:
@@ -68,7 +69,7 @@ def _add_watch(api: FastAPI, jobs: Jobs, metrics: Metrics) -> None:
     """What those who run a server ask it."""
 
     @api.get("/health")
-    def health() -> Response:
+    async def health() -> Response:
         alive = jobs.alive
         return told({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
 

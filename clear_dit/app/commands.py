@@ -48,6 +48,9 @@ MaxPixels = Annotated[
 QueueSize = Annotated[int, typer.Option(help="Images that may wait, such as 16.")]
 KeepDays = Annotated[float, typer.Option(help="Days after which images are removed, such as 7.")]
 Out = Annotated[Path, typer.Option(help="The folder for images, such as images; made if missing.")]
+# Of images that nobody asked for in the end. Longer than a request takes: its first image waits for
+# the last.
+_KEEP_DAYS = 1.0
 
 
 def serve_app(
@@ -130,7 +133,7 @@ def serve_programs(
         loras=loras,
         max_pixels=max_pixels,
         queue_size=queue_size,
-        keep_days=1 / 24,
+        keep_days=_KEEP_DAYS,
         dtype=dtype,
         quantize=quantize,
         offload=offload,

@@ -47,8 +47,9 @@ class Guard:
     """ASGI middleware.
 
     A browser's request from another site, or by a name that is none of a local server's, is
-    refused. Where there are accounts or keys, every route asks for one, but the login and files
-    whose URL is the secret; else who comes without a visitor's cookie gets one, and has it at once.
+    refused, unless it has a key or its URL is the secret. Where there are accounts or keys, every
+    route asks for one, but the login and files whose URL is the secret; else who comes without a
+    visitor's cookie gets one, and has it at once.
     `who_asks` tells the routes.
 
     Args:
@@ -72,13 +73,19 @@ class Guard:
             return
         answer = _Answer(send, scope["path"])
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        refused = self._refused(scope["method"], headers)
-        if refused is not None:
-            await answer.error(403, refused)
-            return
+        authorization = headers.get(b"authorization")
+        keyed = bool(self._keys) and authorization is not None
+        holder = self._keys.caller(authorization or "") if keyed else None
+        # No other site knows a key, or the secret of a URL.
+        if holder is None and not _is_secret(scope):
+            refused = self._refused(scope["method"], headers)
+            if refused is not None:
+                await answer.error(403, refused)
+                return
         secrets = cookies(scope["headers"], self._cookie)
         if self._accounts or self._keys:
-            caller = self._known(headers, secrets)
+            # Who sends a wrong key is not let in by a cookie.
+            caller = holder if keyed else self._logged_in(secrets)
             if caller is not None:
                 scope = remember(scope, caller)
             elif not self._open(scope):
@@ -98,11 +105,7 @@ class Guard:
             if not answer.started:
                 await answer.error(500, "Something went wrong on the server.")
 
-    def _known(self, headers: Mapping[bytes, str], secrets: list[str]) -> Caller | None:
-        """Who has a key, or is logged in; None of others, and of who sends a wrong key."""
-        authorization = headers.get(b"authorization")
-        if self._keys and authorization is not None:
-            return self._keys.caller(authorization)
+    def _logged_in(self, secrets: list[str]) -> Caller | None:
         found = (self._accounts.account(secret) for secret in secrets)
         account = next((one for one in found if one is not None), None)
         return None if account is None else account_holder(account)
@@ -111,7 +114,7 @@ class Guard:
         """Whether a route asks for no login: the login itself, and secret URLs."""
         if scope["path"] == LOGIN:
             return bool(self._accounts)
-        return scope["method"] == "GET" and scope["path"].startswith(FILES)
+        return _is_secret(scope)
 
     def _refused(self, method: str, headers: Mapping[bytes, str]) -> str | None:
         """Why a request is refused by where it comes from; None if it is not.
@@ -178,6 +181,11 @@ class _Answer:
         ]
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
+
+
+def _is_secret(scope: Any) -> bool:
+    """Whether a request is for a file whose URL is the secret."""
+    return scope["method"] == "GET" and str(scope["path"]).startswith(FILES)
 
 
 def set_cookie(name: str, secret: str, secure: bool, seconds: int = MAX_AGE) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections import deque
@@ -111,7 +110,7 @@ class Jobs:
                 jobs.extend(self._new_job(caller, order) for order in orders)
             except BaseException:
                 for job in jobs:
-                    shutil.rmtree(job.folder, ignore_errors=True)
+                    self._store.remove(job.owner, job.id)
                 raise
             for job in jobs:
                 self._waiting.add(job)
@@ -225,7 +224,7 @@ class Jobs:
                 job.order = replace(order, requests=requests)
             self._store.write(caller.owner, job.record())
         except BaseException:
-            shutil.rmtree(job.folder, ignore_errors=True)
+            self._store.remove(job.owner, job.id)
             raise
         return job
 

@@ -19,6 +19,7 @@ from ..generation.image_input import open_image
 from ..generation.image_output import read_settings
 from ..malloc import give_back_freed_memory
 from .caller import Caller
+from .downloads import converted
 from .entry import FIELDS
 from .jobs import LimitError
 from .settings import (
@@ -54,6 +55,7 @@ class Reception:
         # Kept ones and whose they are, the oldest first.
         self._parties: dict[Path, str] = {}
         self._one_at_a_time = threading.Lock()
+        self._conversions = asyncio.Lock()
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -95,6 +97,11 @@ class Reception:
         except BaseException:
             self._store.forget(path)
             raise
+
+    async def convert(self, path: Path, kind: str) -> Path:
+        """See `converted`; who waits for it holds none of the threads that answer others."""
+        async with self._conversions:
+            return await run_in_threadpool(converted, path, kind, self.decoding)
 
     def copy(self, source: Path, caller: Caller) -> dict[str, Any]:
         """Keep an image that is there already as an upload of its owner, see `receive`.

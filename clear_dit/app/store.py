@@ -138,6 +138,7 @@ class Store:
             folder.rename(gone)
             self._records.pop(folder, None)
         shutil.rmtree(gone, ignore_errors=True)
+        self._remove_empty(gone.parent)
         return True
 
     def history(self, owner: str) -> list[dict[str, Any]]:
@@ -180,9 +181,7 @@ class Store:
                 if written < limit:
                     _remove_upload(upload)
                     removed += 1
-            for folder in (owner / UPLOADS, owner):
-                with self._lock, suppress(OSError):  # it is not empty
-                    folder.rmdir()
+            self._remove_empty(owner / UPLOADS, owner)
         if removed:
             logger.info("removed %d jobs and uploads older than %g days", removed, days)
         return removed
@@ -209,6 +208,7 @@ class Store:
     def forget(self, upload: Path) -> None:
         """Remove an upload; it may be gone."""
         _remove_upload(upload)
+        self._remove_empty(upload.parent, upload.parent.parent)
 
     def upload(self, owner: str, name: str) -> Path | None:
         """An owner's upload; None if there is none of this name, whoever asks."""
@@ -221,6 +221,11 @@ class Store:
         path = self.upload(owner, name)
         small = None if path is None else path.with_suffix(".jpg")
         return small if small is not None and _is_own(small) and small.is_file() else None
+
+    def _remove_empty(self, *folders: Path) -> None:
+        for folder in folders:
+            with self._lock, suppress(OSError):  # it is not empty
+                folder.rmdir()
 
     def _owners(self) -> list[Path]:
         return [path for path in self.root.glob("*") if _is_own(path) and path.is_dir()]

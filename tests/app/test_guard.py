@@ -134,6 +134,29 @@ def test_a_key_lets_in_and_a_cookie_beside_a_wrong_one_does_not(keyed, tmp_path)
     assert [one.status_code for one in (cookie, key, neither)] == [200, 200, 401]
 
 
+OUTSIDE = (
+    {"host": "host.docker.internal:7860"},
+    {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"},
+    {"origin": "tauri://localhost"},
+)
+
+
+@pytest.mark.parametrize("headers", OUTSIDE)
+def test_a_key_lets_in_by_any_name_and_nothing_else_does(keyed, headers):
+    for key, status in ((KEY, 200), (KEY[::-1], 403), (None, 403)):
+        more = {} if key is None else {"authorization": f"Bearer {key}"}
+        (answer,) = ask(keyed, ("GET", "/v1/models", {"headers": headers | more}))
+        assert answer.status_code == status, key
+
+
+@pytest.mark.parametrize("headers", OUTSIDE)
+def test_a_url_of_an_image_is_for_pages_of_other_sites_too(keyed, headers):
+    (answer,) = ask(keyed, ("GET", "/v1/images/files/x.png", {"headers": headers}))
+    assert answer.status_code == 404
+    (answer,) = ask(keyed, ("POST", "/v1/images/files/x.png", {"headers": headers}))
+    assert answer.status_code == 403
+
+
 def test_who_has_a_url_of_an_image_needs_no_key(keyed):
     path = "/v1/images/files/x.png"
     assert [ask(keyed, (method, path))[0].status_code for method in ("GET", "PUT")] == [404, 401]

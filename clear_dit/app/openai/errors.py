@@ -86,6 +86,12 @@ def error_at(path: str, status: int, words: str) -> dict[str, Any]:
     return {"error": words, "field": None}
 
 
+def broken(request: Any, error: Exception) -> JSONResponse:
+    """The answer where the server is at fault; the guard writes down why."""
+    words = "Something went wrong on the server."
+    return JSONResponse(error_at(request.scope["path"], 500, words), 500)
+
+
 def refused(error: RequestError | FailedError) -> JSONResponse:
     """The answer to a request that is refused, or whose image failed."""
     param, code, headers = None, None, {"cache-control": "no-store"}

@@ -50,7 +50,8 @@ async def read_form(request: Request) -> AsyncIterator[Form]:
     Raises:
         RequestError: it is none, is too large or slow, or has not one image.
     """
-    if request.headers.get("content-type", "").split(";")[0].strip() != "multipart/form-data":
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "multipart/form-data":
         raise ParamError("The request must be multipart/form-data.", status=415)
     data = await _parsed(request)
     try:
@@ -97,6 +98,7 @@ def _form(data: FormData) -> Form:
     fields: dict[str, str] = {}
     images: list[UploadFile] = []
     for name, value in data.multi_items():
+        _check_text(name, value.filename or "" if isinstance(value, UploadFile) else value)
         if isinstance(value, UploadFile):
             if name == "mask":
                 raise ParamError(
@@ -112,3 +114,15 @@ def _form(data: FormData) -> Form:
     if len(images) != 1:
         raise ParamError(f"image: send one file, got {len(images)}.", "image")
     return Form(fields, images[0], images[0].filename or "image")
+
+
+def _check_text(*texts: str) -> None:
+    """Refuse halves of characters, which some charsets can say and no answer can.
+
+    Raises:
+        BodyError: there are some.
+    """
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise BodyError("The form's texts must be UTF-8.") from error

@@ -14,7 +14,6 @@ from fastapi.concurrency import run_in_threadpool
 from ...generation.models import find_model
 from ..actions import LOOK_EVERY, Actions, NotThereError
 from ..caller import Caller
-from ..downloads import converted
 from ..entry import default_side
 from ..reception import Reception
 from ..store import ENDED
@@ -137,7 +136,7 @@ class Images:
             raise FailedError("The image is gone.")
         if kind == "png":
             return path
-        return await run_in_threadpool(converted, path, kind, self._reception.decoding)
+        return await self._reception.convert(path, kind)
 
     def owner_and_job(self, number: int) -> tuple[str, str]:
         """Where one is in the store."""

@@ -19,7 +19,7 @@ from ..reception import Reception
 from ..routes import read_body
 from ..turns import Turns
 from .answers import Pieces, event, event_with_file, with_file
-from .errors import ErrorAnswer, FailedError, ParamError, error_body, refused
+from .errors import ErrorAnswer, FailedError, ParamError, broken, error_body, refused
 from .fields import ImageRequest, ImagesAnswer, ModelAnswer, ModelsAnswer, parse
 from .forms import read_form
 from .links import PREFIX, Links
@@ -28,6 +28,13 @@ from .orders import Images
 _FRESH = {"cache-control": "no-store"}
 # Seconds without news after which a line says that the connection is still there.
 _SILENCE = 15.0
+# Clients with strict types need it; no tokens are counted here.
+_USAGE = {
+    "total_tokens": 0,
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+}
 _TELLS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": words}
     for status, words in (
@@ -81,6 +88,7 @@ def make_openai(actions: Actions, reception: Reception, turns: Turns, links: Lin
         servers=[{"url": "/v1"}],
     )
     api.add_exception_handler(AnyHTTPException, _told)
+    api.add_exception_handler(Exception, broken)
     if locked:
         _ask_for_key(api)
 
@@ -173,7 +181,9 @@ def make_openai(actions: Actions, reception: Reception, turns: Turns, links: Lin
         path = links.find(name)
         if path is None or path.suffix != f".{kind}":
             raise HTTPException(404, "There is no such image; its URL held for an hour.")
-        return FileResponse(path, headers={"cache-control": "private, no-store"})
+        # Pages of other sites show it: who knows its URL may.
+        shown = {"cross-origin-resource-policy": "cross-origin"}
+        return FileResponse(path, headers={"cache-control": "private, no-store"} | shown)
 
     return api
 
@@ -226,7 +236,7 @@ async def _events(made: Images, kind: str) -> AsyncIterator[bytes]:
                     yield b": still at work\n\n"
                     told = time.monotonic()
             name = f"{kind}.completed"
-            content = _event_head(made, name) | {"seed": _seed(made, number)}
+            content = _event_head(made, name) | {"seed": _seed(made, number), "usage": _USAGE}
             async for piece in event_with_file(name, content, await made.file(number)):
                 yield piece
     except (RequestError, FailedError) as error:

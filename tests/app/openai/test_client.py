@@ -2,8 +2,10 @@
 
 import base64
 import io
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -13,13 +15,16 @@ from support.app_thread import GreyRunner, serving
 from support.packages import need
 from support.slow import slow
 
+from clear_dit.app import reception
 from clear_dit.app.openai import links
 from clear_dit.app.settings import MAX_IMAGES, MAX_UPLOAD_BYTES
+from clear_dit.app.store import Store
 
 need("openai")
 
 import openai  # noqa: E402
 from openai import OpenAI  # noqa: E402
+from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent  # noqa: E402
 
 pytestmark = slow
 KEY = "a-key-of-24-characters!!"
@@ -58,8 +63,9 @@ def png(width=256, height=256):
 
 
 def files(served):
-    """Those of images and uploads on the server's disk."""
-    return {path for path in served[2].glob("visitors/*/*/*") if path.is_file()}
+    """Those of images and uploads on the server's disk, and the folders of who asked."""
+    found = {path for path in served[2].glob("visitors/*/*/*") if path.is_file()}
+    return found | set(served[2].glob("visitors/*"))
 
 
 def until(condition, seconds=30):
@@ -111,7 +117,8 @@ def test_a_url_is_fetched_without_the_key_for_an_hour(client):
     answer = httpx.get(first)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
     assert Image.open(io.BytesIO(answer.content)).size == (256, 256)
-    for other in (first[:-5] + "A.jpg", first[:-3] + "png", first.replace("files/", "files/../")):
+    assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+    for other in (first[:-5] + "B.jpg", first[:-3] + "png", first.replace("files/", "files/../")):
         assert httpx.get(other).status_code in (401, 404), other
     assert links.KEEP_SECONDS == 3600
 
@@ -136,6 +143,7 @@ def test_events_come_with_previews_and_then_the_image(client):
     assert len(partial) <= 2
     assert last.type == "image_generation.completed"
     assert opened(last.b64_json).size == (256, 256)
+    ImageGenCompletedEvent.model_validate(last.to_dict())
 
 
 def test_previews_come_while_it_is_made(client, runner):
@@ -145,6 +153,7 @@ def test_previews_come_while_it_is_made(client, runner):
     ) as stream:
         first = next(iter(stream))
         assert first.type == "image_generation.partial_image"
+        ImageGenPartialImageEvent.model_validate(first.to_dict())
         assert opened(first.b64_json).format == "JPEG"
         runner.go.set()
         assert [one.type for one in stream] == ["image_generation.completed"]
@@ -280,6 +289,68 @@ def test_forms_that_are_none(served):
         answer = httpx.post(url, headers=headers, content=content)
         assert (answer.status_code, content[:60]) == (status, content[:60])
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [(rb"image", rb"\\ud800.png"), (rb"\\ud800", rb"a.png"), (rb"\\ud800", None)]
+)
+def test_halves_of_characters_in_a_form_are_refused(served, name, file):
+    head = b'--x\r\nContent-Disposition: form-data; name="' + name + b'"'
+    head += b"" if file is None else b'; filename="' + file + b'"'
+    form = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n' + head
+    form += b"\r\n\r\n" + png().getvalue() + b"\r\n--x--\r\n"
+    kind = "Multipart/form-data; boundary=x; charset=unicode_escape"
+    answer = httpx.post(
+        f"{served[0]}/v1/images/edits",
+        headers={"authorization": f"Bearer {KEY}", "content-type": kind},
+        content=form,
+    )
+    assert answer.status_code == 400, answer.text
+    assert "UTF-8" in answer.json()["error"]["message"]
+
+
+def test_an_error_of_the_server_is_told_as_all_others(client, served, monkeypatch):
+    def full(*args, **more):
+        raise OSError(28, "no place in /a/secret/path")
+
+    before = files(served)
+    monkeypatch.setattr(Store, "write", full)
+    with pytest.raises(openai.InternalServerError, match="Something went wrong") as failed:
+        client.images.generate(**SMALL)
+    assert failed.value.type == "server_error"
+    assert "secret" not in str(failed.value)
+    monkeypatch.undo()
+    assert files(served) == before
+    assert client.images.generate(**SMALL).data
+
+
+def test_who_waits_for_a_conversion_keeps_nobody_else_waiting(tmp_path, runner, monkeypatch):
+    """More than there are threads for requests."""
+    held = threading.Event()
+    monkeypatch.setattr(reception, "converted", lambda path, *more: held.wait(60) and path)
+    count, body = 45, SMALL | {"output_format": "jpeg", "steps": 1}
+
+    def ask(url):
+        while True:
+            answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=90)
+            if answer.status_code != 429:
+                return answer.status_code
+            time.sleep(0.1)
+
+    with (
+        serving(tmp_path, runner, queue_size=count) as (url, _),
+        ThreadPoolExecutor(count) as pool,
+    ):
+        done = ("clear_dit_jobs_total", "demo", "done")
+        asked = [pool.submit(ask, url) for _ in range(count)]
+        try:
+            until(lambda: metrics(url)[done] == count)
+            time.sleep(1)  # for all of them to have seen that theirs is there
+            assert httpx.get(f"{url}/health", timeout=5).status_code == 200
+            assert httpx.get(f"{url}/v1/models", timeout=5).status_code == 200
+        finally:
+            held.set()
+        assert {one.result() for one in asked} == {200}
 
 
 def test_metrics_tell_what_happened(client, served):

@@ -52,6 +52,6 @@ def test_no_request_breaks_it_and_all_answers_are_as_documented(schema, path, mo
 
 def test_as_many_requests_as_were_to_be():
     assert ANSWERED.total() >= 1000, ANSWERED
-    assert ANSWERED[200] > 50, ANSWERED
+    assert ANSWERED[200] > 20, ANSWERED
     assert ANSWERED[400] > 50, ANSWERED
     assert not [status for status in ANSWERED if status >= 500 or status == 429], ANSWERED
