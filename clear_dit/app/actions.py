@@ -66,7 +66,7 @@ class Actions:
         caller: Caller,
         image_name: str = "image",
         *,
-        tiled: bool = True,
+        shown: bool = True,
     ) -> list[dict[str, Any]]:
         """Put images of an entry into the queue, each with the next seed; all or none.
 
@@ -75,7 +75,7 @@ class Actions:
             images: how many.
             caller: who asks.
             image_name: what they call the image to enlarge.
-            tiled: see `Order`.
+            shown: see `Order`.
 
         Returns:
             Of each its status.
@@ -85,7 +85,7 @@ class Actions:
         """
         count = _count(images)
         first = self._order(make_entry(given, self.settings), caller, image_name)
-        first = replace(first, tiled=tiled)
+        first = replace(first, shown=shown)
         if first.requests[0].seed + count - 1 > MAX_SEED:
             raise EntryError(f"Seed must be at most {MAX_SEED - count + 1:,}.", "seed")
         return self._submit([_later(first, number) for number in range(count)], caller)

@@ -40,6 +40,8 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 _READS = ("GET", "HEAD", "OPTIONS")
+_ASK_FOR_KEY = "Send a key of this server: Authorization: Bearer KEY."
+_NO_KEYS = "Log in; for programs the server needs a key of its own: --api-key."
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -74,7 +76,7 @@ class Guard:
         answer = _Answer(send, scope["path"])
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         authorization = headers.get(b"authorization")
-        keyed = bool(self._keys) and authorization is not None
+        keyed = bool(self._keys) and (authorization or "").lower().startswith("bearer")
         holder = self._keys.caller(authorization or "") if keyed else None
         # No other site knows a key, or the secret of a URL.
         if holder is None and not _is_secret(scope):
@@ -137,7 +139,7 @@ class Guard:
     ) -> None:
         if answer.for_programs or not self._accounts:
             answer.headers["www-authenticate"] = "Bearer"
-            await answer.error(401, "Send a key of this server: Authorization: Bearer KEY.")
+            await answer.error(401, _ASK_FOR_KEY if self._keys else _NO_KEYS)
         elif scope["method"] == "GET" and "text/html" in headers.get(b"accept", ""):
             answer.headers["location"] = scope.get("root_path", "") + LOGIN
             await answer.error(303, "Log in.")

@@ -40,14 +40,14 @@ class Order:
         requests: to generate one after the other, of the same model.
         source: the image to enlarge.
         plan: the stages of each request.
-        tiled: whether its images are cut into the tiles that the page's viewer shows.
+        shown: whether the page shows it: in a history, and cut into tiles for the viewer.
     """
 
     entry: Entry
     requests: tuple[GenerateRequest, ...]
     source: Source | None
     plan: tuple[tuple[PlannedStage, ...], ...]
-    tiled: bool = True
+    shown: bool = True
 
     @property
     def flops(self) -> float:

@@ -288,14 +288,7 @@ class Jobs:
             job.images = []
         job.state, job.error, job.preview = state, error, None
         try:
-            if state != "done":
-                self._store.remove_images(job.owner, job.id)
-            self._store.write(job.owner, job.record())
-            if state == "cancelled":
-                self._cancelled.append(job)
-            if len(self._cancelled) > MAX_CANCELLED:
-                old = self._cancelled.popleft()
-                self._store.remove(old.owner, old.id)
+            self._keep(job)
         except OSError:
             logger.exception("the end of job %s could not be written", job.id)
             if state == "done":
@@ -303,6 +296,19 @@ class Jobs:
                 return
         for told in self._ended:
             told(job)
+
+    def _keep(self, job: Job) -> None:
+        if job.state == "cancelled" and not job.order.shown:
+            self._store.remove(job.owner, job.id)
+            return
+        if job.state != "done":
+            self._store.remove_images(job.owner, job.id)
+        self._store.write(job.owner, job.record())
+        if job.state == "cancelled":
+            self._cancelled.append(job)
+        if len(self._cancelled) > MAX_CANCELLED:
+            old = self._cancelled.popleft()
+            self._store.remove(old.owner, old.id)
 
 
 def _linked(upload: Path, own: Path) -> Path:

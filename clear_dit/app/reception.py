@@ -14,7 +14,6 @@ from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 
-from ..errors import RequestError
 from ..generation.image_input import open_image
 from ..generation.image_output import read_settings
 from ..malloc import give_back_freed_memory
@@ -22,6 +21,7 @@ from .caller import Caller
 from .downloads import converted
 from .entry import FIELDS
 from .jobs import LimitError
+from .routes import BodyError
 from .settings import (
     MAX_BODY_BYTES,
     MAX_PROMPT,
@@ -211,14 +211,14 @@ async def paced(stream: AsyncIterable[bytes], more: int = 0) -> AsyncIterator[by
         except StopAsyncIteration:
             return
         except TimeoutError as error:
-            raise RequestError("The image came too slowly; send it again.") from error
+            raise BodyError("The image came too slowly; send it again.", 408) from error
         size += len(block)
         if size > MAX_UPLOAD_BYTES + more:
             raise _too_large()
         yield block
 
 
-def _too_large() -> RequestError:
-    return RequestError(
-        f"The image has more than {MAX_UPLOAD_BYTES // 2**20} MiB; take a smaller one."
+def _too_large() -> BodyError:
+    return BodyError(
+        f"The image has more than {MAX_UPLOAD_BYTES // 2**20} MiB; take a smaller one.", 413
     )

@@ -20,6 +20,7 @@ from .entry import EntryError
 from .jobs import LimitError
 from .offer import offer
 from .settings import MAX_BODY_BYTES
+from .store import NoRoomError
 from .turns import Turns
 
 # Seconds in which the body of a request has to come.
@@ -40,6 +41,8 @@ def refusal(error: RequestError) -> Response:
         status = error.status
     elif isinstance(error, NotThereError):
         status = 404
+    elif isinstance(error, NoRoomError):
+        status = 503
     else:
         status = 429 if isinstance(error, LimitError) else 400
     field = error.field if isinstance(error, EntryError) else None

@@ -40,6 +40,10 @@ SHOWN = ("done", "failed", "stopped")
 logger: logging.Logger = logging.getLogger(__name__)
 
 
+class NoRoomError(RequestError):
+    """The server's disk, or its place for uploads, is full."""
+
+
 def new_name() -> str:
     """For a job or an upload: 128 random bits."""
     return secrets.token_urlsafe(16)
@@ -98,7 +102,7 @@ class Store:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.root).free < MIN_FREE_BYTES:
-            raise RequestError("The server's disk is nearly full; tell who runs it.")
+            raise NoRoomError("The server's disk is nearly full; tell who runs it.")
 
     def write(self, owner: str, record: dict[str, Any]) -> None:
         """Keep what is known of a job, under its "id".
@@ -195,7 +199,7 @@ class Store:
         self.check_space()
         folder = self.root / owner / UPLOADS
         if sum(len(_uploads(one / UPLOADS)) for one in self._owners()) >= MAX_UPLOADS_IN_ALL:
-            raise RequestError("The server has too many uploads of others now; try again later.")
+            raise NoRoomError("The server has too many uploads of others now; try again later.")
         path = folder / new_name()
         with self._lock:
             folder.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ class Worker:
         if stop():
             raise Stopped
         levels = 0
-        if job.order.tiled:
+        if job.order.shown:
             job.phase = f"{which}cutting tiles"
             levels = write_tiles(out, job.folder / f"{request.attention}_files") + 1
         job.flops_done = before + sum(stage.flops for stage in stages)

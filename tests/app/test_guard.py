@@ -583,5 +583,5 @@ def test_a_refused_upload_leaves_nothing(tmp_path):
         (answer,) = ask(app, ("POST", "/uploads", {"content": content}))
         assert answer.status_code == 400
     (answer,) = ask(app, ("POST", "/uploads", {"headers": {"content-length": str(2**40)}}))
-    assert answer.status_code == 400
+    assert answer.status_code == 413
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

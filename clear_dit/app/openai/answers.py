@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,23 @@ _BLOCK = 3 * 2**18
 
 
 class Pieces(StreamingResponse):
-    """An answer whose pieces come to their end at once where the caller goes away."""
+    """An answer in pieces.
+
+    Args:
+        pieces: one after the other.
+        kind: its media type.
+        at_end: called when all are sent, or the caller has gone away, even before the first.
+    """
+
+    def __init__(self, pieces: AsyncIterator[bytes], kind: str, at_end: Callable[[], None]) -> None:
+        super().__init__(pieces, media_type=kind, headers={"cache-control": "no-store"})
+        self._at_end = at_end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with aclosing(self.body_iterator):  # type: ignore[type-var]
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            self._at_end()
 
 
 async def with_file(content: dict[str, Any], path: Path) -> AsyncIterator[bytes]:

@@ -13,6 +13,7 @@ from ..actions import NotThereError
 from ..entry import EntryError
 from ..jobs import LimitError
 from ..routes import BodyError
+from ..store import NoRoomError
 
 # Routes of programs, which keep no cookies.
 FOR_PROGRAMS = ("/v1/", "/health", "/metrics")
@@ -108,6 +109,8 @@ def refused(error: RequestError | FailedError) -> JSONResponse:
         status, param = 400, _PARAMS.get(error.field or "", error.field)
     elif isinstance(error, BodyError):
         status = error.status
+    elif isinstance(error, NoRoomError):
+        status = 503
     else:
         status = 404 if isinstance(error, NotThereError) else 400
     return JSONResponse(error_body(status, str(error), param, code), status, headers)

@@ -79,7 +79,7 @@ class Images:
             entry["width"], entry["height"] = size
         async with self._turns.turn(self.caller):
             self.jobs = await run_in_threadpool(
-                self._actions.submit, entry, given.n or 1, self.caller, name, tiled=False
+                self._actions.submit, entry, given.n or 1, self.caller, name, shown=False
             )
 
     def _size_of(self, name: str, upload: dict[str, Any]) -> tuple[int, int]:

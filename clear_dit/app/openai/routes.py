@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -98,7 +99,7 @@ def make_openai(actions: Actions, reception: Reception, turns: Turns, links: Lin
     async def answered(request: Request, made: Images, kind: str) -> Response:
         """The images of a request that is in the queue."""
         if made.given.stream:
-            return Pieces(_events(made, kind), headers=_FRESH, media_type="text/event-stream")
+            return Pieces(_events(made, kind), "text/event-stream", made.end)
         try:
             for number in range(len(made.jobs)):
                 async for _ in made.follow(number):
@@ -117,8 +118,7 @@ def make_openai(actions: Actions, reception: Reception, turns: Turns, links: Lin
         except BaseException:
             made.end()
             raise
-        pieces = _json(made, head, files)
-        return Pieces(pieces, headers=_FRESH, media_type="application/json")
+        return Pieces(_json(made, head, files), "application/json", made.end)
 
     @api.post(
         "/images/generations",
@@ -208,17 +208,14 @@ def _seed(made: Images, number: int) -> int:
     return int(made.jobs[number]["entry"]["seed"])
 
 
-async def _json(made: Images, head: dict[str, Any], files: list[Any]) -> AsyncIterator[bytes]:
+async def _json(made: Images, head: dict[str, Any], files: list[Path]) -> AsyncIterator[bytes]:
     """The answer with all images inside."""
-    try:
-        yield json.dumps(head)[:-1].encode() + b', "data": ['
-        for number, file in enumerate(files):
-            yield b", " if number else b""
-            async for piece in with_file({"seed": _seed(made, number)}, file):
-                yield piece
-        yield b"]}"
-    finally:
-        made.end()
+    yield json.dumps(head)[:-1].encode() + b', "data": ['
+    for number, file in enumerate(files):
+        yield b", " if number else b""
+        async for piece in with_file({"seed": _seed(made, number)}, file):
+            yield piece
+    yield b"]}"
 
 
 async def _events(made: Images, kind: str) -> AsyncIterator[bytes]:
@@ -242,8 +239,6 @@ async def _events(made: Images, kind: str) -> AsyncIterator[bytes]:
     except (RequestError, FailedError) as error:
         status = getattr(error, "status", 400)
         yield event("error", {"type": "error"} | error_body(status, str(error)))
-    finally:
-        made.end()
 
 
 def _event_head(made: Images, name: str) -> dict[str, Any]:
