@@ -1,4 +1,4 @@
-"""What Triton's releases name differently, 3.6 and 3.9 as one; and `jit` with its type."""
+"""What Triton's releases name differently, 3.6 to 3.9 as one; and `jit` with its type."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 # By its own annotation it may return a decorator.
 jit: Callable[[Callable[..., Any]], Any] = gluon.jit
 
-if hasattr(tma, "async_load"):
-    load_tile: Any = tma.async_load
-    partition_barrier: Any = gl.barrier
+# Each name changed in a release of its own: 3.7 has the old loads and the new barrier.
+load_tile: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+partition_barrier: Any = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
     @jit
-    def view(buffer: Any, descriptor: Any) -> Any:
+    def _view(buffer, descriptor):
         """Shared memory by the shape and layout that a tensor descriptor writes."""
         return buffer.reinterpret(buffer.dtype, descriptor.block_shape, descriptor.layout)
 
 else:
-    load_tile = tma.async_copy_global_to_shared
-    partition_barrier = gl.thread_barrier
 
     @jit
-    def view(buffer: Any, descriptor: Any) -> Any:
+    def _view(buffer, descriptor):
         """Shared memory by the shape and layout that a tensor descriptor writes."""
         return buffer._reinterpret(buffer.dtype, descriptor.block_shape, descriptor.layout)
+
+
+view: Any = _view
