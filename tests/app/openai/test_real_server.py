@@ -80,6 +80,14 @@ def test_an_edit_keeps_what_strength_leaves(server):
     assert distances[0] < 0.5 * distances[1], distances
 
 
+def test_the_page_s_server_has_it_too_and_shows_its_images_to_nobody(app_server):
+    with connect(app_server) as client, httpx2.Client(base_url=app_server.url) as page:
+        page.get("/")  # which makes a visitor of it
+        found = client.images.generate(**SMALL, response_format="url")
+        assert page.get(found.data[0].url).headers["content-type"] == "image/png"
+        assert page.get("/api/jobs").json() == {"jobs": [], "waiting": 0}
+
+
 class Caller(threading.Thread):
     """Asks in all ways until the time is over, and notes what was answered."""
 
