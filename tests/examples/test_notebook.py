@@ -7,11 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 from PIL import Image
+from support.packages import need
 from support.ray_cluster import ROOT, environment
 from support.slow import slow
+
+need("nbformat")
+
+import nbformat  # noqa: E402
+
+pytestmark = slow
 
 PATH = ROOT / "examples" / "first-4k.ipynb"
 # A kernel's client leaves sockets to the collector, of which pytest makes errors: not in here.
@@ -77,7 +83,6 @@ def test_the_lines_to_change_are_there():
         assert len(re.findall(rf"^{re.escape(beginning)}", cells, re.MULTILINE)) == 1, beginning
 
 
-@slow
 def test_it_makes_an_image_of_4096_pixels(tmp_path):
     notebook, wrong = run(read(), tmp_path)
     assert not wrong, wrong
@@ -99,7 +104,6 @@ def test_it_makes_an_image_of_4096_pixels(tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"first-4k.png"}
 
 
-@slow
 @pytest.mark.parametrize("side", [1000, "large"])
 def test_a_wrong_size_is_refused_before_work_starts(tmp_path, side):
     notebook = read()

