@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -69,11 +70,12 @@ ALONE = "import sys; sys.modules['clear_dit'] = None"
 
 def python(code, *arguments, **environment):
     """What a process prints that cannot import clear_dit, and has no checkout on its path."""
-    no_path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Only where Hugging Face's own package is.
+    path = {"PYTHONPATH": str(Path(inspect.getfile(get_local_kernel)).parents[1])}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", f"{ALONE}\n{code}", *map(str, arguments)],
         cwd=Path(sys.prefix),
-        env=no_path | {"HF_HUB_OFFLINE": "1"} | environment,
+        env=os.environ | path | {"HF_HUB_OFFLINE": "1"} | environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
