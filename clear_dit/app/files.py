@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from ..errors import RequestError
 from .actions import Actions, NotThereError
 from .caller import who_asks
-from .downloads import FORMATS, converted, file_name, zipped
+from .downloads import FORMATS, file_name, zipped
 from .reception import Reception
 from .routes import refusal, told
 from .store import SOURCE
@@ -88,7 +88,7 @@ def make_files(actions: Actions, reception: Reception) -> APIRouter:
         if kind in FORMATS:
             try:
                 async with conversions.turn(who_asks(request)):
-                    path = await run_in_threadpool(converted, path, kind, reception.decoding)
+                    path = await reception.convert(path, kind)
             except RequestError as error:
                 return refusal(error)
             except FileNotFoundError as error:  # deleted meanwhile

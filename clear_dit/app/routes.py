@@ -28,15 +28,15 @@ PATIENCE = 30.0
 
 
 class BodyError(RequestError):
-    """The body of a request is too large, or not JSON."""
+    """What was sent is at fault; `status` of the answer says how."""
 
     def __init__(self, words: str, status: int = 400) -> None:
         super().__init__(words)
         self.status = status
 
 
-def refusal(error: RequestError) -> Response:
-    """An error as all routes tell it: {"error": words, "field": of the entry, or null}."""
+def status_and_headers(error: RequestError) -> tuple[int, dict[str, str]]:
+    """What the answer to a refused request begins with, whatever its body is; no cache keeps it."""
     if isinstance(error, BodyError):
         status = error.status
     elif isinstance(error, NotThereError):
@@ -45,11 +45,17 @@ def refusal(error: RequestError) -> Response:
         status = 503
     else:
         status = 429 if isinstance(error, LimitError) else 400
-    field = error.field if isinstance(error, EntryError) else None
-    answer = told({"error": str(error), "field": field}, status)
+    headers = {"cache-control": "no-store"}
     if isinstance(error, LimitError):
-        answer.headers["retry-after"] = str(math.ceil(error.seconds))
-    return answer
+        headers["retry-after"] = str(math.ceil(error.seconds))
+    return status, headers
+
+
+def refusal(error: RequestError) -> Response:
+    """An error as all routes tell it: {"error": words, "field": of the entry, or null}."""
+    status, headers = status_and_headers(error)
+    field = error.field if isinstance(error, EntryError) else None
+    return JSONResponse({"error": str(error), "field": field}, status, headers)
 
 
 def not_there() -> Response:

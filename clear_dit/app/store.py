@@ -17,7 +17,6 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -232,7 +231,7 @@ class Store:
                 folder.rmdir()
 
     def _owners(self) -> list[Path]:
-        return [path for path in self.root.glob("*") if _is_own(path) and path.is_dir()]
+        return [path for path in _inside(self.root) if _is_own(path) and path.is_dir()]
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
         path = folder / RECORD
@@ -274,6 +273,14 @@ def _with_entry(record: dict[str, Any]) -> dict[str, Any]:
     return kept | more
 
 
+def _inside(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where it is gone, maybe just now by another thread."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def _is_own(path: Path) -> bool:
     return not path.is_symlink()
 
@@ -281,14 +288,14 @@ def _is_own(path: Path) -> bool:
 def _jobs(owner: Path) -> list[Path]:
     if not _is_own(owner):
         return []
-    found: Iterator[Path] = owner.glob("*")
+    found = _inside(owner)
     return [path for path in found if NAME.fullmatch(path.name) and _is_own(path) and path.is_dir()]
 
 
 def _uploads(folder: Path) -> list[tuple[float, Path]]:
     """When each was written; other threads may remove some meanwhile."""
     found = []
-    for path in folder.glob("*") if _is_own(folder) else ():
+    for path in _inside(folder) if _is_own(folder) else ():
         with suppress(FileNotFoundError):
             if path.suffix != ".jpg":
                 found.append((path.lstat().st_mtime, path))

@@ -488,7 +488,7 @@ def test_conversions_that_wait_hold_up_nobody(tmp_path, monkeypatch):
         assert go.wait(60)
         return path
 
-    monkeypatch.setattr("clear_dit.app.files.converted", converted)
+    monkeypatch.setattr("clear_dit.app.reception.converted", converted)
     secret = new_secret()
     folder = tmp_path / "visitors" / visitor_of(secret) / ("x" * 22)
     folder.mkdir(parents=True)

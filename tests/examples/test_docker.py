@@ -71,7 +71,7 @@ def test_a_target_is_the_program_without_root(target):
     found = stage(target)
     assert found[-4:] == [
         ("USER", "1000:1000"),
-        ("WORKDIR", "/work"),
+        ("WORKDIR", "/data"),
         ("ENTRYPOINT", '["clear-dit"]'),
         ("CMD", '["--help"]'),
     ]

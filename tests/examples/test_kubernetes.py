@@ -80,7 +80,7 @@ def test_commands_are_the_programs(name):
     words = [*found.get("command", ["clear-dit"]), *found["args"]]
     command, parameters = parse(arguments_of(words))
     assert command == ("render" if "render" in name else "generate")
-    assert Path(parameters["out"]).is_relative_to("/work")
+    assert Path(parameters["out"]).is_relative_to("/data")
     assert (parameters.get("parallel") == "patch") == ("patch" in name)
 
 
@@ -100,7 +100,7 @@ def test_pods_are_confined(name):
     assert resources["limits"]["memory"] == resources["requests"]["memory"]
     # Everything that is written to is mounted, and every secret comes from a Secret.
     mounted = {each["mountPath"]: each["name"] for each in found["volumeMounts"]}
-    assert mounted == {"/work": "work", "/models": "models", "/tmp": "tmp", "/dev/shm": "shm"}
+    assert mounted == {"/data": "work", "/models": "models", "/tmp": "tmp", "/dev/shm": "shm"}
     assert sorted(mounted.values()) == sorted(each["name"] for each in pod["volumes"])
     variables = {each["name"]: each for each in found["env"]}
     assert (variables["HOME"]["value"], variables["HF_HOME"]["value"]) == ("/tmp", "/models")
@@ -170,7 +170,7 @@ class Pods:
             word = word.replace(f"$({name})", value)
         name = word.partition("=")[0]
         word = f"{name}={self.instead[name]}" if name in self.instead else word
-        return word.replace("/work", str(self.work))
+        return word.replace("/data", str(self.work))
 
     def run(self):
         pods = [self.start(index) for index in range(self.job["spec"].get("completions", 1))]

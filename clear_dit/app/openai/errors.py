@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from ...errors import RequestError
-from ..actions import NotThereError
 from ..entry import EntryError
 from ..jobs import LimitError
-from ..routes import BodyError
-from ..store import NoRoomError
+from ..routes import BodyError, status_and_headers
 
 # Routes of programs, which keep no cookies.
 FOR_PROGRAMS = ("/v1/", "/health", "/metrics")
@@ -43,7 +40,7 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
-class ParamError(RequestError):
+class ParamError(BodyError):
     """A parameter of a request is at fault.
 
     Args:
@@ -56,9 +53,8 @@ class ParamError(RequestError):
     def __init__(
         self, words: str, param: str | None = None, status: int = 400, code: str | None = None
     ) -> None:
-        super().__init__(words)
+        super().__init__(words, status)
         self.param = param
-        self.status = status
         self.code = code
 
 
@@ -95,22 +91,16 @@ def broken(request: Any, error: Exception) -> JSONResponse:
 
 def refused(error: RequestError | FailedError) -> JSONResponse:
     """The answer to a request that is refused, or whose image failed."""
-    param, code, headers = None, None, {"cache-control": "no-store"}
     if isinstance(error, FailedError):
-        status = error.status
         # The official client would order the same images again.
-        headers["x-should-retry"] = str(status == 503).lower()
-    elif isinstance(error, LimitError):
-        status, code = 429, "rate_limit_exceeded"
-        headers["retry-after"] = str(math.ceil(error.seconds))
-    elif isinstance(error, ParamError):
-        status, param, code = error.status, error.param, error.code
+        headers = {"cache-control": "no-store", "x-should-retry": str(error.status == 503).lower()}
+        return JSONResponse(error_body(error.status, str(error)), error.status, headers)
+    status, headers = status_and_headers(error)
+    param, code = None, None
+    if isinstance(error, ParamError):
+        param, code = error.param, error.code
     elif isinstance(error, EntryError):
-        status, param = 400, _PARAMS.get(error.field or "", error.field)
-    elif isinstance(error, BodyError):
-        status = error.status
-    elif isinstance(error, NoRoomError):
-        status = 503
-    else:
-        status = 404 if isinstance(error, NotThereError) else 400
+        param = _PARAMS.get(error.field or "", error.field)
+    elif isinstance(error, LimitError):
+        code = "rate_limit_exceeded"
     return JSONResponse(error_body(status, str(error), param, code), status, headers)

@@ -150,13 +150,12 @@ def make_openai(actions: Actions, reception: Reception, turns: Turns, links: Lin
                 async with read_form(request) as form:
                     given = parse(ImageRequest, form.fields)
                     made = images(request, given)
-                    owner = made.caller
-                    upload = await reception.keep(form.blocks(), owner)
+                    upload = await reception.keep(form.blocks(), made.caller)
                     name = form.name
             try:
                 await made.order(upload, name)
             finally:
-                path = actions.store.upload(owner.owner, upload["name"])
+                path = actions.store.upload(made.caller.owner, upload["name"])
                 if path is not None:
                     actions.store.forget(path)
             return await answered(request, made, "image_edit")
